@@ -1,0 +1,100 @@
+//! How a node's engine batches, and what it may use.
+
+use clap::{ArgAction, Args};
+
+use super::InvalidSettings;
+use super::values::{parse_above_zero, parse_bytes_above_zero};
+use crate::content::GRANULE_TOKENS;
+
+/// Settings of an engine; names and meaning are vLLM's where there is one.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Engine")]
+pub struct EngineArgs {
+    /// Sequences that run in one batch at most.
+    ///
+    /// More of them raise throughput and inter-token latency, and need more KV.
+    #[arg(long, value_name = "SEQUENCES", default_value_t = 64, value_parser = parse_above_zero)]
+    pub max_num_seqs: u32,
+
+    /// Tokens of one step at most: one for each running sequence, the rest are prompt chunks.
+    ///
+    /// A larger budget prefills faster; a smaller one keeps steps short, so that running sequences and
+    /// other prompts wait less.
+    #[arg(long, value_name = "TOKENS", default_value_t = 512, value_parser = parse_above_zero)]
+    pub max_num_batched_tokens: u32,
+
+    /// Tokens of one KV block, a multiple of 16. May differ between nodes.
+    ///
+    /// Larger blocks mean fewer, larger transfers; smaller ones waste less at the end of a sequence and
+    /// share more between prompts.
+    #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_block_size)]
+    pub block_size: u32,
+
+    /// Memory of the paged KV cache, such as 512MiB or 2GiB.
+    ///
+    /// Bounds how many tokens can run and stay cached at a time. All of it is taken at the start.
+    #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes_above_zero)]
+    pub kv_cache_memory_bytes: u64,
+
+    /// Threads that compute. Default: one for each core.
+    ///
+    /// Fewer leave cores to other processes of the same host; results do not depend on it.
+    #[arg(long, value_name = "THREADS", value_parser = parse_above_zero)]
+    pub threads: Option<u32>,
+
+    /// Reuse the KV of equal prompt beginnings; --no-enable-prefix-caching turns it off.
+    ///
+    /// Costs a hash of each prompt; worth turning off only to measure.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_possible_values = true,
+        overrides_with = "no_enable_prefix_caching"
+    )]
+    pub enable_prefix_caching: bool,
+
+    /// Turns --enable-prefix-caching off.
+    #[arg(long, hide = true, overrides_with = "enable_prefix_caching")]
+    pub no_enable_prefix_caching: bool,
+
+    /// Requests that may wait for their turn; one more is answered `Busy` at once.
+    ///
+    /// A long queue hides overload as waiting time; a short one lets the proxy choose another node.
+    #[arg(long, value_name = "REQUESTS", default_value_t = 256)]
+    pub max_num_waiting: u32,
+}
+
+impl EngineArgs {
+    /// Whether KV is looked up and kept by content.
+    pub fn has_prefix_caching(&self) -> bool {
+        self.enable_prefix_caching && !self.no_enable_prefix_caching
+    }
+
+    /// Checks what single values cannot tell.
+    ///
+    /// # Errors
+    /// [`InvalidSettings`] if a full batch would not fit the token budget.
+    pub fn validate(&self) -> Result<(), InvalidSettings> {
+        let Self { max_num_batched_tokens, max_num_seqs, .. } = self;
+        if max_num_batched_tokens < max_num_seqs {
+            return Err(InvalidSettings(format!(
+                "--max-num-batched-tokens is {max_num_batched_tokens}, expected at least --max-num-seqs, which is \
+                 {max_num_seqs}: each running sequence takes one token of a step; raise the first or lower the second"
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn parse_block_size(text: &str) -> Result<u32, String> {
+    let size = parse_above_zero(text)?;
+    if !(size as usize).is_multiple_of(GRANULE_TOKENS) {
+        return Err(format!("a block has {size} tokens, expected a multiple of {GRANULE_TOKENS}"));
+    }
+    if size > 1024 { Err(format!("a block has {size} tokens, expected at most 1024")) } else { Ok(size) }
+}

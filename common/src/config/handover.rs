@@ -1,0 +1,104 @@
+//! Both ends of a hand-over.
+
+use std::time::Duration;
+
+use clap::Args;
+
+use super::InvalidSettings;
+use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero};
+use crate::handover::{DecodeLimits, PrefillLimits};
+
+/// The sending end.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Hand-over, prefill node")]
+pub struct PrefillArgs {
+    /// How long finished KV stays pinned for a decode node that neither takes it nor gives credit.
+    ///
+    /// Longer survives a slow network; shorter frees blocks from a peer that hangs.
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration_above_zero)]
+    pub transfer_stall_timeout: Duration,
+}
+
+impl PrefillArgs {
+    /// Limits of one hand-over whose [`Prefill::deadline`](crate::wire::Prefill::deadline) is given.
+    pub fn limits(&self, deadline: Duration) -> PrefillLimits {
+        PrefillLimits { stall_timeout: self.transfer_stall_timeout, total_timeout: deadline }
+    }
+}
+
+/// The receiving end, and what a decode node prefills by itself.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Hand-over, decode node")]
+pub struct DecodeArgs {
+    /// Time for a prompt's KV to arrive, all prefill nodes that are tried together.
+    ///
+    /// Must allow for the longest prompt behind a full queue; past it the request fails.
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = parse_duration_above_zero)]
+    pub prefill_timeout: Duration,
+
+    /// Time for a prefill node to be reached and to accept, before the next one is asked.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration_above_zero)]
+    pub prefill_accept_timeout: Duration,
+
+    /// Time without a step of the prefill node's engine, or behind token #1 without KV, before it is given up.
+    ///
+    /// Shorter notices a hang sooner; it must exceed the longest step and the longest transfer of one extent.
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_duration_above_zero)]
+    pub prefill_progress_timeout: Duration,
+
+    /// KV that may be on the way to this node for one request.
+    ///
+    /// A larger window fills a fast network; all windows together bound the receive memory.
+    #[arg(long, value_name = "BYTES", default_value = "32MiB", value_parser = parse_bytes_above_zero)]
+    pub credit_bytes: u64,
+
+    /// Blocks reserved for the answer together with the prompt's.
+    ///
+    /// More make it rarer that a running sequence must wait for a block; fewer admit more requests.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 2, value_parser = parse_above_zero)]
+    pub growth_window_blocks: u32,
+
+    /// Prompt tokens that this node prefills by itself in one step.
+    ///
+    /// More finish local prefills sooner; fewer disturb the sequences that decode here less.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = parse_above_zero)]
+    pub local_prefill_tokens: u32,
+
+    /// If no more tokens than this are missing (the rest is cached, or arrived before a loss), this node
+    /// computes them instead of asking a prefill node.
+    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
+    pub local_rest_max_tokens: u32,
+}
+
+impl DecodeArgs {
+    /// Limits of one hand-over of a request that has `deadline` left.
+    pub fn limits(&self, deadline: Duration) -> DecodeLimits {
+        DecodeLimits {
+            accept_timeout: self.prefill_accept_timeout,
+            progress_timeout: self.prefill_progress_timeout,
+            total_timeout: self.prefill_timeout.min(deadline),
+            credit_window_bytes: self.credit_bytes,
+            num_local_tokens_max: self.local_rest_max_tokens,
+        }
+    }
+
+    /// Checks what single values cannot tell.
+    ///
+    /// # Errors
+    /// [`InvalidSettings`] if one try may take longer than all of them together.
+    pub fn validate(&self) -> Result<(), InvalidSettings> {
+        for (flag, timeout) in [
+            ("--prefill-accept-timeout", self.prefill_accept_timeout),
+            ("--prefill-progress-timeout", self.prefill_progress_timeout),
+        ] {
+            if timeout > self.prefill_timeout {
+                return Err(InvalidSettings(format!(
+                    "{flag} is {timeout:?}, expected at most --prefill-timeout, which is {:?}: no other prefill node \
+                     could be tried; lower the first or raise the second",
+                    self.prefill_timeout
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,77 @@
+//! Which model is served.
+
+use clap::{Args, ValueEnum};
+
+use super::values::parse_above_zero;
+use crate::kv_spec::KvDtype;
+
+/// The model, as every role names it.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Model")]
+pub struct ModelArgs {
+    /// Checkpoint folder in Hugging Face's layout, or a Hub id such as `Qwen/Qwen3-0.6B`, which is downloaded
+    /// into the Hub's cache.
+    ///
+    /// Must be the same model on every node and the proxy: a node with other weights is refused.
+    #[arg(long, value_name = "PATH_OR_ID", default_value = "models/tiny")]
+    pub model: String,
+
+    /// Commit, tag or branch of a Hub id.
+    ///
+    /// Without it the main branch is taken as it is today, which two nodes may see differently tomorrow.
+    #[arg(long, value_name = "REVISION")]
+    pub revision: Option<String>,
+
+    /// Names that clients may give as `model`; the first is the one in answers. Default: the value of --model.
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
+
+    /// Element type of weights and KV: `auto` takes the checkpoint's own.
+    ///
+    /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
+    /// numerics id: nodes with different ones do not exchange KV.
+    #[arg(long, value_enum, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+
+    /// Longest sequence in tokens, prompt and answer together. Default: the checkpoint's own limit.
+    ///
+    /// A smaller one admits more requests at a time, since none can claim more KV than this.
+    #[arg(long, value_name = "TOKENS", value_parser = parse_above_zero)]
+    pub max_model_len: Option<u32>,
+
+    /// Seed of requests that give none. Default: drawn at random for each.
+    ///
+    /// With it, equal requests get equal answers, which is for tests: clients that sample several answers
+    /// by repeating a request get the same one.
+    #[arg(long, value_name = "SEED")]
+    pub seed: Option<u64>,
+}
+
+impl ModelArgs {
+    /// The names clients may use, best first; never empty.
+    pub fn served_model_names(&self) -> Vec<String> {
+        if self.served_model_name.is_empty() { vec![self.model.clone()] } else { self.served_model_name.clone() }
+    }
+}
+
+/// Element type of weights and KV.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Dtype {
+    /// The checkpoint's own.
+    Auto,
+    /// 32-bit float.
+    Float32,
+    /// bfloat16.
+    Bfloat16,
+}
+
+impl Dtype {
+    /// The type that was asked for; `None`: the checkpoint's own.
+    pub fn kv_dtype(self) -> Option<KvDtype> {
+        match self {
+            Dtype::Auto => None,
+            Dtype::Float32 => Some(KvDtype::F32),
+            Dtype::Bfloat16 => Some(KvDtype::Bf16),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! How sizes, durations and addresses are written.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// Reads a number of bytes: `4096`, `512KiB`, `256MiB`, `2GiB`, or decimal `KB`, `MB`, `GB`.
+///
+/// # Errors
+/// A sentence, if it is not one of these or exceeds 64 bits.
+pub fn parse_bytes(text: &str) -> Result<u64, String> {
+    let (number, unit) = split_unit(text);
+    let factor: u64 = match unit.to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kib" | "k" => 1 << 10,
+        "mib" | "m" => 1 << 20,
+        "gib" | "g" => 1 << 30,
+        "tib" | "t" => 1 << 40,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "tb" => 1_000_000_000_000,
+        _ => return Err(format!("\"{text}\" is not a size: expected a number of bytes such as 512MiB or 2GiB")),
+    };
+    let number: u64 =
+        number.parse().map_err(|_| format!("\"{text}\" is not a size: expected a whole number, such as 512MiB"))?;
+    number.checked_mul(factor).ok_or_else(|| format!("{text} is more bytes than 64 bits can count"))
+}
+
+/// As [`parse_bytes`], at least 1.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_bytes_above_zero(text: &str) -> Result<u64, String> {
+    match parse_bytes(text)? {
+        0 => Err("must be above zero".into()),
+        bytes => Ok(bytes),
+    }
+}
+
+/// Reads a duration: `30` (seconds), `1.5s`, `500ms`, `2m`, `1h`.
+///
+/// # Errors
+/// A sentence, if it is not one of these.
+pub fn parse_duration(text: &str) -> Result<Duration, String> {
+    let (number, unit) = split_unit(text);
+    let seconds_per_unit = match unit {
+        "ms" => 0.001,
+        "" | "s" => 1.0,
+        "m" | "min" => 60.0,
+        "h" => 3600.0,
+        _ => return Err(format!("\"{text}\" is not a duration: expected one such as 500ms, 30s, 2m or 1h")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("\"{text}\" is not a duration: expected one such as 30s"))?;
+    Duration::try_from_secs_f64(number * seconds_per_unit).map_err(|_| format!("{text} is out of range for a duration"))
+}
+
+/// As [`parse_duration`], above zero.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_duration_above_zero(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("must be above zero".into()),
+        duration => Ok(duration),
+    }
+}
+
+fn split_unit(text: &str) -> (&str, &str) {
+    let text = text.trim();
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    (&text[..end], text[end..].trim())
+}
+
+/// Reads a whole number of at least 1.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_above_zero(text: &str) -> Result<u32, String> {
+    match text.parse() {
+        Ok(0) => Err("must be at least 1".into()),
+        Ok(number) => Ok(number),
+        Err(_) => Err(format!("\"{text}\" is not a whole number from 1 to {}", u32::MAX)),
+    }
+}
+
+/// Host and port of a node as an operator writes them; the name is resolved when it is dialled.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct HostPort {
+    /// DNS name or IP address, an IPv6 address without its brackets.
+    pub host: String,
+    /// UDP port.
+    pub port: u16,
+}
+
+/// An address that is not one.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("\"{0}\" is not an address: expected host:port, such as 10.0.0.2:8101, prefill-0.local:8101 or [::1]:8101")]
+pub struct InvalidHostPort(pub String);
+
+impl FromStr for HostPort {
+    type Err = InvalidHostPort;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let invalid = || InvalidHostPort(text.to_owned());
+        let (host, port) = text.rsplit_once(':').ok_or_else(invalid)?;
+        let port = port.parse().ok().filter(|port| *port != 0).ok_or_else(invalid)?;
+        let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        // Without brackets a colon cannot be told from the one before the port.
+        let is_plain = bare.is_some() || !host.contains([':', '[', ']']);
+        let host = bare.unwrap_or(host);
+        if host.is_empty() || !is_plain || host.contains(char::is_whitespace) {
+            return Err(invalid());
+        }
+        Ok(Self { host: host.to_owned(), port })
+    }
+}
+
+impl fmt::Display for HostPort {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.host.contains(':') {
+            write!(f, "[{}]:{}", self.host, self.port)
+        } else {
+            write!(f, "{}:{}", self.host, self.port)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_read_in_binary_and_decimal_units() {
+        for (text, bytes) in [("0", 0), ("4096", 4096), ("512MiB", 512 << 20), ("2 GiB", 2 << 30), ("1kB", 1000)] {
+            assert_eq!(parse_bytes(text), Ok(bytes), "{text}");
+        }
+        for bad in ["", "MiB", "1.5GiB", "-1", "1 potato", "99999999999999999999", "99999999TiB"] {
+            assert!(parse_bytes(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn durations_are_seconds_unless_they_say_otherwise() {
+        for (text, millis) in [("30", 30_000), ("1.5s", 1500), ("500ms", 500), ("2m", 120_000), ("1h", 3_600_000)] {
+            assert_eq!(parse_duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for bad in ["", "s", "-1s", "1 day", "1.2.3s", "1e99"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+        assert!(parse_duration(&"9".repeat(40)).is_err());
+    }
+
+    #[test]
+    fn address_needs_a_host_and_a_port() {
+        for good in ["a:1", "10.0.0.2:8101", "[::1]:8101"] {
+            assert_eq!(good.parse::<HostPort>().unwrap().to_string(), good);
+        }
+        for bad in ["", "a", "a:", ":1", "a:0", "a:65536", "::1:8101", "a b:1", "http://a:1"] {
+            assert!(bad.parse::<HostPort>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! Continuous batching under one token budget: which sequence computes how many tokens in the next step,
+//! and which blocks it may write.
+//!
+//! A prompt chunk and a decode token are the same thing, tokens that have no KV yet. A step is filled in
+//! this order, which is also the order of rights to a block (DESIGN 2.7):
+//!
+//! 1. growth of running sequences, oldest first; where no block is left, the youngest is parked,
+//! 2. prompt chunks of running sequences,
+//! 3. parked sequences, 4. new ones.
+//!
+//! The oldest running sequence is never preempted, so something always finishes. A sequence that is
+//! admitted gets every block of its tokens at once, and a growth window; one without them holds nothing.
+//!
+//! Pure: [`Scheduler::schedule`] says what to do, the engine's loop does it and reports back with
+//! [`Scheduler::on_step_done`]. What the loop must do with the blocks of a step, in this order: save
+//! [`ScheduledStep::parks`], clear [`ScheduledStep::fresh_blocks`], restore [`ScheduledStep::unparks`],
+//! then compute. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
+
+mod admission;
+mod fork;
+mod step;
+#[cfg(test)]
+mod tests;
+
+use std::collections::{BTreeSet, HashMap, VecDeque};
+
+use crate::block_manager::{BlockCounts, BlockManager};
+use crate::ids::{BlockId, ChoiceIndex, SequenceId};
+use crate::sampling::{FinishReason, SampledToken};
+use crate::sequence::{NewSequence, Sequence, SequenceState};
+use crate::wire::NodeLoad;
+
+pub use admission::AddError;
+pub use step::{Park, ScheduledSpan, ScheduledStep, Unpark};
+
+/// What a scheduler may use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SchedulerLimits {
+    /// Tokens per block, a multiple of the granule.
+    pub block_size: usize,
+    /// Blocks in the pool.
+    pub num_blocks: usize,
+    /// Choices that run or await their KV at once.
+    pub max_num_seqs: usize,
+    /// Tokens per step, prompt chunks and decode tokens together.
+    pub max_num_batched_tokens: usize,
+    /// Of these, prompt tokens at most while something decodes.
+    pub max_num_prefill_tokens: usize,
+    /// Sequences in the queue.
+    pub max_num_waiting: usize,
+    /// Longest sequence in tokens.
+    pub max_model_len: usize,
+    /// Blocks reserved per choice beyond those of the tokens known at admission.
+    pub growth_blocks: usize,
+    /// Blocks whose content may be kept in host memory for parked sequences.
+    pub max_num_parked_blocks: usize,
+    /// Whether blocks are named and found again.
+    pub is_prefix_caching: bool,
+}
+
+/// Something that happened to a sequence and that its request must hear.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SequenceEvent {
+    /// It has its blocks.
+    Admitted {
+        /// Tokens whose KV was found in the pool.
+        num_cached_tokens: usize,
+        /// Block table, reservation included.
+        blocks: Vec<BlockId>,
+    },
+    /// Prefill node: token #1 of each choice.
+    FirstTokens(Vec<SampledToken>),
+    /// One more token of a choice.
+    Token {
+        /// Which choice.
+        choice: ChoiceIndex,
+        /// Index among its generated tokens.
+        index: u32,
+        /// The token.
+        token: SampledToken,
+        /// Set with the last one.
+        finish: Option<FinishReason>,
+    },
+    /// All choices finished; nothing is held any more.
+    Finished,
+}
+
+/// An event and the group (the id returned by [`Scheduler::add`]) it is for.
+pub type GroupEvent = (SequenceId, SequenceEvent);
+
+/// A token drawn by the runner.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DrawnToken {
+    /// For which sequence.
+    pub sequence: SequenceId,
+    /// For which of its choices.
+    pub choice: ChoiceIndex,
+    /// The token.
+    pub token: SampledToken,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: SchedulerLimits,
+    blocks: BlockManager,
+    sequences: HashMap<SequenceId, Sequence>,
+    /// New sequences, in order of arrival.
+    waiting: VecDeque<SequenceId>,
+    /// Preempted sequences, (arrival, id) ascending.
+    parked: BTreeSet<(u64, SequenceId)>,
+    /// Computing sequences, (arrival, id) ascending.
+    running: BTreeSet<(u64, SequenceId)>,
+    /// Live choices of each group.
+    groups: HashMap<SequenceId, Vec<SequenceId>>,
+    copies: Vec<(BlockId, BlockId)>,
+    num_parked_blocks: usize,
+    next_id: u64,
+    num_preemptions: u64,
+}
+
+impl Scheduler {
+    /// A scheduler over an empty pool.
+    pub fn new(limits: SchedulerLimits) -> Self {
+        Self {
+            limits,
+            blocks: BlockManager::new(limits.num_blocks),
+            sequences: HashMap::new(),
+            waiting: VecDeque::new(),
+            parked: BTreeSet::new(),
+            running: BTreeSet::new(),
+            groups: HashMap::new(),
+            copies: Vec::new(),
+            num_parked_blocks: 0,
+            next_id: 0,
+            num_preemptions: 0,
+        }
+    }
+
+    /// Its limits.
+    pub fn limits(&self) -> &SchedulerLimits {
+        &self.limits
+    }
+
+    /// Changes the limits that may change while running: seats, token budgets, queue length.
+    pub fn set_limits(&mut self, change: impl FnOnce(&mut SchedulerLimits)) {
+        let fixed = self.limits;
+        change(&mut self.limits);
+        self.limits.block_size = fixed.block_size;
+        self.limits.num_blocks = fixed.num_blocks;
+        self.limits.max_model_len = fixed.max_model_len;
+    }
+
+    /// Puts a sequence into the queue.
+    ///
+    /// # Errors
+    /// [`AddError::Full`] if the queue is; the others if it can never run here.
+    pub fn add(&mut self, new: NewSequence) -> Result<SequenceId, AddError> {
+        self.check_admissible(&new)?;
+        let id = SequenceId(self.next_id);
+        self.next_id += 1;
+        self.sequences.insert(id, Sequence::new(id, id.0, new));
+        self.waiting.push_back(id);
+        self.groups.insert(id, vec![id]);
+        Ok(id)
+    }
+
+    /// Drops all sequences of a group and gives their blocks back; also how a prefill node releases what
+    /// it held. Must not be called while a step that computes them is in flight. Returns the sequences
+    /// that were parked, whose saved content can be dropped. An unknown group is nothing to do.
+    pub fn cancel(&mut self, group: SequenceId) -> Vec<SequenceId> {
+        let mut parked = Vec::new();
+        for id in self.groups.remove(&group).unwrap_or_default() {
+            if self.sequences.get(&id).is_some_and(|sequence| sequence.state == SequenceState::Parked) {
+                parked.push(id);
+            }
+            self.remove(id);
+        }
+        parked
+    }
+
+    /// All KV of an awaiting group has landed and was verified; `first_tokens` (one per choice) are
+    /// already delivered. It joins the running batch. An unknown group (cancelled) is nothing to do.
+    pub fn on_kv_complete(&mut self, group: SequenceId, first_tokens: Vec<SampledToken>) -> Vec<GroupEvent> {
+        let mut events = Vec::new();
+        let Some(sequence) = self.sequences.get_mut(&group).filter(|s| s.state == SequenceState::AwaitingKv) else {
+            return events;
+        };
+        sequence.num_computed_tokens = sequence.tokens.len();
+        sequence.become_state(SequenceState::Computing);
+        self.running.insert((sequence.arrival, group));
+        self.publish(group);
+        self.continue_with(group, first_tokens, false, &mut events);
+        events
+    }
+
+    /// An awaiting group's KV will not come: compute here what is missing behind the first
+    /// `num_valid_tokens`, a multiple of the granule. `first_tokens`, if already delivered, are kept. An
+    /// unknown group is nothing to do.
+    pub fn on_compute_locally(
+        &mut self,
+        group: SequenceId,
+        num_valid_tokens: usize,
+        first_tokens: Option<Vec<SampledToken>>,
+    ) {
+        let Some(sequence) = self.sequences.get_mut(&group).filter(|s| s.state == SequenceState::AwaitingKv) else {
+            return;
+        };
+        // The last token is computed in any case: its logits are what the next token is drawn from.
+        let last_granule = (sequence.tokens.len() - 1) / crate::content::GRANULE_TOKENS;
+        sequence.num_computed_tokens = num_valid_tokens.min(last_granule * crate::content::GRANULE_TOKENS);
+        sequence.delivered_first_tokens = first_tokens;
+        sequence.become_state(SequenceState::Computing);
+        self.running.insert((sequence.arrival, group));
+        self.publish(group);
+    }
+
+    /// A sequence by id.
+    pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
+        self.sequences.get(&id)
+    }
+
+    /// Copies (source, destination) that a fork asks for; to be made before anything else is computed.
+    pub fn take_copies(&mut self) -> Vec<(BlockId, BlockId)> {
+        std::mem::take(&mut self.copies)
+    }
+
+    /// Whether nothing is queued, running, parked or held.
+    pub fn is_idle(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    /// Blocks by state.
+    pub fn block_counts(&self) -> BlockCounts {
+        self.blocks.counts()
+    }
+
+    /// Sequences that were preempted since the start.
+    pub fn num_preemptions(&self) -> u64 {
+        self.num_preemptions
+    }
+
+    /// For routing.
+    pub fn load(&self, num_steps: u64) -> NodeLoad {
+        let queued = self.sequences.values().map(|s| s.num_uncomputed_tokens() as u64).sum();
+        NodeLoad {
+            num_running: self.running.len() as u32,
+            num_waiting: (self.waiting.len() + self.parked.len()) as u32,
+            num_queued_tokens: queued,
+            num_available_blocks: self.blocks.num_available() as u32,
+            num_blocks: self.limits.num_blocks as u32,
+            num_steps,
+        }
+    }
+
+    /// Forgets all cached blocks that nobody holds.
+    pub fn clear_cache(&mut self) {
+        self.blocks.clear_cached();
+    }
+
+    /// Proves that the books balance.
+    ///
+    /// # Errors
+    /// A sentence about the first contradiction.
+    pub fn check_integrity(&self) -> Result<(), String> {
+        self.blocks.check_integrity()?;
+        let mut held: HashMap<BlockId, usize> = HashMap::new();
+        for sequence in self.sequences.values() {
+            if !sequence.state.holds_blocks() && !sequence.blocks.is_empty() {
+                return Err(format!("{} holds blocks while {:?}", sequence.id, sequence.state));
+            }
+            for id in &sequence.blocks {
+                *held.entry(*id).or_default() += 1;
+            }
+        }
+        let counts = self.blocks.counts();
+        if held.len() != counts.referenced {
+            return Err(format!("sequences hold {} blocks, {} are referenced", held.len(), counts.referenced));
+        }
+        let in_groups: usize = self.groups.values().map(Vec::len).sum();
+        if in_groups != self.sequences.len() {
+            return Err(format!("{} sequences, {in_groups} in groups", self.sequences.len()));
+        }
+        Ok(())
+    }
+
+    /// Names the blocks that have become full.
+    fn publish(&mut self, id: SequenceId) {
+        if !self.limits.is_prefix_caching {
+            return;
+        }
+        let sequence = self.sequences.get_mut(&id).expect("published sequences are known");
+        sequence.chain.extend(&sequence.tokens);
+        let num_full = sequence.num_computed_tokens / self.limits.block_size;
+        let names = sequence.chain.blocks(self.limits.block_size);
+        let unnamed = sequence.num_published_blocks;
+        for (block, name) in sequence.blocks.iter().zip(names).take(num_full).skip(unnamed) {
+            self.blocks.publish(*block, name);
+        }
+        sequence.num_published_blocks = num_full.max(unnamed);
+    }
+
+    /// Forgets a sequence and gives its blocks back.
+    fn remove(&mut self, id: SequenceId) {
+        let Some(sequence) = self.sequences.remove(&id) else { return };
+        self.blocks.release(&sequence.blocks);
+        match sequence.state {
+            SequenceState::Waiting => self.waiting.retain(|other| *other != id),
+            SequenceState::Parked => {
+                self.parked.remove(&(sequence.arrival, id));
+                self.num_parked_blocks -= sequence.num_parked_tokens.div_ceil(self.limits.block_size);
+            }
+            SequenceState::Computing => {
+                self.running.remove(&(sequence.arrival, id));
+            }
+            SequenceState::AwaitingKv | SequenceState::Held => {}
+        }
+        if let Some(members) = self.groups.get_mut(&sequence.group) {
+            members.retain(|other| *other != id);
+        }
+    }
+}

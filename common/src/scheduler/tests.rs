@@ -1,0 +1,460 @@
+//! The scheduler against a model engine: a pool whose slots hold a hash of the whole prefix, so that
+//! every computed token proves that the KV before it is its own.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::content::ChainRoot;
+use crate::model::ModelIdentity;
+use crate::sampling::SamplingParams;
+use crate::sequence::Work;
+use crate::tokens::Token;
+
+fn limits() -> SchedulerLimits {
+    SchedulerLimits {
+        block_size: 16,
+        num_blocks: 32,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        max_num_prefill_tokens: 64,
+        max_num_waiting: 100,
+        max_model_len: 400,
+        growth_blocks: 1,
+        max_num_parked_blocks: 8,
+        is_prefix_caching: true,
+    }
+}
+
+fn mix(prefix: u64, token: Token) -> u64 {
+    let mut x = prefix ^ u64::from(token).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    x = (x ^ (x >> 29)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    x ^ (x >> 32)
+}
+
+fn draw(prefix: u64, choice: ChoiceIndex) -> Token {
+    (mix(prefix, 77 + choice.0) % 50) as Token
+}
+
+/// What a choice of a prompt generates, computed directly.
+fn expected(prompt: &[Token], choice: ChoiceIndex, max_tokens: usize) -> Vec<Token> {
+    let mut prefix = prompt.iter().fold(1, |p, t| mix(p, *t));
+    (0..max_tokens)
+        .map(|_| {
+            let token = draw(prefix, choice);
+            prefix = mix(prefix, token);
+            token
+        })
+        .collect()
+}
+
+fn sampled(id: Token) -> SampledToken {
+    SampledToken { id, logprob: 0.0, top_logprobs: Vec::new() }
+}
+
+/// Executes scheduled steps on a pool of prefix hashes.
+struct ModelEngine {
+    scheduler: Scheduler,
+    /// `[num_blocks][block_size]`
+    pool: Vec<Vec<u64>>,
+    saved: HashMap<SequenceId, Vec<Vec<u64>>>,
+    /// Tokens reported per group and choice.
+    told: HashMap<(SequenceId, ChoiceIndex), Vec<Token>>,
+    finished: Vec<SequenceId>,
+    admitted: HashMap<SequenceId, (usize, Vec<BlockId>)>,
+    first_tokens: HashMap<SequenceId, Vec<SampledToken>>,
+    num_computed: usize,
+}
+
+impl ModelEngine {
+    fn new(limits: SchedulerLimits) -> Self {
+        Self {
+            scheduler: Scheduler::new(limits),
+            pool: vec![vec![0; limits.block_size]; limits.num_blocks],
+            saved: HashMap::new(),
+            told: HashMap::new(),
+            finished: Vec::new(),
+            admitted: HashMap::new(),
+            first_tokens: HashMap::new(),
+            num_computed: 0,
+        }
+    }
+
+    fn take_in(&mut self, events: Vec<GroupEvent>) {
+        for (group, event) in events {
+            match event {
+                SequenceEvent::Admitted { num_cached_tokens, blocks } => {
+                    self.admitted.insert(group, (num_cached_tokens, blocks));
+                }
+                SequenceEvent::FirstTokens(tokens) => {
+                    self.first_tokens.insert(group, tokens);
+                }
+                SequenceEvent::Token { choice, index, token, .. } => {
+                    let told = self.told.entry((group, choice)).or_default();
+                    assert_eq!(told.len(), index as usize, "tokens are told in order, once");
+                    told.push(token.id);
+                }
+                SequenceEvent::Finished => self.finished.push(group),
+            }
+        }
+        for (source, destination) in self.scheduler.take_copies() {
+            self.pool[destination.0 as usize] = self.pool[source.0 as usize].clone();
+        }
+    }
+
+    /// One step; false if nothing could be computed.
+    fn step(&mut self) -> bool {
+        let step = self.scheduler.schedule();
+        for park in &step.parks {
+            let saved = park.blocks.iter().map(|b| self.pool[b.0 as usize].clone()).collect();
+            self.saved.insert(park.sequence, saved);
+        }
+        for block in &step.fresh_blocks {
+            self.pool[block.0 as usize].fill(0);
+        }
+        for unpark in &step.unparks {
+            let saved = self.saved.remove(&unpark.sequence).expect("an unparked sequence was saved");
+            for (i, block) in unpark.blocks.iter().enumerate() {
+                self.pool[block.0 as usize] = saved[unpark.first_block + i].clone();
+            }
+        }
+        self.take_in(step.events.clone());
+        let mut drawn = Vec::new();
+        let budget = self.scheduler.limits.max_num_batched_tokens;
+        // One granule of prompt goes in beside a full batch.
+        assert!(step.spans.iter().map(|s| s.num_tokens).sum::<usize>() <= budget + 16);
+        for span in &step.spans {
+            let sequence = self.scheduler.sequence(span.sequence).unwrap();
+            let size = self.scheduler.limits.block_size;
+            let mut prefix = 1;
+            for (position, token) in sequence.tokens[..span.first_token + span.num_tokens].iter().enumerate() {
+                prefix = mix(prefix, *token);
+                let slot = &mut self.pool[sequence.blocks[position / size].0 as usize][position % size];
+                if position < span.first_token {
+                    assert_eq!(*slot, prefix, "{} reads KV that is not its own at {position}", span.sequence);
+                } else {
+                    *slot = prefix;
+                    self.num_computed += 1;
+                }
+            }
+            if span.is_sampled {
+                for choice in &sequence.choices {
+                    let token = sampled(draw(prefix, *choice));
+                    drawn.push(DrawnToken { sequence: span.sequence, choice: *choice, token });
+                }
+            }
+        }
+        let is_busy = !step.spans.is_empty();
+        let events = self.scheduler.on_step_done(&step, drawn);
+        self.take_in(events);
+        self.scheduler.check_integrity().unwrap();
+        is_busy
+    }
+
+    fn run(&mut self) {
+        for _ in 0..10_000 {
+            if !self.step() {
+                return;
+            }
+        }
+        panic!("no end after 10,000 steps");
+    }
+
+    fn add(&mut self, prompt: &[Token], num_choices: u32, max_tokens: u32, work: Work) -> SequenceId {
+        self.scheduler.add(new(prompt, num_choices, max_tokens, work)).unwrap()
+    }
+
+    /// Plays the transfer: writes the KV a prefill node would have sent.
+    fn land(&mut self, group: SequenceId, num_tokens: usize) {
+        let sequence = self.scheduler.sequence(group).unwrap();
+        let size = self.scheduler.limits.block_size;
+        let mut prefix = 1;
+        for (position, token) in sequence.tokens[..num_tokens].iter().enumerate() {
+            prefix = mix(prefix, *token);
+            self.pool[sequence.blocks[position / size].0 as usize][position % size] = prefix;
+        }
+    }
+
+    fn assert_told(&self, group: SequenceId, prompt: &[Token], num_choices: u32, max_tokens: usize) {
+        for choice in (0..num_choices).map(ChoiceIndex) {
+            assert_eq!(self.told[&(group, choice)], expected(prompt, choice, max_tokens), "{group} {choice:?}");
+        }
+    }
+
+    fn assert_clean(&self) {
+        assert!(self.scheduler.is_idle());
+        let counts = self.scheduler.block_counts();
+        assert_eq!(counts.referenced, 0);
+        assert_eq!(counts.free + counts.cached, counts.total);
+        assert_eq!(self.scheduler.num_parked_blocks, 0);
+        assert!(self.saved.is_empty());
+    }
+}
+
+fn new(prompt: &[Token], num_choices: u32, max_tokens: u32, work: Work) -> NewSequence {
+    NewSequence {
+        tokens: prompt.to_vec(),
+        prompt_len: prompt.len(),
+        choices: (0..num_choices).map(ChoiceIndex).collect(),
+        params: Arc::new(SamplingParams::greedy(max_tokens)),
+        root: ChainRoot::of_model(ModelIdentity([0; 32])),
+        work,
+    }
+}
+
+fn prompt(seed: u32, len: usize) -> Vec<Token> {
+    (0..len as u32).map(|i| (seed * 31 + i * i) % 50).collect()
+}
+
+#[test]
+fn long_prompt_is_computed_in_chunks_that_end_at_granules() {
+    let mut engine = ModelEngine::new(limits());
+    engine.add(&prompt(1, 150), 1, 1, Work::Generate);
+    let lens: Vec<_> = std::iter::from_fn(|| {
+        let step = engine.scheduler.schedule();
+        let span = *step.spans.first()?;
+        let tokens =
+            span.is_sampled.then(|| DrawnToken { sequence: span.sequence, choice: ChoiceIndex(0), token: sampled(1) });
+        engine.scheduler.on_step_done(&step, tokens.into_iter().collect());
+        Some(span.num_tokens)
+    })
+    .collect();
+    assert_eq!(lens, [64, 64, 22]);
+}
+
+#[test]
+fn second_request_computes_only_behind_the_shared_prefix() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(3, 100);
+    let first = engine.add(&text, 1, 3, Work::Generate);
+    engine.run();
+    let computed = engine.num_computed;
+    let second = engine.add(&text, 1, 3, Work::Generate);
+    engine.run();
+    assert_eq!(engine.admitted[&second].0, 96);
+    assert_eq!(engine.num_computed - computed, 4 + 2);
+    engine.assert_told(first, &text, 1, 3);
+    engine.assert_told(second, &text, 1, 3);
+    engine.assert_clean();
+}
+
+#[test]
+fn hit_never_covers_the_last_prompt_token() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(3, 96);
+    engine.add(&text, 1, 1, Work::Generate);
+    engine.run();
+    let second = engine.add(&text, 1, 1, Work::Generate);
+    engine.run();
+    assert_eq!(engine.admitted[&second].0, 80);
+}
+
+#[test]
+fn choices_share_the_prompt_and_part_after_it() {
+    for len in [1, 15, 16, 17, 40] {
+        let mut engine = ModelEngine::new(limits());
+        let text = prompt(5, len);
+        let group = engine.add(&text, 3, 40, Work::Generate);
+        engine.run();
+        engine.assert_told(group, &text, 3, 40);
+        assert_eq!(engine.finished, [group]);
+        assert_eq!(engine.num_computed, len + 3 * 39);
+        engine.assert_clean();
+    }
+}
+
+#[test]
+fn prefill_only_holds_its_blocks_until_released() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(7, 40);
+    let group = engine.add(&text, 2, 9, Work::PrefillOnly);
+    engine.run();
+    assert_eq!(engine.first_tokens[&group][1].id, expected(&text, ChoiceIndex(1), 1)[0]);
+    assert_eq!(engine.scheduler.block_counts().referenced, 3);
+    engine.scheduler.cancel(group);
+    engine.assert_clean();
+}
+
+#[test]
+fn awaiting_sequence_joins_when_its_kv_is_complete() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(8, 40);
+    let group = engine.add(&text, 2, 9, Work::AwaitKv);
+    engine.run();
+    assert!(engine.told.is_empty());
+    engine.land(group, 40);
+    let firsts: Vec<_> = (0..2).map(|c| sampled(expected(&text, ChoiceIndex(c), 1)[0])).collect();
+    let events = engine.scheduler.on_kv_complete(group, firsts);
+    engine.take_in(events);
+    for c in 0..2 {
+        engine.told.insert((group, ChoiceIndex(c)), expected(&text, ChoiceIndex(c), 1));
+    }
+    engine.run();
+    engine.assert_told(group, &text, 2, 9);
+    assert_eq!(engine.num_computed, 2 * 8, "no prompt token was computed here");
+    engine.assert_clean();
+}
+
+#[test]
+fn lost_transfer_is_computed_locally_from_what_arrived() {
+    for is_first_delivered in [false, true] {
+        let mut engine = ModelEngine::new(limits());
+        let text = prompt(9, 50);
+        let group = engine.add(&text, 2, 5, Work::AwaitKv);
+        engine.run();
+        engine.land(group, 32);
+        let firsts: Vec<_> = (0..2).map(|c| sampled(expected(&text, ChoiceIndex(c), 1)[0])).collect();
+        if is_first_delivered {
+            for c in 0..2 {
+                engine.told.insert((group, ChoiceIndex(c)), expected(&text, ChoiceIndex(c), 1));
+            }
+        }
+        engine.scheduler.on_compute_locally(group, 32, is_first_delivered.then_some(firsts));
+        engine.run();
+        engine.assert_told(group, &text, 2, 5);
+        assert_eq!(engine.num_computed, 18 + 2 * 4);
+        engine.assert_clean();
+    }
+}
+
+#[test]
+fn oldest_sequence_is_never_preempted() {
+    let mut engine = ModelEngine::new(SchedulerLimits { num_blocks: 8, max_num_parked_blocks: 0, ..limits() });
+    let oldest = engine.add(&prompt(1, 30), 1, 60, Work::Generate);
+    let younger = engine.add(&prompt(2, 30), 1, 60, Work::Generate);
+    while engine.scheduler.num_preemptions() == 0 {
+        assert!(engine.step());
+    }
+    assert_eq!(engine.scheduler.sequence(oldest).unwrap().state, SequenceState::Computing);
+    assert_eq!(engine.scheduler.sequence(younger).unwrap().state, SequenceState::Parked);
+    engine.run();
+    engine.assert_told(oldest, &prompt(1, 30), 1, 60);
+    engine.assert_told(younger, &prompt(2, 30), 1, 60);
+    engine.assert_clean();
+}
+
+#[test]
+fn parked_kv_comes_back_without_recomputing() {
+    let caching = false;
+    let base = SchedulerLimits { num_blocks: 8, is_prefix_caching: caching, ..limits() };
+    let mut engine = ModelEngine::new(SchedulerLimits { max_num_parked_blocks: 8, ..base });
+    engine.add(&prompt(1, 30), 1, 60, Work::Generate);
+    engine.add(&prompt(2, 30), 1, 60, Work::Generate);
+    engine.run();
+    assert!(engine.scheduler.num_preemptions() > 0);
+    assert_eq!(engine.num_computed, 2 * (30 + 59));
+    engine.assert_clean();
+}
+
+#[test]
+fn what_can_never_run_is_refused_when_added() {
+    let mut scheduler = Scheduler::new(SchedulerLimits { num_blocks: 4, ..limits() });
+    let too_long = scheduler.add(new(&prompt(1, 60), 1, 10, Work::Generate));
+    assert!(matches!(too_long, Err(AddError::TooLong { .. })), "{too_long:?}");
+    let too_many = scheduler.add(new(&prompt(1, 30), 3, 10, Work::Generate));
+    assert!(matches!(too_many, Err(AddError::TooManyChoices { max_num_choices: 2, .. })), "{too_many:?}");
+    assert_eq!(scheduler.add(new(&[], 1, 10, Work::Generate)), Err(AddError::Empty));
+}
+
+#[test]
+fn queue_is_bounded() {
+    let mut scheduler = Scheduler::new(SchedulerLimits { max_num_waiting: 2, ..limits() });
+    for _ in 0..2 {
+        scheduler.add(new(&[1], 1, 1, Work::Generate)).unwrap();
+    }
+    assert_eq!(scheduler.add(new(&[1], 1, 1, Work::Generate)), Err(AddError::Full { max_num_waiting: 2 }));
+}
+
+#[derive(Debug, Clone)]
+struct Request {
+    seed: u32,
+    len: usize,
+    num_choices: u32,
+    max_tokens: u32,
+    work: u8,
+    cancel_after: Option<u8>,
+    valid: usize,
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    let cancel = prop::option::weighted(0.2, 0u8..20);
+    (0u32..3, 1usize..120, 1u32..4, 1u32..40, 0u8..4, cancel, 0usize..8).prop_map(
+        |(seed, len, num_choices, max_tokens, work, cancel_after, valid)| Request {
+            seed,
+            len,
+            num_choices,
+            max_tokens,
+            work,
+            cancel_after,
+            valid,
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 150, ..ProptestConfig::default() })]
+    #[test]
+    fn every_mix_of_requests_gives_the_expected_tokens_and_leaves_nothing(
+        requests in prop::collection::vec(request(), 1..12),
+        num_blocks in 14usize..40,
+        block_size in prop::sample::select(vec![16usize, 32]),
+        max_num_parked_blocks in prop::sample::select(vec![0usize, 3, 100]),
+        is_prefix_caching in any::<bool>(),
+        budget in 24usize..100,
+    ) {
+        let limits = SchedulerLimits {
+            block_size, num_blocks, max_num_parked_blocks, is_prefix_caching,
+            max_num_batched_tokens: budget, max_num_prefill_tokens: budget / 2 + 8, ..limits()
+        };
+        let mut engine = ModelEngine::new(limits);
+        let mut live = Vec::new();
+        for r in requests {
+            let work = [Work::Generate, Work::PrefillOnly, Work::AwaitKv, Work::AwaitKv][usize::from(r.work)];
+            let text = prompt(r.seed, r.len);
+            let Ok(group) = engine.scheduler.add(new(&text, r.num_choices, r.max_tokens, work)) else { continue };
+            live.push((group, text, r, work));
+        }
+        let mut cancelled = std::collections::HashSet::new();
+        let mut answered = std::collections::HashSet::new();
+        for round in 0u32..20_000 {
+            for (group, text, r, work) in &live {
+                let is_gone = cancelled.contains(group);
+                if r.cancel_after.is_some_and(|after| u32::from(after) == round) && !is_gone {
+                    for parked in engine.scheduler.cancel(*group) {
+                        engine.saved.remove(&parked);
+                    }
+                    cancelled.insert(*group);
+                } else if *work == Work::PrefillOnly && engine.first_tokens.remove(group).is_some() {
+                    engine.scheduler.cancel(*group);
+                } else if *work == Work::AwaitKv && !is_gone && engine.admitted.contains_key(group) && answered.insert(*group) {
+                    let held = engine.admitted[group].0;
+                    let firsts: Vec<_> = (0..r.num_choices).map(|c| sampled(expected(text, ChoiceIndex(c), 1)[0])).collect();
+                    if r.work == 2 {
+                        engine.land(*group, text.len());
+                        let events = engine.scheduler.on_kv_complete(*group, firsts);
+                        for c in 0..r.num_choices {
+                            engine.told.insert((*group, ChoiceIndex(c)), expected(text, ChoiceIndex(c), 1));
+                        }
+                        engine.take_in(events);
+                    } else {
+                        let valid = (held + r.valid * 16).min(text.len() / 16 * 16);
+                        engine.land(*group, valid);
+                        engine.scheduler.on_compute_locally(*group, valid, None);
+                    }
+                }
+            }
+            let is_busy = engine.step();
+            if !is_busy && engine.scheduler.is_idle() {
+                break;
+            }
+        }
+        for (group, text, r, work) in &live {
+            if *work != Work::PrefillOnly && !cancelled.contains(group) {
+                engine.assert_told(*group, text, r.num_choices, r.max_tokens as usize);
+            }
+        }
+        engine.assert_clean();
+    }
+}

@@ -1,0 +1,193 @@
+//! One sequence: its tokens, its blocks, how far it has been computed, and what it waits for.
+
+use std::sync::Arc;
+
+use crate::content::{ChainRoot, ContentChain};
+use crate::ids::{BlockId, ChoiceIndex, SequenceId};
+use crate::sampling::{SampledToken, SamplingParams};
+use crate::tokens::Token;
+
+/// What a node is to do with a sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Work {
+    /// Compute the prompt here and generate (colocated, or local prefill on a decode node).
+    Generate,
+    /// Compute the prompt, draw the first token of each choice, keep the blocks until released (prefill
+    /// node).
+    PrefillOnly,
+    /// Reserve the blocks, wait until their KV has landed, then generate (decode node).
+    AwaitKv,
+}
+
+/// A sequence to be added.
+#[derive(Debug, Clone)]
+pub struct NewSequence {
+    /// Prompt and committed tokens. Not empty.
+    pub tokens: Vec<Token>,
+    /// How many of them are the prompt.
+    pub prompt_len: usize,
+    /// Choices to draw behind `tokens`. Not empty, no duplicates.
+    pub choices: Vec<ChoiceIndex>,
+    /// How to choose and when to end.
+    pub params: Arc<SamplingParams>,
+    /// Where its content chain begins.
+    pub root: ChainRoot,
+    /// What to do.
+    pub work: Work,
+}
+
+/// Where a sequence is.
+///
+/// ```text
+///              admit (AwaitKv)                 kv complete
+///  Waiting ──────────────────> AwaitingKv ─────────────────> Computing <──┐ unpark
+///     │                            │ compute locally             ^  │ │   │
+///     │ admit (others)             └─────────────────────────────┘  │ └─> Parked
+///     └─────────────────────────────> Computing                     │ preempt
+///                                                                   v
+///                                            Held (PrefillOnly: first tokens drawn)
+/// ```
+/// It leaves from any state by finishing or by being cancelled. Prefilling and decoding are the same
+/// state: tokens that have no KV yet are computed, one or many.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum SequenceState {
+    /// In the queue. Holds nothing.
+    Waiting,
+    /// Holds its reservation; KV is landing in it.
+    AwaitingKv,
+    /// In the running batch.
+    Computing,
+    /// Preempted. Holds no block of the pool.
+    Parked,
+    /// Computed; blocks are pinned until its KV has been taken.
+    Held,
+}
+
+impl SequenceState {
+    /// Whether a sequence may go from `self` to `next`.
+    pub fn can_become(self, next: SequenceState) -> bool {
+        use SequenceState::{AwaitingKv, Computing, Held, Parked, Waiting};
+        matches!(
+            (self, next),
+            (Waiting, AwaitingKv | Computing)
+                | (AwaitingKv, Computing)
+                | (Computing, Parked | Held)
+                | (Parked, Computing)
+        )
+    }
+
+    /// Whether blocks of the pool are held in this state.
+    pub fn holds_blocks(self) -> bool {
+        !matches!(self, SequenceState::Waiting | SequenceState::Parked)
+    }
+}
+
+/// A sequence and its books.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Its name.
+    pub id: SequenceId,
+    /// The sequence it was added as; itself, or the parent it was forked from. Events carry this.
+    pub group: SequenceId,
+    /// Order of arrival; a fork has its parent's.
+    pub arrival: u64,
+    /// Prompt and generated tokens.
+    pub tokens: Vec<Token>,
+    /// How many are the prompt.
+    pub prompt_len: usize,
+    /// Choices to draw at the end of `tokens`: several until the fork, then one.
+    pub choices: Vec<ChoiceIndex>,
+    /// How to choose.
+    pub params: Arc<SamplingParams>,
+    /// Names of its full granules.
+    pub chain: ContentChain,
+    /// What to do with it.
+    pub work: Work,
+    /// Where it is.
+    pub state: SequenceState,
+    /// Block table; may reach beyond the tokens (reservation).
+    pub blocks: Vec<BlockId>,
+    /// Tokens whose KV is in the blocks.
+    pub num_computed_tokens: usize,
+    /// Tokens that were found in the cache when it was admitted first.
+    pub num_cached_tokens: usize,
+    /// Leading blocks that have been named.
+    pub num_published_blocks: usize,
+    /// First tokens that were drawn elsewhere and are already delivered; used instead of drawing.
+    pub delivered_first_tokens: Option<Vec<SampledToken>>,
+    /// Tokens whose KV is saved in host memory while parked.
+    pub num_parked_tokens: usize,
+}
+
+impl Sequence {
+    pub(crate) fn new(id: SequenceId, arrival: u64, new: NewSequence) -> Self {
+        let mut chain = ContentChain::new(&new.root);
+        chain.extend(&new.tokens);
+        Self {
+            id,
+            group: id,
+            arrival,
+            tokens: new.tokens,
+            prompt_len: new.prompt_len,
+            choices: new.choices,
+            params: new.params,
+            chain,
+            work: new.work,
+            state: SequenceState::Waiting,
+            blocks: Vec::new(),
+            num_computed_tokens: 0,
+            num_cached_tokens: 0,
+            num_published_blocks: 0,
+            delivered_first_tokens: None,
+            num_parked_tokens: 0,
+        }
+    }
+
+    /// Moves to `next`.
+    ///
+    /// # Panics
+    /// If the diagram has no such arrow: a bug of the scheduler.
+    pub(crate) fn become_state(&mut self, next: SequenceState) {
+        assert!(self.state.can_become(next), "{} cannot go from {:?} to {next:?}", self.id, self.state);
+        self.state = next;
+    }
+
+    /// Tokens without KV.
+    pub fn num_uncomputed_tokens(&self) -> usize {
+        self.tokens.len() - self.num_computed_tokens
+    }
+
+    /// Generated tokens, committed ones included.
+    pub fn num_generated_tokens(&self) -> usize {
+        self.tokens.len() - self.prompt_len
+    }
+
+    /// Whether only the newest token has no KV.
+    pub fn is_decoding(&self) -> bool {
+        self.num_uncomputed_tokens() == 1 && self.num_generated_tokens() > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use SequenceState::{AwaitingKv, Computing, Held, Parked, Waiting};
+
+    #[test]
+    fn transition_table_is_the_diagram() {
+        let states = [Waiting, AwaitingKv, Computing, Parked, Held];
+        let allowed: Vec<_> = states
+            .iter()
+            .flat_map(|from| states.iter().filter(|to| from.can_become(**to)).map(|to| (*from, *to)))
+            .collect();
+        let expected = [
+            (Waiting, AwaitingKv),
+            (Waiting, Computing),
+            (AwaitingKv, Computing),
+            (Computing, Parked),
+            (Computing, Held),
+            (Parked, Computing),
+        ];
+        assert_eq!(allowed, expected);
+    }
+}

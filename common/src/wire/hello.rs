@@ -1,0 +1,101 @@
+//! Who is calling, what a node is doing, and who else there is.
+
+use std::net::SocketAddr;
+
+use bincode::{Decode, Encode};
+
+use crate::ids::{Epoch, NodeId, Role};
+use crate::model::ModelInfo;
+
+/// First message of a connection, from both ends.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Hello {
+    /// The sender's name; must be the one in its certificate.
+    pub node: NodeId,
+    /// The sender's role; must be the one in its certificate.
+    pub role: Role,
+    /// The sender's life.
+    pub epoch: Epoch,
+    /// Its model; a proxy has none.
+    pub model: Option<ModelInfo>,
+    /// UDP port of its bulk listener; `None` if it has none (proxy, decode node).
+    pub bulk_port: Option<u16>,
+}
+
+/// Answer to [`Hello`].
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub enum HelloReply {
+    /// Accepted.
+    Welcome(Hello),
+    /// Refused, in words that name what was expected and found.
+    Refused {
+        /// The sentence for the operator.
+        reason: String,
+    },
+}
+
+/// Asks a node for its status: at once, on every change of state, and every 250 ms.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct Watch {}
+
+/// Whether a node takes work.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub enum NodeState {
+    /// Takes requests.
+    Ready,
+    /// Finishes what it has and refuses what is new.
+    Draining,
+}
+
+/// How busy a node is. Hints for routing; the node's own admission has the last word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Encode, Decode)]
+pub struct NodeLoad {
+    /// Sequences in the running batch.
+    pub num_running: u32,
+    /// Sequences that wait for blocks or for their turn.
+    pub num_waiting: u32,
+    /// Prompt tokens still to be computed here.
+    pub num_queued_tokens: u64,
+    /// Blocks that a new sequence could take now: free, or cached and unreferenced.
+    pub num_available_blocks: u32,
+    /// All blocks.
+    pub num_blocks: u32,
+    /// Engine steps since the start; a value that stands still while there is work is a hang.
+    pub num_steps: u64,
+}
+
+/// A node's state and load.
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct NodeStatus {
+    /// Whether it takes work.
+    pub state: NodeState,
+    /// How busy it is.
+    pub load: NodeLoad,
+}
+
+/// A node and where it listens.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Peer {
+    /// Its name.
+    pub node: NodeId,
+    /// Its control listener.
+    pub control: SocketAddr,
+}
+
+/// The prefill nodes a decode node may be told to use, from the proxy; replaces the one before. Requests
+/// name candidates by [`NodeId`] only, so an address never comes from a client.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Directory {
+    /// Prefill nodes that are up.
+    pub prefill_nodes: Vec<Peer>,
+}
+
+/// A node that was not listed at the proxy announces itself; the proxy dials it back.
+#[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
+pub struct Register {
+    /// Name and address of its control listener. An unspecified IP stands for the address the
+    /// registration came from.
+    pub peer: Peer,
+    /// Its role.
+    pub role: Role,
+}

@@ -1,0 +1,138 @@
+//! The node: what its requests share, and the loop that accepts them.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use common::config::DecodeArgs;
+use common::content::{ChainRoot, ContentChain};
+use common::ids::Generation;
+use common::wire::{Directory, Generate, GenerateEvent, NodeError, Open};
+use engine::core::EngineHandle;
+use kv_connector::fencing::Fences;
+use kv_connector::membership::NodePresence;
+use kv_connector::transfer::{KvMemory, LandingZone};
+use kv_connector::{ControlReceiver, Fabric, IncomingStream};
+use tokio_util::task::TaskTracker;
+use tracing::Instrument;
+
+use crate::generate;
+use crate::node_metrics::NodeMetrics;
+use crate::peers::Peers;
+use crate::pool_memory::PoolMemory;
+
+/// A decode node over a running engine and a bound fabric.
+pub struct DecodeNode {
+    node: Arc<Node>,
+    tasks: TaskTracker,
+}
+
+pub(crate) struct Node {
+    pub(crate) engine: EngineHandle,
+    pub(crate) peers: Peers,
+    pub(crate) landing_zone: LandingZone,
+    pub(crate) memory: Arc<dyn KvMemory>,
+    pub(crate) fences: Fences,
+    pub(crate) args: DecodeArgs,
+    pub(crate) metrics: NodeMetrics,
+    presence: NodePresence,
+    fabric: Fabric,
+    generations: AtomicU64,
+}
+
+impl Node {
+    pub(crate) fn is_draining(&self) -> bool {
+        self.presence.is_draining()
+    }
+
+    pub(crate) fn next_generation(&self) -> Generation {
+        Generation(self.generations.fetch_add(1, Ordering::Relaxed))
+    }
+
+    pub(crate) fn content_chain(&self, generate: &Generate) -> ContentChain {
+        let root = ChainRoot { salt: generate.salt.clone(), ..ChainRoot::of_model(self.engine.model().identity) };
+        let mut chain = ContentChain::new(&root);
+        chain.extend(&generate.tokens.0);
+        chain
+    }
+}
+
+impl DecodeNode {
+    /// Puts a node together; [`serve`](Self::serve) runs it.
+    pub fn new(engine: EngineHandle, fabric: Fabric, presence: NodePresence, args: DecodeArgs) -> Self {
+        let landing_zone = fabric.landing_zone();
+        let memory: Arc<dyn KvMemory> = Arc::new(PoolMemory(engine.pool().clone()));
+        let metrics = NodeMetrics::new(fabric.hello().node.as_str());
+        let node = Node {
+            peers: Peers::new(fabric.clone(), landing_zone.clone()),
+            engine,
+            landing_zone,
+            memory,
+            fences: Fences::default(),
+            args,
+            metrics,
+            presence,
+            fabric,
+            generations: AtomicU64::new(1),
+        };
+        Self { node: Arc::new(node), tasks: TaskTracker::new() }
+    }
+
+    /// Requests that are being served.
+    pub fn num_requests(&self) -> usize {
+        self.node.fences.num_requests()
+    }
+
+    /// Accepts streams until the fabric is closed. While draining, new requests are refused; waiting for
+    /// the running ones is the caller's ([`Self::finished`]).
+    pub async fn serve(&self) {
+        while let Some(stream) = self.node.fabric.accept().await {
+            self.on_stream(stream);
+        }
+    }
+
+    /// Resolves when no request is being served; call it once draining has begun.
+    pub async fn finished(&self, deadline: Duration) -> bool {
+        self.tasks.close();
+        tokio::time::timeout(deadline, self.tasks.wait()).await.is_ok()
+    }
+
+    fn on_stream(&self, stream: IncomingStream) {
+        let node = self.node.clone();
+        let IncomingStream { peer, open, mut sender, receiver, .. } = stream;
+        match open {
+            Open::Generate(generate) => {
+                let span = tracing::info_span!("request", id = %generate.request, attempt = generate.attempt.0, node = %node.fabric.hello().node);
+                if self.tasks.is_closed() {
+                    tokio::spawn(async move {
+                        let refusal = GenerateEvent::Failed(NodeError::Draining);
+                        if sender.send(&refusal).await.is_ok() {
+                            sender.finish();
+                        }
+                    });
+                    return;
+                }
+                self.tasks.spawn(generate::serve(node, *generate, sender, receiver).instrument(span));
+            }
+            Open::Watch(_) => {
+                tracing::info!(proxy = %peer.node, "a proxy watches this node");
+                let directory = follow_directory(node.clone(), receiver);
+                let presence = node.presence.clone();
+                tokio::spawn(async move {
+                    tokio::select! {
+                        () = presence.serve_watch(sender) => {}
+                        () = directory => {}
+                    }
+                });
+            }
+            // The fabric lets nobody open anything else here.
+            other => tracing::warn!(peer = %peer.node, "refused a stream that is not for a decode node: {other:?}"),
+        }
+    }
+}
+
+async fn follow_directory(node: Arc<Node>, mut receiver: ControlReceiver) {
+    while let Ok(Some(directory)) = receiver.recv::<Directory>().await {
+        node.peers.update(&directory);
+    }
+}

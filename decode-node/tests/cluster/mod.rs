@@ -1,0 +1,582 @@
+//! The nodes of a hand-over in one process, a proxy's end of the fabric, and what each of them holds.
+#![allow(unreachable_pub)]
+
+use std::collections::{BTreeMap, HashMap};
+use std::future::Future;
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::config::{DecodeArgs, PrefillArgs};
+use common::content::ChainRoot;
+use common::ids::{Attempt, ChoiceIndex, Epoch, NodeId, RequestId, Role};
+use common::sampling::SamplingParams;
+use common::scheduler::SchedulerLimits;
+use common::sequence::{NewSequence, Work};
+use common::timeline::NodeTimeline;
+use common::wire::{
+    Directory, ExtentHeader, Generate, GenerateEvent, Hello, NodeError, NodeStatus, Open, Peer, PrefillEvent, Watch,
+};
+use decode_node::DecodeNode;
+use engine::core::{EngineEvent, EngineHandle, EngineOptions};
+use engine::runner::Runner;
+use engine::sim::{SimOptions, SimRunner};
+use kv_connector::membership::NodePresence;
+use kv_connector::transfer::{
+    ExtentEnd, FaultPlan, FaultyTransport, InjectedFaults, SendFuture, Transport, TransportLayer,
+};
+use kv_connector::{ClusterCa, ControlReceiver, ControlSender, Fabric, FabricAccounting, FabricConfig, Link};
+use prefill_node::PrefillNode;
+use tokio::task::JoinHandle;
+
+const DEADLINE: Duration = Duration::from_secs(30);
+const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
+const NUM_LAYERS: u32 = 4;
+const BLOCK: usize = 16;
+
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: nothing within {DEADLINE:?}"))
+}
+
+/// Looks again and again at what no event announces; `Err` says what is still wrong.
+async fn eventually(mut look: impl FnMut() -> Result<(), String>) {
+    let mut ticks = tokio::time::interval(Duration::from_millis(3));
+    for _ in 0..5000 {
+        ticks.tick().await;
+        if look().is_ok() {
+            return;
+        }
+    }
+    look().unwrap();
+}
+
+pub fn node_id(name: &str) -> NodeId {
+    NodeId::new(name).unwrap()
+}
+
+pub fn prompt(len: usize, seed: u32) -> Vec<u32> {
+    (0..len as u32).map(|i| (i * i * 31 + i * 7 + seed * 101) % 512).collect()
+}
+
+pub fn sampled(max_tokens: u32, seed: u64) -> SamplingParams {
+    SamplingParams { temperature: 1.0, seed, ..SamplingParams::greedy(max_tokens) }
+}
+
+/// A first attempt with one choice, to be prefilled by the decode node itself.
+pub fn generate(request: u128, tokens: Vec<u32>, params: SamplingParams) -> Generate {
+    Generate {
+        request: RequestId(request),
+        attempt: Attempt(1),
+        prompt_len: tokens.len() as u32,
+        tokens: tokens.into(),
+        choices: vec![ChoiceIndex(0)],
+        params,
+        salt: Vec::new(),
+        prefill_candidates: Vec::new(),
+        deadline: Duration::from_secs(60),
+    }
+}
+
+/// All counters of this process, by name and labels.
+#[derive(Clone, Default)]
+struct Counters(Arc<Mutex<HashMap<metrics::Key, Arc<AtomicU64>>>>);
+
+impl Counters {
+    fn of_process() -> &'static Counters {
+        static COUNTERS: OnceLock<Counters> = OnceLock::new();
+        COUNTERS.get_or_init(|| {
+            let counters = Counters::default();
+            metrics::set_global_recorder(counters.clone()).expect("no other recorder");
+            counters
+        })
+    }
+
+    /// Values above zero of one node's counter, by the reason it is labelled with.
+    fn by_reason(&self, name: &str, node: &str) -> BTreeMap<String, u64> {
+        let mut found = BTreeMap::new();
+        for (key, value) in self.0.lock().unwrap().iter().filter(|(key, _)| key.name() == name) {
+            let label = |name: &str| key.labels().find(|label| label.key() == name).map(|label| label.value());
+            let value = value.load(Ordering::SeqCst);
+            if label("node") == Some(node) && value > 0 {
+                found.insert(label("reason").unwrap_or_default().to_string(), value);
+            }
+        }
+        found
+    }
+}
+
+impl metrics::Recorder for Counters {
+    fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+    fn register_counter(&self, key: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        metrics::Counter::from_arc(self.0.lock().unwrap().entry(key.clone()).or_default().clone())
+    }
+    fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+        metrics::Gauge::noop()
+    }
+    fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        metrics::Histogram::noop()
+    }
+}
+
+/// What the nodes of a test are like.
+#[derive(Clone)]
+pub struct Shape {
+    /// On the way from both prefill nodes, each with a seed of its own.
+    pub faults: Option<FaultPlan>,
+    /// Extents from this token on never arrive.
+    pub drops_from: Option<u32>,
+    pub prefill_step_time: Duration,
+    pub decode_step_time: Duration,
+    pub decode_blocks: usize,
+    pub first_prefill_waiting_max: usize,
+    pub decode: DecodeArgs,
+}
+
+impl Default for Shape {
+    fn default() -> Self {
+        Self {
+            faults: None,
+            drops_from: None,
+            prefill_step_time: Duration::ZERO,
+            decode_step_time: Duration::ZERO,
+            decode_blocks: 512,
+            first_prefill_waiting_max: 64,
+            decode: DecodeArgs {
+                prefill_timeout: Duration::from_secs(60),
+                prefill_accept_timeout: Duration::from_secs(5),
+                prefill_progress_timeout: Duration::from_secs(5),
+                credit_bytes: 32 << 20,
+                growth_window_blocks: 2,
+                local_prefill_tokens: 64,
+                local_rest_max_tokens: 0,
+            },
+        }
+    }
+}
+
+/// Drops what lies behind a token without a word.
+struct Dropping {
+    inner: Arc<dyn Transport>,
+    from: u32,
+}
+
+impl Transport for Dropping {
+    fn name(&self) -> &'static str {
+        "dropping"
+    }
+
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a> {
+        if header.extent.first_token >= self.from {
+            return Box::pin(async { Ok(()) });
+        }
+        self.inner.send(header, payload, end)
+    }
+
+    fn is_closed(&self) -> bool {
+        self.inner.is_closed()
+    }
+}
+
+type Injected = Arc<Mutex<Vec<Arc<FaultyTransport>>>>;
+
+/// A [`FaultyTransport`] that the test can still ask what it has done.
+fn faulty(plan: FaultPlan, made: Injected) -> TransportLayer {
+    Arc::new(move |inner| {
+        let transport = Arc::new(FaultyTransport::new(inner, plan));
+        made.lock().unwrap().push(transport.clone());
+        transport
+    })
+}
+
+/// A node that serves; `N` is its role.
+pub struct Running<N> {
+    pub fabric: Fabric,
+    pub engine: EngineHandle,
+    name: String,
+    node: Arc<N>,
+    serving: JoinHandle<()>,
+}
+
+impl<N> Running<N> {
+    /// Sum of one of its counters.
+    pub fn counter(&self, name: &str) -> u64 {
+        Counters::of_process().by_reason(name, &self.name).values().sum()
+    }
+}
+
+pub struct Cluster {
+    pub prefills: Vec<Running<PrefillNode>>,
+    pub decode: Running<DecodeNode>,
+    proxy: Fabric,
+    link: Link,
+    watches: Vec<(ControlSender, ControlReceiver)>,
+    directory: Directory,
+    reference: EngineHandle,
+    injected: Injected,
+    ca: ClusterCa,
+    number: u64,
+}
+
+fn sim(num_blocks: usize, step_time: Duration) -> SimRunner {
+    let options = SimOptions { num_layers: NUM_LAYERS, block_size: BLOCK, num_blocks, step_time, ..Default::default() };
+    SimRunner::new(options).unwrap()
+}
+
+fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, step_time: Duration) -> EngineHandle {
+    let limits = SchedulerLimits {
+        block_size: BLOCK,
+        num_blocks,
+        max_num_seqs: 64,
+        max_num_batched_tokens: 64,
+        max_num_prefill_tokens: 64,
+        max_num_waiting,
+        max_model_len: 4096,
+        growth_blocks: 2,
+        max_num_parked_blocks: num_blocks,
+        is_prefix_caching: true,
+    };
+    let options = EngineOptions { limits, role: role.as_str(), node: name.to_string() };
+    engine::core::start(Box::new(sim(num_blocks, step_time)), options).unwrap()
+}
+
+fn config(ca: &ClusterCa, name: &str, role: Role) -> FabricConfig {
+    let model = (role != Role::Proxy).then(|| sim(8, Duration::ZERO).model().clone());
+    let hello = Hello { node: node_id(name), role, epoch: Epoch(1), model, bulk_port: None };
+    let mut config = FabricConfig::new(LOOPBACK, ca.issue(role, &node_id(name)).unwrap(), hello);
+    config.bulk_listen = (role == Role::PrefillNode).then_some(LOOPBACK);
+    config
+}
+
+fn presence(engine: &EngineHandle) -> NodePresence {
+    let status = engine.status();
+    NodePresence::new(move || status.borrow().load)
+}
+
+impl Cluster {
+    pub async fn start(shape: Shape) -> Self {
+        Counters::of_process();
+        // Several tests of this process may be first.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+        static NEXT: AtomicU64 = AtomicU64::new(0);
+        let number = NEXT.fetch_add(1, Ordering::SeqCst);
+        let ca = ClusterCa::generate().unwrap();
+        let injected = Injected::default();
+        let mut prefills = Vec::new();
+        for index in 0..2 {
+            let name = format!("prefill-{index}-of-{number}");
+            let num_waiting_max = if index == 0 { shape.first_prefill_waiting_max } else { 64 };
+            let engine = engine(&name, Role::PrefillNode, 512, num_waiting_max, shape.prefill_step_time);
+            let mut config = config(&ca, &name, Role::PrefillNode);
+            if let Some(plan) = shape.faults {
+                let plan = FaultPlan { seed: plan.seed * 2 + index, ..plan };
+                config.transport_layer = Some(faulty(plan, injected.clone()));
+            }
+            if let Some(from) = shape.drops_from {
+                config.transport_layer = Some(Arc::new(move |inner| Arc::new(Dropping { inner, from })));
+            }
+            let fabric = Fabric::bind(config).unwrap();
+            let args = PrefillArgs { transfer_stall_timeout: Duration::from_secs(10) };
+            let node = Arc::new(PrefillNode::new(engine.clone(), fabric.clone(), presence(&engine), args));
+            let serving = node.clone();
+            let serving = tokio::spawn(async move { serving.serve().await });
+            prefills.push(Running { fabric, engine, name, node, serving });
+        }
+        let name = format!("decode-of-{number}");
+        let engine = engine(&name, Role::DecodeNode, shape.decode_blocks, 64, shape.decode_step_time);
+        let fabric = Fabric::bind(config(&ca, &name, Role::DecodeNode)).unwrap();
+        let node = Arc::new(DecodeNode::new(engine.clone(), fabric.clone(), presence(&engine), shape.decode));
+        let serving = node.clone();
+        let serving = tokio::spawn(async move { serving.serve().await });
+        let decode = Running { fabric, engine, name, node, serving };
+
+        let proxy = Fabric::bind(config(&ca, &format!("proxy-of-{number}"), Role::Proxy)).unwrap();
+        let link = soon("the decode node is linked", proxy.dial(decode.fabric.local_addr(), Role::DecodeNode, None));
+        let link = link.await.unwrap();
+        let peer = |node: &Running<PrefillNode>| Peer { node: node_id(&node.name), control: node.fabric.local_addr() };
+        let directory = Directory { prefill_nodes: prefills.iter().map(peer).collect() };
+        let reference = self::engine("reference", Role::DecodeNode, 2048, 1024, Duration::ZERO);
+        let watches = Vec::new();
+        let mut cluster = Self { prefills, decode, proxy, link, watches, directory, reference, injected, ca, number };
+        cluster.tell_directory().await;
+        cluster
+    }
+
+    /// Tells the decode node of one more prefill node.
+    pub async fn learn(&mut self, fake: &FakePrefillNode) {
+        self.directory.prefill_nodes.push(Peer { node: fake.node(), control: fake.fabric.local_addr() });
+        self.tell_directory().await;
+    }
+
+    async fn tell_directory(&mut self) {
+        let mut watch = self.link.open(&Open::Watch(Watch {})).await.unwrap();
+        watch.0.send(&self.directory).await.unwrap();
+        // It is taken in long before the second status, a quarter of a second after the first.
+        for _ in 0..2 {
+            let status = soon("the node says how it is", watch.1.recv::<NodeStatus>()).await.unwrap();
+            assert!(status.is_some());
+        }
+        self.watches.push(watch);
+    }
+
+    pub fn candidates(&self) -> Vec<NodeId> {
+        self.prefills.iter().map(|node| node_id(&node.name)).collect()
+    }
+
+    /// Payload of sixteen tokens in all layers.
+    pub fn granule_bytes(&self) -> u64 {
+        self.decode.engine.pool().extent_bytes(1) as u64 * u64::from(NUM_LAYERS)
+    }
+
+    pub fn injected(&self) -> InjectedFaults {
+        let mut sum = InjectedFaults::default();
+        for transport in self.injected.lock().unwrap().iter() {
+            let one = transport.injected();
+            sum.num_extents += one.num_extents;
+            sum.num_lost += one.num_lost;
+            sum.num_corrupted += one.num_corrupted;
+            sum.num_truncated += one.num_truncated;
+            sum.num_reset += one.num_reset;
+            sum.num_duplicated += one.num_duplicated;
+        }
+        sum
+    }
+
+    pub fn refused_extents(&self) -> BTreeMap<String, u64> {
+        Counters::of_process().by_reason("tandem_refused_extents_total", &self.decode.name)
+    }
+
+    pub fn lost_candidates(&self) -> BTreeMap<String, u64> {
+        Counters::of_process().by_reason("tandem_prefill_candidates_lost_total", &self.decode.name)
+    }
+
+    pub async fn ask(&self, generate: &Generate) -> Answer {
+        let open = Open::Generate(Box::new(generate.clone()));
+        let (sender, events) = soon("the request is sent", self.link.open(&open)).await.unwrap();
+        let first_index = generate.tokens.0.len() - generate.prompt_len as usize;
+        Answer { _sender: sender, events, is_accepted: false, first_index, texts: Texts::new() }
+    }
+
+    /// What one engine alone generates behind the same tokens.
+    pub async fn undisturbed(&self, generate: &Generate) -> Texts {
+        let sequence = NewSequence {
+            tokens: generate.tokens.0.clone(),
+            prompt_len: generate.prompt_len as usize,
+            choices: generate.choices.clone(),
+            params: Arc::new(generate.params.clone()),
+            root: ChainRoot::of_model(self.reference.model().identity),
+            work: Work::Generate,
+        };
+        let mut request = self.reference.submit(sequence, usize::MAX).unwrap();
+        let mut texts = Texts::new();
+        loop {
+            match soon("the reference goes on", request.next()).await {
+                Some(EngineEvent::Admitted { .. }) => {}
+                Some(EngineEvent::Token { choice, token, .. }) => texts.entry(choice).or_default().push(token.id),
+                Some(EngineEvent::Finished) => return texts,
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+
+    /// Waits until no node holds anything for any request.
+    pub async fn is_clean(&self) {
+        eventually(|| {
+            for node in &self.prefills {
+                let num_requests = node.node.num_requests();
+                holds_nothing(&node.name, &node.fabric, &node.engine, num_requests, 0)?;
+            }
+            let decode = &self.decode;
+            let num_watches = self.watches.len();
+            holds_nothing(&decode.name, &decode.fabric, &decode.engine, decode.node.num_requests(), num_watches)
+        })
+        .await;
+    }
+
+    /// Asserts that nobody holds anything, closes everything, and asserts that nothing is left at all.
+    pub async fn end(self) {
+        self.is_clean().await;
+        drop((self.watches, self.link));
+        let mut fabrics = vec![self.proxy, self.decode.fabric];
+        let mut serving = vec![self.decode.serving];
+        drop(self.decode.node);
+        for node in self.prefills {
+            fabrics.push(node.fabric);
+            serving.push(node.serving);
+        }
+        for fabric in &fabrics {
+            soon("a fabric closes", fabric.close()).await;
+        }
+        for task in serving {
+            soon("a node stops serving", task).await.unwrap();
+        }
+        eventually(|| {
+            let open = fabrics.iter().find(|fabric| fabric.accounting() != FabricAccounting::default());
+            open.map_or(Ok(()), |fabric| Err(format!("{}: {:?}", fabric.hello().node, fabric.accounting())))
+        })
+        .await;
+        let status = self.decode.engine.status();
+        assert_eq!(status.borrow().load.num_queued_tokens, 0);
+    }
+}
+
+fn holds_nothing(
+    name: &str,
+    fabric: &Fabric,
+    engine: &EngineHandle,
+    num_requests: usize,
+    num_watches: usize,
+) -> Result<(), String> {
+    let FabricAccounting { open_control_streams, open_bulk_streams, landings, pinned_receive_bytes, .. } =
+        fabric.accounting();
+    let status = engine.status().borrow().clone();
+    let streams = (open_control_streams, open_bulk_streams, landings, pinned_receive_bytes);
+    let is_clean = streams == (num_watches, 0, 0, 0)
+        && num_requests == 0
+        && status.is_idle
+        && status.blocks.referenced == 0
+        && status.blocks.free + status.blocks.cached == status.blocks.total;
+    if is_clean { Ok(()) } else { Err(format!("{name}: {streams:?}, {num_requests} requests, {status:?}")) }
+}
+
+pub type Texts = BTreeMap<ChoiceIndex, Vec<u32>>;
+
+/// The proxy's end of one `Generate` stream. Dropping it resets the stream.
+pub struct Answer {
+    _sender: ControlSender,
+    events: ControlReceiver,
+    is_accepted: bool,
+    first_index: usize,
+    texts: Texts,
+}
+
+/// What became of a request that ended well.
+pub struct Finished {
+    pub texts: Texts,
+    pub timeline: NodeTimeline,
+}
+
+impl Answer {
+    async fn next(&mut self) -> GenerateEvent {
+        let event = soon("an event of the request", self.events.recv::<GenerateEvent>()).await;
+        let event = event.unwrap().expect("a request ends with its last event");
+        match &event {
+            GenerateEvent::Accepted => {
+                assert!(!self.is_accepted && self.texts.is_empty(), "accepted once, before anything else");
+                self.is_accepted = true;
+            }
+            GenerateEvent::Token { choice, index, token, .. } => {
+                assert!(self.is_accepted);
+                let text = self.texts.entry(*choice).or_default();
+                assert_eq!(*index as usize, self.first_index + text.len(), "every token once, in order");
+                text.push(token.id);
+            }
+            GenerateEvent::Started { .. } => {
+                assert!(self.is_accepted && self.texts.is_empty(), "told once, before the first token");
+            }
+            _ => {}
+        }
+        event
+    }
+
+    pub async fn until_accepted(&mut self) {
+        while !self.is_accepted {
+            let event = self.next().await;
+            assert!(self.is_accepted, "unexpected {event:?}");
+        }
+    }
+
+    pub async fn until_tokens(&mut self, num_tokens: usize) {
+        while self.texts.values().map(Vec::len).sum::<usize>() < num_tokens {
+            let event = self.next().await;
+            assert!(
+                matches!(event, GenerateEvent::Accepted | GenerateEvent::Started { .. } | GenerateEvent::Token { .. }),
+                "unexpected {event:?}"
+            );
+        }
+    }
+
+    /// To the end, which is `Done`.
+    pub async fn finish(mut self) -> Finished {
+        loop {
+            match self.next().await {
+                GenerateEvent::Done { timeline } => {
+                    let end = soon("the stream ends", self.events.recv::<GenerateEvent>()).await;
+                    assert_eq!(end.unwrap(), None, "nothing comes behind Done");
+                    return Finished { texts: self.texts, timeline };
+                }
+                GenerateEvent::Accepted | GenerateEvent::Started { .. } | GenerateEvent::Token { .. } => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+
+    /// To the end, which is `Failed`.
+    pub async fn failure(mut self) -> NodeError {
+        loop {
+            match self.next().await {
+                GenerateEvent::Failed(error) => return error,
+                GenerateEvent::Accepted | GenerateEvent::Started { .. } | GenerateEvent::Token { .. } => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+    }
+}
+
+/// How a prefill node that only pretends leaves a stream.
+#[derive(Debug, Clone, Copy)]
+pub enum FakeEnd {
+    /// Not before the other end does.
+    Stays,
+    Finishes,
+    Resets,
+    /// Something that no prefill node says.
+    SaysAnotherMessage,
+}
+
+/// A fabric in the place of a prefill node.
+pub struct FakePrefillNode {
+    fabric: Fabric,
+}
+
+impl FakePrefillNode {
+    pub fn start(cluster: &Cluster) -> Self {
+        let name = format!("fake-of-{}", cluster.number);
+        Self { fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode)).unwrap() }
+    }
+
+    pub fn node(&self) -> NodeId {
+        self.fabric.hello().node.clone()
+    }
+
+    /// Takes one `Prefill` stream, says `events` and ends it like that.
+    pub async fn serve(&self, events: &[PrefillEvent], end: FakeEnd) {
+        let mut stream = soon("the decode node asks", self.fabric.accept()).await.unwrap();
+        assert!(matches!(stream.open, Open::Prefill(_)));
+        for event in events {
+            // The other end may have left after an earlier one.
+            let _ = stream.sender.send(event).await;
+        }
+        match end {
+            FakeEnd::Stays => {}
+            FakeEnd::Finishes => stream.sender.finish(),
+            FakeEnd::Resets => return,
+            FakeEnd::SaysAnotherMessage => {
+                let _ = stream.sender.send(&Directory { prefill_nodes: Vec::new() }).await;
+            }
+        }
+        soon("the decode node leaves", stream.sender.stopped()).await;
+    }
+
+    pub async fn end(self) {
+        soon("the fabric closes", self.fabric.close()).await;
+        eventually(|| match self.fabric.accounting() {
+            left if left == FabricAccounting::default() => Ok(()),
+            left => Err(format!("the fake: {left:?}")),
+        })
+        .await;
+    }
+}

@@ -1,0 +1,208 @@
+//! What a processor must be able to do to run the decoder.
+//!
+//! The plain operations are required. The fused ones are what the decoder calls; their defaults compose plain
+//! ones, so a new backend runs before it is fast, and an unusual one overrides what it can do better. A
+//! backend is a handle: cheap to copy, without state of a request.
+//!
+//! Activations are row-major f32 `[num_rows, width]` in the backend's own memory. A row's result depends on
+//! that row's inputs and its position alone, never on what else is in the step.
+
+use common::sampling::SampledToken;
+
+use crate::plan::{SampleRow, StepPlan};
+use crate::pool::KvPool;
+use crate::rope::RopeAngles;
+use crate::spec::ModelSpec;
+use crate::weights::{AttentionWeights, MlpWeights};
+
+/// Weights of one matrix as loaded, before packing: parts `[its rows, cols]`, stacked.
+pub enum MatrixParts {
+    /// f32 values.
+    F32(Vec<Vec<f32>>),
+    /// bf16 values.
+    Bf16(Vec<Vec<half::bf16>>),
+}
+
+/// Some heads in the columns of a wider matrix: heads `first_head..first_head + num_heads` of each row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadRange {
+    /// First head.
+    pub first_head: usize,
+    /// How many.
+    pub num_heads: usize,
+}
+
+/// The fused q, k, v product of one step and how its heads lie: `[num_rows, q heads | k heads | v heads]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QkvHeads {
+    /// Queries.
+    pub q: HeadRange,
+    /// Keys.
+    pub k: HeadRange,
+    /// Values.
+    pub v: HeadRange,
+}
+
+impl QkvHeads {
+    /// Of a model.
+    pub fn of(spec: &ModelSpec) -> Self {
+        let (q, kv) = (spec.num_heads, spec.num_kv_heads);
+        Self {
+            q: HeadRange { first_head: 0, num_heads: q },
+            k: HeadRange { first_head: q, num_heads: kv },
+            v: HeadRange { first_head: q + kv, num_heads: kv },
+        }
+    }
+}
+
+/// Operations of the decoder on one kind of processor.
+pub trait Backend: Sized {
+    /// A packed weight matrix `[rows, cols]`.
+    type Matrix: Send + Sync;
+    /// The embedding table `[vocab, hidden]`.
+    type Table: Send + Sync;
+    /// A vector of weights: a norm, a bias.
+    type Vector: Send + Sync;
+    /// Cosines and sines of all positions.
+    type Rope: Send + Sync;
+    /// Activations `[num_rows, width]`.
+    type Tensor: Default + Send;
+
+    /// Packs a matrix; `cols` is its input width.
+    fn matrix(&self, cols: usize, parts: MatrixParts) -> Self::Matrix;
+
+    /// Takes an embedding table.
+    fn table(&self, values: MatrixParts) -> Self::Table;
+
+    /// Takes a vector.
+    fn vector(&self, values: Vec<f32>) -> Self::Vector;
+
+    /// Takes a table of angles.
+    fn rope_table(&self, angles: RopeAngles) -> Self::Rope;
+
+    /// Copies activations to the host.
+    fn read_back(&self, tensor: &Self::Tensor) -> Vec<f32>;
+
+    /// Rows of the embedding table: `out` `[tokens.len(), width]`.
+    fn embed(&self, table: &Self::Table, width: usize, tokens: &[u32], out: &mut Self::Tensor);
+
+    /// `out` = the given rows of `x` `[_, width]`.
+    fn gather(&self, x: &Self::Tensor, width: usize, rows: &[usize], out: &mut Self::Tensor);
+
+    /// `out` = rows of `x`, each divided by its root mean square, times `weight`.
+    fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor);
+
+    /// The same in place for single heads of `x` `[_, width]`.
+    fn rms_norm_heads(&self, x: &mut Self::Tensor, width: usize, heads: HeadRange, weight: &Self::Vector, eps: f32);
+
+    /// `out` = `x` times the transpose of `weight`, plus `bias`.
+    fn matmul(&self, x: &Self::Tensor, weight: &Self::Matrix, bias: Option<&Self::Vector>, out: &mut Self::Tensor);
+
+    /// `out` += `x` times the transpose of `weight`, plus `bias`: the residual stream.
+    fn matmul_residual(
+        &self,
+        x: &Self::Tensor,
+        weight: &Self::Matrix,
+        bias: Option<&Self::Vector>,
+        out: &mut Self::Tensor,
+    );
+
+    /// Rotates heads of `x` `[positions.len(), width]` in place; a head has `head_dim` features.
+    fn rope(
+        &self,
+        x: &mut Self::Tensor,
+        width: usize,
+        heads: HeadRange,
+        head_dim: usize,
+        table: &Self::Rope,
+        positions: &[u32],
+    );
+
+    /// Stores k and v of every row at its slot of `layer`.
+    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &Self::Tensor, heads: &QkvHeads);
+
+    /// Causal attention of every row over the pool, in a window if set: `out` `[num_rows, q heads * head_dim]`.
+    #[allow(clippy::too_many_arguments)]
+    fn attention(
+        &self,
+        pool: &KvPool,
+        layer: usize,
+        qkv: &Self::Tensor,
+        heads: &QkvHeads,
+        plan: &StepPlan,
+        window: Option<u32>,
+        out: &mut Self::Tensor,
+    );
+
+    /// `out` `[_, ffn]` = silu(gate) * up, from rows of gate and up side by side.
+    fn silu_mul(&self, gate_up: &Self::Tensor, ffn: usize, out: &mut Self::Tensor);
+
+    /// Draws a token for each entry of `samples`; entry i has row `logit_rows[i]` of `logits` `[_, vocab]`.
+    fn sample(
+        &self,
+        logits: &Self::Tensor,
+        vocab: usize,
+        logit_rows: &[usize],
+        samples: &[SampleRow],
+    ) -> Vec<SampledToken>;
+
+    /// Norm, q, k and v with their biases and norms, rotation, and k and v into the pool. `qkv` holds the
+    /// rotated q afterwards.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_qkv_rope_write(
+        &self,
+        spec: &ModelSpec,
+        layer: usize,
+        weights: &AttentionWeights<Self>,
+        table: &Self::Rope,
+        pool: &KvPool,
+        plan: &StepPlan,
+        hidden: &Self::Tensor,
+        normed: &mut Self::Tensor,
+        qkv: &mut Self::Tensor,
+    ) {
+        let (heads, width) = (QkvHeads::of(spec), spec.qkv_width());
+        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
+        self.matmul(normed, &weights.qkv, weights.qkv_bias.as_ref(), qkv);
+        if let Some((q_norm, k_norm)) = &weights.qk_norm {
+            self.rms_norm_heads(qkv, width, heads.q, q_norm, spec.rms_norm_eps);
+            self.rms_norm_heads(qkv, width, heads.k, k_norm, spec.rms_norm_eps);
+        }
+        let q_and_k = HeadRange { first_head: 0, num_heads: heads.q.num_heads + heads.k.num_heads };
+        self.rope(qkv, width, q_and_k, spec.head_dim, table, &plan.positions);
+        self.kv_write(pool, layer, &plan.slots, qkv, &heads);
+    }
+
+    /// Norm, gate and up, and their product: `out` `[_, ffn]`.
+    fn norm_gate_up_act(
+        &self,
+        spec: &ModelSpec,
+        weights: &MlpWeights<Self>,
+        hidden: &Self::Tensor,
+        normed: &mut Self::Tensor,
+        gate_up: &mut Self::Tensor,
+        out: &mut Self::Tensor,
+    ) {
+        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
+        self.matmul(normed, &weights.gate_up, weights.gate_up_bias.as_ref(), gate_up);
+        self.silu_mul(gate_up, spec.intermediate_size, out);
+    }
+
+    /// The final norm and the output projection of the given rows: `logits` `[rows.len(), vocab]`.
+    #[allow(clippy::too_many_arguments)]
+    fn norm_logits(
+        &self,
+        spec: &ModelSpec,
+        norm: &Self::Vector,
+        head: &Self::Matrix,
+        hidden: &Self::Tensor,
+        rows: &[usize],
+        gathered: &mut Self::Tensor,
+        normed: &mut Self::Tensor,
+        logits: &mut Self::Tensor,
+    ) {
+        self.gather(hidden, spec.hidden_size, rows, gathered);
+        self.rms_norm(gathered, norm, spec.rms_norm_eps, normed);
+        self.matmul(normed, head, None, logits);
+    }
+}

@@ -1,0 +1,437 @@
+//! The tensors of a Hugging Face folder: one `model.safetensors`, or shards behind an index.
+//!
+//! Files are mapped, never read whole. Everything that can be wrong with them is said in a sentence that
+//! names the file, the tensor, what was expected and what was found; nothing in a file can make this panic.
+//! The one exception is a file that another process truncates while it is mapped: the system then ends this
+//! process, as it does for every program that maps files.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use half::{bf16, f16};
+use memmap2::Mmap;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use crate::spec::{self, SpecError};
+
+/// Why a checkpoint cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// Neither a single file nor an index.
+    #[error(
+        "{} has no weights: expected model.safetensors, or model.safetensors.index.json with the shards it names",
+        folder.display()
+    )]
+    NoWeights {
+        /// Which folder.
+        folder: PathBuf,
+    },
+    /// The index is not what it should be.
+    #[error("{} is not an index of shards: {reason}", path.display())]
+    Index {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A shard that the index names is not there.
+    #[error("{} names the shard {shard} for tensor {tensor}, but {} is missing: the download is incomplete", index.display(), path.display())]
+    MissingShard {
+        /// The index.
+        index: PathBuf,
+        /// The shard's name.
+        shard: String,
+        /// A tensor in it.
+        tensor: String,
+        /// Where it should be.
+        path: PathBuf,
+    },
+    /// The system would not read the file.
+    #[error("{} cannot be read: {reason}", path.display())]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// What the system said.
+        reason: String,
+    },
+    /// Not a safetensors file.
+    #[error("{} is not a safetensors file: {reason}", path.display())]
+    Malformed {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// Shorter or longer than its header says.
+    #[error("{} has {found} bytes, its header describes {expected}: the file is truncated or damaged, download it again", path.display())]
+    Size {
+        /// Which file.
+        path: PathBuf,
+        /// Bytes there.
+        found: u64,
+        /// Bytes described.
+        expected: u64,
+    },
+    /// The model needs a tensor that is not there.
+    #[error("{} has no tensor {tensor}, expected {} of shape {shape:?}", path.display(), "f32, f16 or bf16")]
+    MissingTensor {
+        /// File or index.
+        path: PathBuf,
+        /// Which tensor.
+        tensor: String,
+        /// Its shape.
+        shape: Vec<usize>,
+    },
+    /// A tensor has another shape than `config.json` implies.
+    #[error("{}: tensor {tensor} has shape {found:?}, config.json implies {expected:?}", path.display())]
+    Shape {
+        /// Which file.
+        path: PathBuf,
+        /// Which tensor.
+        tensor: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// The shape it should have.
+        expected: Vec<usize>,
+    },
+    /// A tensor has a type that is not read.
+    #[error("{}: tensor {tensor} is {found}, supported are f32, f16 and bf16", path.display())]
+    Dtype {
+        /// Which file.
+        path: PathBuf,
+        /// Which tensor.
+        tensor: String,
+        /// Its type.
+        found: String,
+    },
+    /// The index could not be read as JSON.
+    #[error(transparent)]
+    Json(#[from] SpecError),
+}
+
+/// An opened checkpoint.
+pub struct Checkpoint {
+    files: Vec<MappedFile>,
+    tensors: HashMap<String, TensorPlace>,
+    /// What errors about missing tensors name.
+    source: PathBuf,
+}
+
+struct MappedFile {
+    path: PathBuf,
+    map: Mmap,
+}
+
+struct TensorPlace {
+    file: usize,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    bytes: Range<usize>,
+}
+
+impl Checkpoint {
+    /// Maps the safetensors files of `folder` and checks that each is as long as its header says.
+    ///
+    /// # Errors
+    /// [`CheckpointError`]: no weights, a bad index, a missing shard, an unreadable, malformed or truncated file.
+    pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        let single = folder.join("model.safetensors");
+        let index = folder.join("model.safetensors.index.json");
+        let (source, paths) = if index.exists() {
+            let paths = shards(folder, &index)?;
+            (index, paths)
+        } else if single.exists() {
+            (single.clone(), vec![single])
+        } else {
+            return Err(CheckpointError::NoWeights { folder: folder.to_path_buf() });
+        };
+        let mut checkpoint = Self { files: Vec::new(), tensors: HashMap::new(), source };
+        for path in paths {
+            checkpoint.add_file(path)?;
+        }
+        Ok(checkpoint)
+    }
+
+    fn add_file(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
+        let unreadable =
+            |error: std::io::Error| CheckpointError::Unreadable { path: path.clone(), reason: error.to_string() };
+        let file = File::open(&path).map_err(unreadable)?;
+        // SAFETY: the map is only read. That the file is not cut while it is mapped is up to the operator, as
+        // the module says; its content changing would change weights, not memory safety.
+        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let malformed = |reason: String| CheckpointError::Malformed { path: path.clone(), reason };
+        let found = map.len() as u64;
+        let (header_len, metadata) = match SafeTensors::read_metadata(&map) {
+            Ok(read) => read,
+            Err(error) => {
+                return Err(match described_size(&map) {
+                    Some(expected) if expected != found => CheckpointError::Size { path, found, expected },
+                    _ => malformed(format!("{error} (the file has {found} bytes)")),
+                });
+            }
+        };
+        let start = header_len + 8;
+        for (name, info) in metadata.tensors() {
+            let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
+            let place = TensorPlace { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
+            self.tensors.insert(name, place);
+        }
+        self.files.push(MappedFile { path, map });
+        Ok(())
+    }
+
+    /// The files, in the order they were opened.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(|file| file.path.as_path())
+    }
+
+    /// Whether a tensor is there.
+    pub fn has(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    /// All tensors by name: (name, type, shape, bytes).
+    pub(crate) fn sorted(&self) -> Vec<(&str, Dtype, &[usize], &[u8])> {
+        let mut all: Vec<_> = self
+            .tensors
+            .iter()
+            .map(|(name, place)| (name.as_str(), place.dtype, place.shape.as_slice(), self.bytes(place)))
+            .collect();
+        all.sort_by_key(|tensor| tensor.0);
+        all
+    }
+
+    fn bytes(&self, place: &TensorPlace) -> &[u8] {
+        // Offsets were checked against the header's size, and that against the file's.
+        &self.files[place.file].map[place.bytes.clone()]
+    }
+
+    /// A tensor of exactly `shape`.
+    ///
+    /// # Errors
+    /// It is missing, or has another shape, or a type that is not read.
+    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<CheckpointTensor<'_>, CheckpointError> {
+        let place = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
+            path: self.source.clone(),
+            tensor: name.to_string(),
+            shape: shape.to_vec(),
+        })?;
+        let path = || self.files[place.file].path.clone();
+        if place.shape != shape {
+            return Err(CheckpointError::Shape {
+                path: path(),
+                tensor: name.to_string(),
+                found: place.shape.clone(),
+                expected: shape.to_vec(),
+            });
+        }
+        let dtype = match place.dtype {
+            Dtype::F32 => FloatDtype::F32,
+            Dtype::F16 => FloatDtype::F16,
+            Dtype::BF16 => FloatDtype::Bf16,
+            other => {
+                let found = format!("{other:?}").to_lowercase();
+                return Err(CheckpointError::Dtype { path: path(), tensor: name.to_string(), found });
+            }
+        };
+        Ok(CheckpointTensor { dtype, bytes: self.bytes(place) })
+    }
+
+    /// The type of a tensor, if it is there and of a type that is read.
+    pub fn dtype_of(&self, name: &str) -> Option<FloatDtype> {
+        match self.tensors.get(name)?.dtype {
+            Dtype::F32 => Some(FloatDtype::F32),
+            Dtype::F16 => Some(FloatDtype::F16),
+            Dtype::BF16 => Some(FloatDtype::Bf16),
+            _ => None,
+        }
+    }
+}
+
+/// The types of weights that are read.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FloatDtype {
+    /// 32 bits.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// bfloat16.
+    Bf16,
+}
+
+/// A tensor's bytes in the file.
+#[derive(Clone, Copy)]
+pub struct CheckpointTensor<'a> {
+    dtype: FloatDtype,
+    bytes: &'a [u8],
+}
+
+impl CheckpointTensor<'_> {
+    /// All values, widened exactly.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self.dtype {
+            FloatDtype::F32 => self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            FloatDtype::F16 => self.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            FloatDtype::Bf16 => self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+
+    /// All values, rounded to nearest even where they are not bf16 already.
+    pub fn to_bf16(&self) -> Vec<bf16> {
+        match self.dtype {
+            FloatDtype::F32 => {
+                self.bytes.as_chunks().0.iter().map(|b| bf16::from_f32(f32::from_le_bytes(*b))).collect()
+            }
+            FloatDtype::F16 => {
+                self.bytes.as_chunks().0.iter().map(|b| bf16::from_f32(f16::from_le_bytes(*b).to_f32())).collect()
+            }
+            FloatDtype::Bf16 => self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect(),
+        }
+    }
+}
+
+/// How long the header of a file says that the file is, if it can be read that far.
+fn described_size(map: &[u8]) -> Option<u64> {
+    let (len, rest) = map.split_first_chunk()?;
+    let len = u64::from_le_bytes(*len);
+    let header: Value = serde_json::from_slice(rest.get(..usize::try_from(len).ok()?)?).ok()?;
+    let ends = header.as_object()?.values().filter_map(|tensor| tensor.get("data_offsets")?.get(1)?.as_u64());
+    ends.max().unwrap_or(0).checked_add(len)?.checked_add(8)
+}
+
+/// The distinct files an index names, in order of name.
+fn shards(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, CheckpointError> {
+    let object = spec::read_object(index)?;
+    let bad = |reason: &str| CheckpointError::Index { path: index.to_path_buf(), reason: reason.to_string() };
+    let map = object.get("weight_map").and_then(Value::as_object).ok_or_else(|| bad("it has no `weight_map`"))?;
+    let mut shards: Vec<(&str, &str)> = Vec::new();
+    for (tensor, shard) in map {
+        let shard = shard
+            .as_str()
+            .ok_or_else(|| bad(&format!("tensor {tensor} is mapped to {shard}, expected a file name")))?;
+        if Path::new(shard).file_name().is_none_or(|name| name != shard) {
+            return Err(bad(&format!("tensor {tensor} is mapped to {shard:?}, expected a file in the same folder")));
+        }
+        shards.push((shard, tensor));
+    }
+    shards.sort_unstable();
+    shards.dedup_by_key(|(shard, _)| *shard);
+    if shards.is_empty() {
+        return Err(bad("it names no tensor"));
+    }
+    shards
+        .into_iter()
+        .map(|(shard, tensor)| {
+            let path = folder.join(shard);
+            if path.exists() {
+                return Ok(path);
+            }
+            let (shard, tensor) = (shard.to_string(), tensor.to_string());
+            Err(CheckpointError::MissingShard { index: index.to_path_buf(), shard, tensor, path })
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::test_folder::TestFolder;
+    use safetensors::tensor::TensorView;
+
+    fn write(folder: &TestFolder, name: &str, tensors: &[(&str, Dtype, &[usize], Vec<u8>)]) -> PathBuf {
+        let views = tensors
+            .iter()
+            .map(|(name, dtype, shape, bytes)| (*name, TensorView::new(*dtype, shape.to_vec(), bytes).unwrap()));
+        folder.write(name, &safetensors::serialize(views, None).unwrap())
+    }
+
+    fn ramp() -> Vec<u8> {
+        [1.0f32, -2.5, 1e-3, 70_000.0].iter().flat_map(|x| x.to_le_bytes()).collect()
+    }
+
+    #[test]
+    fn values_of_every_type_are_widened_exactly_and_rounded_to_nearest() {
+        let folder = TestFolder::new("dtypes");
+        let halves: Vec<u8> = [1.0f32, -2.5].iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
+        let brains: Vec<u8> = [1.0f32, -2.5].iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
+        let single = [1.0f32, 1.003_906_3].iter().flat_map(|x| x.to_le_bytes()).collect();
+        write(
+            &folder,
+            "model.safetensors",
+            &[("h", Dtype::F16, &[2], halves), ("b", Dtype::BF16, &[2], brains), ("f", Dtype::F32, &[2], single)],
+        );
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.tensor("h", &[2]).unwrap().to_f32(), [1.0, -2.5]);
+        assert_eq!(checkpoint.tensor("b", &[2]).unwrap().to_f32(), [1.0, -2.5]);
+        assert_eq!(checkpoint.tensor("h", &[2]).unwrap().to_bf16()[1].to_f32(), -2.5);
+        let rounded: Vec<f32> = checkpoint.tensor("f", &[2]).unwrap().to_bf16().iter().map(|x| x.to_f32()).collect();
+        assert_eq!(rounded, [1.0, 1.0]);
+    }
+
+    #[test]
+    fn missing_and_misshapen_tensors_are_named_with_both_shapes() {
+        let folder = TestFolder::new("shapes");
+        let path = write(&folder, "model.safetensors", &[("a.weight", Dtype::F32, &[2, 2], ramp())]);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let error = |name: &str, shape: &[usize]| checkpoint.tensor(name, shape).err().unwrap().to_string();
+        let path = path.display();
+        assert_eq!(
+            error("a.weight", &[4]),
+            format!("{path}: tensor a.weight has shape [2, 2], config.json implies [4]")
+        );
+        assert_eq!(
+            error("b.weight", &[4]),
+            format!("{path} has no tensor b.weight, expected f32, f16 or bf16 of shape [4]")
+        );
+        write(&folder, "model.safetensors", &[("a.weight", Dtype::I32, &[2, 2], ramp())]);
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        let error = checkpoint.tensor("a.weight", &[2, 2]).err().unwrap().to_string();
+        assert_eq!(error, format!("{path}: tensor a.weight is i32, supported are f32, f16 and bf16"));
+    }
+
+    #[test]
+    fn a_file_cut_anywhere_is_refused() {
+        let folder = TestFolder::new("truncated");
+        let path = write(&folder, "model.safetensors", &[("a", Dtype::F32, &[4], ramp())]);
+        let bytes = std::fs::read(&path).unwrap();
+        for len in 0..bytes.len() {
+            folder.write("model.safetensors", &bytes[..len]);
+            let error = Checkpoint::open(folder.path()).err().expect("cut files are refused").to_string();
+            assert!(error.starts_with(&path.display().to_string()), "{error}");
+        }
+        folder.write("model.safetensors", &bytes[..bytes.len() - 1]);
+        let error = Checkpoint::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains(&format!("has {} bytes, its header describes {}", bytes.len() - 1, bytes.len())));
+    }
+
+    #[test]
+    fn shards_are_found_through_the_index_and_missed_by_name() {
+        let folder = TestFolder::new("shards");
+        write(&folder, "one.safetensors", &[("a", Dtype::F32, &[4], ramp())]);
+        write(&folder, "two.safetensors", &[("b", Dtype::F32, &[2, 2], ramp())]);
+        folder.write(
+            "model.safetensors.index.json",
+            br#"{"weight_map": {"b": "two.safetensors", "a": "one.safetensors"}}"#,
+        );
+        let checkpoint = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(checkpoint.files().count(), 2);
+        assert_eq!(checkpoint.tensor("b", &[2, 2]).unwrap().to_f32()[3], 70_000.0);
+        folder.write("model.safetensors.index.json", br#"{"weight_map": {"b": "gone.safetensors"}}"#);
+        let error = Checkpoint::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("names the shard gone.safetensors for tensor b"), "{error}");
+        folder.write("model.safetensors.index.json", br#"{"weight_map": {"b": "../etc/passwd"}}"#);
+        let error = Checkpoint::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("expected a file in the same folder"), "{error}");
+    }
+
+    #[test]
+    fn an_empty_folder_says_what_was_looked_for() {
+        let folder = TestFolder::new("empty");
+        let error = Checkpoint::open(folder.path()).err().unwrap().to_string();
+        assert!(error.contains("expected model.safetensors, or model.safetensors.index.json"), "{error}");
+    }
+}

@@ -1,0 +1,366 @@
+//! The thread that owns scheduler and runner: drain the inbox, schedule, run, report.
+
+use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{self as std_mpsc, TryRecvError};
+use std::time::Instant;
+
+use common::ids::SequenceId;
+use common::scheduler::{DrawnToken, GroupEvent, ScheduledStep, Scheduler, SchedulerLimits, SequenceEvent};
+use metrics::{Counter, Gauge, Label};
+use tokio::sync::{mpsc, watch};
+
+use crate::core::handle::{Command, EngineEvent, EngineHandle, EngineStatus, RequestTicket};
+use crate::core::parked::ParkedKv;
+use crate::core::plan_builder;
+use crate::plan::{Span, StepPlan};
+use crate::runner::{KvSink, Runner, StepError};
+use crate::step_thread::text_of;
+
+/// What an engine may use, and who it is in the metrics.
+#[derive(Debug, Clone)]
+pub struct EngineOptions {
+    /// Seats, budgets, blocks. `block_size`, `num_blocks` and `max_model_len` must be the runner's.
+    pub limits: SchedulerLimits,
+    /// `prefill-node` or `decode-node`.
+    pub role: &'static str,
+    /// The node's name.
+    pub node: String,
+}
+
+/// Starts an engine's thread. It ends when every handle is dropped, on [`EngineHandle::shutdown`], or
+/// when the runner fails.
+///
+/// # Errors
+/// If the operating system refuses a thread.
+pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result<EngineHandle> {
+    let (inbox, commands) = std_mpsc::channel();
+    let (status_sender, status) = watch::channel(EngineStatus { is_idle: true, ..EngineStatus::default() });
+    let handle = EngineHandle {
+        inbox,
+        status,
+        model: Arc::new(runner.model().clone()),
+        pool: runner.pool().clone(),
+        next_ticket: Arc::default(),
+    };
+    let engine = Engine {
+        scheduler: Scheduler::new(options.limits),
+        runner,
+        commands,
+        status: status_sender,
+        requests: HashMap::new(),
+        groups: HashMap::new(),
+        parked: ParkedKv::default(),
+        plan: StepPlan::default(),
+        num_steps: 0,
+        gauges: EngineMetrics::new(&options),
+    };
+    std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
+    Ok(handle)
+}
+
+struct Request {
+    ticket: RequestTicket,
+    events: mpsc::Sender<EngineEvent>,
+    first_reported_token: usize,
+    queued_at: Instant,
+    admitted_at: Instant,
+}
+
+struct Engine {
+    scheduler: Scheduler,
+    runner: Box<dyn Runner>,
+    commands: std_mpsc::Receiver<Command>,
+    status: watch::Sender<EngineStatus>,
+    requests: HashMap<SequenceId, Request>,
+    groups: HashMap<RequestTicket, SequenceId>,
+    parked: ParkedKv,
+    plan: StepPlan,
+    num_steps: u64,
+    gauges: EngineMetrics,
+}
+
+/// Why the loop goes on or ends.
+enum Flow {
+    Continue,
+    Stop,
+}
+
+impl Engine {
+    fn run(mut self) {
+        // A panic is a bug, but not one that may leave requests waiting for an engine that is gone. What it
+        // leaves of the books is not used again, only looked at.
+        let outcome = catch_unwind(AssertUnwindSafe(|| self.serve()));
+        let failure = match outcome {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(panic) => Some(format!("the engine's loop panicked: {}", text_of(panic.as_ref()))),
+        };
+        let reason = failure.clone().unwrap_or_else(|| "the node is shutting down".to_string());
+        // Told before the requests: who hears of the failure may ask why.
+        self.status.send_modify(|status| status.failure = Some(reason.clone()));
+        for (_, request) in self.requests.drain() {
+            // A request whose task is gone has nobody to tell.
+            let _ = request.events.try_send(EngineEvent::Failed { reason: reason.clone() });
+        }
+        if let Some(reason) = &failure {
+            tracing::error!(reason, "the engine stops");
+        }
+    }
+
+    /// Until it is told to stop.
+    fn serve(&mut self) -> Result<(), StepError> {
+        self.publish_status();
+        let mut is_busy = false;
+        loop {
+            if let Flow::Stop = self.drain_inbox(is_busy) {
+                return Ok(());
+            }
+            is_busy = self.step()?;
+            self.publish_status();
+        }
+    }
+
+    /// Takes all commands that are there; waits for one if there is nothing to compute.
+    fn drain_inbox(&mut self, is_busy: bool) -> Flow {
+        let mut next = if is_busy {
+            self.commands.try_recv()
+        } else {
+            self.commands.recv().map_err(|_| TryRecvError::Disconnected)
+        };
+        loop {
+            match next {
+                Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return Flow::Stop,
+                Ok(command) => self.on_command(command),
+                Err(TryRecvError::Empty) => return Flow::Continue,
+            }
+            next = self.commands.try_recv();
+        }
+    }
+
+    fn on_command(&mut self, command: Command) {
+        match command {
+            Command::Submit { ticket, sequence, first_reported_token, events } => match self.scheduler.add(*sequence) {
+                Ok(group) => {
+                    let now = Instant::now();
+                    let request = Request { ticket, events, first_reported_token, queued_at: now, admitted_at: now };
+                    self.requests.insert(group, request);
+                    self.groups.insert(ticket, group);
+                }
+                Err(error) => {
+                    let _ = events.try_send(EngineEvent::Rejected(error));
+                }
+            },
+            Command::KvComplete { ticket, first_tokens } => {
+                let Some(group) = self.groups.get(&ticket) else { return };
+                let events = self.scheduler.on_kv_complete(*group, first_tokens);
+                self.dispatch(events);
+                self.make_copies();
+            }
+            Command::ComputeLocally { ticket, num_valid_tokens, first_tokens } => {
+                let Some(group) = self.groups.get(&ticket) else { return };
+                self.scheduler.on_compute_locally(*group, num_valid_tokens, first_tokens);
+            }
+            Command::Cancel { ticket } => self.cancel(ticket),
+            Command::SetLimits(change) => self.scheduler.set_limits(change),
+            Command::ClearCache => self.scheduler.clear_cache(),
+            Command::Shutdown => unreachable!("handled by the caller"),
+        }
+    }
+
+    /// Also how a finished request is forgotten: then there is nothing left to cancel.
+    fn cancel(&mut self, ticket: RequestTicket) {
+        let Some(group) = self.groups.remove(&ticket) else { return };
+        for sequence in self.scheduler.cancel(group) {
+            self.parked.forget(sequence);
+        }
+        self.requests.remove(&group);
+    }
+
+    /// Schedules and runs one step. False if there was nothing to compute.
+    fn step(&mut self) -> Result<bool, StepError> {
+        let step = self.scheduler.schedule();
+        let pool = self.runner.pool().clone();
+        for park in &step.parks {
+            self.parked.save(park, &pool);
+        }
+        for block in &step.fresh_blocks {
+            pool.clear_block(*block);
+        }
+        for unpark in &step.unparks {
+            self.parked.restore(unpark, &pool);
+        }
+        self.dispatch(step.events.clone());
+        if step.spans.is_empty() {
+            if self.scheduler.is_idle() {
+                debug_assert_eq!(self.scheduler.check_integrity(), Ok(()));
+                debug_assert!(self.parked.is_empty());
+            }
+            return Ok(false);
+        }
+        let sink = self.plan_step(&step);
+        let ticket = self.runner.submit(std::mem::take(&mut self.plan), sink);
+        let output = self.runner.wait(ticket)?;
+        self.plan = output.plan;
+        self.num_steps += 1;
+        self.gauges.count_step(&step, output.tokens.len());
+        let tokens = output.tokens.into_iter();
+        let drawn = tokens.map(|t| DrawnToken { sequence: t.sequence, choice: t.choice, token: t.token }).collect();
+        let events = self.scheduler.on_step_done(&step, drawn);
+        self.make_copies();
+        self.dispatch(events);
+        Ok(true)
+    }
+
+    fn plan_step(&mut self, step: &ScheduledStep) -> Arc<dyn KvSink> {
+        let mut listeners = HashMap::new();
+        for span in &step.spans {
+            if let Some(request) = self.requests.get(&span.sequence)
+                && request.first_reported_token < span.first_token + span.num_tokens
+            {
+                listeners.insert(span.sequence, (request.events.clone(), request.first_reported_token));
+            }
+        }
+        let is_reported = |span: &common::scheduler::ScheduledSpan| listeners.contains_key(&span.sequence);
+        plan_builder::build(&mut self.plan, &self.scheduler, &step.spans, is_reported);
+        Arc::new(LayerReports { listeners })
+    }
+
+    fn make_copies(&mut self) {
+        for (source, destination) in self.scheduler.take_copies() {
+            self.runner.pool().copy_block(source, destination);
+        }
+    }
+
+    fn dispatch(&mut self, events: Vec<GroupEvent>) {
+        for (group, event) in events {
+            let Some(request) = self.requests.get_mut(&group) else { continue };
+            let event = match event {
+                SequenceEvent::Admitted { num_cached_tokens, blocks } => {
+                    request.admitted_at = Instant::now();
+                    let queue = request.admitted_at - request.queued_at;
+                    let num_tokens = self.scheduler.sequence(group).map_or(0, |sequence| sequence.tokens.len());
+                    self.gauges.count_lookup(num_tokens, num_cached_tokens);
+                    EngineEvent::Admitted { num_cached_tokens, blocks: blocks.into(), queue }
+                }
+                SequenceEvent::FirstTokens(tokens) => {
+                    EngineEvent::FirstTokens { tokens, prefill: request.admitted_at.elapsed() }
+                }
+                SequenceEvent::Token { choice, index, token, finish } => {
+                    EngineEvent::Token { choice, index, token, finish }
+                }
+                SequenceEvent::Finished => EngineEvent::Finished,
+            };
+            let is_last = event == EngineEvent::Finished;
+            // The channel has room for every event the request can cause; it fails only when the task is
+            // gone, and then its handle's drop has sent a cancel.
+            let _ = request.events.try_send(event);
+            if is_last && let Some(request) = self.requests.remove(&group) {
+                self.groups.remove(&request.ticket);
+            }
+        }
+    }
+
+    fn publish_status(&mut self) {
+        let blocks = self.scheduler.block_counts();
+        let load = self.scheduler.load(self.num_steps);
+        self.gauges.show(&load, &blocks, self.scheduler.num_preemptions());
+        self.status.send_replace(EngineStatus { load, blocks, is_idle: self.scheduler.is_idle(), failure: None });
+    }
+}
+
+/// Sends written layers to the requests that asked, from the runner's thread.
+struct LayerReports {
+    listeners: HashMap<SequenceId, (mpsc::Sender<EngineEvent>, usize)>,
+}
+
+impl KvSink for LayerReports {
+    fn on_layer_written(&self, layer: u32, span: &Span) {
+        if let Some((events, first_reported)) = self.listeners.get(&span.sequence) {
+            let end = span.first_position + span.num_rows;
+            let first_token = span.first_position.max(*first_reported);
+            let event = EngineEvent::LayerWritten { layer, first_token, num_tokens: end - first_token };
+            let _ = events.try_send(event);
+        }
+    }
+}
+
+/// The engine's numbers, owned here, shown by whoever exports metrics.
+struct EngineMetrics {
+    running: Gauge,
+    waiting: Gauge,
+    kv_usage: Gauge,
+    blocks_referenced: Gauge,
+    blocks_cached: Gauge,
+    blocks_free: Gauge,
+    computed_tokens: Counter,
+    generated_tokens: Counter,
+    cached_tokens: Counter,
+    preemptions: Counter,
+    steps: Counter,
+    /// The same under vLLM's names, which dashboards and routers read.
+    vllm_kv_usage: Gauge,
+    vllm_queried_tokens: Counter,
+    vllm_hit_tokens: Counter,
+    vllm_preemptions: Counter,
+}
+
+impl EngineMetrics {
+    fn new(options: &EngineOptions) -> Self {
+        let labels = vec![Label::new("role", options.role), Label::new("node", options.node.clone())];
+        let gauge = |name: &'static str, help: &'static str| {
+            metrics::describe_gauge!(name, help);
+            metrics::gauge!(name, labels.clone())
+        };
+        let counter = |name: &'static str, help: &'static str| {
+            metrics::describe_counter!(name, help);
+            metrics::counter!(name, labels.clone())
+        };
+        Self {
+            running: gauge("tandem_num_requests_running", "Sequences in the running batch"),
+            waiting: gauge("tandem_num_requests_waiting", "Sequences that wait for blocks or for their turn"),
+            kv_usage: gauge("tandem_kv_cache_usage_ratio", "Blocks held by sequences, of all blocks"),
+            blocks_referenced: gauge("tandem_kv_blocks_referenced", "Blocks held by sequences"),
+            blocks_cached: gauge("tandem_kv_blocks_cached", "Blocks that nobody holds and that may be found again"),
+            blocks_free: gauge("tandem_kv_blocks_free", "Blocks without content"),
+            computed_tokens: counter("tandem_computed_tokens_total", "Tokens whose KV was computed here"),
+            generated_tokens: counter("tandem_generated_tokens_total", "Tokens drawn here"),
+            cached_tokens: counter("tandem_prefix_cache_hit_tokens_total", "Prompt tokens whose KV was in the pool"),
+            preemptions: counter("tandem_preemptions_total", "Sequences that were parked for an older one"),
+            steps: counter("tandem_engine_steps_total", "Steps since the start"),
+            vllm_kv_usage: gauge("vllm:kv_cache_usage_perc", "Blocks held by sequences, of all blocks"),
+            vllm_queried_tokens: counter(
+                "vllm:prefix_cache_queries_total",
+                "Prompt tokens that were looked up in the pool",
+            ),
+            vllm_hit_tokens: counter("vllm:prefix_cache_hits_total", "Prompt tokens whose KV was in the pool"),
+            vllm_preemptions: counter("vllm:num_preemptions_total", "Sequences that were parked for an older one"),
+        }
+    }
+
+    fn count_lookup(&self, num_tokens: usize, num_cached_tokens: usize) {
+        self.cached_tokens.increment(num_cached_tokens as u64);
+        self.vllm_hit_tokens.increment(num_cached_tokens as u64);
+        self.vllm_queried_tokens.increment(num_tokens as u64);
+    }
+
+    fn count_step(&self, step: &ScheduledStep, num_drawn: usize) {
+        self.steps.increment(1);
+        self.computed_tokens.increment(step.spans.iter().map(|span| span.num_tokens as u64).sum());
+        self.generated_tokens.increment(num_drawn as u64);
+    }
+
+    fn show(&self, load: &common::wire::NodeLoad, blocks: &common::block_manager::BlockCounts, preemptions: u64) {
+        self.running.set(load.num_running);
+        self.waiting.set(load.num_waiting);
+        let kv_usage = blocks.referenced as f64 / blocks.total.max(1) as f64;
+        self.kv_usage.set(kv_usage);
+        self.vllm_kv_usage.set(kv_usage);
+        self.blocks_referenced.set(blocks.referenced as f64);
+        self.blocks_cached.set(blocks.cached as f64);
+        self.blocks_free.set(blocks.free as f64);
+        self.preemptions.absolute(preemptions);
+        self.vllm_preemptions.absolute(preemptions);
+    }
+}

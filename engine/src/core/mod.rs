@@ -1,0 +1,21 @@
+//! The engine's loop: one thread that owns the scheduler and the runner.
+//!
+//! ```text
+//!   requests (async tasks)                      engine thread                        runner thread
+//!   EngineHandle::submit ── Command ──>  inbox, drained at the top of a step
+//!   RequestHandle        <─ EngineEvent ─  schedule -> blocks -> plan ── submit ──>  forward, sample
+//!                        <───────────── LayerWritten ───────────────────────────────  (as layers are written)
+//!                        <─ EngineEvent ─  on_step_done  <───────────── wait ───────
+//! ```
+//!
+//! Dropping a [`RequestHandle`] cancels the request and unpins its blocks at the top of the next step;
+//! there is no other way to hold blocks. The queues are bounded: a request's event channel has room for
+//! every event the request can cause, and it sends at most a handful of commands.
+
+mod engine_loop;
+mod handle;
+mod parked;
+mod plan_builder;
+
+pub use engine_loop::{EngineOptions, start};
+pub use handle::{EngineEvent, EngineHandle, EngineStatus, RequestHandle};

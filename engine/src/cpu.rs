@@ -1,0 +1,312 @@
+//! The decoder's operations on CPUs: a thin skin over `kernels`.
+
+use std::collections::HashMap;
+
+use common::sampling::SampledToken;
+use common::tokens::Token;
+use half::bf16;
+use kernels::kv_layout::KvLayout;
+use kernels::{
+    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuerySpan, RopeTable, SampleParams, TokenCount,
+    WeightDtype, WorkerPool,
+};
+
+use crate::backend::{Backend, HeadRange, MatrixParts, QkvHeads};
+use crate::plan::{SampleRow, StepPlan};
+use crate::pool::KvPool;
+use crate::rope::RopeAngles;
+
+/// Threads, instruction set and priority. None of them changes a result.
+#[derive(Clone, Copy)]
+pub struct CpuBackend {
+    workers: &'static WorkerPool,
+    isa: Isa,
+    priority: Priority,
+}
+
+impl std::fmt::Debug for CpuBackend {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (threads, isa) = (self.workers.threads(), self.isa);
+        f.debug_struct("CpuBackend").field("threads", &threads).field("isa", &isa).finish_non_exhaustive()
+    }
+}
+
+/// An embedding table in the type it is stored in.
+#[derive(Debug)]
+pub enum CpuTable {
+    /// f32 values.
+    F32(Vec<f32>),
+    /// bf16 values.
+    Bf16(Vec<bf16>),
+}
+
+/// Activations in host memory.
+#[derive(Debug, Default)]
+pub struct CpuTensor(Vec<f32>);
+
+impl CpuTensor {
+    pub(crate) fn of(values: Vec<f32>) -> Self {
+        Self(values)
+    }
+
+    /// Exactly `len` values; what they were before is of no interest.
+    fn sized(&mut self, len: usize) -> &mut [f32] {
+        self.0.resize(len, 0.0);
+        &mut self.0
+    }
+}
+
+impl CpuBackend {
+    /// On the given threads with the given instruction set.
+    pub fn new(workers: &'static WorkerPool, isa: Isa) -> Self {
+        Self { workers, isa, priority: Priority::Prefill }
+    }
+
+    /// The same with another priority.
+    pub fn with_priority(self, priority: Priority) -> Self {
+        Self { priority, ..self }
+    }
+
+    fn ctx(&self) -> Ctx<'static> {
+        Ctx { pool: self.workers, isa: self.isa, priority: self.priority }
+    }
+}
+
+fn columns(heads: HeadRange, head_dim: usize, width: usize) -> Columns {
+    Columns { first: heads.first_head * head_dim, stride: width }
+}
+
+fn qkv_width(heads: &QkvHeads, layout: &KvLayout) -> usize {
+    (heads.q.num_heads + heads.k.num_heads + heads.v.num_heads) * layout.head_dim
+}
+
+/// One part as it is: tables are large.
+fn joined<T: Copy>(mut parts: Vec<Vec<T>>) -> Vec<T> {
+    if parts.len() == 1 { parts.remove(0) } else { parts.concat() }
+}
+
+impl Backend for CpuBackend {
+    type Matrix = PackedMatrix;
+    type Table = CpuTable;
+    type Vector = Vec<f32>;
+    type Rope = RopeAngles;
+    type Tensor = CpuTensor;
+
+    fn matrix(&self, cols: usize, parts: MatrixParts) -> PackedMatrix {
+        match parts {
+            MatrixParts::F32(parts) => {
+                let parts: Vec<_> = parts.iter().map(|part| kernels::Weights::F32(part)).collect();
+                PackedMatrix::pack(WeightDtype::F32, cols, &parts)
+            }
+            MatrixParts::Bf16(parts) => {
+                let parts: Vec<_> = parts.iter().map(|part| kernels::Weights::Bf16(part)).collect();
+                PackedMatrix::pack(WeightDtype::Bf16, cols, &parts)
+            }
+        }
+    }
+
+    fn table(&self, values: MatrixParts) -> CpuTable {
+        match values {
+            MatrixParts::F32(parts) => CpuTable::F32(joined(parts)),
+            MatrixParts::Bf16(parts) => CpuTable::Bf16(joined(parts)),
+        }
+    }
+
+    fn vector(&self, values: Vec<f32>) -> Vec<f32> {
+        values
+    }
+
+    fn rope_table(&self, angles: RopeAngles) -> RopeAngles {
+        angles
+    }
+
+    fn read_back(&self, tensor: &CpuTensor) -> Vec<f32> {
+        tensor.0.clone()
+    }
+
+    fn embed(&self, table: &CpuTable, width: usize, tokens: &[u32], out: &mut CpuTensor) {
+        let table = match table {
+            CpuTable::F32(values) => kernels::Weights::F32(values),
+            CpuTable::Bf16(values) => kernels::Weights::Bf16(values),
+        };
+        kernels::embed(&self.ctx(), table, width, tokens, out.sized(tokens.len() * width));
+    }
+
+    fn gather(&self, x: &CpuTensor, width: usize, rows: &[usize], out: &mut CpuTensor) {
+        let out = out.sized(rows.len() * width);
+        for (out, row) in out.chunks_exact_mut(width).zip(rows) {
+            out.copy_from_slice(&x.0[row * width..][..width]);
+        }
+    }
+
+    fn rms_norm(&self, x: &CpuTensor, weight: &Vec<f32>, eps: f32, out: &mut CpuTensor) {
+        kernels::rms_norm(&self.ctx(), &x.0, weight, eps, out.sized(x.0.len()));
+    }
+
+    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &Vec<f32>, eps: f32) {
+        let (num_rows, columns) = (x.0.len() / width, columns(heads, weight.len(), width));
+        kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
+    }
+
+    fn matmul(&self, x: &CpuTensor, weight: &PackedMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
+        let num_rows = x.0.len() / weight.cols();
+        let out = out.sized(num_rows * weight.rows());
+        kernels::matmul(&self.ctx(), &x.0, num_rows, weight, bias.map(Vec::as_slice), false, out);
+    }
+
+    fn matmul_residual(&self, x: &CpuTensor, weight: &PackedMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
+        let num_rows = x.0.len() / weight.cols();
+        kernels::matmul(&self.ctx(), &x.0, num_rows, weight, bias.map(Vec::as_slice), true, &mut out.0);
+    }
+
+    fn rope(
+        &self,
+        x: &mut CpuTensor,
+        width: usize,
+        heads: HeadRange,
+        head_dim: usize,
+        table: &RopeAngles,
+        positions: &[u32],
+    ) {
+        let columns = columns(heads, head_dim, width);
+        let table = RopeTable { cos: &table.cos, sin: &table.sin, rot_dim: table.rotated_dim };
+        kernels::rope(&self.ctx(), &mut x.0, columns, heads.num_heads, head_dim, &table, positions);
+    }
+
+    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &CpuTensor, heads: &QkvHeads) {
+        let layout = pool.layout();
+        let width = qkv_width(heads, layout);
+        let (k, v) = (columns(heads.k, layout.head_dim, width), columns(heads.v, layout.head_dim, width));
+        kernels::kv_write(&self.ctx(), pool.arena(), layout, layer, slots, &qkv.0, k, &qkv.0, v);
+    }
+
+    fn attention(
+        &self,
+        pool: &KvPool,
+        layer: usize,
+        qkv: &CpuTensor,
+        heads: &QkvHeads,
+        plan: &StepPlan,
+        window: Option<u32>,
+        out: &mut CpuTensor,
+    ) {
+        let layout = pool.layout();
+        let q_columns = columns(heads.q, layout.head_dim, qkv_width(heads, layout));
+        let spans: Vec<QuerySpan<'_>> = plan
+            .spans
+            .iter()
+            .map(|span| QuerySpan {
+                first_row: span.first_row,
+                num_rows: span.num_rows,
+                first_position: span.first_position,
+                block_table: &plan.block_tables[span.block_table.clone()],
+            })
+            .collect();
+        let params = AttentionParams {
+            num_heads: heads.q.num_heads,
+            scale: 1.0 / (layout.head_dim as f32).sqrt(),
+            window: window.map(|window| window as usize),
+            softcap: None,
+        };
+        let out = out.sized(plan.num_rows() * heads.q.num_heads * layout.head_dim);
+        kernels::attention(&self.ctx(), pool.arena(), layout, layer, &qkv.0, q_columns, &spans, &params, out);
+    }
+
+    fn silu_mul(&self, gate_up: &CpuTensor, ffn: usize, out: &mut CpuTensor) {
+        kernels::silu_mul(&self.ctx(), &gate_up.0, ffn, out.sized(gate_up.0.len() / 2));
+    }
+
+    fn sample(
+        &self,
+        logits: &CpuTensor,
+        vocab: usize,
+        logit_rows: &[usize],
+        samples: &[SampleRow],
+    ) -> Vec<SampledToken> {
+        let inputs: Vec<SampleInputs> = samples.iter().map(|sample| SampleInputs::of(sample, vocab)).collect();
+        let params: Vec<SampleParams<'_>> =
+            samples.iter().zip(&inputs).map(|(sample, inputs)| inputs.params(sample)).collect();
+        let repeated: Vec<f32>;
+        let logits = if logit_rows.iter().enumerate().all(|(sample, row)| sample == *row) {
+            &logits.0
+        } else {
+            repeated = logit_rows.iter().flat_map(|row| &logits.0[row * vocab..][..vocab]).copied().collect();
+            &repeated
+        };
+        kernels::sample_rows(&self.ctx(), logits, vocab, &params)
+            .into_iter()
+            .map(|sampled| SampledToken {
+                id: sampled.token,
+                logprob: sampled.logprob.unwrap_or(0.0),
+                top_logprobs: sampled.top,
+            })
+            .collect()
+    }
+}
+
+/// What the kernel wants as slices. Ids beyond the vocabulary stand for nothing and are left out.
+struct SampleInputs {
+    counts: Vec<TokenCount>,
+    bias: Vec<(Token, f32)>,
+    banned: Vec<Token>,
+}
+
+impl SampleInputs {
+    fn of(sample: &SampleRow, vocab: usize) -> Self {
+        let is_known = |token: Token| (token as usize) < vocab;
+        let params = &sample.params;
+        let banned = if sample.is_stop_banned { params.stop_token_ids.as_slice() } else { &[] };
+        Self {
+            counts: match &sample.history {
+                Some((tokens, prompt_len)) => count_tokens(tokens, *prompt_len, is_known),
+                None => Vec::new(),
+            },
+            bias: params.logit_bias.iter().copied().filter(|(token, _)| is_known(*token)).collect(),
+            banned: banned.iter().copied().filter(|token| is_known(*token)).collect(),
+        }
+    }
+
+    fn params(&self, sample: &SampleRow) -> SampleParams<'_> {
+        let params = &sample.params;
+        SampleParams {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            repetition_penalty: params.repetition_penalty,
+            frequency_penalty: params.frequency_penalty,
+            presence_penalty: params.presence_penalty,
+            token_counts: &self.counts,
+            logit_bias: &self.bias,
+            banned: &self.banned,
+            uniform: kernels::uniform(params.seed, sample.choice.0, sample.position),
+            num_logprobs: params.logprobs.map(|num_top| num_top as usize),
+        }
+    }
+}
+
+fn count_tokens(tokens: &[Token], prompt_len: usize, is_known: impl Fn(Token) -> bool) -> Vec<TokenCount> {
+    let mut counts: HashMap<Token, TokenCount> = HashMap::new();
+    for (index, &token) in tokens.iter().enumerate().filter(|(_, token)| is_known(**token)) {
+        let count = counts.entry(token).or_insert(TokenCount { token, in_prompt: false, num_output: 0 });
+        if index < prompt_len {
+            count.in_prompt = true;
+        } else {
+            count.num_output += 1;
+        }
+    }
+    counts.into_values().collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompt_and_output_are_counted_apart() {
+        let mut counts = count_tokens(&[5, 6, 5, 6, 6, 900], 3, |token| token < 100);
+        counts.sort_by_key(|count| count.token);
+        let count = |token, num_output| TokenCount { token, in_prompt: true, num_output };
+        assert_eq!(counts, [count(5, 0), count(6, 2)]);
+    }
+}

@@ -1,0 +1,118 @@
+//! Runs a model on the CPU, on a thread of its own.
+
+use std::sync::Arc;
+
+use common::model::ModelInfo;
+use kernels::Priority;
+
+use crate::backend::Backend;
+use crate::cpu::CpuBackend;
+use crate::decoder::{Decoder, Workspace};
+use crate::model::{LoadError, Model};
+use crate::plan::StepPlan;
+use crate::pool::KvPool;
+use crate::rope::RopeAngles;
+use crate::runner::{KvSink, Runner, StepError, StepOutput, StepToken, Ticket};
+use crate::step_thread::StepThread;
+
+/// A model, a pool, and the thread that computes with them.
+pub struct CpuRunner {
+    info: ModelInfo,
+    pool: Arc<KvPool>,
+    thread: StepThread,
+}
+
+impl CpuRunner {
+    /// A runner of `model` with a KV pool of its own: as many blocks of `block_size` tokens as fit
+    /// `kv_cache_memory_bytes`. Sequences have at most `max_model_len` tokens; without it, as many as the
+    /// model and the pool allow.
+    ///
+    /// # Errors
+    /// [`LoadError::TooLong`], [`LoadError::PoolTooSmall`], or about the pool or the thread.
+    pub fn new(
+        model: Arc<Model>,
+        block_size: usize,
+        kv_cache_memory_bytes: u64,
+        max_model_len: Option<usize>,
+    ) -> Result<Self, LoadError> {
+        let kv_spec = model.spec().kv_spec(model.kv_dtype());
+        let bytes_per_token = kv_spec.bytes_per_token();
+        let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
+        let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX);
+        let held = num_blocks.saturating_mul(block_size);
+        let supported = model.spec().max_position;
+        let wanted = max_model_len.unwrap_or(supported.min(held));
+        if wanted > supported {
+            return Err(LoadError::TooLong { asked: wanted, supported });
+        }
+        if wanted > held || held == 0 {
+            let needed = wanted.max(block_size);
+            let bytes = kv_cache_memory_bytes;
+            return Err(LoadError::PoolTooSmall { bytes, bytes_per_token, block_size, held, needed });
+        }
+        if wanted < supported && max_model_len.is_none() {
+            tracing::warn!(
+                max_model_len = wanted,
+                supported,
+                "the KV cache holds no sequence as long as the model supports: longer requests are refused; \
+                 raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
+            );
+        }
+        let pool = Arc::new(KvPool::new(&kv_spec, block_size, num_blocks)?);
+        let info = ModelInfo { max_model_len: wanted as u32, ..model.info_for(block_size, num_blocks) };
+        let mut worker = Worker {
+            rope: model.backend().rope_table(model.spec().rope.angles(wanted)),
+            model,
+            pool: pool.clone(),
+            workspace: Workspace::default(),
+        };
+        let thread = StepThread::start(move |plan, sink| worker.step(plan, sink))
+            .map_err(|error| LoadError::Thread { reason: error.to_string() })?;
+        Ok(Self { info, pool, thread })
+    }
+}
+
+impl Runner for CpuRunner {
+    fn model(&self) -> &ModelInfo {
+        &self.info
+    }
+
+    fn pool(&self) -> &Arc<KvPool> {
+        &self.pool
+    }
+
+    fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {
+        self.thread.submit(plan, sink)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<StepOutput, StepError> {
+        self.thread.wait(ticket)
+    }
+}
+
+struct Worker {
+    model: Arc<Model>,
+    rope: RopeAngles,
+    pool: Arc<KvPool>,
+    workspace: Workspace<CpuBackend>,
+}
+
+impl Worker {
+    fn step(&mut self, plan: StepPlan, sink: &dyn KvSink) -> StepOutput {
+        if plan.num_rows() == 0 {
+            return StepOutput { tokens: Vec::new(), plan };
+        }
+        let priority = if plan.has_decode { Priority::Decode } else { Priority::Prefill };
+        let decoder = Decoder {
+            backend: self.model.backend().with_priority(priority),
+            spec: self.model.spec(),
+            weights: self.model.weights(),
+            rope: &self.rope,
+            pool: &self.pool,
+        };
+        let drawn = decoder.forward(&plan, sink, &mut self.workspace);
+        let tokens = plan.samples.iter().zip(drawn);
+        let tokens = tokens.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token });
+        StepOutput { tokens: tokens.collect(), plan }
+    }
+}

@@ -1,0 +1,90 @@
+//! One engine step as flat arrays: what to compute, where its KV goes, which rows to sample.
+//!
+//! Blocks are cleared, copied and saved by the engine thread between two steps, not by the plan.
+//! Prefill chunks and decode tokens are the same: a [`Span`] of consecutive tokens of one sequence.
+//!
+//! ```text
+//! spans      |  A: 5 tokens   | B: 1 | C: 1 |      tokens, positions, slots: one entry per row
+//! rows         0 1 2 3 4        5      6
+//! logit rows           4        5      6           rows whose logits are sampled
+//! ```
+
+use std::sync::Arc;
+
+use common::ids::{ChoiceIndex, SequenceId};
+use common::sampling::SamplingParams;
+use common::tokens::Token;
+
+/// Consecutive tokens of one sequence in a step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Span {
+    /// Whose.
+    pub sequence: SequenceId,
+    /// Row of its first token in the step.
+    pub first_row: usize,
+    /// Number of rows.
+    pub num_rows: usize,
+    /// Position of its first token in the sequence.
+    pub first_position: usize,
+    /// Range of the sequence's block table in [`StepPlan::block_tables`].
+    pub block_table: std::ops::Range<usize>,
+    /// Whether the [`KvSink`](crate::runner::KvSink) wants to know when a layer of this span is written.
+    pub is_reported: bool,
+}
+
+/// A row whose logits are sampled, once per entry (n choices of one prompt are n entries on one row).
+#[derive(Debug, Clone, PartialEq)]
+pub struct SampleRow {
+    /// Row in the step.
+    pub row: usize,
+    /// Sequence the token is for.
+    pub sequence: SequenceId,
+    /// Which choice; enters the random number.
+    pub choice: ChoiceIndex,
+    /// Position in the sequence of the token to be drawn (number of tokens before it); enters the
+    /// random number.
+    pub position: u32,
+    /// How to choose.
+    pub params: Arc<SamplingParams>,
+    /// Whether stop tokens are forbidden here (`min_tokens` not reached).
+    pub is_stop_banned: bool,
+    /// All tokens so far and how many of them are the prompt; only filled if penalties need them.
+    pub history: Option<(Arc<Vec<Token>>, usize)>,
+}
+
+/// Everything a runner needs for one step.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct StepPlan {
+    /// Token of each row, `[num_rows]`.
+    pub tokens: Vec<Token>,
+    /// Position of each row in its sequence, `[num_rows]`.
+    pub positions: Vec<u32>,
+    /// Where each row's K and V go: `block * block_size + offset`, `[num_rows]`.
+    pub slots: Vec<u32>,
+    /// Who the rows belong to.
+    pub spans: Vec<Span>,
+    /// Block tables of all spans, one after the other.
+    pub block_tables: Vec<u32>,
+    /// Which rows are sampled.
+    pub samples: Vec<SampleRow>,
+    /// Whether this step has decode rows, which go before prefill rows of other runners in the process.
+    pub has_decode: bool,
+}
+
+impl StepPlan {
+    /// Empties all arrays, keeping their memory.
+    pub fn clear(&mut self) {
+        self.tokens.clear();
+        self.positions.clear();
+        self.slots.clear();
+        self.spans.clear();
+        self.block_tables.clear();
+        self.samples.clear();
+        self.has_decode = false;
+    }
+
+    /// Rows in the step.
+    pub fn num_rows(&self) -> usize {
+        self.tokens.len()
+    }
+}

@@ -1,0 +1,387 @@
+//! The memory of a node's KV cache: blocks of all layers, addressed by sequence-relative granules.
+//!
+//! What travels between nodes is an *extent*: granules `first..first + n` of one layer of one sequence, K and
+//! V, in the pool's own order. A granule's bytes are the same whatever the block size, so an extent is read
+//! from one pool and landed in another without conversion:
+//!
+//! ```text
+//! sequence      granule 0   1   2   3   4   5            (16 tokens each)
+//! block table   [ block 7 ] [ block 2 ] [ block 9 ]      (block size 32)
+//! extent 1..4           |-----------|                    = half of block 7, block 2, half... as one byte string
+//! ```
+//!
+//! **Who may touch what.** The pool checks bounds, never ownership: any number of threads may call it at once,
+//! and the block manager guarantees that bytes being written are accessed by nobody else at that time. A block
+//! belongs to one writer from allocation until its bytes are final: the engine thread while it is computed,
+//! the receiving task while its extents land. Readers (attention, senders, parking) only see final bytes of
+//! blocks they hold a reference on. What would notice a breach are the digests over extents.
+
+use common::ids::BlockId;
+use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
+use kernels::kv_layout::GRANULE_TOKENS;
+use kernels::{KvArena, KvLayout};
+
+/// Why a pool cannot be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PoolError {
+    /// The CPU kernels keep K and V of equal shape in every layer.
+    #[error("the KV cache of this model is not supported: {reason}")]
+    Unsupported {
+        /// What is not.
+        reason: String,
+    },
+    /// Blocks are whole granules.
+    #[error("--block-size {block_size} is not supported: use a multiple of {GRANULE_TOKENS}, for example 32")]
+    BlockSize {
+        /// What was asked for.
+        block_size: usize,
+    },
+    /// More bytes or slots than can be addressed.
+    #[error(
+        "a KV pool of {num_blocks} blocks of {block_size} tokens is too large to be addressed: lower --kv-cache-memory-bytes"
+    )]
+    TooLarge {
+        /// Blocks asked for.
+        num_blocks: usize,
+        /// Tokens per block.
+        block_size: usize,
+    },
+}
+
+/// A range of granules that a block table does not hold.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "layer {layer}, granules {first_granule} to {end_granule} were named, but there are {num_layers} layers and {num_granules} granules here"
+)]
+pub struct OutOfRange {
+    /// Layer named.
+    pub layer: u32,
+    /// First granule named.
+    pub first_granule: usize,
+    /// One behind the last granule named.
+    pub end_granule: usize,
+    /// Layers of the pool.
+    pub num_layers: u32,
+    /// Granules of the block table.
+    pub num_granules: usize,
+}
+
+/// Paged KV of all layers. Shared between the engine thread and the tasks that move blocks; see the
+/// [module](self) for who may access what.
+#[derive(Debug)]
+pub struct KvPool {
+    arena: KvArena,
+    layout: KvLayout,
+}
+
+impl KvPool {
+    /// A zeroed pool of `num_blocks` blocks of `block_size` tokens. Memory is taken from the system as it is
+    /// first touched.
+    ///
+    /// # Errors
+    /// [`PoolError`] if the shape is not one the CPU kernels have, the block size is not a multiple of 16, or
+    /// the pool cannot be addressed.
+    pub fn new(spec: &KvSpec, block_size: usize, num_blocks: usize) -> Result<Self, PoolError> {
+        let plane = uniform_plane(spec)?;
+        if block_size == 0 || !block_size.is_multiple_of(GRANULE_TOKENS) {
+            return Err(PoolError::BlockSize { block_size });
+        }
+        let too_large = PoolError::TooLarge { num_blocks, block_size };
+        let bytes = spec.bytes_per_token() as u128 * block_size as u128 * num_blocks as u128;
+        // Slots are u32 in a plan.
+        let num_slots = num_blocks as u128 * block_size as u128;
+        if bytes > isize::MAX as u128 || num_slots > u128::from(u32::MAX) {
+            return Err(too_large);
+        }
+        let layout = KvLayout {
+            num_layers: spec.num_layers() as usize,
+            num_blocks,
+            block_size,
+            num_kv_heads: plane.num_heads as usize,
+            head_dim: plane.head_dim as usize,
+            dtype: match plane.dtype {
+                KvDtype::F32 => kernels::KvDtype::F32,
+                KvDtype::Bf16 => kernels::KvDtype::Bf16,
+            },
+        };
+        Ok(Self { arena: KvArena::new(layout.total_bytes()), layout })
+    }
+
+    /// Tokens per block.
+    pub fn block_size(&self) -> usize {
+        self.layout.block_size
+    }
+
+    /// Blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.layout.num_blocks
+    }
+
+    /// Layers that keep KV.
+    pub fn num_layers(&self) -> u32 {
+        self.layout.num_layers as u32
+    }
+
+    /// Granules per block.
+    pub fn granules_per_block(&self) -> usize {
+        self.layout.block_size / GRANULE_TOKENS
+    }
+
+    /// Bytes of an extent: `num_granules` granules of one layer, all planes.
+    pub fn extent_bytes(&self, num_granules: usize) -> usize {
+        num_granules * self.layout.granule_bytes()
+    }
+
+    /// Bytes of one block over all layers.
+    pub fn block_bytes(&self) -> usize {
+        self.layout.num_layers * self.layout.block_bytes()
+    }
+
+    /// The bytes themselves, for the kernels.
+    pub fn arena(&self) -> &KvArena {
+        &self.arena
+    }
+
+    /// Where in them everything lies.
+    pub fn layout(&self) -> &KvLayout {
+        &self.layout
+    }
+
+    /// Whether an extent named by somebody else lies within a block table of `num_blocks` blocks. What passes
+    /// here makes [`read_granules`](Self::read_granules) and [`write_at`](Self::write_at) succeed.
+    ///
+    /// # Errors
+    /// [`OutOfRange`], with what was named and what is there.
+    pub fn check_extent(
+        &self,
+        layer: u32,
+        num_blocks: usize,
+        first_granule: usize,
+        num_granules: usize,
+    ) -> Result<(), OutOfRange> {
+        let num_held = num_blocks.saturating_mul(self.granules_per_block());
+        let end_granule = first_granule.saturating_add(num_granules);
+        if layer < self.num_layers() && end_granule <= num_held {
+            return Ok(());
+        }
+        let num_layers = self.num_layers();
+        Err(OutOfRange { layer, first_granule, end_granule, num_layers, num_granules: num_held })
+    }
+
+    /// Copies an extent of the sequence with block table `blocks` into `out`, which holds exactly
+    /// [`extent_bytes(num_granules)`](Self::extent_bytes).
+    ///
+    /// # Panics
+    /// If the extent is out of range or `out` has another size: check with
+    /// [`check_extent`](Self::check_extent) what comes from outside.
+    pub fn read_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        out: &mut [u8],
+    ) {
+        assert_eq!(out.len(), self.extent_bytes(num_granules), "the buffer of an extent of {num_granules} granules");
+        self.for_runs(layer, blocks, first_granule, 0, out.len(), |offset, run| {
+            self.arena.read(offset, &mut out[run]);
+        });
+    }
+
+    /// Lands `bytes` at `byte_offset` of the extent that begins with `first_granule`. Extents may land in any
+    /// pieces and any order; what a piece does not cover stays as it is.
+    ///
+    /// # Panics
+    /// If the piece reaches beyond the block table: check with [`check_extent`](Self::check_extent) that the
+    /// whole extent fits, and that `byte_offset + bytes.len()` is within
+    /// [`extent_bytes`](Self::extent_bytes).
+    pub fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        self.for_runs(layer, blocks, first_granule, byte_offset, bytes.len(), |offset, run| {
+            self.arena.write(offset, &bytes[run]);
+        });
+    }
+
+    /// Appends one block's bytes over all layers, [`block_bytes`](Self::block_bytes) of them, to `out`.
+    pub fn read_block(&self, block: BlockId, out: &mut Vec<u8>) {
+        let size = self.layout.block_bytes();
+        for layer in 0..self.layout.num_layers {
+            let start = out.len();
+            out.resize(start + size, 0);
+            self.arena.read(self.layout.offset(layer, block.0), &mut out[start..]);
+        }
+    }
+
+    /// Puts back what [`read_block`](Self::read_block) gave, into any block.
+    ///
+    /// # Panics
+    /// If `bytes` is not one block's.
+    pub fn write_block(&self, block: BlockId, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.block_bytes(), "the bytes of one block over all layers");
+        for (layer, bytes) in bytes.chunks_exact(self.layout.block_bytes()).enumerate() {
+            self.arena.write(self.layout.offset(layer, block.0), bytes);
+        }
+    }
+
+    /// Zeroes a block in all layers. Every block is cleared when it is allocated: attention reads whole
+    /// granules, and 0 x NaN is NaN.
+    pub fn clear_block(&self, block: BlockId) {
+        for layer in 0..self.layout.num_layers {
+            let offset = self.layout.offset(layer, block.0);
+            self.arena.zero(offset..offset + self.layout.block_bytes());
+        }
+    }
+
+    /// Copies a block in all layers.
+    pub fn copy_block(&self, source: BlockId, destination: BlockId) {
+        for layer in 0..self.layout.num_layers {
+            let (from, to) = (self.layout.offset(layer, source.0), self.layout.offset(layer, destination.0));
+            self.arena.copy_within(from, to, self.layout.block_bytes());
+        }
+    }
+
+    /// Cuts `len` bytes, from `byte_offset` of the extent on, where blocks end: calls
+    /// `visit(offset in the arena, range of the bytes)`.
+    fn for_runs(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        byte_offset: usize,
+        len: usize,
+        mut visit: impl FnMut(usize, std::ops::Range<usize>),
+    ) {
+        let block_bytes = self.layout.block_bytes();
+        let start = first_granule * self.layout.granule_bytes() + byte_offset;
+        assert!(start + len <= blocks.len() * block_bytes, "bytes {start}..+{len} of {} blocks", blocks.len());
+        let mut done = 0;
+        while done < len {
+            let (index, within) = ((start + done) / block_bytes, (start + done) % block_bytes);
+            let count = (block_bytes - within).min(len - done);
+            visit(self.layout.offset(layer as usize, blocks[index].0) + within, done..done + count);
+            done += count;
+        }
+    }
+}
+
+/// The one shape of K and V that all layers have.
+fn uniform_plane(spec: &KvSpec) -> Result<&KvPlane, PoolError> {
+    let unsupported = |reason: String| PoolError::Unsupported { reason };
+    let mut planes = spec.groups.iter().flat_map(|group| &group.planes);
+    let first = planes.next().ok_or_else(|| unsupported("it has no layers".to_string()))?;
+    for plane in planes {
+        let shape = |plane: &KvPlane| (plane.num_heads, plane.head_dim, plane.dtype, plane.scale_bytes);
+        if shape(plane) != shape(first) {
+            return Err(unsupported(format!(
+                "plane {} has {} heads of {}, another {} of {}; all layers must have K and V of one shape",
+                plane.name, plane.num_heads, plane.head_dim, first.num_heads, first.head_dim
+            )));
+        }
+    }
+    for group in &spec.groups {
+        if group.kind != KvExtentKind::PerToken || group.planes.len() != 2 {
+            return Err(unsupported(format!(
+                "a group of layers keeps {} planes {:?}, expected K and V per token",
+                group.planes.len(),
+                group.kind
+            )));
+        }
+    }
+    if first.scale_bytes != 0 {
+        return Err(unsupported("quantized KV".to_string()));
+    }
+    if !(8..=256).contains(&first.head_dim) || first.head_dim % 2 != 0 {
+        return Err(unsupported(format!("head_dim {}, expected an even number from 8 to 256", first.head_dim)));
+    }
+    Ok(first)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(block_size: usize, num_blocks: usize) -> KvPool {
+        KvPool::new(&KvSpec::uniform(2, 2, 8, KvDtype::Bf16, None), block_size, num_blocks).unwrap()
+    }
+
+    fn noise(len: usize, seed: u8) -> Vec<u8> {
+        (0..len).map(|i| (i as u8).wrapping_mul(37).wrapping_add((i >> 8) as u8).wrapping_add(seed)).collect()
+    }
+
+    #[test]
+    fn extents_move_between_pools_of_different_block_sizes_unconverted() {
+        let (from, to) = (pool(32, 4), pool(48, 4));
+        let (from_blocks, to_blocks) = ([BlockId(3), BlockId(0), BlockId(2)], [BlockId(1), BlockId(3)]);
+        let bytes = noise(from.extent_bytes(6), 1);
+        from.write_at(1, &from_blocks, 0, 0, &bytes);
+        let mut extent = vec![0; from.extent_bytes(4)];
+        from.read_granules(1, &from_blocks, 1, 4, &mut extent);
+        assert_eq!(extent, bytes[from.extent_bytes(1)..from.extent_bytes(5)]);
+        to.write_at(1, &to_blocks, 1, 0, &extent);
+        let mut back = vec![0; to.extent_bytes(6)];
+        to.read_granules(1, &to_blocks, 0, 6, &mut back);
+        assert_eq!(back[to.extent_bytes(1)..to.extent_bytes(5)], extent);
+        assert!(back[..to.extent_bytes(1)].iter().chain(&back[to.extent_bytes(5)..]).all(|&b| b == 0));
+        let mut other_layer = vec![1; to.extent_bytes(6)];
+        to.read_granules(0, &to_blocks, 0, 6, &mut other_layer);
+        assert!(other_layer.iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn an_extent_may_land_in_pieces_of_any_size() {
+        let pool = pool(16, 8);
+        let blocks: Vec<BlockId> = [5, 1, 7, 0].map(BlockId).to_vec();
+        let bytes = noise(pool.extent_bytes(3), 9);
+        let mut at = bytes.len();
+        for piece in [1, 700, 64, 3, 1000].into_iter().cycle() {
+            let size = piece.min(at);
+            at -= size;
+            pool.write_at(0, &blocks, 1, at, &bytes[at..at + size]);
+            if at == 0 {
+                break;
+            }
+        }
+        let mut back = vec![0; bytes.len()];
+        pool.read_granules(0, &blocks, 1, 3, &mut back);
+        assert_eq!(back, bytes);
+    }
+
+    #[test]
+    fn blocks_are_saved_restored_copied_and_cleared_in_all_layers() {
+        let pool = pool(32, 4);
+        let bytes = noise(pool.block_bytes(), 4);
+        pool.write_block(BlockId(1), &bytes);
+        pool.copy_block(BlockId(1), BlockId(3));
+        pool.clear_block(BlockId(1));
+        let saved = |block| {
+            let mut bytes = Vec::new();
+            pool.read_block(BlockId(block), &mut bytes);
+            bytes
+        };
+        assert_eq!(saved(3), bytes);
+        assert!([0, 1, 2].into_iter().all(|block| saved(block).iter().all(|&b| b == 0)));
+    }
+
+    #[test]
+    fn ranges_from_outside_are_refused_with_what_is_there() {
+        let pool = pool(32, 4);
+        assert_eq!(pool.check_extent(1, 3, 0, 6), Ok(()));
+        assert!(pool.check_extent(2, 3, 0, 6).is_err());
+        assert!(pool.check_extent(1, 3, 1, 6).is_err());
+        assert!(pool.check_extent(u32::MAX, usize::MAX, usize::MAX, usize::MAX).is_err());
+        let error = pool.check_extent(0, 1, 2, 3).unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "layer 0, granules 2 to 5 were named, but there are 2 layers and 2 granules here"
+        );
+    }
+
+    #[test]
+    fn impossible_pools_are_refused() {
+        let spec = KvSpec::uniform(2, 2, 8, KvDtype::Bf16, None);
+        assert_eq!(KvPool::new(&spec, 24, 1).unwrap_err(), PoolError::BlockSize { block_size: 24 });
+        assert!(matches!(KvPool::new(&spec, 16, usize::MAX / 2), Err(PoolError::TooLarge { .. })));
+        let odd = KvSpec::uniform(2, 2, 9, KvDtype::Bf16, None);
+        assert!(matches!(KvPool::new(&odd, 16, 1), Err(PoolError::Unsupported { .. })));
+        assert!(matches!(KvPool::new(&KvSpec { groups: vec![] }, 16, 1), Err(PoolError::Unsupported { .. })));
+    }
+}

@@ -1,0 +1,92 @@
+//! The thread behind a runner: takes plans in order, gives outcomes in order, survives nothing silently.
+//!
+//! ```text
+//! caller   submit(1) submit(2)  wait(1)      submit(3)   wait(2)
+//! thread     [step 1............] [step 2............] [step 3 ...
+//! ```
+//!
+//! A panic while computing (a bug, or a plan that cannot be) ends the thread and is told to whoever waits.
+
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::JoinHandle;
+
+use crate::plan::StepPlan;
+use crate::runner::{KvSink, StepError, StepOutput, Ticket};
+
+/// Steps that may be submitted and not waited for.
+const IN_FLIGHT_MAX: u64 = 2;
+
+/// Runs steps one after the other. Dropping it waits for the steps in flight.
+pub(crate) struct StepThread {
+    /// `None` only while it is dropped.
+    jobs: Option<Sender<(StepPlan, Arc<dyn KvSink>)>>,
+    outcomes: Receiver<Result<StepOutput, StepError>>,
+    num_submitted: u64,
+    num_waited: u64,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StepThread {
+    /// Starts the thread; `step` computes one plan.
+    ///
+    /// # Errors
+    /// If the system refuses a thread.
+    pub(crate) fn start(
+        mut step: impl FnMut(StepPlan, &dyn KvSink) -> StepOutput + Send + 'static,
+    ) -> std::io::Result<Self> {
+        let (jobs, job_receiver) = channel::<(StepPlan, Arc<dyn KvSink>)>();
+        let (outcome_sender, outcomes) = channel();
+        let run = move || {
+            while let Ok((plan, sink)) = job_receiver.recv() {
+                // What a failed step leaves behind is not used again: the thread ends.
+                let outcome = catch_unwind(AssertUnwindSafe(|| step(plan, sink.as_ref())));
+                let outcome = outcome.map_err(|panic| StepError { reason: text_of(panic.as_ref()) });
+                let is_failed = outcome.is_err();
+                if outcome_sender.send(outcome).is_err() || is_failed {
+                    return;
+                }
+            }
+        };
+        let thread = std::thread::Builder::new().name("runner".to_string()).spawn(run)?;
+        Ok(Self { jobs: Some(jobs), outcomes, num_submitted: 0, num_waited: 0, thread: Some(thread) })
+    }
+
+    /// Queues a step.
+    pub(crate) fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {
+        assert!(self.num_submitted - self.num_waited < IN_FLIGHT_MAX, "at most {IN_FLIGHT_MAX} steps are in flight");
+        self.num_submitted += 1;
+        // A thread that has ended is told by `wait`.
+        if let Some(jobs) = &self.jobs {
+            let _ = jobs.send((plan, sink));
+        }
+        Ticket(self.num_submitted)
+    }
+
+    /// Waits for the oldest step in flight.
+    pub(crate) fn wait(&mut self, ticket: Ticket) -> Result<StepOutput, StepError> {
+        self.num_waited += 1;
+        assert_eq!(ticket.0, self.num_waited, "steps are waited for in the order they were submitted");
+        self.outcomes.recv().unwrap_or_else(|_| {
+            Err(StepError { reason: "an earlier step failed and the thread that computes has ended".to_string() })
+        })
+    }
+}
+
+impl Drop for StepThread {
+    fn drop(&mut self) {
+        self.jobs = None;
+        if let Some(thread) = self.thread.take() {
+            // Its panics were caught and told.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What a panic said.
+pub(crate) fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|text| (*text).to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "it panicked".to_string())
+}

@@ -1,0 +1,173 @@
+//! A model's weights as a backend holds them, and where each comes from in a checkpoint.
+//!
+//! Names are those of Transformers: `model.layers.0.self_attn.q_proj.weight` and so on, for every family.
+//! q, k and v are stacked into one matrix, gate and up into another.
+
+use crate::backend::{Backend, MatrixParts};
+use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::spec::ModelSpec;
+
+/// What weights and activations are computed in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComputeDtype {
+    /// f32 weights, f32 KV.
+    F32,
+    /// bf16 weights, activations rounded to bf16 as operands, f32 sums, bf16 KV.
+    Bf16,
+}
+
+impl ComputeDtype {
+    /// As `--dtype` names it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            ComputeDtype::F32 => "float32",
+            ComputeDtype::Bf16 => "bfloat16",
+        }
+    }
+}
+
+/// All weights of a model.
+pub struct Weights<B: Backend> {
+    /// Embedding table.
+    pub embedding: B::Table,
+    /// Layers, first to last.
+    pub layers: Vec<LayerWeights<B>>,
+    /// Norm before the output projection.
+    pub norm: B::Vector,
+    /// Output projection; a second copy of the embedding table where the two are tied.
+    pub head: B::Matrix,
+}
+
+/// One transformer layer.
+pub struct LayerWeights<B: Backend> {
+    /// Attention.
+    pub attention: AttentionWeights<B>,
+    /// Feed-forward.
+    pub mlp: MlpWeights<B>,
+}
+
+/// The attention half of a layer.
+pub struct AttentionWeights<B: Backend> {
+    /// Norm before it.
+    pub norm: B::Vector,
+    /// q, k, v stacked: `[qkv_width, hidden]`.
+    pub qkv: B::Matrix,
+    /// Their biases, stacked alike.
+    pub qkv_bias: Option<B::Vector>,
+    /// Norms on the heads of q and of k.
+    pub qk_norm: Option<(B::Vector, B::Vector)>,
+    /// Output projection `[hidden, num_heads * head_dim]`.
+    pub output: B::Matrix,
+    /// Its bias.
+    pub output_bias: Option<B::Vector>,
+}
+
+/// The feed-forward half of a layer.
+pub struct MlpWeights<B: Backend> {
+    /// Norm before it.
+    pub norm: B::Vector,
+    /// Gate and up stacked: `[2 * ffn, hidden]`.
+    pub gate_up: B::Matrix,
+    /// Their biases, stacked alike.
+    pub gate_up_bias: Option<B::Vector>,
+    /// Down projection `[hidden, ffn]`.
+    pub down: B::Matrix,
+    /// Its bias.
+    pub down_bias: Option<B::Vector>,
+}
+
+impl<B: Backend> Weights<B> {
+    /// Loads everything `spec` asks for.
+    ///
+    /// # Errors
+    /// The first tensor that is missing, misshapen or of an unknown type.
+    pub fn load(
+        backend: &B,
+        spec: &ModelSpec,
+        checkpoint: &Checkpoint,
+        dtype: ComputeDtype,
+    ) -> Result<Self, CheckpointError> {
+        let loader = Loader { backend, checkpoint, dtype };
+        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
+        let layers = (0..spec.num_layers()).map(|layer| loader.layer(spec, layer)).collect::<Result<_, _>>()?;
+        let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        Ok(Self {
+            embedding: backend.table(loader.parts(hidden, &[("model.embed_tokens.weight".to_string(), vocab)])?),
+            layers,
+            norm: loader.vector("model.norm.weight", hidden)?,
+            head: loader.matrix(hidden, &[(head.to_string(), vocab)])?,
+        })
+    }
+}
+
+struct Loader<'a, B> {
+    backend: &'a B,
+    checkpoint: &'a Checkpoint,
+    dtype: ComputeDtype,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<LayerWeights<B>, CheckpointError> {
+        let name = |rest: &str| format!("model.layers.{layer}.{rest}");
+        let (hidden, ffn, head_dim) = (spec.hidden_size, spec.intermediate_size, spec.head_dim);
+        let (q, kv) = (spec.num_heads * head_dim, spec.num_kv_heads * head_dim);
+        let weight = |part: &str, rows: usize| (name(&format!("{part}.weight")), rows);
+        let bias = |part: &str, rows: usize| (name(&format!("{part}.bias")), rows);
+        let attention = AttentionWeights {
+            norm: self.vector(&name("input_layernorm.weight"), hidden)?,
+            qkv: self.matrix(
+                hidden,
+                &[weight("self_attn.q_proj", q), weight("self_attn.k_proj", kv), weight("self_attn.v_proj", kv)],
+            )?,
+            qkv_bias: self.biases(
+                spec.has_qkv_bias,
+                &[bias("self_attn.q_proj", q), bias("self_attn.k_proj", kv), bias("self_attn.v_proj", kv)],
+            )?,
+            qk_norm: match spec.has_qk_norm {
+                true => Some((
+                    self.vector(&name("self_attn.q_norm.weight"), head_dim)?,
+                    self.vector(&name("self_attn.k_norm.weight"), head_dim)?,
+                )),
+                false => None,
+            },
+            output: self.matrix(q, &[weight("self_attn.o_proj", hidden)])?,
+            output_bias: self.biases(spec.has_output_bias, &[bias("self_attn.o_proj", hidden)])?,
+        };
+        let mlp = MlpWeights {
+            norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
+            gate_up: self.matrix(hidden, &[weight("mlp.gate_proj", ffn), weight("mlp.up_proj", ffn)])?,
+            gate_up_bias: self.biases(spec.has_mlp_bias, &[bias("mlp.gate_proj", ffn), bias("mlp.up_proj", ffn)])?,
+            down: self.matrix(ffn, &[weight("mlp.down_proj", hidden)])?,
+            down_bias: self.biases(spec.has_mlp_bias, &[bias("mlp.down_proj", hidden)])?,
+        };
+        Ok(LayerWeights { attention, mlp })
+    }
+
+    fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, CheckpointError> {
+        Ok(self.backend.matrix(cols, self.parts(cols, parts)?))
+    }
+
+    fn parts(&self, cols: usize, parts: &[(String, usize)]) -> Result<MatrixParts, CheckpointError> {
+        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, cols]));
+        Ok(match self.dtype {
+            ComputeDtype::F32 => MatrixParts::F32(tensors.map(|t| t.map(|t| t.to_f32())).collect::<Result<_, _>>()?),
+            ComputeDtype::Bf16 => MatrixParts::Bf16(tensors.map(|t| t.map(|t| t.to_bf16())).collect::<Result<_, _>>()?),
+        })
+    }
+
+    /// Norms and biases stay f32: they cost nothing, and rounding them would.
+    fn vector(&self, name: &str, len: usize) -> Result<B::Vector, CheckpointError> {
+        Ok(self.backend.vector(self.checkpoint.tensor(name, &[len])?.to_f32()))
+    }
+
+    fn biases(&self, is_there: bool, parts: &[(String, usize)]) -> Result<Option<B::Vector>, CheckpointError> {
+        if !is_there {
+            return Ok(None);
+        }
+        let mut values = Vec::new();
+        for (name, len) in parts {
+            values.extend(self.checkpoint.tensor(name, &[*len])?.to_f32());
+        }
+        Ok(Some(self.backend.vector(values)))
+    }
+}

@@ -1,0 +1,138 @@
+//! The specification of attention: one query head at one position, value by value.
+
+use super::{AttentionParams, first_visible};
+use crate::arena::KvArena;
+use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
+use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, bf16_pair, exp, fold_pair, tanh, tree_sum};
+
+/// Running state of an online softmax: maximum, sum, weighted values.
+struct Partial {
+    max: f32,
+    sum: f32,
+    acc: Vec<f32>,
+}
+
+/// The specification: one query head at one position.
+pub(super) fn attend(q: &[f32], position: usize, keys: &Keys<'_>, params: &AttentionParams, out: &mut [f32]) {
+    let first = first_visible(position, params);
+    let mut total: Option<Partial> = None;
+    for part in first / ATTENTION_PART..=position / ATTENTION_PART {
+        let partial = attend_part(q, part, first, position, keys, params);
+        total = Some(match total {
+            None => partial,
+            Some(t) => {
+                let max = t.max.max(partial.max);
+                let (a, b) = (exp(t.max - max), exp(partial.max - max));
+                Partial {
+                    max,
+                    sum: partial.sum.mul_add(b, t.sum * a),
+                    acc: t.acc.iter().zip(&partial.acc).map(|(&t, &p)| p.mul_add(b, t * a)).collect(),
+                }
+            }
+        });
+    }
+    let total = total.expect("a query sees at least itself");
+    let inverse = 1.0 / total.sum;
+    for (out, acc) in out.iter_mut().zip(&total.acc) {
+        *out = acc * inverse;
+    }
+}
+
+fn attend_part(
+    q: &[f32],
+    part: usize,
+    first: usize,
+    last: usize,
+    keys: &Keys<'_>,
+    params: &AttentionParams,
+) -> Partial {
+    let mut state = Partial { max: f32::MIN, sum: 0.0, acc: vec![0.0; q.len()] };
+    for tile in 0..ATTENTION_PART / ATTENTION_TILE {
+        let start = part * ATTENTION_PART + tile * ATTENTION_TILE;
+        let visible = |i: usize| (first..=last).contains(&(start + i));
+        if !(0..ATTENTION_TILE).any(visible) {
+            continue;
+        }
+        let mut scores = [f32::MIN; ATTENTION_TILE];
+        for (i, score) in scores.iter_mut().enumerate().filter(|(i, _)| visible(*i)) {
+            *score = keys.score(q, start + i) * params.scale;
+            if let Some(cap) = params.softcap {
+                *score = cap * tanh(*score / cap);
+            }
+        }
+        let max = scores.iter().fold(state.max, |max, &score| max.max(score));
+        let correction = exp(state.max - max);
+        let mut weights = [0.0f32; ATTENTION_TILE];
+        let mut lanes = [0.0f32; LANES];
+        for i in (0..ATTENTION_TILE).filter(|&i| visible(i)) {
+            weights[i] = exp(scores[i] - max);
+            lanes[i % LANES] += weights[i];
+        }
+        state.max = max;
+        state.sum = state.sum.mul_add(correction, tree_sum(lanes));
+        for (dim, acc) in state.acc.iter_mut().enumerate() {
+            *acc = acc.mul_add(correction, keys.weighted(&weights, start, dim, visible));
+        }
+    }
+    state
+}
+
+/// Keys and values of one KV head of one sequence, value by value.
+pub(super) struct Keys<'a> {
+    pub(super) arena: &'a KvArena,
+    pub(super) layout: &'a KvLayout,
+    pub(super) layer: usize,
+    pub(super) kv_head: usize,
+    pub(super) block_table: &'a [u32],
+}
+
+impl Keys<'_> {
+    fn head(&self, position: usize) -> usize {
+        let block = self.block_table[position / self.layout.block_size];
+        let granule = position % self.layout.block_size / GRANULE_TOKENS;
+        self.layout.granule_offset(self.layer, block, granule) + self.kv_head * self.layout.head_bytes()
+    }
+
+    fn load(&self, at: usize) -> u32 {
+        let mut bytes = [0; 4];
+        self.arena.read(at, &mut bytes);
+        u32::from_le_bytes(bytes)
+    }
+
+    fn score(&self, q: &[f32], position: usize) -> f32 {
+        let (head, token) = (self.head(position), position % GRANULE_TOKENS);
+        match self.layout.dtype {
+            KvDtype::F32 => (0..q.len()).fold(0.0, |acc, dim| {
+                q[dim].mul_add(f32::from_bits(self.load(head + self.layout.k_offset(token, dim))), acc)
+            }),
+            KvDtype::Bf16 => (0..q.len()).step_by(2).fold(0.0, |acc, dim| {
+                fold_pair(acc, bf16_pair(q[dim], q[dim + 1]), self.load(head + self.layout.k_offset(token, dim)))
+            }),
+        }
+    }
+
+    /// Fold of `weights` with feature `dim` of the visible values of a tile.
+    fn weighted(
+        &self,
+        weights: &[f32; ATTENTION_TILE],
+        start: usize,
+        dim: usize,
+        visible: impl Fn(usize) -> bool,
+    ) -> f32 {
+        let at = |i: usize| {
+            let position = start + i;
+            self.head(position) + self.layout.plane_bytes() + self.layout.v_offset(position % GRANULE_TOKENS, dim)
+        };
+        match self.layout.dtype {
+            KvDtype::F32 => (0..ATTENTION_TILE)
+                .filter(|&i| visible(i))
+                .fold(0.0, |acc, i| weights[i].mul_add(f32::from_bits(self.load(at(i))), acc)),
+            KvDtype::Bf16 => {
+                (0..ATTENTION_TILE).step_by(2).filter(|&i| visible(i) || visible(i + 1)).fold(0.0, |acc, i| {
+                    let mask = (u32::from(visible(i)) * 0xffff) | (u32::from(visible(i + 1)) * 0xffff_0000);
+                    fold_pair(acc, bf16_pair(weights[i], weights[i + 1]), self.load(at(i)) & mask)
+                })
+            }
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! Instruction sets: detected once, chosen by a value that only exists where the machine has it.
+
+use std::fmt;
+use std::sync::OnceLock;
+
+/// An instruction set that this machine is known to have. It cannot be made otherwise, which is what makes
+/// calling the `target_feature` kernels sound.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Isa(pub(crate) Kind);
+
+/// The variants behind [`Isa`], from the most portable to the fastest.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub(crate) enum Kind {
+    Portable,
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+/// Why an instruction set named by a user cannot be used.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum IsaError {
+    /// The name is none of ours.
+    Unknown {
+        /// What was given.
+        name: String,
+    },
+    /// The name is known, the machine lacks it.
+    Missing {
+        /// What was given.
+        name: String,
+        /// The names that would work here, separated by commas.
+        available: String,
+    },
+}
+
+impl fmt::Display for IsaError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            IsaError::Unknown { name } => {
+                write!(f, "`{name}` is not an instruction set: use auto, portable, avx2, avx512 or avx512bf16")
+            }
+            IsaError::Missing { name, available } => {
+                write!(f, "this machine lacks `{name}`: use one of {available}, or auto")
+            }
+        }
+    }
+}
+
+impl std::error::Error for IsaError {}
+
+impl Isa {
+    /// Scalar code that runs anywhere: the references themselves.
+    pub const PORTABLE: Isa = Isa(Kind::Portable);
+
+    /// The fastest instruction set of this machine.
+    pub fn detect() -> Isa {
+        *Isa::available().last().expect("portable is always available")
+    }
+
+    /// All instruction sets of this machine, slowest first. Asked of the processor once.
+    pub fn available() -> &'static [Isa] {
+        static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
+        FOUND.get_or_init(|| {
+            #[allow(unused_mut)]
+            let mut found = vec![Isa::PORTABLE];
+            #[cfg(target_arch = "x86_64")]
+            if !cfg!(miri) && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                found.push(Isa(Kind::Avx2));
+                if is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                {
+                    found.push(Isa(Kind::Avx512));
+                    // Without this identity (a processor that rounds otherwise) bf16 is widened instead.
+                    // SAFETY: called only where both features were found.
+                    #[allow(unsafe_code)]
+                    if is_x86_feature_detected!("avx512bf16")
+                        && unsafe { crate::simd::bf16_dot_product_is_the_fold(64) }
+                    {
+                        found.push(Isa(Kind::Avx512Bf16));
+                    }
+                }
+            }
+            found
+        })
+    }
+
+    /// The instruction set of that name: `auto`, `portable`, `avx2`, `avx512` (widen and FMA) or
+    /// `avx512bf16` (`vdpbf16ps`). All give the same bits.
+    ///
+    /// # Errors
+    /// The name is unknown, or the machine lacks the instruction set.
+    pub fn parse(name: &str) -> Result<Isa, IsaError> {
+        if name == "auto" {
+            return Ok(Isa::detect());
+        }
+        if !["portable", "avx2", "avx512", "avx512bf16"].contains(&name) {
+            return Err(IsaError::Unknown { name: name.to_owned() });
+        }
+        Isa::available().iter().copied().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Missing {
+            name: name.to_owned(),
+            available: Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
+        })
+    }
+
+    /// The name that [`Isa::parse`] accepts.
+    pub fn name(self) -> &'static str {
+        match self.0 {
+            Kind::Portable => "portable",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx2 => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Bf16 => "avx512bf16",
+        }
+    }
+}
+
+impl fmt::Debug for Isa {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_instruction_set() {
+        for &isa in Isa::available() {
+            assert_eq!(Isa::parse(isa.name()), Ok(isa));
+        }
+        assert_eq!(Isa::parse("auto"), Ok(Isa::detect()));
+        assert_eq!(Isa::available()[0], Isa::PORTABLE);
+        assert_eq!(Isa::parse("sse9"), Err(IsaError::Unknown { name: "sse9".to_owned() }));
+    }
+
+    /// `vdpbf16ps` is `fma(low, low', fma(high, high', acc))` on Zen 4, Zen 5 and by Intel's documentation;
+    /// a machine where this fails still computes the same bits, through `avx512`.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn bf16_dot_product_of_this_machine_is_the_specified_fold() {
+        if is_x86_feature_detected!("avx512bf16") && !cfg!(miri) {
+            // SAFETY: the feature was found, and AVX-512F comes with it.
+            #[allow(unsafe_code)]
+            let holds = unsafe { crate::simd::bf16_dot_product_is_the_fold(20_000) };
+            assert!(holds);
+            assert_eq!(Isa::detect().name(), "avx512bf16");
+        }
+    }
+}

@@ -1,0 +1,152 @@
+//! New keys and values into the pool.
+#![allow(unsafe_code)]
+
+use crate::arena::KvArena;
+use crate::ctx::{Columns, Ctx};
+use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
+use crate::numerics::round_bf16;
+use crate::simd::vectorised;
+
+/// Rows of one tile of work.
+const TILE_ROWS: usize = 64;
+
+/// Stores row r's key and value (`[num_kv_heads, head_dim]` in the given columns) at `slots[r]`, which is
+/// `block * block_size + offset in the block`, in the pool of layer `layer`.
+///
+/// `k` and `v` may be the same buffer, a fused product. Slots of one call are distinct.
+///
+/// Panics on a slot beyond the pool.
+#[allow(clippy::too_many_arguments)]
+pub fn kv_write(
+    ctx: &Ctx<'_>,
+    arena: &KvArena,
+    layout: &KvLayout,
+    layer: usize,
+    slots: &[u32],
+    k: &[f32],
+    k_columns: Columns,
+    v: &[f32],
+    v_columns: Columns,
+) {
+    let width = layout.num_kv_heads * layout.head_dim;
+    layout.check();
+    k_columns.check("kv_write k", k, slots.len(), width);
+    v_columns.check("kv_write v", v, slots.len(), width);
+    let isa = ctx.isa;
+    let write = |tile: usize| {
+        let first = tile * TILE_ROWS;
+        for (row, &slot) in slots.iter().enumerate().skip(first).take(TILE_ROWS) {
+            let (block, offset) = (slot / layout.block_size as u32, slot as usize % layout.block_size);
+            let granule = layout.granule_offset(layer, block, offset / GRANULE_TOKENS);
+            let target = Target {
+                layout,
+                granule: arena.bytes(granule, layout.granule_bytes()),
+                token: offset % GRANULE_TOKENS,
+            };
+            let (k, v) = (k_columns.row(k, row, width), v_columns.row(v, row, width));
+            vectorised!(isa, write_token(target: Target<'_>, k: &[f32], v: &[f32]));
+        }
+    };
+    if slots.len() <= TILE_ROWS {
+        write(0);
+    } else {
+        ctx.pool.run(ctx.priority, slots.len().div_ceil(TILE_ROWS), &write);
+    }
+}
+
+/// One token's place: `granule` points to all bytes of its granule.
+struct Target<'a> {
+    layout: &'a KvLayout,
+    granule: *mut u8,
+    token: usize,
+}
+
+#[inline(always)]
+fn write_token(target: Target<'_>, k: &[f32], v: &[f32]) {
+    let Target { layout, granule, token } = target;
+    let head_dim = layout.head_dim;
+    for head in 0..layout.num_kv_heads {
+        let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
+        // SAFETY: `k_offset` and `v_offset` of tokens below 16 and features below head_dim lie within a head
+        // of a plane, and both planes within the granule; writes are aligned to their size, since planes and
+        // heads are multiples of 64 bytes from a page. This token's bytes have no other user while the
+        // engine writes it (the arena's invariant), and rows of one call have distinct tokens.
+        unsafe {
+            let k_head = granule.add(head * layout.head_bytes());
+            let v_head = k_head.add(layout.plane_bytes());
+            match layout.dtype {
+                KvDtype::F32 => {
+                    let k_head = k_head.add(layout.k_offset(token, 0)).cast::<f32>();
+                    let v_head = v_head.add(layout.v_offset(token, 0)).cast::<f32>();
+                    for (dim, (&k, &v)) in k.iter().zip(v).enumerate() {
+                        *k_head.add(dim * GRANULE_TOKENS) = k;
+                        *v_head.add(dim) = v;
+                    }
+                }
+                KvDtype::Bf16 => {
+                    let k_head = k_head.add(layout.k_offset(token, 0)).cast::<[u16; 2]>();
+                    let v_head = v_head.add(layout.v_offset(token, 0)).cast::<u16>();
+                    let (mut k16, mut v16) = ([0u16; 256], [0u16; 256]);
+                    for dim in 0..head_dim {
+                        k16[dim] = round_bf16(k[dim]);
+                        v16[dim] = round_bf16(v[dim]);
+                    }
+                    for pair in 0..head_dim / 2 {
+                        *k_head.add(pair * GRANULE_TOKENS) = [k16[2 * pair], k16[2 * pair + 1]];
+                    }
+                    for (dim, &v) in v16[..head_dim].iter().enumerate() {
+                        *v_head.add(2 * dim) = v;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::isa::Isa;
+    use crate::workers::{Priority, WorkerPool};
+
+    #[test]
+    fn written_tokens_lie_where_the_layout_says_and_nothing_else_changes() {
+        let pool = WorkerPool::new(2);
+        for dtype in [KvDtype::F32, KvDtype::Bf16] {
+            for head_dim in [8, 20, 64, 256] {
+                let layout =
+                    KvLayout { num_layers: 2, num_blocks: 4, block_size: 32, num_kv_heads: 2, head_dim, dtype };
+                let (width, stride) = (2 * head_dim, 4 * head_dim + 3);
+                let rows = 75;
+                let kv: Vec<f32> = (0..rows * stride).map(|i| crate::uniform(1, 0, i as u32) as f32 - 0.5).collect();
+                // Tokens 20.. of blocks 3, 0, 2.
+                let slots: Vec<u32> =
+                    (20..20 + rows as u32).map(|i| [3, 0, 2][i as usize / 32] * 32 + i % 32).collect();
+                let (mut k, mut v) = (vec![0.0; 96 * width], vec![0.0; 96 * width]);
+                for row in 0..rows {
+                    k[(20 + row) * width..][..width].copy_from_slice(&kv[row * stride + 1..][..width]);
+                    v[(20 + row) * width..][..width].copy_from_slice(&kv[row * stride + 1 + width..][..width]);
+                }
+                for &isa in Isa::available() {
+                    let arena = KvArena::new(layout.total_bytes());
+                    let ctx = Ctx { pool: &pool, isa, priority: Priority::Prefill };
+                    let columns = |first| Columns { first, stride };
+                    kv_write(&ctx, &arena, &layout, 1, &slots, &kv, columns(1), &kv, columns(1 + width));
+                    let mut untouched = vec![1; layout.offset(1, 0)];
+                    arena.read(0, &mut untouched);
+                    assert!(untouched.iter().all(|&byte| byte == 0));
+                    for granule in 0..6 {
+                        let tokens = granule * 16 * width..(granule + 1) * 16 * width;
+                        let mut bytes = vec![0; layout.granule_bytes()];
+                        arena.read(layout.granule_offset(1, [3, 0, 2][granule / 2], granule % 2), &mut bytes);
+                        assert_eq!(
+                            bytes,
+                            layout.pack_granule(&k[tokens.clone()], &v[tokens]),
+                            "{isa:?} {dtype:?} {head_dim}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,450 @@
+//! The product of activations with a packed weight matrix.
+//!
+//! ```text
+//! x [m, k]  --pack-->  a, tiles of up to 12 rows: [tile][depth][rows of the tile]   (depth = k or k/2)
+//! w panels [n/32][depth][32]
+//! unit of work = some tiles x some panels; tile x panel = 12 x 2 vectors of 16 accumulators in registers
+//! ```
+//!
+//! Panels stay in the second-level cache while the tiles stream past them, so weights come from memory
+//! once. Units share outputs, never k.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use crate::ctx::Ctx;
+use crate::isa::{Isa, Kind};
+use crate::numerics::{LANES, bf16_pair, fold_pair};
+use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
+use crate::pages::Pages;
+use crate::simd::{Simd, fold_tile, vectorised, with_simd};
+
+/// Multiply-adds of one unit at most: about 100 microseconds, after which prefill may give way to decode.
+const UNIT_MADDS: usize = 32 << 20;
+
+/// Weight bytes of one unit at least.
+const UNIT_BYTES: usize = 64 << 10;
+
+/// Below this many multiply-adds a product is not worth waking anyone.
+const INLINE_MADDS: usize = 128 << 10;
+
+/// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
+///
+/// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32. With bf16 weights `x` is rounded to
+/// bf16. Each row's bits depend on that row alone. Order: see [`numerics`](crate::numerics).
+pub fn matmul(ctx: &Ctx<'_>, x: &[f32], m: usize, w: &PackedMatrix, bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
+    assert_eq!(x.len(), m * w.cols(), "activations of [{m}, {}]", w.cols());
+    assert_eq!(out.len(), m * w.rows(), "output of [{m}, {}]", w.rows());
+    assert!(bias.is_none_or(|bias| bias.len() == w.rows()), "a bias of {} values", w.rows());
+    if m == 0 || w.rows() == 0 {
+        return;
+    }
+    let tiles = Tiles::of(m, tile_rows(ctx.isa));
+    with_packed_buffer(m * w.depth(), |packed| {
+        pack_activations(ctx, x, &tiles, w, packed);
+        let job = Job { x, a: packed.as_ptr(), tiles, w, bias, add, out: out.as_mut_ptr() };
+        let madds_per_tile = job.tiles.rows_max() * PANEL * w.cols();
+        let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, job.tiles.count);
+        let is_small = m * w.rows() * w.cols() < INLINE_MADDS;
+        let panels_per_unit =
+            if is_small { w.num_panels() } else { (UNIT_BYTES / (w.depth() * PANEL * 4)).clamp(1, w.num_panels()) };
+        let row_units = job.tiles.count.div_ceil(tiles_per_unit);
+        let num_units = row_units * w.num_panels().div_ceil(panels_per_unit);
+        let (job, isa) = (&job, ctx.isa);
+        ctx.pool.run(ctx.priority, num_units, &|unit| {
+            let (first_panel, first_tile) = (unit / row_units * panels_per_unit, unit % row_units * tiles_per_unit);
+            let panels = first_panel..(first_panel + panels_per_unit).min(job.w.num_panels());
+            let tiles = first_tile..(first_tile + tiles_per_unit).min(job.tiles.count);
+            with_simd!(
+                isa,
+                compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>),
+                else reference_unit(job, panels, tiles)
+            );
+        });
+    });
+}
+
+/// The specification: one output before bias and residual.
+fn reference(x: &[f32], w: &PackedMatrix, column: usize) -> f32 {
+    let panel = w.panel(column / PANEL);
+    let mut y = 0.0f32;
+    for step in 0..w.depth() {
+        let weight = panel[step * PANEL + column % PANEL];
+        y = match w.dtype() {
+            WeightDtype::F32 => x[step].mul_add(f32::from_bits(weight), y),
+            WeightDtype::Bf16 => {
+                let odd = x.get(2 * step + 1).copied().unwrap_or(0.0);
+                fold_pair(y, bf16_pair(x[2 * step], odd), weight)
+            }
+        };
+    }
+    y
+}
+
+/// The specification of the end: bias, then residual.
+#[inline(always)]
+fn finish(mut y: f32, bias: Option<f32>, residual: Option<f32>) -> f32 {
+    if let Some(bias) = bias {
+        y += bias;
+    }
+    residual.map_or(y, |residual| residual + y)
+}
+
+/// What all units of one product share. Units write disjoint parts of `out`.
+struct Job<'a> {
+    x: &'a [f32],
+    /// Packed activations; tile t starts at `first_row(t) * depth`.
+    a: *const u32,
+    tiles: Tiles,
+    w: &'a PackedMatrix,
+    bias: Option<&'a [f32]>,
+    add: bool,
+    out: *mut f32,
+}
+
+// SAFETY: `a` is only read while the job lives; units write disjoint (tile, panel) rectangles of `out`,
+// which `matmul` borrows exclusively.
+unsafe impl Sync for Job<'_> {}
+
+/// m rows in tiles as equal as possible: 13 rows are 7 + 6, not 12 + 1.
+struct Tiles {
+    count: usize,
+    base: usize,
+    num_larger: usize,
+}
+
+impl Tiles {
+    fn of(m: usize, rows_max: usize) -> Tiles {
+        let count = m.div_ceil(rows_max);
+        Tiles { count, base: m / count, num_larger: m % count }
+    }
+
+    fn rows(&self, tile: usize) -> Range<usize> {
+        let first = tile * self.base + tile.min(self.num_larger);
+        first..first + self.base + usize::from(tile < self.num_larger)
+    }
+
+    fn rows_max(&self) -> usize {
+        self.base + usize::from(self.num_larger > 0)
+    }
+}
+
+fn tile_rows(isa: Isa) -> usize {
+    match isa.0 {
+        Kind::Portable => 12,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => crate::simd::Avx2::TILE_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 => crate::simd::Avx512::TILE_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512Bf16 => crate::simd::Avx512Bf16::TILE_ROWS,
+    }
+}
+
+fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    let (n, k) = (job.w.rows(), job.w.cols());
+    for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
+        for column in panels.start * PANEL..(panels.end * PANEL).min(n) {
+            let y = reference(&job.x[row * k..][..k], job.w, column);
+            // SAFETY: inside `out`, in this unit's rectangle.
+            unsafe {
+                let out = job.out.add(row * n + column);
+                *out = finish(y, job.bias.map(|bias| bias[column]), job.add.then(|| *out));
+            }
+        }
+    }
+}
+
+/// Calls `f::<S, MR, PAIRS>` for a number of rows known at run time.
+macro_rules! by_rows {
+    ($rows:expr, $f:ident::<$s:ident, $pairs:literal>($($arg:expr),*)) => {
+        match $rows {
+            1 => $f::<$s, 1, $pairs>($($arg),*),
+            2 => $f::<$s, 2, $pairs>($($arg),*),
+            3 => $f::<$s, 3, $pairs>($($arg),*),
+            4 => $f::<$s, 4, $pairs>($($arg),*),
+            5 => $f::<$s, 5, $pairs>($($arg),*),
+            6 => $f::<$s, 6, $pairs>($($arg),*),
+            7 => $f::<$s, 7, $pairs>($($arg),*),
+            8 => $f::<$s, 8, $pairs>($($arg),*),
+            9 => $f::<$s, 9, $pairs>($($arg),*),
+            10 => $f::<$s, 10, $pairs>($($arg),*),
+            11 => $f::<$s, 11, $pairs>($($arg),*),
+            12 => $f::<$s, 12, $pairs>($($arg),*),
+            _ => unreachable!("tiles have 1 to 12 rows"),
+        }
+    };
+}
+
+#[inline(always)]
+unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    for panel in panels {
+        for tile in tiles.clone() {
+            let rows = job.tiles.rows(tile);
+            let first = rows.start;
+            // SAFETY: the caller has the instruction set; panel and tile are of this job.
+            unsafe {
+                match job.w.dtype() {
+                    WeightDtype::Bf16 => by_rows!(rows.len(), compute_tile::<S, true>(job, panel, first)),
+                    WeightDtype::F32 => by_rows!(rows.len(), compute_tile::<S, false>(job, panel, first)),
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn compute_tile<S: Simd, const MR: usize, const PAIRS: bool>(job: &Job<'_>, panel: usize, first_row: usize) {
+    if MR > S::TILE_ROWS {
+        unreachable!("tiles were cut for this instruction set");
+    }
+    // SAFETY: as required of the caller.
+    unsafe {
+        if S::TILE_COLS == 2 {
+            compute_columns::<S, MR, 2, PAIRS>(job, panel, first_row, 0);
+        } else {
+            compute_columns::<S, MR, 1, PAIRS>(job, panel, first_row, 0);
+            compute_columns::<S, MR, 1, PAIRS>(job, panel, first_row, 1);
+        }
+    }
+}
+
+/// `MR` rows from `first_row` on times `NR` vectors of a panel from vector `vector` on.
+#[inline(always)]
+unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
+    job: &Job<'_>,
+    panel: usize,
+    first_row: usize,
+    vector: usize,
+) {
+    let (n, depth) = (job.w.rows(), job.w.depth());
+    let first_column = panel * PANEL + vector * LANES;
+    let panel = job.w.panel(panel).as_ptr();
+    // SAFETY: the packed tile holds `depth * MR` lanes, the panel `depth * 32`; the stores stay in row
+    // `first_row + r` and in columns below n.
+    unsafe {
+        let mut acc = [[S::splat(0.0); NR]; MR];
+        let mut b = [panel; NR];
+        for c in 0..NR {
+            b[c] = panel.add((vector + c) * LANES);
+        }
+        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, job.a.add(first_row * depth), &b, PANEL);
+        for r in 0..MR {
+            for c in 0..NR {
+                let (column, mut y) = (first_column + c * LANES, acc[r][c]);
+                let out = job.out.wrapping_add((first_row + r) * n + column);
+                if column + LANES <= n {
+                    if let Some(bias) = job.bias {
+                        y = S::add(y, S::load(bias.as_ptr().add(column)));
+                    }
+                    if job.add {
+                        y = S::add(S::load(out), y);
+                    }
+                    S::store(out, y);
+                } else if column < n {
+                    let mut values = [0.0f32; LANES];
+                    S::store(values.as_mut_ptr(), y);
+                    for (i, &y) in values.iter().enumerate().take(n - column) {
+                        let out = out.add(i);
+                        *out = finish(y, job.bias.map(|bias| bias[column + i]), job.add.then(|| *out));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Fills `packed` with the tiles of `x`; over the pool when it is worth it.
+fn pack_activations(ctx: &Ctx<'_>, x: &[f32], tiles: &Tiles, w: &PackedMatrix, packed: &mut [u32]) {
+    struct Shared(*mut u32);
+    // SAFETY: tiles write disjoint ranges of the buffer.
+    unsafe impl Sync for Shared {}
+    if ctx.isa == Isa::PORTABLE {
+        return; // the reference reads x itself
+    }
+    let (k, depth, dtype) = (w.cols(), w.depth(), w.dtype());
+    let shared = Shared(packed.as_mut_ptr());
+    let (shared, isa) = (&shared, ctx.isa);
+    let pack_tile = |tile: usize| {
+        let rows = tiles.rows(tile);
+        let x = &x[rows.start * k..rows.end * k];
+        // SAFETY: the range of this tile, inside the buffer of m * depth lanes.
+        let into = unsafe { std::slice::from_raw_parts_mut(shared.0.add(rows.start * depth), rows.len() * depth) };
+        vectorised!(isa, pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]));
+    };
+    if x.len() < 1 << 16 {
+        (0..tiles.count).for_each(pack_tile);
+    } else {
+        ctx.pool.run(ctx.priority, tiles.count, &pack_tile);
+    }
+}
+
+#[inline(always)]
+fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]) {
+    let num_rows = x.len() / k;
+    for (r, row) in x.chunks_exact(k).enumerate() {
+        match dtype {
+            WeightDtype::F32 => {
+                for (step, &x) in row.iter().enumerate() {
+                    into[step * num_rows + r] = x.to_bits();
+                }
+            }
+            WeightDtype::Bf16 => {
+                let pairs = row.chunks_exact(2);
+                if let [last] = pairs.remainder() {
+                    into[k / 2 * num_rows + r] = bf16_pair(*last, 0.0);
+                }
+                if num_rows == 1 {
+                    into.iter_mut().zip(pairs).for_each(|(into, pair)| *into = bf16_pair(pair[0], pair[1]));
+                } else {
+                    pairs.zip(into[r..].iter_mut().step_by(num_rows)).for_each(|(pair, into)| {
+                        *into = bf16_pair(pair[0], pair[1]);
+                    });
+                }
+            }
+        }
+    }
+}
+
+/// Lends this thread's buffer for packed activations, in huge pages since tiles stream through it.
+fn with_packed_buffer(lanes: usize, f: impl FnOnce(&mut [u32])) {
+    thread_local! {
+        static BUFFER: Cell<Option<(Pages, usize)>> = const { Cell::new(None) };
+    }
+    // Taken, not borrowed: while this thread waits for its units it may compute tiles of other jobs.
+    let (pages, capacity) = match BUFFER.take() {
+        Some((pages, capacity)) if capacity >= lanes => (pages, capacity),
+        _ => (Pages::zeroed(lanes.next_power_of_two() * 4), lanes.next_power_of_two()),
+    };
+    // SAFETY: zeroed (so initialised) memory of that many lanes, page-aligned, owned by this call.
+    f(unsafe { std::slice::from_raw_parts_mut(pages.as_ptr().cast::<u32>(), lanes) });
+    BUFFER.set(Some((pages, capacity)));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packed_matrix::Weights;
+    use crate::workers::{Priority, WorkerPool};
+    use half::bf16;
+
+    /// Numbers in (-1, 1) that differ in many bits.
+    fn noise(len: usize, seed: u32) -> Vec<f32> {
+        (0..len).map(|i| (crate::uniform(u64::from(seed), 0, i as u32) * 2.0 - 1.0) as f32).collect()
+    }
+
+    fn product(
+        isa: Isa,
+        threads: usize,
+        x: &[f32],
+        m: usize,
+        w: &PackedMatrix,
+        bias: Option<&[f32]>,
+        add: bool,
+    ) -> Vec<u32> {
+        let pool = WorkerPool::new(threads);
+        let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
+        let mut out = noise(m * w.rows(), 9);
+        matmul(&ctx, x, m, w, bias, add, &mut out);
+        out.iter().map(|x| x.to_bits()).collect()
+    }
+
+    #[test]
+    fn every_instruction_set_gives_the_bits_of_the_reference() {
+        for (m, k, n) in [(1, 1, 1), (1, 64, 96), (2, 7, 33), (5, 33, 70), (13, 96, 31), (29, 130, 64), (40, 512, 100)]
+        {
+            for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+                let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k, 1))]);
+                let (x, bias) = (noise(m * k, 2), noise(n, 3));
+                for (bias, add) in [(None, false), (Some(&bias[..]), true)] {
+                    let want = product(Isa::PORTABLE, 1, &x, m, &w, bias, add);
+                    for &isa in Isa::available() {
+                        assert_eq!(product(isa, 2, &x, m, &w, bias, add), want, "{isa:?} {dtype:?} [{m}, {k}] x {n}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_row_has_the_same_bits_alone_and_in_any_batch() {
+        let (k, n) = (160, 80);
+        let x = noise(30 * k, 4);
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+            let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k, 5))]);
+            for &isa in Isa::available() {
+                let whole = product(isa, 2, &x, 30, &w, None, false);
+                for m in [1, 2, 11, 12, 13, 25] {
+                    let some = product(isa, 1, &x[3 * k..(3 + m) * k], m, &w, None, false);
+                    assert_eq!(some, whole[3 * n..(3 + m) * n], "{isa:?} {dtype:?} {m} rows");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn tiny_and_cancelling_operands_give_the_same_bits_too() {
+        // Products down to the smallest normal number, sums that cancel to it, operands that round to zero.
+        let k = 64;
+        let scale: Vec<f32> =
+            (0..k).map(|i| [2f32.powi(-56), -(2f32.powi(-56)), 1e-17, 3e-38, 1e-39, 1.0, 0.0, -1e-45][i % 8]).collect();
+        let x: Vec<f32> = noise(3 * k, 6).iter().enumerate().map(|(i, x)| (1.0 + x.abs()) * scale[i % k]).collect();
+        let weights: Vec<f32> = noise(40 * k, 7).iter().enumerate().map(|(i, w)| w * scale[(i * 5 + 3) % k]).collect();
+        for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+            let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&weights)]);
+            let want = product(Isa::PORTABLE, 1, &x, 3, &w, None, false);
+            for &isa in Isa::available() {
+                assert_eq!(product(isa, 1, &x, 3, &w, None, false), want, "{isa:?} {dtype:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn stacked_parts_equal_their_own_products() {
+        let (k, m) = (48, 3);
+        let (q, v) = (noise(20 * k, 1), noise(50 * k, 2));
+        let v16: Vec<bf16> = v.iter().map(|&v| bf16::from_f32(v)).collect();
+        let x = noise(m * k, 3);
+        let fused = PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&q), Weights::Bf16(&v16)]);
+        assert_eq!(fused.part_rows(), [20, 50]);
+        let both = product(Isa::detect(), 2, &x, m, &fused, None, false);
+        let q = product(
+            Isa::detect(),
+            1,
+            &x,
+            m,
+            &PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&q)]),
+            None,
+            false,
+        );
+        let v = product(
+            Isa::detect(),
+            1,
+            &x,
+            m,
+            &PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&v)]),
+            None,
+            false,
+        );
+        for row in 0..m {
+            assert_eq!(both[row * 70..][..20], q[row * 20..][..20]);
+            assert_eq!(both[row * 70 + 20..][..50], v[row * 50..][..50]);
+        }
+    }
+
+    #[test]
+    fn product_is_close_to_one_in_double_precision() {
+        let (m, k, n) = (4, 300, 37);
+        let (x, weights) = (noise(m * k, 1), noise(n * k, 2));
+        let w = PackedMatrix::pack(WeightDtype::F32, k, &[Weights::F32(&weights)]);
+        let got = product(Isa::detect(), 2, &x, m, &w, None, false);
+        for row in 0..m {
+            for column in 0..n {
+                let want: f64 = (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(weights[column * k + i])).sum();
+                assert!((f64::from(f32::from_bits(got[row * n + column])) - want).abs() < 1e-4);
+            }
+        }
+    }
+}

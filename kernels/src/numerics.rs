@@ -1,0 +1,184 @@
+//! The arithmetic all operations share, and the order of every reduction on one page.
+//!
+//! Family `cpu-fold-1`. Two machines whose nodes announce the same family compute the same bits. All values
+//! are f32 under IEEE 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
+//! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
+//!
+//! | operation | order |
+//! |---|---|
+//! | `matmul` f32 | fold over k |
+//! | `matmul` bf16 | operands through [`round_bf16`]; fold over k pairs (2i, 2i+1), inside a pair the odd element first: `acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc))`; an odd k ends with a zero element |
+//! | `matmul` end | `y = acc`; with bias `y = y + bias`; with add `out = out + y` |
+//! | `rms_norm` | 16 lanes, lane i folds `x[i + 16 j]^2` over j; [`tree_sum`]; `s = 1 / sqrt(sum / dim + eps)`; `out = (x * s) * weight` |
+//! | `rope` | `(a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))` |
+//! | `silu_mul` | `(g / (1 + exp(-g))) * u` |
+//! | attention scores | fold over head_dim (bf16: pairs as in `matmul`, q through `round_bf16`), then `* scale`, then softcap `c * tanh(s / c)` |
+//! | attention softmax | per part of 512 positions, tiles of 64 counted from position 0, only those with a visible key: `m' = max(m, scores)`, `a = exp(m - m')`, `p = exp(s - m')`, masked p = 0; 16 lanes, lane i adds `p[i], p[i+16], p[i+32], p[i+48]`, tree_sum; `l = fma(l, a, sum)` |
+//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)` |
+//! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)` |
+//! | `sample` | see there: weights by [`exp`] in f32, sums in f64 in ascending id |
+//!
+//! Why bf16 operands below 2^-56 become zero ([`round_bf16`]): every product of two others is a multiple of
+//! 2^-126, so is every rounded sum of such products, and no subnormal number can appear in a fold. The
+//! instruction `vdpbf16ps` flushes subnormals and FMA does not; this way nobody can tell, at no cost.
+//!
+//! A NaN is a NaN: which of its bit patterns appears is not specified.
+
+/// Name of this set of orders, part of the numerics id that nodes announce. It changes whenever a bit may.
+pub const NUMERICS_FAMILY: &str = "cpu-fold-1";
+
+/// Values of one SIMD lane group, whatever the width of the machine's registers.
+pub const LANES: usize = 16;
+
+/// Positions after which attention restarts its softmax.
+pub const ATTENTION_PART: usize = 512;
+
+/// Positions of one softmax tile.
+pub const ATTENTION_TILE: usize = 64;
+
+/// Magnitudes below this (2^-56) are zero as bf16 operands.
+pub const BF16_TINY: f32 = f32::from_bits((127 - 56) << 23);
+
+/// Rounds to bf16 (nearest even, NaN stays NaN), magnitudes below 2^-56 to zero. Returns the 16 bits.
+#[inline(always)]
+pub fn round_bf16(x: f32) -> u16 {
+    let bits = x.to_bits();
+    let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
+    let value = if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded };
+    if (value & 0x7fff) < ((127 - 56) << 7) { 0 } else { value }
+}
+
+/// The f32 value of bf16 bits.
+#[inline(always)]
+pub fn widen_bf16(bits: u16) -> f32 {
+    f32::from_bits(u32::from(bits) << 16)
+}
+
+/// Two bf16 values as one 32-bit lane, the even one in the low half.
+#[inline(always)]
+pub(crate) fn bf16_pair(even: f32, odd: f32) -> u32 {
+    u32::from(round_bf16(even)) | u32::from(round_bf16(odd)) << 16
+}
+
+/// One step of a bf16 fold: the odd (high) elements first, then the even (low) ones.
+#[inline(always)]
+pub(crate) fn fold_pair(acc: f32, a: u32, b: u32) -> f32 {
+    let high = f32::from_bits(a & 0xffff_0000).mul_add(f32::from_bits(b & 0xffff_0000), acc);
+    f32::from_bits(a << 16).mul_add(f32::from_bits(b << 16), high)
+}
+
+/// Sums 16 lanes: lane i takes lane i + 8, then i + 4, i + 2, i + 1.
+#[inline(always)]
+pub fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    while width > 0 {
+        for i in 0..width {
+            lanes[i] += lanes[i + width];
+        }
+        width /= 2;
+    }
+    lanes[0]
+}
+
+/// `e^x` by range reduction and a polynomial of degree 7: within 2 ulp, 0 below -87.3 (no subnormals),
+/// infinity above 88.7, exactly 1 at 0.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
+    let clamped = x.clamp(-87.3, 88.8);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
+    let n = shifted - MAGIC;
+    let r = n.mul_add(-0.693_359_4, clamped);
+    let r = n.mul_add(2.121_944_4e-4, r);
+    let mut p = 1.0f32 / 5040.0;
+    p = p.mul_add(r, 1.0 / 720.0);
+    p = p.mul_add(r, 1.0 / 120.0);
+    p = p.mul_add(r, 1.0 / 24.0);
+    p = p.mul_add(r, 1.0 / 6.0);
+    p = p.mul_add(r, 0.5);
+    p = p.mul_add(r, 1.0);
+    p = p.mul_add(r, 1.0);
+    // 2^n in two factors, since n reaches 128.
+    let n = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+    let half = n >> 1;
+    let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
+    let scaled = p * power(half) * power(n.wrapping_sub(half));
+    if x < -87.3 { 0.0 } else { scaled }
+}
+
+/// `tanh(x)` through [`exp`]: `1 - 2 / (exp(2x) + 1)`.
+#[inline(always)]
+pub fn tanh(x: f32) -> f32 {
+    1.0 - 2.0 / (exp(2.0 * x) + 1.0)
+}
+
+/// Natural logarithm of a positive normal f64: exponent and mantissa apart, then `2 atanh((m-1)/(m+1))` as
+/// a series. Our own, so that log-probabilities do not depend on the C library.
+pub fn ln(x: f64) -> f64 {
+    if x.is_nan() || x < 0.0 {
+        return f64::NAN;
+    }
+    if x == 0.0 {
+        return f64::NEG_INFINITY;
+    }
+    if x == f64::INFINITY {
+        return x;
+    }
+    let bits = x.to_bits();
+    let mut exponent = ((bits >> 52) & 0x7ff) as i64 - 1023;
+    let mut mantissa = f64::from_bits((bits & 0x000f_ffff_ffff_ffff) | (1023 << 52));
+    if mantissa > std::f64::consts::SQRT_2 {
+        mantissa *= 0.5;
+        exponent += 1;
+    }
+    let t = (mantissa - 1.0) / (mantissa + 1.0);
+    let square = t * t;
+    let mut sum = 0.0;
+    for i in (0..12).rev() {
+        sum = sum * square + 1.0 / f64::from(2 * i + 1);
+    }
+    exponent as f64 * std::f64::consts::LN_2 + 2.0 * t * sum
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_ulp() {
+        let mut worst = 0.0f64;
+        let mut x = -87.2f32;
+        while x < 88.7 {
+            let got = f64::from(exp(x));
+            let want = f64::from(x).exp();
+            worst = worst.max(((got - want) / want).abs());
+            x += 0.001_37;
+        }
+        assert!(worst < 2.0 * f64::from(f32::EPSILON), "worst relative error {worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(-100.0), 0.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(100.0), f32::INFINITY);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn ln_agrees_with_the_library() {
+        for x in [1.0f64, 1e-300, 0.3, 1.5, 2.0, std::f64::consts::E, 12345.678, 1e300] {
+            assert!((ln(x) - x.ln()).abs() <= 1e-14 * x.ln().abs().max(1.0), "{x}");
+        }
+        assert_eq!(ln(0.0), f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn rounding_to_bf16_is_to_nearest_even_and_drops_the_tiny() {
+        assert_eq!(widen_bf16(round_bf16(1.0)), 1.0);
+        assert_eq!(round_bf16(f32::from_bits(0x3f80_8000)), 0x3f80);
+        assert_eq!(round_bf16(f32::from_bits(0x3f81_8000)), 0x3f82);
+        assert_eq!(round_bf16(1e-17), 0);
+        assert_eq!(round_bf16(-1e-17), 0);
+        assert_ne!(round_bf16(1.5e-17), 0);
+        assert!(widen_bf16(round_bf16(f32::NAN)).is_nan());
+        assert_eq!(widen_bf16(round_bf16(f32::INFINITY)), f32::INFINITY);
+    }
+}

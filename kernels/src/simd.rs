@@ -1,0 +1,410 @@
+//! Sixteen f32 lanes on each instruction set, and the two ways from a generic kernel to machine code.
+//!
+//! Kernels with register tiles (`matmul`, `attention`) are generic over [`Simd`]; row-wise ones are plain
+//! loops over lanes that the compiler vectorises. Both are `#[inline(always)]` and compiled once per
+//! instruction set inside a `#[target_feature]` function, by [`with_simd!`] and [`vectorised!`].
+//! No closures around intrinsics: a closure does not inherit target features.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
+
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
+/// Vectors of 16 f32 (`V`) and of 16 bf16 pairs prepared for folding (`P`).
+///
+/// # Safety
+/// Every function requires that the machine has the instruction set; pointers must be valid for 16 lanes
+/// (unaligned is fine).
+pub(crate) trait Simd {
+    /// Rows of a matmul tile.
+    const TILE_ROWS: usize;
+    /// Vectors side by side in a matmul tile: 1 or 2.
+    const TILE_COLS: usize;
+    /// Rows of an attention tile.
+    const QUERY_ROWS: usize;
+    /// Most vectors side by side in an attention tile: 1 or 4.
+    const QUERY_COLS: usize;
+    type V: Copy;
+    type P: Copy;
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(from: *const f32) -> Self::V;
+    unsafe fn store(into: *mut f32, x: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// Per lane `if a > b { a } else { b }`.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// The sum of all lanes in the order of [`tree_sum`](crate::numerics::tree_sum).
+    unsafe fn tree_sum(x: Self::V) -> f32;
+    /// The highest of all lanes.
+    unsafe fn tree_max(x: Self::V) -> f32;
+    unsafe fn splat_pair(pair: u32) -> Self::P;
+    unsafe fn load_pairs(from: *const u32) -> Self::P;
+    /// Per lane `fma(a.low, b.low, fma(a.high, b.high, acc))`: [`fold_pair`](crate::numerics::fold_pair).
+    unsafe fn fold_pairs(acc: Self::V, a: Self::P, b: Self::P) -> Self::V;
+}
+
+/// The common core of `matmul` and `attention`: `acc[r][c] = fold over steps of a[r, step] * b[c][step]`,
+/// on top of what `acc` holds. `a` is `[depth][MR]` if `A_ROW` is 0, else `[MR][A_ROW]`; `b[c]` is the first
+/// step's 16 lanes of column vector c, further steps `stride` lanes apart. With `PAIRS` a lane is a bf16 pair,
+/// else an f32.
+///
+/// # Safety
+/// `a` is valid for these lanes, each `b[c]` for 16 lanes at every step.
+#[inline(always)]
+pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool, const A_ROW: usize>(
+    acc: &mut [[S::V; NR]; MR],
+    depth: usize,
+    a: *const u32,
+    b: &[*const u32; NR],
+    stride: usize,
+) {
+    // SAFETY: pointers stay inside the ranges the caller vouches for.
+    unsafe {
+        for step in 0..depth {
+            let a = a.add(if A_ROW == 0 { step * MR } else { step });
+            let row_stride = if A_ROW == 0 { 1 } else { A_ROW };
+            if PAIRS {
+                let mut columns = [S::splat_pair(0); NR];
+                for c in 0..NR {
+                    columns[c] = S::load_pairs(b[c].add(step * stride));
+                }
+                for r in 0..MR {
+                    let row = S::splat_pair(*a.add(r * row_stride));
+                    for c in 0..NR {
+                        acc[r][c] = S::fold_pairs(acc[r][c], row, columns[c]);
+                    }
+                }
+            } else {
+                let mut columns = [S::splat(0.0); NR];
+                for c in 0..NR {
+                    columns[c] = S::load(b[c].add(step * stride).cast());
+                }
+                for r in 0..MR {
+                    let row = S::splat(f32::from_bits(*a.add(r * row_stride)));
+                    for c in 0..NR {
+                        acc[r][c] = S::fma(row, columns[c], acc[r][c]);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Folds 8 lanes to one: lane i with i + 4, then i + 2, i + 1.
+#[cfg(target_arch = "x86_64")]
+macro_rules! tree {
+    ($x:expr, $op:ident) => {{
+        let x = $op(_mm256_castps256_ps128($x), _mm256_extractf128_ps::<1>($x));
+        let x = $op(x, _mm_movehl_ps(x, x));
+        _mm_cvtss_f32($op(x, _mm_movehdup_ps(x)))
+    }};
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Avx2;
+
+#[cfg(target_arch = "x86_64")]
+impl Simd for Avx2 {
+    // 16 registers: two for each row's sums, two (bf16: four) for the weights, one (two) for the activation.
+    const TILE_ROWS: usize = 6;
+    const TILE_COLS: usize = 1;
+    const QUERY_ROWS: usize = 6;
+    const QUERY_COLS: usize = 1;
+    type V = [__m256; 2];
+    /// Low elements and high elements, widened.
+    type P = [[__m256; 2]; 2];
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self::V {
+        // SAFETY: AVX2 is there (the trait's contract).
+        unsafe { [_mm256_set1_ps(x); 2] }
+    }
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self::V {
+        // SAFETY: 16 lanes are valid (the trait's contract).
+        unsafe { [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))] }
+    }
+    #[inline(always)]
+    unsafe fn store(into: *mut f32, x: Self::V) {
+        // SAFETY: 16 lanes are valid (the trait's contract).
+        unsafe {
+            _mm256_storeu_ps(into, x[0]);
+            _mm256_storeu_ps(into.add(8), x[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: AVX2 is there.
+        unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        // SAFETY: FMA is there.
+        unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
+    }
+    #[inline(always)]
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: AVX is there.
+        unsafe { [_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn tree_sum(x: Self::V) -> f32 {
+        // SAFETY: AVX is there.
+        unsafe { tree!(_mm256_add_ps(x[0], x[1]), _mm_add_ps) }
+    }
+    #[inline(always)]
+    unsafe fn tree_max(x: Self::V) -> f32 {
+        // SAFETY: AVX is there.
+        unsafe { tree!(_mm256_max_ps(x[0], x[1]), _mm_max_ps) }
+    }
+    #[inline(always)]
+    unsafe fn splat_pair(pair: u32) -> Self::P {
+        // SAFETY: AVX2 is there.
+        unsafe { [Self::splat(f32::from_bits(pair << 16)), Self::splat(f32::from_bits(pair & 0xffff_0000))] }
+    }
+    #[inline(always)]
+    unsafe fn load_pairs(from: *const u32) -> Self::P {
+        // SAFETY: 16 lanes are valid (the trait's contract).
+        unsafe {
+            let high_half = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+            let first = _mm256_loadu_si256(from.cast());
+            let second = _mm256_loadu_si256(from.add(8).cast());
+            [
+                [
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(first)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(second)),
+                ],
+                [
+                    _mm256_castsi256_ps(_mm256_and_si256(first, high_half)),
+                    _mm256_castsi256_ps(_mm256_and_si256(second, high_half)),
+                ],
+            ]
+        }
+    }
+    #[inline(always)]
+    unsafe fn fold_pairs(acc: Self::V, a: Self::P, b: Self::P) -> Self::V {
+        // SAFETY: FMA is there.
+        unsafe { Self::fma(a[0], b[0], Self::fma(a[1], b[1], acc)) }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+macro_rules! avx512 {
+    ($name:ident, rows $rows:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
+        #[cfg(target_arch = "x86_64")]
+        pub(crate) struct $name;
+
+        #[cfg(target_arch = "x86_64")]
+        impl Simd for $name {
+            const TILE_ROWS: usize = $rows;
+            const TILE_COLS: usize = 2;
+            const QUERY_ROWS: usize = 6;
+            const QUERY_COLS: usize = 4;
+            type V = __m512;
+            type P = $pairs;
+
+            #[inline(always)]
+            unsafe fn splat(x: f32) -> __m512 {
+                // SAFETY: AVX-512F is there (the trait's contract).
+                unsafe { _mm512_set1_ps(x) }
+            }
+            #[inline(always)]
+            unsafe fn load(from: *const f32) -> __m512 {
+                // SAFETY: 16 lanes are valid (the trait's contract).
+                unsafe { _mm512_loadu_ps(from) }
+            }
+            #[inline(always)]
+            unsafe fn store(into: *mut f32, x: __m512) {
+                // SAFETY: 16 lanes are valid (the trait's contract).
+                unsafe { _mm512_storeu_ps(into, x) }
+            }
+            #[inline(always)]
+            unsafe fn add(a: __m512, b: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_add_ps(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_fmadd_ps(a, b, c) }
+            }
+            #[inline(always)]
+            unsafe fn max(a: __m512, b: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_max_ps(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn tree_sum(x: __m512) -> f32 {
+                // SAFETY: AVX-512DQ is there.
+                unsafe { tree!(_mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)), _mm_add_ps) }
+            }
+            #[inline(always)]
+            unsafe fn tree_max(x: __m512) -> f32 {
+                // SAFETY: AVX-512DQ is there.
+                unsafe { tree!(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)), _mm_max_ps) }
+            }
+            #[inline(always)]
+            $splat_pair
+            #[inline(always)]
+            $load_pairs
+            #[inline(always)]
+            $fold_pairs
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+avx512!(
+    Avx512,
+    rows 12,
+    [__m512; 2],
+    unsafe fn splat_pair(pair: u32) -> [__m512; 2] {
+        // SAFETY: AVX-512F is there (the trait's contract).
+        unsafe {
+            [_mm512_set1_ps(f32::from_bits(pair << 16)), _mm512_set1_ps(f32::from_bits(pair & 0xffff_0000))]
+        }
+    }
+    unsafe fn load_pairs(from: *const u32) -> [__m512; 2] {
+        // SAFETY: 16 lanes are valid (the trait's contract).
+        unsafe {
+            let pairs = _mm512_loadu_si512(from.cast());
+            let high = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+            [_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs)), _mm512_castsi512_ps(high)]
+        }
+    }
+    unsafe fn fold_pairs(acc: __m512, a: [__m512; 2], b: [__m512; 2]) -> __m512 {
+        // SAFETY: AVX-512F is there.
+        unsafe { _mm512_fmadd_ps(a[0], b[0], _mm512_fmadd_ps(a[1], b[1], acc)) }
+    }
+);
+
+#[cfg(target_arch = "x86_64")]
+avx512!(
+    Avx512Bf16,
+    rows 12,
+    __m512bh,
+    unsafe fn splat_pair(pair: u32) -> __m512bh {
+        // SAFETY: AVX-512F is there (the trait's contract); both types are 64 bytes.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair as i32)) }
+    }
+    unsafe fn load_pairs(from: *const u32) -> __m512bh {
+        // SAFETY: 16 lanes are valid (the trait's contract); both types are 64 bytes.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(from.cast())) }
+    }
+    unsafe fn fold_pairs(acc: __m512, a: __m512bh, b: __m512bh) -> __m512 {
+        // SAFETY: AVX-512-BF16 is there (the trait's contract).
+        unsafe { _mm512_dpbf16_ps(acc, a, b) }
+    }
+);
+
+/// Whether `vdpbf16ps` of this machine is [`fold_pair`](crate::numerics::fold_pair), tried on enough values to
+/// tell it from every other order.
+///
+/// # Safety
+/// The machine has AVX-512F and AVX-512-BF16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+pub(crate) unsafe fn bf16_dot_product_is_the_fold(rounds: u64) -> bool {
+    use crate::numerics::{bf16_pair, fold_pair};
+    let mut state = 1u64;
+    let mut value = |exponents: i64| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let bits = state >> 33;
+        let sign = if bits & 1 == 0 { 1.0 } else { -1.0 };
+        let mantissa = 1.0 + (bits >> 1 & 0x7f) as f64 / 128.0;
+        let exponent = (bits >> 8) as i64 % (2 * exponents + 1) - exponents;
+        (sign * mantissa * 2f64.powi(exponent as i32)) as f32
+    };
+    for round in 0..rounds {
+        // Near 1, where the order shows in the rounding, and over the whole range of operands.
+        let range = if round % 2 == 0 { 6 } else { 50 };
+        let (mut acc, mut a, mut b) = ([0.0f32; 16], [0u32; 16], [0u32; 16]);
+        for i in 0..16 {
+            a[i] = bf16_pair(value(range), value(range));
+            b[i] = bf16_pair(value(range), value(range));
+            // What a fold has reached: a sum of products.
+            acc[i] = value(range) * value(range) + value(range) * value(range);
+        }
+        let mut got = [0.0f32; 16];
+        // SAFETY: the arrays hold 16 lanes; the features are this function's contract.
+        unsafe {
+            let folded = Avx512Bf16::fold_pairs(
+                Avx512Bf16::load(acc.as_ptr()),
+                Avx512Bf16::load_pairs(a.as_ptr()),
+                Avx512Bf16::load_pairs(b.as_ptr()),
+            );
+            Avx512Bf16::store(got.as_mut_ptr(), folded);
+        }
+        if (0..16).any(|i| got[i].to_bits() != fold_pair(acc[i], a[i], b[i]).to_bits()) {
+            return false;
+        }
+    }
+    true
+}
+
+/// Calls a generic kernel `unsafe fn f<S: Simd>(args)` compiled for an [`Isa`](crate::Isa), or `reference`
+/// where that is the portable one.
+macro_rules! with_simd {
+    ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?), else $reference:expr) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,fma")]
+            unsafe fn avx2($($arg: $ty),*) {
+                // SAFETY: as required of the caller.
+                unsafe { $kernel::<$crate::simd::Avx2>($($arg),*) }
+            }
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+            unsafe fn avx512($($arg: $ty),*) {
+                // SAFETY: as required of the caller.
+                unsafe { $kernel::<$crate::simd::Avx512>($($arg),*) }
+            }
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            unsafe fn avx512bf16($($arg: $ty),*) {
+                // SAFETY: as required of the caller.
+                unsafe { $kernel::<$crate::simd::Avx512Bf16>($($arg),*) }
+            }
+            // SAFETY: an `Isa` exists only for instruction sets of this machine.
+            unsafe {
+                match $isa.0 {
+                    $crate::isa::Kind::Portable => $reference,
+                    $crate::isa::Kind::Avx2 => avx2($($arg),*),
+                    $crate::isa::Kind::Avx512 => avx512($($arg),*),
+                    $crate::isa::Kind::Avx512Bf16 => avx512bf16($($arg),*),
+                }
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        $reference
+    }};
+}
+pub(crate) use with_simd;
+
+/// Calls a plain `#[inline(always)] fn f(args)` compiled for an [`Isa`](crate::Isa): the same source on every
+/// instruction set, so the same bits.
+macro_rules! vectorised {
+    ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($arg: $ty),*) $(-> $ret)? {
+                $kernel($($arg),*)
+            }
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+            fn avx512($($arg: $ty),*) $(-> $ret)? {
+                $kernel($($arg),*)
+            }
+            match $isa.0 {
+                $crate::isa::Kind::Portable => $kernel($($arg),*),
+                // SAFETY: an `Isa` exists only for instruction sets of this machine.
+                #[allow(unsafe_code)]
+                $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
+                // SAFETY: as above.
+                #[allow(unsafe_code)]
+                $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Bf16 => unsafe { avx512($($arg),*) },
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        $kernel($($arg),*)
+    }};
+}
+pub(crate) use vectorised;

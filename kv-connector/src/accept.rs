@@ -1,0 +1,264 @@
+//! What comes in: connections, their hellos, their streams, each within its bound.
+//!
+//! Nothing here waits for the node: a stream is read up to its first frame, held against what its opener
+//! may open, and put in a queue. A full queue resets the stream. Nobody is blocked silently.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Weak};
+
+use common::ids::Role;
+use common::wire::{Hello, Open};
+use quinn::{Connection, Incoming, ServerConfig};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::accounting::Kind;
+use crate::fabric::Shared;
+use crate::link::{CLOSE_DONE, Link, LinkInner};
+use crate::socket::{Socket, Traffic};
+use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
+
+/// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
+const NUM_UNPROVEN_MAX: usize = 64;
+
+/// A stream that a peer opened: answer on `sender`; when its end of the stream is gone, stop.
+pub struct IncomingStream {
+    /// Who opened it, as its certificate confirms.
+    pub peer: Arc<Hello>,
+    /// From where.
+    pub remote: SocketAddr,
+    /// Its first message; one that the peer's role may send here, never a hello.
+    pub open: Open,
+    /// To the peer.
+    pub sender: ControlSender,
+    /// From the peer.
+    pub receiver: ControlReceiver,
+    /// The connection it came over, to watch it or to close it; only the end that dialled opens streams.
+    pub link: Link,
+}
+
+/// Who may open what: the chain proxy, decode node, prefill node, and registration at a proxy.
+pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
+    let role = opener.role;
+    match (accepter, open) {
+        (_, Open::Hello(_)) => false,
+        (Role::DecodeNode, Open::Generate(_) | Open::Watch(_)) => role == Role::Proxy,
+        (Role::PrefillNode, Open::Prefill(_)) => role == Role::DecodeNode,
+        (Role::PrefillNode, Open::Watch(_)) => role != Role::PrefillNode,
+        (Role::Proxy, Open::Register(register)) => {
+            role != Role::Proxy && (register.role, &register.peer.node) == (role, &opener.node)
+        }
+        _ => false,
+    }
+}
+
+/// Accepts connections until the endpoint is closed.
+pub(crate) async fn connections(shared: Arc<Shared>, socket: Socket, waiting: mpsc::Sender<IncomingStream>) {
+    let places = Arc::new(Semaphore::new(shared.limits.num_connections_max));
+    let strangers = Arc::new(Semaphore::new(shared.limits.num_connections_max));
+    while let Some(incoming) = socket.endpoint.accept().await {
+        let num_strangers = shared.limits.num_connections_max - strangers.available_permits();
+        if num_strangers >= NUM_UNPROVEN_MAX && incoming.may_retry() {
+            // Fails only for a connection that may not be retried.
+            let _ = incoming.retry();
+            continue;
+        }
+        let (Ok(place), Ok(stranger)) = (places.clone().try_acquire_owned(), strangers.clone().try_acquire_owned())
+        else {
+            shared.ledger.count_refused_connection("too_many");
+            tell_refusal(&shared, incoming.remote_address(), socket.traffic, "too many connections");
+            incoming.refuse();
+            continue;
+        };
+        let (task_shared, socket, waiting) = (shared.clone(), socket.clone(), waiting.clone());
+        shared.spawn(async move {
+            match socket.traffic {
+                Traffic::Control => serve_control(task_shared, &socket, incoming, stranger, waiting).await,
+                Traffic::Bulk => serve_bulk(task_shared, &socket, incoming, stranger).await,
+            }
+            drop(place);
+        });
+    }
+}
+
+/// Streams that the node we dialled opens towards us.
+pub(crate) async fn dialled_streams(shared: Arc<Shared>, link: Weak<LinkInner>, connection: Connection) {
+    // Nothing in the protocol is opened by the end that was dialled.
+    while let Ok((mut sender, mut receiver)) = connection.accept_bi().await {
+        if link.strong_count() == 0 {
+            return;
+        }
+        shared.ledger.count_refused_stream("not_allowed");
+        let _ = sender.reset(StreamCode::NotAllowed.code());
+        let _ = receiver.stop(StreamCode::NotAllowed.code());
+    }
+}
+
+async fn serve_control(
+    shared: Arc<Shared>,
+    socket: &Socket,
+    incoming: Incoming,
+    stranger: OwnedSemaphorePermit,
+    waiting: mpsc::Sender<IncomingStream>,
+) {
+    let Some((connection, peer)) = welcome(&shared, socket, incoming, |_, _| ()).await else { return };
+    drop(stranger);
+    tracing::debug!(peer = %peer.node, role = %peer.role, remote = %connection.remote_address(), "accepted a link");
+    let link = shared.link(connection.clone(), peer);
+    let reason = loop {
+        match connection.accept_bi().await {
+            Ok(halves) => {
+                let (sender, receiver) = link.stream(halves);
+                shared.spawn(serve_stream(shared.clone(), link.clone(), sender, receiver, waiting.clone()));
+            }
+            Err(reason) => break reason,
+        }
+    };
+    tracing::debug!(peer = %link.peer().node, %reason, "a link ended");
+}
+
+/// Reads the first frame of a stream and hands the stream on.
+async fn serve_stream(
+    shared: Arc<Shared>,
+    link: Link,
+    mut sender: ControlSender,
+    mut receiver: ControlReceiver,
+    waiting: mpsc::Sender<IncomingStream>,
+) {
+    let refuse =
+        |sender: &mut ControlSender, receiver: &mut ControlReceiver, code: StreamCode, reason: &'static str| {
+            shared.ledger.count_refused_stream(reason);
+            sender.reset_with(code);
+            receiver.stop_with(code);
+        };
+    let first = tokio::time::timeout(shared.limits.frame_deadline, receiver.recv::<Open>()).await;
+    let open = match first {
+        Ok(Ok(Some(open))) => open,
+        Ok(Err(RecvError::Reset { .. } | RecvError::ConnectionLost(_))) => return,
+        Ok(Ok(None) | Err(_)) | Err(_) => {
+            tracing::warn!(peer = %link.peer().node, "refused a stream that does not begin with a message");
+            return refuse(&mut sender, &mut receiver, StreamCode::Malformed, "malformed");
+        }
+    };
+    if !may_open(link.peer(), shared.hello.role, &open) {
+        tracing::warn!(peer = %link.peer().node, role = %link.peer().role, "refused a stream that this role may not open here");
+        return refuse(&mut sender, &mut receiver, StreamCode::NotAllowed, "not_allowed");
+    }
+    let (peer, remote) = (link.shared_peer(), link.remote());
+    let stream = IncomingStream { peer, remote, open, sender, receiver, link };
+    if let Err(error) = waiting.try_send(stream) {
+        let mut stream = error.into_inner();
+        refuse(&mut stream.sender, &mut stream.receiver, StreamCode::Overloaded, "overloaded");
+    }
+}
+
+async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
+    let register = |connection: &Connection, peer: &Hello| shared.bulk_senders.insert(peer, connection, &shared.ledger);
+    let Some((connection, peer)) = welcome(&shared, socket, incoming, register).await else { return };
+    drop(stranger);
+    let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
+    tracing::debug!(peer = %peer.node, remote = %connection.remote_address(), "accepted a bulk connection");
+    let reason = connection.closed().await;
+    shared.bulk_senders.remove(&peer, &connection);
+    tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
+    drop(held);
+}
+
+/// Logs a refused connection, if one was not logged a moment ago.
+fn tell_refusal(shared: &Shared, remote: SocketAddr, traffic: Traffic, reason: &str) {
+    let traffic = traffic.as_str();
+    match shared.refusals.is_due(std::time::Instant::now()) {
+        Some(num_untold) => tracing::warn!(%remote, traffic, reason, num_untold, "refused a connection"),
+        None => tracing::debug!(%remote, traffic, reason, "refused a connection"),
+    }
+}
+
+/// Handshake and hello within their deadline.
+async fn welcome(
+    shared: &Shared,
+    socket: &Socket,
+    incoming: Incoming,
+    register: impl FnOnce(&Connection, &Hello),
+) -> Option<(Connection, Hello)> {
+    let remote = incoming.remote_address();
+    let refused = |reason: String| {
+        shared.ledger.count_refused_connection("hello");
+        tell_refusal(shared, remote, socket.traffic, &reason);
+    };
+    let deadline = tokio::time::Instant::now() + shared.limits.hello_deadline;
+    let mut config = ServerConfig::with_crypto(shared.servers[socket.traffic as usize].clone());
+    config.transport_config(socket.transport(&shared.limits, remote)).migration(false);
+    let connecting = match incoming.accept_with(Arc::new(config)) {
+        Ok(connecting) => connecting,
+        Err(error) => {
+            refused(error.to_string());
+            return None;
+        }
+    };
+    let connection = match tokio::time::timeout_at(deadline, connecting).await {
+        Ok(Ok(connection)) => connection,
+        Ok(Err(error)) => {
+            refused(error.to_string());
+            return None;
+        }
+        Err(_) => {
+            refused("no handshake in time".to_string());
+            return None;
+        }
+    };
+    let greeter = shared.greeter(socket.traffic);
+    let welcoming = greeter.welcome(&connection, |peer| register(&connection, peer));
+    match tokio::time::timeout_at(deadline, welcoming).await {
+        Ok(Ok(peer)) => Some((connection, peer)),
+        Ok(Err(failure)) => {
+            refused(format!("{failure:?}"));
+            connection.close(CLOSE_DONE, b"no hello");
+            None
+        }
+        Err(_) => {
+            refused("no hello in time".to_string());
+            connection.close(CLOSE_DONE, b"no hello in time");
+            None
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use common::ids::{Epoch, NodeId};
+    use common::wire::{Peer, Register, Watch};
+
+    const ROLES: [Role; 3] = [Role::Proxy, Role::PrefillNode, Role::DecodeNode];
+
+    fn hello(role: Role) -> Hello {
+        Hello { node: NodeId::new("n0").unwrap(), role, epoch: Epoch(1), model: None, bulk_port: None }
+    }
+
+    fn allowed(open: &Open) -> Vec<(Role, Role)> {
+        let pairs = ROLES.iter().flat_map(|from| ROLES.iter().map(move |to| (*from, *to)));
+        pairs.filter(|(from, to)| may_open(&hello(*from), *to, open)).collect()
+    }
+
+    #[test]
+    fn proxies_watch_nodes_and_decode_nodes_watch_prefill_nodes() {
+        let expected =
+            [(Role::Proxy, Role::PrefillNode), (Role::Proxy, Role::DecodeNode), (Role::DecodeNode, Role::PrefillNode)];
+        assert_eq!(allowed(&Open::Watch(Watch {})), expected);
+    }
+
+    #[test]
+    fn node_registers_itself_at_a_proxy_and_nobody_else() {
+        let register = |node: &str, role: Role| {
+            let peer = Peer { node: NodeId::new(node).unwrap(), control: ([127, 0, 0, 1], 1).into() };
+            Open::Register(Register { peer, role })
+        };
+        assert_eq!(allowed(&register("n0", Role::DecodeNode)), [(Role::DecodeNode, Role::Proxy)]);
+        assert_eq!(allowed(&register("other", Role::DecodeNode)), []);
+        assert_eq!(allowed(&register("n0", Role::Proxy)), []);
+    }
+
+    #[test]
+    fn nobody_says_hello_twice() {
+        assert_eq!(allowed(&Open::Hello(hello(Role::Proxy))), []);
+    }
+}

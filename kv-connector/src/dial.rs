@@ -1,0 +1,195 @@
+//! Dialling: a link to a node, and the bulk connection beside it.
+
+use std::net::SocketAddr;
+
+use common::ids::{NodeId, Role};
+use common::wire::Hello;
+use quinn::{ClientConfig, Connection};
+
+use crate::accept;
+use crate::accounting::Kind;
+use crate::certs::role_name;
+use crate::fabric::Fabric;
+use crate::hello::HelloFailure;
+use crate::link::{CLOSE_DONE, CloseReason, Link};
+use crate::socket::{self, Socket, Traffic};
+use crate::transfer::LandingZone;
+use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+
+/// A link that could not be made.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum DialError {
+    /// Nobody answered, or the address cannot be dialled.
+    #[error("{addr} cannot be reached ({reason}): check that the {role} runs there and that UDP gets through")]
+    Unreachable {
+        /// The address.
+        addr: SocketAddr,
+        /// Who was expected there.
+        role: Role,
+        /// What happened.
+        reason: String,
+    },
+    /// TLS failed.
+    #[error(
+        "{addr} is not a {role} of this cluster ({reason}): check the address, and that all certificates come from one `tandem certs`"
+    )]
+    NotTrusted {
+        /// The address.
+        addr: SocketAddr,
+        /// Who was expected there.
+        role: Role,
+        /// What TLS said.
+        reason: String,
+    },
+    /// The other end does not want us.
+    #[error("{addr} refused this node: {reason}")]
+    RefusedByPeer {
+        /// The address.
+        addr: SocketAddr,
+        /// Its words.
+        reason: String,
+    },
+    /// We do not want the other end.
+    #[error("this node refused {addr}: {reason}")]
+    RefusedHere {
+        /// The address.
+        addr: SocketAddr,
+        /// Our words.
+        reason: String,
+    },
+    /// Another node answers there.
+    #[error("node \"{found}\" answers at {addr}, expected \"{expected}\": correct the list of nodes")]
+    WrongNode {
+        /// The address.
+        addr: SocketAddr,
+        /// Who was expected.
+        expected: NodeId,
+        /// Who is there.
+        found: NodeId,
+    },
+    /// The peer has no bulk listener.
+    #[error("node \"{node}\" serves no KV (it announces no bulk port)")]
+    NoBulkListener {
+        /// The peer.
+        node: NodeId,
+    },
+    /// Another life of the peer answers on the bulk port.
+    #[error("node \"{node}\" was restarted between its control and its bulk connection: dial it again")]
+    Restarted {
+        /// The peer.
+        node: NodeId,
+    },
+    /// No receive memory left for one more bulk connection.
+    #[error(
+        "all receive memory is in use by {num_connections} bulk connections: raise the receive memory of this node"
+    )]
+    NoReceiveMemory {
+        /// Connections that share it.
+        num_connections: usize,
+    },
+}
+
+impl DialError {
+    /// Whether dialling again later may succeed without anybody changing the configuration.
+    pub fn is_worth_a_retry(&self) -> bool {
+        matches!(self, DialError::Unreachable { .. } | DialError::Restarted { .. } | DialError::NoReceiveMemory { .. })
+    }
+}
+
+impl Fabric {
+    /// Makes a link to the node at `addr`. TLS checks that it has the role, the hello that it is `node` (if
+    /// one is expected), and both ends' checks that they can work together.
+    ///
+    /// # Errors
+    /// [`DialError`]; given up after the hello deadline.
+    pub async fn dial(&self, addr: SocketAddr, role: Role, node: Option<&NodeId>) -> Result<Link, DialError> {
+        let (connection, peer) = self.connect(&self.shared.control, addr, role).await?;
+        if let Some(expected) = node.filter(|expected| **expected != peer.node) {
+            let found = peer.node;
+            connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
+            return Err(DialError::WrongNode { addr, expected: expected.clone(), found });
+        }
+        let link = self.shared.link(connection, peer);
+        self.shared.tasks.spawn(accept::dialled_streams(
+            self.shared.clone(),
+            link.downgrade(),
+            link.connection().clone(),
+        ));
+        Ok(link)
+    }
+
+    /// Dials the bulk port of a linked node, which from then on can send KV here: its extents land where
+    /// `zone` has a landing for them. The connection lives as long as the answer.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn connect_bulk(&self, link: &Link, zone: &LandingZone) -> Result<BulkReceiver, DialError> {
+        let (role, node, epoch) = (link.peer().role, link.peer().node.clone(), link.peer().epoch);
+        let port = link.peer().bulk_port.ok_or_else(|| DialError::NoBulkListener { node: node.clone() })?;
+        let window =
+            self.shared.receive_windows.clone().try_acquire_owned().map_err(|_| DialError::NoReceiveMemory {
+                num_connections: self.shared.limits.receive_bytes_max
+                    / self.shared.limits.bulk_window_bytes.max(1) as usize,
+            })?;
+        let addr = SocketAddr::new(link.remote().ip(), port);
+        let socket = self.bulk_dialler(addr)?;
+        let (connection, peer) = self.connect(socket, addr, role).await?;
+        if peer.node != node {
+            connection.close(CLOSE_DONE, b"another node was expected here");
+            return Err(DialError::WrongNode { addr, expected: node, found: peer.node });
+        }
+        if peer.epoch != epoch {
+            connection.close(CLOSE_DONE, b"another life of this node was expected");
+            return Err(DialError::Restarted { node });
+        }
+        let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
+        let context = ReceiveContext {
+            zone: zone.clone(),
+            ledger: self.shared.ledger.clone(),
+            num_extents_max: self.shared.limits.num_extents_max,
+            deadline: self.shared.limits.extent_deadline,
+        };
+        Ok(BulkReceiver::start(connection, context, (held, window), &self.shared.tasks))
+    }
+
+    /// The socket that bulk connections are dialled from, bound at the first.
+    fn bulk_dialler(&self, remote: SocketAddr) -> Result<&Socket, DialError> {
+        if let Some(socket) = self.shared.bulk_dialler.get() {
+            return Ok(socket);
+        }
+        let addr = SocketAddr::new(self.local_addr().ip(), 0);
+        let socket = socket::bind(addr, Traffic::Bulk, None).map_err(|error| DialError::Unreachable {
+            addr: remote,
+            role: Role::PrefillNode,
+            reason: format!("no UDP socket on {addr}: {error}"),
+        })?;
+        Ok(self.shared.bulk_dialler.get_or_init(|| socket))
+    }
+
+    async fn connect(&self, socket: &Socket, addr: SocketAddr, role: Role) -> Result<(Connection, Hello), DialError> {
+        let unreachable = |reason: String| DialError::Unreachable { addr, role, reason };
+        let lost = |reason: CloseReason| match reason {
+            CloseReason::NotTrusted { reason } => DialError::NotTrusted { addr, role, reason },
+            CloseReason::ClosedByPeer { reason } => DialError::RefusedByPeer { addr, reason },
+            other => unreachable(other.to_string()),
+        };
+        let connecting = async {
+            let mut config = ClientConfig::new(self.shared.clients[socket.traffic as usize].clone());
+            config.transport_config(socket.transport(&self.shared.limits, addr));
+            let connecting = socket.endpoint.connect_with(config, addr, &role_name(role));
+            let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await;
+            let connection = connection.map_err(|error| lost(error.into()))?;
+            let peer =
+                self.shared.greeter(socket.traffic).greet(&connection).await.map_err(|failure| match failure {
+                    HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
+                    HelloFailure::RefusedHere(reason) => DialError::RefusedHere { addr, reason },
+                    HelloFailure::Lost(reason) => lost(reason),
+                    HelloFailure::Broken(reason) => unreachable(reason),
+                })?;
+            Ok((connection, peer))
+        };
+        let deadline = self.shared.limits.hello_deadline;
+        let connected = tokio::time::timeout(deadline, connecting).await;
+        connected.unwrap_or_else(|_| Err(unreachable(format!("no answer within {deadline:?}"))))
+    }
+}

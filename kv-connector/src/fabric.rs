@@ -1,0 +1,255 @@
+//! The fabric of one node: its sockets, whom it dials, and what it accepts.
+//!
+//! ```text
+//! listen         control socket    dials and accepts links           streams of messages
+//! bulk_listen    bulk socket       accepts bulk connections          sends KV to whoever dialled
+//! (any port)     bulk socket       dials bulk connections            receives KV from whom it dialled
+//! ```
+//!
+//! Control and bulk never share a connection or a socket: a send window is per connection, and KV must
+//! not be able to hold a message back.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, OnceLock};
+
+use common::ids::{Epoch, NodeId, Role};
+use common::wire::{ALPN_BULK, ALPN_CONTROL, Hello};
+use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use quinn::{Connection, ServerConfig};
+use tokio::sync::{Mutex, Semaphore, mpsc};
+use tokio_util::task::TaskTracker;
+
+use crate::accept::{self, IncomingStream};
+use crate::accounting::{FabricAccounting, Ledger};
+use crate::certs::Identity;
+use crate::hello::{Greeter, HelloCheck, compatible_models};
+use crate::limits::FabricLimits;
+use crate::link::{CLOSE_DONE, Link};
+use crate::quiet::Quiet;
+use crate::socket::{self, Socket, Traffic};
+use crate::stream::FrameBudget;
+use crate::tls::{self, TlsError};
+use crate::transfer::bulk::BulkSenders;
+use crate::transfer::{BulkSender, LandingZone, TransportLayer};
+
+/// What a fabric is made of.
+#[derive(Clone)]
+pub struct FabricConfig {
+    /// Where links are accepted; port 0 takes any. Links are dialled from the same socket, so that a
+    /// loopback address reaches loopback only.
+    pub listen: SocketAddr,
+    /// Where bulk connections are accepted, for nodes that serve KV. Its port goes into the hello.
+    pub bulk_listen: Option<SocketAddr>,
+    /// Certificate and key.
+    pub identity: Identity,
+    /// What this node says of itself; must name the role and node of `identity`. `bulk_port` is filled in.
+    pub hello: Hello,
+    /// Which peers are taken, when dialling and when accepting.
+    pub check: HelloCheck,
+    /// Bounds.
+    pub limits: FabricLimits,
+    /// Put around every transport that extents are sent over; tests inject faults here.
+    pub transport_layer: Option<TransportLayer>,
+}
+
+impl FabricConfig {
+    /// No bulk listener, default limits, and every peer taken whose model fits.
+    pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
+        let check = compatible_models(&hello);
+        let limits = FabricLimits::default();
+        Self { listen, bulk_listen: None, identity, hello, check, limits, transport_layer: None }
+    }
+}
+
+/// A fabric that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address cannot be had.
+    #[error("cannot listen on UDP {addr} ({source}): choose a free port and an address of this host")]
+    Socket {
+        /// The address.
+        addr: SocketAddr,
+        /// Why not.
+        source: std::io::Error,
+    },
+    /// Certificate of another node.
+    #[error(
+        "this node is {hello_role} \"{hello_node}\", its certificate was issued to {cert_role} \"{cert_node}\": use the certificate of this node"
+    )]
+    WrongIdentity {
+        /// Role of the hello.
+        hello_role: Role,
+        /// Node of the hello.
+        hello_node: NodeId,
+        /// Role in the certificate.
+        cert_role: Role,
+        /// Node in the certificate.
+        cert_node: NodeId,
+    },
+    /// TLS refused certificate or key.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
+}
+
+/// A node's place in the cluster. Cheap to clone; everything closes when the last clone is gone.
+#[derive(Clone)]
+pub struct Fabric {
+    pub(crate) shared: Arc<Shared>,
+    incoming: Arc<Mutex<mpsc::Receiver<IncomingStream>>>,
+    _guard: Arc<CloseGuard>,
+}
+
+/// What the fabric's tasks share. It does not keep the fabric alive.
+pub(crate) struct Shared {
+    pub(crate) hello: Hello,
+    pub(crate) check: HelloCheck,
+    pub(crate) limits: FabricLimits,
+    pub(crate) ledger: Arc<Ledger>,
+    /// Refused connections, which anyone can cause.
+    pub(crate) refusals: Quiet,
+    pub(crate) budget: FrameBudget,
+    pub(crate) bulk_senders: BulkSenders,
+    pub(crate) servers: [Arc<QuicServerConfig>; 2],
+    pub(crate) clients: [Arc<QuicClientConfig>; 2],
+    pub(crate) control: Socket,
+    bulk_listener: Option<Socket>,
+    pub(crate) bulk_dialler: OnceLock<Socket>,
+    pub(crate) receive_windows: Arc<Semaphore>,
+    pub(crate) tasks: TaskTracker,
+}
+
+struct CloseGuard(Arc<Shared>);
+
+impl Drop for CloseGuard {
+    fn drop(&mut self) {
+        self.0.close();
+    }
+}
+
+impl Fabric {
+    /// Binds the sockets and starts to accept. Must be called within a tokio runtime.
+    ///
+    /// # Errors
+    /// [`BindError`].
+    pub fn bind(config: FabricConfig) -> Result<Self, BindError> {
+        let FabricConfig { listen, bulk_listen, identity, mut hello, check, limits, transport_layer } = config;
+        if (identity.role(), identity.node()) != (hello.role, &hello.node) {
+            return Err(BindError::WrongIdentity {
+                hello_role: hello.role,
+                hello_node: hello.node,
+                cert_role: identity.role(),
+                cert_node: identity.node().clone(),
+            });
+        }
+        let servers = [tls::server(&identity, ALPN_CONTROL)?, tls::server(&identity, ALPN_BULK)?];
+        let clients = [tls::client(&identity, ALPN_CONTROL)?, tls::client(&identity, ALPN_BULK)?];
+        let listener = |addr: SocketAddr, traffic: Traffic| {
+            // Replaced for every connection that is accepted.
+            let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
+            socket::bind(addr, traffic, Some(server)).map_err(|source| BindError::Socket { addr, source })
+        };
+        let control = listener(listen, Traffic::Control)?;
+        let bulk_listener = bulk_listen.map(|addr| listener(addr, Traffic::Bulk)).transpose()?;
+        hello.bulk_port =
+            bulk_listener.as_ref().and_then(|socket| socket.endpoint.local_addr().ok()).map(|addr| addr.port());
+
+        let ledger = Ledger::new(hello.role, hello.node.as_str());
+        let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
+        let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
+        let shared = Arc::new(Shared {
+            hello,
+            check,
+            budget: FrameBudget::new(limits.frame_bytes_max, limits.frame_deadline),
+            bulk_senders: BulkSenders::new(transport_layer),
+            limits,
+            ledger,
+            refusals: Quiet::default(),
+            servers,
+            clients,
+            control,
+            bulk_listener,
+            bulk_dialler: OnceLock::new(),
+            receive_windows: Arc::new(Semaphore::new(num_windows)),
+            tasks: TaskTracker::new(),
+        });
+        for socket in [Some(&shared.control), shared.bulk_listener.as_ref()].into_iter().flatten() {
+            shared.tasks.spawn(accept::connections(shared.clone(), socket.clone(), waiting.clone()));
+        }
+        Ok(Self { incoming: Arc::new(Mutex::new(incoming)), _guard: Arc::new(CloseGuard(shared.clone())), shared })
+    }
+
+    /// What this node says of itself, bulk port included.
+    pub fn hello(&self) -> &Hello {
+        &self.shared.hello
+    }
+
+    /// Where links are accepted.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.shared.control.endpoint.local_addr().expect("a bound UDP socket knows its address")
+    }
+
+    /// Where bulk connections are accepted, if they are.
+    pub fn bulk_addr(&self) -> Option<SocketAddr> {
+        let socket = self.shared.bulk_listener.as_ref()?;
+        Some(socket.endpoint.local_addr().expect("a bound UDP socket knows its address"))
+    }
+
+    /// Where to send KV for a node that has dialled this one's bulk port in its life `epoch`.
+    pub fn bulk_to(&self, node: &NodeId, epoch: Epoch) -> Option<BulkSender> {
+        self.shared.bulk_senders.find(node, epoch)
+    }
+
+    /// A registry of landings for KV sent to this node's present life.
+    pub fn landing_zone(&self) -> LandingZone {
+        LandingZone::new(self.shared.hello.epoch, self.shared.ledger.clone())
+    }
+
+    /// The next stream that a peer opened and was allowed to open; `None` once the fabric is closed.
+    pub async fn accept(&self) -> Option<IncomingStream> {
+        self.incoming.lock().await.recv().await
+    }
+
+    /// What is open and held now.
+    pub fn accounting(&self) -> FabricAccounting {
+        self.shared.ledger.snapshot()
+    }
+
+    /// Closes every connection and waits until the peers were told and the fabric's tasks have ended. Call
+    /// it before the process ends, or the peers learn of it from the silence only.
+    pub async fn close(&self) {
+        self.shared.close();
+        for socket in self.shared.sockets() {
+            socket.endpoint.wait_idle().await;
+        }
+        let deadline = self.shared.limits.hello_deadline;
+        if tokio::time::timeout(deadline, self.shared.tasks.wait()).await.is_err() {
+            tracing::warn!(num_tasks = self.shared.tasks.len(), "the fabric closed with tasks left");
+        }
+    }
+}
+
+impl Shared {
+    pub(crate) fn greeter(&self, traffic: Traffic) -> Greeter<'_> {
+        let (ours, check) = (&self.hello, &self.check);
+        Greeter { ours, check, traffic, ledger: &self.ledger, budget: &self.budget }
+    }
+
+    pub(crate) fn link(&self, connection: Connection, peer: Hello) -> Link {
+        Link::new(connection, peer, self.ledger.clone(), self.budget.clone())
+    }
+
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.tasks.spawn(task);
+    }
+
+    fn sockets(&self) -> impl Iterator<Item = &Socket> {
+        [Some(&self.control), self.bulk_listener.as_ref(), self.bulk_dialler.get()].into_iter().flatten()
+    }
+
+    fn close(&self) {
+        for socket in self.sockets() {
+            socket.endpoint.close(CLOSE_DONE, b"the node is leaving");
+        }
+        self.tasks.close();
+    }
+}

@@ -1,0 +1,51 @@
+//! Bytes between processes: links that carry messages, bulk connections that carry KV, and the
+//! reservations that KV lands in.
+//!
+//! It knows `common` only: what a message means, which blocks are free and when a request is over are the
+//! business of the nodes. It never allocates or waits because of a peer beyond the stated [`limits`].
+//!
+//! A request's way through it: the proxy [`dial`](Fabric::dial)s a decode node, which is held to its
+//! certificate and its hello, and [`open`](Link::open)s a stream with `Generate`. The decode node finds it
+//! at [`accept`](Fabric::accept), links to a prefill node in the same way, connects its bulk port, opens
+//! a [`Landing`](transfer::Landing) over the blocks it reserved, and asks with `Prefill`. The prefill node
+//! answers on the stream and sends extents through [`bulk_to`](Fabric::bulk_to); they are written into
+//! the blocks as they arrive and count once their digest is right. Whoever drops its half of a stream
+//! cancels what the stream stands for; a lost connection does the same to all its streams.
+//!
+//! Reading order:
+//!
+//! 1. [`certs`], `tls`: who may speak.
+//! 2. [`fabric`], `dial`, `hello`, `accept`: bind, dial, accept.
+//! 3. [`link`], [`stream`]: messages, and ends that mean something.
+//! 4. [`transfer`]: extents, landings, transports and their faults.
+//! 5. [`membership`], [`fencing`]: what nodes tell proxies, and newer attempts.
+//! 6. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
+#![deny(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
+
+mod accept;
+pub mod accounting;
+pub mod certs;
+mod dial;
+pub mod fabric;
+pub mod fencing;
+mod hello;
+pub mod limits;
+pub mod link;
+pub mod membership;
+mod quiet;
+mod socket;
+pub mod stream;
+mod tls;
+pub mod transfer;
+
+pub use accept::IncomingStream;
+pub use accounting::FabricAccounting;
+pub use certs::{CertError, ClusterCa, Identity};
+pub use dial::DialError;
+pub use fabric::{BindError, Fabric, FabricConfig};
+pub use hello::{HelloCheck, compatible_models};
+pub use limits::FabricLimits;
+pub use link::{CloseReason, Link, OpenError};
+pub use stream::{ControlReceiver, ControlSender, RecvError, SendError};
+pub use tls::TlsError;

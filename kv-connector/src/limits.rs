@@ -1,0 +1,53 @@
+//! The bounds of the fabric: how much of anything it holds, and how long it waits.
+
+use std::time::Duration;
+
+/// Bounds of one fabric. The defaults serve a cluster of some hundred nodes.
+#[derive(Debug, Clone)]
+pub struct FabricLimits {
+    /// Connections accepted at a time, control and bulk counted apart. One more is refused.
+    pub num_connections_max: usize,
+    /// Streams that one peer may have open on its control connection. Above what any node admits, so that
+    /// a full node answers `Busy` and nobody waits for a stream.
+    pub num_streams_max: u32,
+    /// Opened streams that wait for [`accept`](crate::Fabric::accept). One more is reset.
+    pub num_waiting_streams_max: usize,
+    /// Memory for large frames that are being received, over all streams of this node.
+    pub frame_bytes_max: usize,
+    /// Time for the handshake and the hello together.
+    pub hello_deadline: Duration,
+    /// Time for the first frame of a stream, and for the rest of any frame that has begun.
+    pub frame_deadline: Duration,
+    /// Something is sent over an idle connection this often.
+    pub keep_alive: Duration,
+    /// A peer that is silent for this long is gone.
+    pub idle_timeout: Duration,
+    /// Extents that one bulk connection receives at a time.
+    pub num_extents_max: u32,
+    /// Time for an extent's header, and between two pieces of its payload.
+    pub extent_deadline: Duration,
+    /// Bytes of all bulk connections that may wait here unread: a node's receive memory. Each connection
+    /// takes [`bulk_window_bytes`](Self::bulk_window_bytes) of it.
+    pub receive_bytes_max: usize,
+    /// Bytes in flight, unread or unacknowledged, of one bulk connection.
+    pub bulk_window_bytes: u32,
+}
+
+impl Default for FabricLimits {
+    fn default() -> Self {
+        Self {
+            num_connections_max: 1024,
+            num_streams_max: 8192,
+            num_waiting_streams_max: 8192,
+            frame_bytes_max: 256 << 20,
+            hello_deadline: Duration::from_secs(5),
+            frame_deadline: Duration::from_secs(10),
+            keep_alive: Duration::from_millis(500),
+            idle_timeout: Duration::from_secs(2),
+            num_extents_max: 256,
+            extent_deadline: Duration::from_secs(5),
+            receive_bytes_max: 1 << 30,
+            bulk_window_bytes: 16 << 20,
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! A node's presence: what it tells the proxies that watch it, and how it makes itself known to them.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use common::ids::Role;
+use common::wire::{NodeLoad, NodeState, NodeStatus, Open, Peer, Register};
+use tokio::sync::watch;
+
+use crate::{ControlSender, Fabric};
+
+/// A watching proxy hears from a node at least this often.
+const STATUS_INTERVAL: Duration = Duration::from_millis(250);
+/// Between two tries to reach a proxy.
+const REGISTER_RETRY: Duration = Duration::from_millis(500);
+
+/// State and load of this node, as shown to whoever watches. Cheap to clone.
+#[derive(Clone)]
+pub struct NodePresence {
+    state: Arc<watch::Sender<NodeState>>,
+    load: Arc<dyn Fn() -> NodeLoad + Send + Sync>,
+}
+
+impl NodePresence {
+    /// A ready node whose load is read from `load` when it is told.
+    pub fn new(load: impl Fn() -> NodeLoad + Send + Sync + 'static) -> Self {
+        Self { state: Arc::new(watch::Sender::new(NodeState::Ready)), load: Arc::new(load) }
+    }
+
+    /// From now on the node takes nothing new; whoever watches hears it at once.
+    pub fn drain(&self) {
+        self.state.send_replace(NodeState::Draining);
+    }
+
+    /// Whether [`drain`](Self::drain) was called.
+    pub fn is_draining(&self) -> bool {
+        *self.state.borrow() == NodeState::Draining
+    }
+
+    /// Tells one watching proxy: at once, on every change of state, and every 250 ms. Returns when it no
+    /// longer listens.
+    pub async fn serve_watch(&self, mut sender: ControlSender) {
+        let mut state = self.state.subscribe();
+        let mut interval = tokio::time::interval(STATUS_INTERVAL);
+        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                _ = interval.tick() => {}
+                Ok(()) = state.changed() => {}
+            }
+            let status = NodeStatus { state: *state.borrow_and_update(), load: (self.load)() };
+            if sender.send(&status).await.is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Keeps this node registered at a proxy that does not list it: the open stream is the registration.
+/// Runs until its task is dropped.
+pub async fn stay_registered(fabric: Fabric, proxy: SocketAddr, role: Role, control: SocketAddr) {
+    let peer = Peer { node: fabric.hello().node.clone(), control };
+    let open = Open::Register(Register { peer, role });
+    let mut said = String::new();
+    loop {
+        match fabric.dial(proxy, Role::Proxy, None).await {
+            Ok(link) => match link.open(&open).await {
+                Ok(_registration) => {
+                    tracing::info!(%proxy, "registered at the proxy");
+                    said.clear();
+                    let reason = link.closed().await;
+                    tracing::warn!(%proxy, %reason, "lost the proxy");
+                }
+                Err(error) => tracing::warn!(%proxy, %error, "cannot register at the proxy"),
+            },
+            // Tried twice a second, said once: a proxy that is not there yet, or one that refuses this node.
+            Err(error) if error.to_string() == said => {}
+            Err(error) => {
+                tracing::warn!(%proxy, %error, "cannot reach the proxy yet");
+                said = error.to_string();
+            }
+        }
+        tokio::time::sleep(REGISTER_RETRY).await;
+    }
+}

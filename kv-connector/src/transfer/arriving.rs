@@ -1,0 +1,124 @@
+//! One extent between its header and its verdict.
+
+use std::future::Future;
+use std::ops::Range;
+use std::sync::Arc;
+
+use common::content::GRANULE_TOKENS;
+use common::wire::ExtentHeader;
+use common::wire::bulk::extent_hasher;
+
+use crate::accounting::{Held, Kind, Ledger};
+use crate::transfer::landing::{LandingEvent, State};
+use crate::transfer::refused::RefusedExtent;
+
+/// An extent on its way into its blocks. Dropped before it is verified, it gives its range back.
+pub struct Arriving {
+    state: Arc<State>,
+    ledger: Arc<Ledger>,
+    header: ExtentHeader,
+    place: usize,
+    granules: Range<usize>,
+    hasher: blake3::Hasher,
+    num_bytes: usize,
+    is_verified: bool,
+    _held: Held,
+}
+
+impl Arriving {
+    pub(super) fn claim(state: Arc<State>, header: &ExtentHeader, ledger: &Arc<Ledger>) -> Result<Self, RefusedExtent> {
+        let (place, granules) = state.place(header)?;
+        if !state.coverage().claim(place, granules.clone()) {
+            return Err(RefusedExtent::Duplicate);
+        }
+        let extent = header.extent;
+        let end = (extent.first_token + extent.num_tokens) as usize;
+        let content = state.plan.chain.digest_of_prefix(&state.plan.tokens, end);
+        let hasher = extent_hasher(header.request, header.attempt, header.generation, &extent, content);
+        let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
+        let (ledger, header) = (ledger.clone(), *header);
+        Ok(Self { state, ledger, header, place, granules, hasher, num_bytes: 0, is_verified: false, _held: held })
+    }
+
+    /// Writes the next piece into the blocks.
+    ///
+    /// # Errors
+    /// [`RefusedExtent::WrongSize`] beyond the announced size, [`RefusedExtent::Closed`]; nothing is
+    /// written then.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), RefusedExtent> {
+        let end = self.num_bytes + bytes.len();
+        if end > self.header.num_payload_bytes as usize {
+            return Err(RefusedExtent::WrongSize);
+        }
+        let plan = &self.state.plan;
+        let first_granule = self.header.extent.first_token as usize / GRANULE_TOKENS;
+        let layer = u32::from(self.header.extent.layer);
+        self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, self.num_bytes, bytes))?;
+        self.hasher.update(bytes);
+        self.num_bytes = end;
+        Ok(())
+    }
+
+    /// The last byte was written: compares the digest, counts the extent as verified and tells the owner.
+    ///
+    /// # Errors
+    /// [`RefusedExtent`]: truncated, corrupted or closed; counted, and told to the owner.
+    pub fn finish(mut self) -> Result<(), RefusedExtent> {
+        let verdict = self.verify();
+        if let Err(refused) = verdict {
+            self.refuse(refused);
+        }
+        verdict
+    }
+
+    /// Gives the extent up; counted, and told to the owner.
+    pub fn refuse(self, reason: RefusedExtent) {
+        self.ledger.count_refused_extent(reason.as_str());
+        let state = self.state.clone();
+        // The range is free again before the owner hears of it.
+        drop(self);
+        state.tell_refused(reason);
+    }
+
+    /// Resolves when the landing is closed.
+    pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
+        self.state.closed.clone().cancelled_owned()
+    }
+
+    fn verify(&mut self) -> Result<(), RefusedExtent> {
+        let num_payload_bytes = self.header.num_payload_bytes as usize;
+        if self.state.closed.is_cancelled() {
+            return Err(RefusedExtent::Closed);
+        }
+        if self.num_bytes < num_payload_bytes {
+            return Err(RefusedExtent::Truncated);
+        }
+        if *self.hasher.finalize().as_bytes() != self.header.digest {
+            return Err(RefusedExtent::Corrupted);
+        }
+        let state = self.state.clone();
+        state.while_open(|| {
+            // Marked and told under one lock: the owner hears of extents in the order in which they count.
+            let mut coverage = state.coverage();
+            coverage.verify(self.place, self.granules.clone());
+            self.is_verified = true;
+            // Fails only if the owner no longer listens.
+            let _ = state.events.try_send(LandingEvent::ExtentVerified {
+                extent: self.header.extent,
+                num_bytes: num_payload_bytes as u64,
+                num_contiguous_tokens: state.num_contiguous_tokens(&coverage),
+                is_complete: coverage.is_complete(),
+            });
+        })?;
+        self.ledger.count_verified(num_payload_bytes);
+        Ok(())
+    }
+}
+
+impl Drop for Arriving {
+    fn drop(&mut self) {
+        if !self.is_verified {
+            self.state.coverage().release(self.place, self.granules.clone());
+        }
+    }
+}

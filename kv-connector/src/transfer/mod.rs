@@ -1,0 +1,104 @@
+//! KV from a prefill node's pool into the blocks that a decode node reserved for it.
+//!
+//! ```text
+//! prefill node                                   decode node
+//! fabric.bulk_to(node, epoch)                    zone.open(plan)            blocks reserved
+//!   BulkSender::send_extent(header, payload)       -> Landing, events
+//!     Transport ── one extent, one stream ──>    BulkReceiver
+//!                                                  LandingZone::admit(header)   known? in range? not held?
+//!                                                  Arriving::write(bytes)       straight into KvMemory, hashed
+//!                                                  Arriving::finish()           digest right: verified
+//! ```
+//!
+//! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
+//! before its extents are verified; the digest decides whether it counts.
+//!
+//! Transports: `quic` serves everywhere and is the only one today. Others fit behind [`Transport`] and
+//! would be chosen at the hello from what both ends can do: `shm` (the pool in a sealed memfd on the same
+//! host, one fused copy and digest), `cuda-ipc` and `nixl` (registrations exchanged at the hello, valid
+//! for one life of a connection; only the owner of the destination moves bytes; where a stop cannot be
+//! proven the blocks stay quarantined until the endpoint is torn down).
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use common::ids::BlockId;
+use common::wire::ExtentHeader;
+
+use crate::link::CloseReason;
+
+mod arriving;
+pub(crate) mod bulk;
+mod coverage;
+mod faulty;
+mod landing;
+mod refused;
+
+pub use arriving::Arriving;
+pub use bulk::{BulkReceiver, BulkSender};
+pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
+pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
+pub use refused::RefusedExtent;
+
+/// The blocks of a node's pool, as the place where KV lands and is read from.
+///
+/// An extent's bytes are those of its granules in ascending order, one layer, all planes; what lies
+/// inside a granule is the pool's business. `blocks` is the sequence's whole block table, `first_granule`
+/// counts from the sequence's first token.
+pub trait KvMemory: Send + Sync {
+    /// Writes `bytes` at `byte_offset` of the extent that begins at `first_granule`.
+    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]);
+
+    /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
+    fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
+
+    /// Bytes of one granule in one layer, all planes.
+    fn granule_bytes(&self) -> usize;
+
+    /// Layers of the model.
+    fn num_layers(&self) -> usize;
+}
+
+/// How the bytes of an extent end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExtentEnd {
+    /// All were sent.
+    Finished,
+    /// Given up behind what was sent; the receiver refuses the extent.
+    Reset,
+}
+
+/// An extent that could not be sent.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum SendExtentError {
+    /// The receiver refused it: it no longer wants the KV, or it found something wrong.
+    #[error("the receiver refused the extent")]
+    Refused,
+    /// The connection is gone.
+    #[error("the bulk connection was lost: {0}")]
+    ConnectionLost(CloseReason),
+}
+
+/// The future of [`Transport::send`].
+pub type SendFuture<'a> = Pin<Box<dyn Future<Output = Result<(), SendExtentError>> + Send + 'a>>;
+
+/// Carries extents to one peer.
+///
+/// What every transport upholds (`tests/transport_contract.rs`): an extent arrives whole and unchanged,
+/// or is refused, or never arrives; extents do not wait for each other's losses; dropping the future
+/// gives the extent up.
+pub trait Transport: Send + Sync {
+    /// Name in logs: `quic`, ...
+    fn name(&self) -> &'static str;
+
+    /// Sends one extent. Resolves when the transport has taken all of it; the payload may then be reused.
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a>;
+
+    /// Whether nothing can be sent any more.
+    fn is_closed(&self) -> bool;
+}
+
+/// Puts something around a transport, for tests.
+pub type TransportLayer = Arc<dyn Fn(Arc<dyn Transport>) -> Arc<dyn Transport> + Send + Sync>;

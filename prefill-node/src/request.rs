@@ -1,0 +1,308 @@
+//! One hand-over as a story: queue, compute, send each layer as it is written, wait until it is taken.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
+use common::handover::{PrefillAction, PrefillHandover, PrefillState};
+use common::scheduler::AddError;
+use common::sequence::{NewSequence, Work};
+use common::timeline::NodeTimeline;
+use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
+use engine::core::{EngineEvent, RequestHandle};
+use kv_connector::fencing::Fence;
+use kv_connector::transfer::BulkSender;
+use kv_connector::{ControlReceiver, ControlSender};
+use tokio::task::JoinSet;
+use tokio::time::{Interval, MissedTickBehavior};
+
+use crate::extents::ExtentSource;
+use crate::node::Node;
+
+/// The decode node hears of the engine's steps this often while it waits.
+const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
+/// Asked again after this long.
+const RETRY_AFTER: Duration = Duration::from_millis(100);
+
+/// Why a request ends before its hand-over began.
+enum Refusal {
+    Busy,
+    Failed(NodeError),
+    Gone,
+}
+
+/// Serves one `Prefill` stream to its end.
+pub(crate) async fn serve(
+    node: Arc<Node>,
+    peer: Arc<Hello>,
+    prefill: Prefill,
+    mut sender: ControlSender,
+    mut receiver: ControlReceiver,
+) {
+    let refusal = match admit(&node, &peer, &prefill, &mut sender).await {
+        Ok(admitted) => return hand_over(&node, &prefill, admitted, &mut sender, &mut receiver).await,
+        Err(refusal) => refusal,
+    };
+    let answer = match refusal {
+        Refusal::Busy => PrefillEvent::Busy { retry_after: RETRY_AFTER },
+        Refusal::Failed(error) => {
+            tracing::warn!(%error, "prefill refused");
+            PrefillEvent::Failed(error)
+        }
+        Refusal::Gone => return,
+    };
+    if sender.send(&answer).await.is_ok() {
+        sender.finish();
+    }
+}
+
+struct Admitted {
+    sequence: RequestHandle,
+    fence: Fence,
+    bulk: BulkSender,
+    source: Arc<ExtentSource>,
+    num_cached_tokens: usize,
+    queue: Duration,
+}
+
+async fn admit(
+    node: &Arc<Node>,
+    peer: &Hello,
+    prefill: &Prefill,
+    sender: &mut ControlSender,
+) -> Result<Admitted, Refusal> {
+    check(prefill, node.engine.model().vocab_size).map_err(Refusal::Failed)?;
+    if node.is_draining() {
+        return Err(Refusal::Failed(NodeError::Draining));
+    }
+    let superseded = Refusal::Failed(NodeError::Superseded);
+    let fence = node.fences.begin(prefill.request, prefill.attempt, &prefill.choices).ok_or(superseded)?;
+    let no_bulk = || NodeError::Engine { reason: "there is no bulk connection from the decode node".to_string() };
+    let bulk = node.fabric.bulk_to(&peer.node, peer.epoch).ok_or_else(|| Refusal::Failed(no_bulk()))?;
+    let root = ChainRoot { salt: prefill.salt.clone(), ..ChainRoot::of_model(node.engine.model().identity) };
+    let mut chain = ContentChain::new(&root);
+    chain.extend(&prefill.tokens.0);
+    let sequence = NewSequence {
+        tokens: prefill.tokens.0.clone(),
+        prompt_len: prefill.prompt_len as usize,
+        choices: prefill.choices.clone(),
+        params: Arc::new(prefill.params.clone()),
+        root,
+        work: Work::PrefillOnly,
+    };
+    let stopped = || Refusal::Failed(NodeError::Engine { reason: "it has stopped".to_string() });
+    let mut sequence = node.engine.submit(sequence, prefill.num_held_tokens as usize).ok_or_else(stopped)?;
+    let mut progress = progress_interval();
+    let deadline = tokio::time::sleep(prefill.deadline);
+    tokio::pin!(deadline);
+    let event = loop {
+        tokio::select! {
+            biased;
+            () = sender.stopped() => return Err(Refusal::Gone),
+            () = fence.superseded() => return Err(Refusal::Failed(NodeError::Superseded)),
+            () = &mut deadline => return Err(Refusal::Gone),
+            event = sequence.next() => break event.ok_or_else(stopped)?,
+            _ = progress.tick() => {
+                let event = PrefillEvent::Progress { num_steps: node.engine.num_steps(), num_computed_tokens: 0 };
+                sender.send(&event).await.map_err(|_| Refusal::Gone)?;
+            }
+        }
+    };
+    match event {
+        EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
+            let kv_spec = node.engine.model().kv_spec.clone();
+            let source = ExtentSource { pool: node.engine.pool().clone(), kv_spec, blocks, chain, epoch: peer.epoch };
+            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, queue })
+        }
+        EngineEvent::Rejected(AddError::Full { .. }) => Err(Refusal::Busy),
+        EngineEvent::Rejected(error) => Err(Refusal::Failed(NodeError::Invalid { reason: error.to_string() })),
+        EngineEvent::Failed { reason } => Err(Refusal::Failed(NodeError::Engine { reason })),
+        event => Err(Refusal::Failed(NodeError::Engine { reason: format!("it began with {event:?}") })),
+    }
+}
+
+/// The first tick comes after one interval.
+fn progress_interval() -> Interval {
+    let mut interval = tokio::time::interval(PROGRESS_INTERVAL);
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    interval.reset();
+    interval
+}
+
+/// What a well-behaved decode node never sends.
+fn check(prefill: &Prefill, vocab_size: u32) -> Result<(), NodeError> {
+    let invalid = |reason: String| Err(NodeError::Invalid { reason });
+    let num_tokens = prefill.tokens.0.len();
+    if num_tokens == 0 || prefill.prompt_len as usize > num_tokens || prefill.prompt_len == 0 {
+        return invalid(format!("{num_tokens} tokens with a prompt of {}", prefill.prompt_len));
+    }
+    if prefill.num_held_tokens as usize >= num_tokens
+        || !(prefill.num_held_tokens as usize).is_multiple_of(GRANULE_TOKENS)
+    {
+        return invalid(format!(
+            "{} tokens are held of {num_tokens}: expected a smaller multiple of {GRANULE_TOKENS}",
+            prefill.num_held_tokens
+        ));
+    }
+    if let Some(token) = prefill.tokens.0.iter().find(|token| **token >= vocab_size) {
+        return invalid(format!("token {token} is not in the vocabulary of {vocab_size}"));
+    }
+    if prefill.choices.is_empty() {
+        return invalid("a prefill needs at least one choice".to_string());
+    }
+    prefill.params.check(vocab_size).map_err(|reason| NodeError::Invalid { reason })
+}
+
+/// The shell around [`PrefillHandover`].
+struct HandOver<'a> {
+    node: &'a Node,
+    prefill: &'a Prefill,
+    admitted: Admitted,
+    sender: &'a mut ControlSender,
+    sends: JoinSet<bool>,
+    /// Ticks through whatever else happens: layers written that wait for credit are no news to the other end.
+    progress: Interval,
+    started_at: Instant,
+    first_scheduled_at: Option<Instant>,
+    num_computed_tokens: u32,
+}
+
+async fn hand_over(
+    node: &Node,
+    prefill: &Prefill,
+    admitted: Admitted,
+    sender: &mut ControlSender,
+    receiver: &mut ControlReceiver,
+) {
+    let limits = node.args.limits(prefill.deadline);
+    let num_cached = admitted.num_cached_tokens;
+    let (mut machine, mut actions) =
+        PrefillHandover::new(num_cached as u32, prefill.credit_bytes, limits, Duration::ZERO);
+    let mut shell = HandOver {
+        node,
+        prefill,
+        admitted,
+        sender,
+        sends: JoinSet::new(),
+        progress: progress_interval(),
+        started_at: Instant::now(),
+        first_scheduled_at: None,
+        num_computed_tokens: num_cached as u32,
+    };
+    // What the pool held already needs no computing: it goes out first.
+    for layer in 0..shell.admitted.source.kv_spec.num_layers() {
+        actions.extend(shell.written(&mut machine, layer, prefill.num_held_tokens as usize, num_cached));
+    }
+    let mut told = None;
+    loop {
+        let state = machine.state();
+        if told.replace(state) != Some(state) {
+            tracing::debug!(?state, "hand-over");
+        }
+        for action in std::mem::take(&mut actions) {
+            if shell.perform(action).await {
+                return;
+            }
+        }
+        actions = shell.next(&mut machine, receiver).await;
+    }
+}
+
+impl HandOver<'_> {
+    fn now(&self) -> Duration {
+        self.started_at.elapsed()
+    }
+
+    fn written(&self, machine: &mut PrefillHandover, layer: u32, first: usize, end: usize) -> Vec<PrefillAction> {
+        let extents = self.admitted.source.extents(layer, first, end);
+        extents.into_iter().flat_map(|(extent, bytes)| machine.on_layer_written(extent, bytes, self.now())).collect()
+    }
+
+    async fn next(&mut self, machine: &mut PrefillHandover, receiver: &mut ControlReceiver) -> Vec<PrefillAction> {
+        // Given up: only what is on its way is still waited for. A lost stream stays lost, so asking it again
+        // would keep the ends of the transfers from ever being heard.
+        if machine.state() == PrefillState::Stopping {
+            let ended = self.sends.join_next().await.expect("a hand-over stops only until its last transfer has ended");
+            return machine.on_extent_ended(ended.unwrap_or(false), self.now());
+        }
+        // A deadline beyond what the clock can tell is none.
+        let deadline = machine.next_deadline().and_then(|at| self.started_at.checked_add(at));
+        let tick = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            biased;
+            () = self.sender.stopped() => machine.on_stream_lost(),
+            () = self.admitted.fence.superseded() => machine.on_failed(NodeError::Superseded),
+            control = receiver.recv::<PrefillControl>() => match control {
+                Ok(Some(PrefillControl::Credit { bytes })) => machine.on_credit(bytes, self.now()),
+                Ok(Some(PrefillControl::Received)) => machine.on_received(self.now()),
+                Ok(None) | Err(_) => machine.on_stream_lost(),
+            },
+            Some(sent) = self.sends.join_next() => machine.on_extent_ended(sent.unwrap_or(false), self.now()),
+            event = self.admitted.sequence.next() => match event {
+                Some(event) => self.on_engine_event(machine, event),
+                None => machine.on_failed(NodeError::Engine { reason: "it has stopped".to_string() }),
+            },
+            _ = self.progress.tick() => machine.on_progress(self.node.engine.num_steps(), self.num_computed_tokens),
+            () = tick => machine.on_tick(self.now()),
+        }
+    }
+
+    fn on_engine_event(&mut self, machine: &mut PrefillHandover, event: EngineEvent) -> Vec<PrefillAction> {
+        match event {
+            EngineEvent::LayerWritten { layer, first_token, num_tokens } => {
+                if self.first_scheduled_at.is_none() {
+                    self.first_scheduled_at = Some(Instant::now());
+                    machine.on_scheduled();
+                }
+                tracing::debug!(layer, first_token, num_tokens, "layer written");
+                self.num_computed_tokens = self.num_computed_tokens.max((first_token + num_tokens) as u32);
+                self.written(machine, layer, first_token, first_token + num_tokens)
+            }
+            EngineEvent::FirstTokens { tokens, prefill } => {
+                let timeline = NodeTimeline {
+                    queue: self.admitted.queue,
+                    prefill,
+                    num_cached_tokens: self.admitted.num_cached_tokens as u32,
+                    ..NodeTimeline::default()
+                };
+                self.node.observe(&timeline);
+                tracing::info!(
+                    queue_ms = timeline.queue.as_secs_f64() * 1e3,
+                    prefill_ms = timeline.prefill.as_secs_f64() * 1e3,
+                    cached = timeline.num_cached_tokens,
+                    "prompt computed"
+                );
+                machine.on_first_tokens(tokens, timeline, self.now())
+            }
+            EngineEvent::Failed { reason } => machine.on_failed(NodeError::Engine { reason }),
+            event => machine.on_failed(NodeError::Engine { reason: format!("it said {event:?} during a prefill") }),
+        }
+    }
+
+    /// True once the hand-over is over.
+    async fn perform(&mut self, action: PrefillAction) -> bool {
+        match action {
+            PrefillAction::Send(event) => {
+                // A peer that is gone shows up when its stream is read.
+                let _ = self.sender.send(&event).await;
+            }
+            PrefillAction::SendExtent { extent, num_bytes } => {
+                let (header, payload) = self.admitted.source.seal(self.prefill, extent);
+                self.node.count_sent(num_bytes);
+                let bulk = self.admitted.bulk.clone();
+                self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
+            }
+            PrefillAction::StopExtents => self.sends.abort_all(),
+            PrefillAction::Unpin => {
+                self.sender.finish();
+                return true;
+            }
+        }
+        false
+    }
+}

@@ -1,0 +1,67 @@
+//! One `Generate` of a request: waiting to be sent, or open on a node.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+
+use common::timeline::NodeTimeline;
+use common::wire::GenerateEvent;
+use futures::Stream;
+use tokio::time::Instant;
+
+use super::nodes::{GenerateStream, NodeLost};
+use crate::route::NodeLife;
+
+/// One `Generate` that is open on a node.
+pub(super) struct Leg {
+    pub(super) life: NodeLife,
+    pub(super) choices: Vec<usize>,
+    pub(super) events: GenerateStream,
+    /// What the node said of the time up to token #1.
+    pub(super) started: Option<NodeTimeline>,
+    pub(super) _open: OpenStream,
+}
+
+/// One that is to be opened.
+pub(super) struct WaitingLeg {
+    pub(super) choices: Vec<usize>,
+    pub(super) not_before: Instant,
+}
+
+/// Counts an open stream, at its node and in all.
+pub(super) struct OpenStream {
+    counters: [Arc<AtomicUsize>; 2],
+}
+
+impl OpenStream {
+    pub(super) fn new(counters: [Arc<AtomicUsize>; 2]) -> Self {
+        for counter in &counters {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+        Self { counters }
+    }
+}
+
+impl Drop for OpenStream {
+    fn drop(&mut self) {
+        for counter in &self.counters {
+            counter.fetch_sub(1, Ordering::Relaxed);
+        }
+    }
+}
+
+/// The next event of whichever leg has one, looked for from leg `first` on, so that none is starved;
+/// waits for ever if there is no leg.
+pub(super) async fn next_event(legs: &mut [Leg], first: usize) -> (usize, Option<Result<GenerateEvent, NodeLost>>) {
+    std::future::poll_fn(|cx| {
+        let num_legs = legs.len();
+        for i in (0..num_legs).map(|i| (first + i) % num_legs) {
+            if let Poll::Ready(event) = Pin::new(&mut legs[i].events).poll_next(cx) {
+                return Poll::Ready((i, event));
+            }
+        }
+        Poll::Pending
+    })
+    .await
+}

@@ -1,0 +1,32 @@
+//! The nodes as the story sees them.
+
+use std::sync::Arc;
+
+use common::wire::{Generate, GenerateEvent};
+use futures::stream::BoxStream;
+
+use crate::route::{ClusterView, NodeView};
+
+/// A node that does not answer any more.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum NodeLost {
+    /// The request never reached it.
+    #[error("the node could not be reached: {0}")]
+    Unreachable(String),
+    /// It was lost with the request.
+    #[error("the node was lost: {0}")]
+    Lost(String),
+}
+
+/// What a node sends about one `Generate`. Dropping it resets the stream, which cancels the request there.
+/// After an error or the last event it ends.
+pub type GenerateStream = BoxStream<'static, Result<GenerateEvent, NodeLost>>;
+
+/// The cluster's nodes.
+pub trait Nodes: Send + Sync + 'static {
+    /// Those that are ready, at this moment.
+    fn view(&self) -> Arc<ClusterView>;
+
+    /// Opens a stream to a node of the view.
+    fn generate(&self, node: &NodeView, request: Generate) -> GenerateStream;
+}

@@ -1,0 +1,10 @@
+//! Which nodes get a request: a pure choice over a view of the cluster.
+//!
+//! Nodes are the authority on their own admission, so this only has to be good, not exact: a node that
+//! is full says `Busy` and the next one is asked.
+
+pub mod policy;
+pub mod view;
+
+pub use policy::{pick_decode_node, pick_prefill_nodes};
+pub use view::{ClusterView, NodeLife, NodeView};

@@ -1,0 +1,290 @@
+//! The endpoint's shapes, over scripted nodes and real HTTP.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use serde_json::{Value, json};
+use support::{Endpoint, http_settings, tokens_of};
+
+const TEXT: &str = "The river carries 你好 🙂 the morning light.";
+
+fn chat(extra: Value) -> Value {
+    let mut body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hi"}]});
+    body.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    body
+}
+
+#[tokio::test]
+async fn chat_answer_has_openais_shape() {
+    let endpoint = Endpoint::answering(TEXT).await;
+    let body = endpoint.post_ok("/v1/chat/completions", &chat(json!({}))).await;
+    assert_eq!(body["object"], "chat.completion");
+    assert!(body["id"].as_str().unwrap().starts_with("chatcmpl-"));
+    assert_eq!(body["model"], "tiny");
+    let choice = &body["choices"][0];
+    assert_eq!(choice["message"], json!({"role": "assistant", "content": TEXT, "refusal": null}));
+    assert_eq!((&choice["index"], &choice["finish_reason"]), (&json!(0), &json!("stop")));
+    assert_eq!(choice["logprobs"], Value::Null);
+    let num_tokens = tokens_of(TEXT).len() + 1;
+    let usage = &body["usage"];
+    assert_eq!(usage["completion_tokens"], num_tokens);
+    assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], 2);
+    let total = usage["prompt_tokens"].as_u64().unwrap() + num_tokens as u64;
+    assert_eq!(usage["total_tokens"], total);
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn chat_stream_has_role_text_finish_usage_and_done() {
+    let endpoint = Endpoint::answering(TEXT).await;
+    let request = chat(json!({"stream": true, "stream_options": {"include_usage": true}}));
+    let chunks = endpoint.post_stream("/v1/chat/completions", &request).await;
+    assert_eq!(chunks[0]["object"], "chat.completion.chunk");
+    assert_eq!(chunks[0]["choices"][0]["delta"], json!({"role": "assistant", "content": ""}));
+    assert_eq!(chunks[0]["usage"], Value::Null);
+    let [.., finish, usage, done] = chunks.as_slice() else { panic!() };
+    assert_eq!(finish["choices"][0]["finish_reason"], "stop");
+    assert_eq!(finish["choices"][0]["delta"], json!({}));
+    assert_eq!(usage["choices"], json!([]));
+    assert_eq!(usage["usage"]["completion_tokens"], tokens_of(TEXT).len() + 1);
+    assert_eq!(done, "[DONE]");
+    let text: String = chunks[1..chunks.len() - 3]
+        .iter()
+        .map(|chunk| {
+            let piece = chunk["choices"][0]["delta"]["content"].as_str().unwrap();
+            assert!(!piece.is_empty() && !piece.contains('\u{FFFD}'));
+            piece
+        })
+        .collect();
+    assert_eq!(text, TEXT);
+    assert!(chunks.iter().take(chunks.len() - 1).all(|chunk| chunk["id"] == chunks[0]["id"]));
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn completions_take_text_lists_and_tokens() {
+    let endpoint = Endpoint::answering("one two").await;
+    for prompt in [json!("a"), json!([5, 6, 7])] {
+        let body = endpoint.post_ok("/v1/completions", &json!({"prompt": prompt, "n": 2})).await;
+        assert_eq!(body["object"], "text_completion");
+        assert!(body["id"].as_str().unwrap().starts_with("cmpl-"));
+        let expected =
+            |index: u32| json!({"index": index, "text": "one two", "logprobs": null, "finish_reason": "stop"});
+        assert_eq!(body["choices"], json!([expected(0), expected(1)]));
+    }
+    let body = endpoint.post_ok("/v1/completions", &json!({"prompt": ["a", "bc"], "echo": true})).await;
+    let texts: Vec<&str> = body["choices"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap()).collect();
+    assert_eq!(texts, ["aone two", "bcone two"]);
+    let chunks = endpoint.post_stream("/v1/completions", &json!({"prompt": "a", "stream": true})).await;
+    let [.., finish, done] = chunks.as_slice() else { panic!() };
+    assert_eq!(finish["choices"][0], json!({"index": 0, "text": "", "logprobs": null, "finish_reason": "stop"}));
+    assert_eq!(done, "[DONE]");
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn length_is_the_reason_when_tokens_run_out() {
+    let endpoint = Endpoint::answering(TEXT).await;
+    let body = endpoint.post_ok("/v1/completions", &json!({"prompt": "a", "max_tokens": 3})).await;
+    assert_eq!(body["choices"][0]["finish_reason"], "length");
+    assert_eq!(body["usage"]["completion_tokens"], 3);
+}
+
+#[tokio::test]
+async fn stop_string_across_tokens_ends_the_answer_and_the_node_is_told() {
+    let endpoint = Endpoint::answering(TEXT).await;
+    // "r ca" lies across the words' tokens.
+    let request = chat(json!({"stop": ["xyz", "r ca"]}));
+    let body = endpoint.post_ok("/v1/chat/completions", &request).await;
+    assert_eq!(body["choices"][0]["message"]["content"], "The rive");
+    assert_eq!(body["choices"][0]["finish_reason"], "stop");
+    let cached_tokens = &body["usage"]["prompt_tokens_details"]["cached_tokens"];
+    assert_eq!(cached_tokens, 2, "the stream ends before Done, but this is known from its start");
+    endpoint.nodes.cancelled(1).await;
+    let request = chat(json!({"stop": "r ca", "stream": true}));
+    let chunks = endpoint.post_stream("/v1/chat/completions", &request).await;
+    let text: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(text, "The rive", "nothing of a stop string is ever sent");
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn logprobs_have_both_shapes() {
+    let endpoint = Endpoint::answering("one 你").await;
+    let body = endpoint
+        .post_ok("/v1/chat/completions", &chat(json!({"logprobs": true, "top_logprobs": 2, "max_tokens": 2})))
+        .await;
+    let content = body["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    assert_eq!(content.len(), 2);
+    assert_eq!(content[0]["logprob"], -0.5);
+    assert_eq!(content[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    let bytes: Vec<u8> = content
+        .iter()
+        .flat_map(|entry| entry["bytes"].as_array().unwrap().iter().map(|byte| byte.as_u64().unwrap() as u8))
+        .collect();
+    assert!("one 你".as_bytes().starts_with(&bytes));
+    let body = endpoint.post_ok("/v1/completions", &json!({"prompt": "a", "logprobs": 1, "max_tokens": 3})).await;
+    let logprobs = &body["choices"][0]["logprobs"];
+    assert_eq!(logprobs["tokens"].as_array().unwrap().len(), 3);
+    assert_eq!(logprobs["token_logprobs"], json!([-0.5, -0.5, -0.5]));
+    assert_eq!(logprobs["text_offset"][0], 0);
+    assert!(logprobs["top_logprobs"][0].is_object());
+}
+
+#[tokio::test]
+async fn refusals_name_the_parameter() {
+    let endpoint = Endpoint::answering("x").await;
+    for (path, body, status, param, code) in [
+        ("/v1/chat/completions", chat(json!({"temperature": 9})), 400, json!("temperature"), Value::Null),
+        ("/v1/chat/completions", chat(json!({"model": "gpt"})), 404, json!("model"), json!("model_not_found")),
+        ("/v1/chat/completions", chat(json!({"tool_choice": "required"})), 400, json!("tool_choice"), Value::Null),
+        (
+            "/v1/chat/completions",
+            chat(json!({"response_format": {"type": "json_object"}})),
+            400,
+            json!("response_format"),
+            Value::Null,
+        ),
+        (
+            "/v1/chat/completions",
+            chat(json!({"max_tokens": 5000})),
+            400,
+            json!("max_tokens"),
+            json!("context_length_exceeded"),
+        ),
+        ("/v1/chat/completions", chat(json!({"logit_bias": {"512": 1}})), 400, json!("logit_bias"), Value::Null),
+        ("/v1/completions", json!({"prompt": [512]}), 400, json!("prompt"), Value::Null),
+        ("/v1/completions", json!({"prompt": vec![5; 4096]}), 400, json!("prompt"), json!("context_length_exceeded")),
+        ("/v1/completions", json!([]), 400, Value::Null, Value::Null),
+    ] {
+        let (found_status, error) = endpoint.post_refused(path, &body).await;
+        assert_eq!((found_status, &error["param"], &error["code"]), (status, &param, &code), "{error}");
+        assert_eq!(error["type"], "invalid_request_error");
+        assert!(error["message"].as_str().unwrap().len() > 10);
+    }
+    assert_eq!(endpoint.nodes.calls().len(), 0);
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn wrong_paths_methods_and_bodies_are_answered_in_json() {
+    let endpoint = Endpoint::answering("x").await;
+    let get = |path: &str| endpoint.client.get(format!("{}{path}", endpoint.url)).send();
+    let response = get("/v1/nothing").await.unwrap();
+    assert_eq!(response.status(), 404);
+    assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "unknown_url");
+    let response = get("/v1/completions").await.unwrap();
+    assert_eq!(response.status(), 405);
+    assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "method_not_allowed");
+    let (status, error) = endpoint.post_refused("/v1/completions", &json!({"prompt": "x".repeat(2 << 20)})).await;
+    assert_eq!((status, &error["code"]), (413, &json!("request_too_large")));
+    let url = format!("{}/v1/completions", endpoint.url);
+    let response = endpoint.client.post(url).body("{\"prompt\": ").send().await.unwrap();
+    assert_eq!(response.status(), 400);
+    assert!(response.json::<Value>().await.unwrap()["error"]["message"].as_str().unwrap().contains("not JSON"));
+}
+
+#[tokio::test]
+async fn tokenize_and_detokenize_are_inverse() {
+    let endpoint = Endpoint::answering("x").await;
+    let request = json!({"prompt": TEXT, "add_special_tokens": false, "return_token_strs": true});
+    let body = endpoint.post_ok("/tokenize", &request).await;
+    assert_eq!(body["tokens"], json!(tokens_of(TEXT)));
+    assert_eq!(body["count"], tokens_of(TEXT).len());
+    assert_eq!(body["max_model_len"], 4096);
+    assert_eq!(body["token_strs"].as_array().unwrap().len(), tokens_of(TEXT).len());
+    let back = endpoint.post_ok("/detokenize", &json!({"tokens": body["tokens"]})).await;
+    assert_eq!(back, json!({"prompt": TEXT}));
+    let body = endpoint.post_ok("/tokenize", &json!({"messages": [{"role": "user", "content": "hi"}]})).await;
+    assert_eq!(body["tokens"][0], 0);
+    let (status, error) = endpoint.post_refused("/detokenize", &json!({"tokens": [99999]})).await;
+    assert_eq!((status, &error["param"]), (400, &json!("tokens")));
+}
+
+#[tokio::test]
+async fn models_health_version_and_metrics_answer() {
+    let endpoint = Endpoint::answering("one two three").await;
+    endpoint.post_ok("/v1/completions", &json!({"prompt": "a"})).await;
+    let get = async |path: &str| {
+        let response = endpoint.client.get(format!("{}{path}", endpoint.url)).send().await.unwrap();
+        assert_eq!(response.status(), 200, "{path}");
+        response.text().await.unwrap()
+    };
+    let models: Value = serde_json::from_str(&get("/v1/models").await).unwrap();
+    assert_eq!(models["data"][0]["id"], "tiny");
+    assert_eq!(models["data"][0]["max_model_len"], 4096);
+    let model: Value = serde_json::from_str(&get("/v1/models/other/name").await).unwrap();
+    assert_eq!(model["id"], "other/name");
+    let health: Value = serde_json::from_str(&get("/health").await).unwrap();
+    assert_eq!(health, json!({"status": "ok", "decode_nodes": 3, "prefill_nodes": 0}));
+    assert!(get("/version").await.contains(env!("CARGO_PKG_VERSION")));
+    let metrics = get("/metrics").await;
+    for name in [
+        "vllm:time_to_first_token_seconds_bucket",
+        "vllm:inter_token_latency_seconds_count",
+        "vllm:e2e_request_latency_seconds_sum",
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:prompt_tokens_total",
+        "vllm:generation_tokens_total",
+        "vllm:request_success_total",
+        "tandem_first_gap_seconds",
+        "tandem_requests_total",
+    ] {
+        assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
+    }
+    assert!(metrics.contains("role=\"proxy\"") && metrics.contains("model_name=\"tiny\""));
+}
+
+#[tokio::test]
+async fn request_id_comes_back() {
+    let endpoint = Endpoint::answering("x").await;
+    let url = format!("{}/v1/completions", endpoint.url);
+    let request = || endpoint.client.post(&url).json(&json!({"prompt": "a"}));
+    let response = request().header("x-request-id", "mine-1").send().await.unwrap();
+    assert_eq!(response.headers()["x-request-id"], "mine-1");
+    let response = request().send().await.unwrap();
+    let id = response.headers()["x-request-id"].to_str().unwrap().to_string();
+    assert_eq!(id.len(), 32);
+    assert_eq!(response.json::<Value>().await.unwrap()["id"], format!("cmpl-{id}"));
+}
+
+#[tokio::test]
+async fn key_is_asked_where_something_is_served_and_separates_tenants() {
+    let nodes = support::nodes("x");
+    let settings = proxy::http::HttpSettings { api_keys: vec!["alpha".into(), "beta".into()], ..http_settings() };
+    let endpoint = Endpoint::over(nodes, settings).await;
+    let (status, error) = endpoint.post_refused("/v1/completions", &json!({"prompt": "a"})).await;
+    assert_eq!((status, &error["code"]), (401, &json!("invalid_api_key")));
+    for key in ["alpha", "beta"] {
+        let url = format!("{}/v1/completions", endpoint.url);
+        let response = endpoint.client.post(url).bearer_auth(key).json(&json!({"prompt": "a"})).send().await.unwrap();
+        assert_eq!(response.status(), 200);
+    }
+    let calls = endpoint.nodes.calls();
+    assert!(!calls[0].1.salt.is_empty());
+    assert_ne!(calls[0].1.salt, calls[1].1.salt);
+    let health = endpoint.client.get(format!("{}/health", endpoint.url)).send().await.unwrap();
+    assert_eq!(health.status(), 200);
+}
+
+#[tokio::test]
+async fn sampling_parameters_reach_the_node() {
+    let endpoint = Endpoint::answering("x").await;
+    let request = chat(json!({"temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "seed": 42, "n": 2,
+        "frequency_penalty": 1, "presence_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"7": -5},
+        "max_completion_tokens": 9, "min_tokens": 2, "stop_token_ids": [9], "logprobs": true, "top_logprobs": 3}));
+    endpoint.post_ok("/v1/chat/completions", &request).await;
+    let (_, generate) = endpoint.nodes.calls().remove(0);
+    let params = generate.params;
+    assert_eq!((params.temperature, params.top_p, params.top_k, params.min_p), (0.5, 0.9, 7, 0.1));
+    assert_eq!((params.frequency_penalty, params.presence_penalty, params.repetition_penalty), (1.0, -1.0, 1.1));
+    assert_eq!((params.seed, params.max_tokens, params.min_tokens, params.logprobs), (42, 9, 2, Some(3)));
+    assert_eq!(params.logit_bias, [(7, -5.0)]);
+    assert_eq!(params.stop_token_ids, [1, 3, 9]);
+    assert_eq!(generate.choices.len(), 2);
+    endpoint.post_ok("/v1/chat/completions", &chat(json!({"ignore_eos": true, "max_tokens": 4}))).await;
+    let (_, generate) = endpoint.nodes.calls().remove(1);
+    assert!(generate.params.stop_token_ids.is_empty());
+    assert_eq!(generate.params.seed, 1, "the configured seed");
+}

@@ -1,0 +1,33 @@
+//! The proxy: model text, certificates, membership, HTTP; and the lines a newcomer pastes.
+
+use anyhow::Context;
+use common::config::ProxyArgs;
+use common::ids::NodeId;
+use kv_connector::certs::Identity;
+use proxy::ProxyConfig;
+
+use crate::{nodes, shutdown, telemetry};
+
+/// `tandem proxy`
+///
+/// # Errors
+/// If the proxy cannot start, or its listener fails.
+pub async fn run(args: ProxyArgs) -> anyhow::Result<()> {
+    let recorder = telemetry::init(&args.log)?;
+    let stop = shutdown::on_signal()?;
+    let name = args.identity.node_id_or(NodeId::new("proxy").expect("it is a node name"));
+    let tls = args.identity.tls_paths(&name)?;
+    let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
+    let model_dir = nodes::model_folder(&args.model).await?;
+    let config = ProxyConfig::from_args(&args, model_dir)?;
+    let (num_decode, num_prefill) = (config.decode_nodes.len().max(1), config.prefill_nodes.len());
+    let proxy = proxy::serve(config, identity, recorder, stop.clone()).await?;
+    println!("proxy {name} listening on http://{}, fabric on {}", proxy.http_addr(), proxy.fabric_addr());
+    tokio::select! {
+        () = proxy.ready(num_decode, num_prefill) => {
+            println!("ready: {num_decode} decode and {num_prefill} prefill nodes");
+        }
+        () = stop.cancelled() => {}
+    }
+    proxy.wait().await.context("serve")
+}

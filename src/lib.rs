@@ -1,0 +1,20 @@
+//! The `tandem` command: all roles in one binary, each also alone.
+//!
+//! This is the only place that knows everything: it reads flags, environment and file, loads the model,
+//! binds the fabric and puts the roles together from the libraries that implement them. No protocol and no
+//! policy lives here.
+//!
+//! 1. [`cli`]: which command, with which settings.
+//! 2. [`up`]: all roles in one process. [`nodes`]: one prefill or decode node. [`endpoint`]: the proxy.
+//! 3. [`telemetry`], [`admin`]: logs, metrics, a node's own HTTP listener.
+//! 4. [`certs`]: the cluster's CA.
+#![forbid(unsafe_code)]
+
+pub mod admin;
+pub mod certs;
+pub mod cli;
+pub mod endpoint;
+pub mod nodes;
+pub mod shutdown;
+pub mod telemetry;
+pub mod up;

@@ -1,0 +1,5 @@
+//! The `tandem` command.
+
+fn main() -> std::process::ExitCode {
+    tandem::cli::run()
+}

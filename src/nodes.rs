@@ -1,0 +1,290 @@
+//! Prefill and decode nodes: model, engine, fabric, role, in that order; and back in the drain.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use common::config::{
+    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, LogArgs, ModelArgs, PrefillArgs, PrefillNodeArgs,
+};
+use common::ids::{Epoch, NodeId, Role};
+use common::model::ModelInfo;
+use common::scheduler::SchedulerLimits;
+use common::wire::Hello;
+use decode_node::DecodeNode;
+use engine::core::{EngineHandle, EngineOptions};
+use engine::cpu_runner::CpuRunner;
+use engine::model::Model;
+use kv_connector::certs::Identity;
+use kv_connector::membership::{NodePresence, stay_registered};
+use kv_connector::{Fabric, FabricConfig};
+use prefill_node::PrefillNode;
+
+use crate::{admin, shutdown, telemetry};
+
+/// Settings of the engine that only one of the two roles has.
+#[derive(Debug, Clone)]
+pub enum RoleArgs {
+    /// The sending end.
+    Prefill(PrefillArgs),
+    /// The receiving end.
+    Decode(DecodeArgs),
+}
+
+impl RoleArgs {
+    /// The role.
+    pub fn role(&self) -> Role {
+        match self {
+            RoleArgs::Prefill(_) => Role::PrefillNode,
+            RoleArgs::Decode(_) => Role::DecodeNode,
+        }
+    }
+}
+
+/// What a node is made of.
+pub struct NodeSetup {
+    /// Its name.
+    pub node: NodeId,
+    /// Its certificate.
+    pub identity: Identity,
+    /// Control listener.
+    pub listen: SocketAddr,
+    /// Bulk listener, of a prefill node.
+    pub bulk_port: u16,
+    /// Its engine.
+    pub engine: EngineArgs,
+    /// Longest sequence, if shorter than the model's.
+    pub max_model_len: Option<u32>,
+    /// Its role.
+    pub role: RoleArgs,
+}
+
+/// A node that serves.
+pub struct RunningNode {
+    name: NodeId,
+    fabric: Fabric,
+    presence: NodePresence,
+    engine: EngineHandle,
+    role: RunningRole,
+}
+
+enum RunningRole {
+    Prefill(Arc<PrefillNode>),
+    Decode(Arc<DecodeNode>),
+}
+
+/// `tandem prefill-node`
+///
+/// # Errors
+/// If the node cannot start.
+pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
+    let PrefillNodeArgs { model, engine, fabric, bulk_port, prefill, log, .. } = args;
+    run_node(model, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
+}
+
+/// `tandem decode-node`
+///
+/// # Errors
+/// If the node cannot start.
+pub async fn run_decode_node(args: DecodeNodeArgs) -> anyhow::Result<()> {
+    let DecodeNodeArgs { model, engine, fabric, decode, log, .. } = args;
+    run_node(model, engine, fabric, 0, RoleArgs::Decode(decode), log).await
+}
+
+async fn run_node(
+    model: ModelArgs,
+    engine: EngineArgs,
+    fabric: FabricArgs,
+    bulk_port: u16,
+    role: RoleArgs,
+    log: LogArgs,
+) -> anyhow::Result<()> {
+    let recorder = telemetry::init(&log)?;
+    let stop = shutdown::on_signal()?;
+    let kind = role.role();
+    let default_name = NodeId::new(kind.as_str()).expect("a role's name is a node name");
+    let name = fabric.identity.node_id_or(default_name);
+    let tls = fabric.identity.tls_paths(&name)?;
+    let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
+    let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
+    let loaded = load_model(&model, &engine).await?;
+    let setup =
+        NodeSetup { node: name.clone(), identity, listen, bulk_port, engine, max_model_len: model.max_model_len, role };
+    let node = start(loaded, setup).await?;
+    let address = node.address();
+    if let Some(port) = fabric.metrics_port {
+        let metrics = admin::serve(SocketAddr::new(listen.ip(), port), recorder, node.health()).await?;
+        tracing::info!("metrics on http://{metrics}/metrics");
+    }
+    for proxy in &fabric.register {
+        let (fabric, proxy) = (node.fabric.clone(), resolve(proxy).await?);
+        tokio::spawn(stay_registered(fabric, proxy, kind, address));
+    }
+    println!("{kind} {name} ready on {address}");
+    tokio::select! {
+        () = stop.cancelled() => {}
+        reason = node.failed() => anyhow::bail!("the engine of {name} failed: {reason}"),
+    }
+    node.drain(fabric.identity.drain_timeout).await;
+    Ok(())
+}
+
+/// The first address of a host name.
+///
+/// # Errors
+/// If it has none.
+pub async fn resolve(address: &HostPort) -> anyhow::Result<SocketAddr> {
+    let mut found = tokio::net::lookup_host((address.host.as_str(), address.port))
+        .await
+        .with_context(|| format!("look up {address}"))?;
+    found.next().with_context(|| format!("{address} has no address"))
+}
+
+/// The folder of a checkpoint: given as such, or a Hub id whose files are in, or come into, the Hub's cache.
+///
+/// # Errors
+/// If it is neither.
+pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
+    Ok(engine::hub::resolve_from_env(&args.model, args.revision.as_deref()).await?)
+}
+
+/// Loads a model's weights, once per process.
+///
+/// # Errors
+/// If the checkpoint is not there, not supported or damaged.
+pub async fn load_model(args: &ModelArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
+    let folder = model_folder(args).await?;
+    let (dtype, threads) = (args.dtype, engine.threads);
+    let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
+    let model = tokio::task::spawn_blocking(load).await.context("load the model")??;
+    Ok(Arc::new(model))
+}
+
+/// Starts a node of `setup` over a loaded model.
+///
+/// # Errors
+/// If the KV cache does not fit, the address is taken or the certificate is not usable.
+pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<RunningNode> {
+    let NodeSetup { node, identity, listen, bulk_port, engine, max_model_len, role } = setup;
+    let runner = CpuRunner::new(
+        model,
+        engine.block_size as usize,
+        engine.kv_cache_memory_bytes,
+        max_model_len.map(|len| len as usize),
+    )
+    .with_context(|| format!("make the KV cache of {node}"))?;
+    let info = engine::runner::Runner::model(&runner).clone();
+    let limits = scheduler_limits(&engine, &role, &info);
+    let options = EngineOptions { limits, role: role.role().as_str(), node: node.to_string() };
+    let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;
+    let hello = Hello {
+        node: node.clone(),
+        role: role.role(),
+        epoch: Epoch(rand::random()),
+        model: Some(info),
+        bulk_port: None,
+    };
+    let mut config = FabricConfig::new(listen, identity, hello);
+    if let RoleArgs::Prefill(_) = role {
+        config.bulk_listen = Some(SocketAddr::new(listen.ip(), bulk_port));
+    }
+    let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;
+    let status = engine.status();
+    let presence = NodePresence::new(move || status.borrow().load);
+    let role = match role {
+        RoleArgs::Prefill(args) => {
+            let node = PrefillNode::new(engine.clone(), fabric.clone(), presence.clone(), args);
+            let node = Arc::new(node);
+            let serving = node.clone();
+            tokio::spawn(async move { serving.serve().await });
+            RunningRole::Prefill(node)
+        }
+        RoleArgs::Decode(args) => {
+            let node = DecodeNode::new(engine.clone(), fabric.clone(), presence.clone(), args);
+            let node = Arc::new(node);
+            let serving = node.clone();
+            tokio::spawn(async move { serving.serve().await });
+            RunningRole::Decode(node)
+        }
+    };
+    Ok(RunningNode { name: node, fabric, presence, engine, role })
+}
+
+fn scheduler_limits(engine: &EngineArgs, role: &RoleArgs, info: &ModelInfo) -> SchedulerLimits {
+    let (max_num_prefill_tokens, growth_blocks) = match role {
+        RoleArgs::Prefill(_) => (engine.max_num_batched_tokens, 0),
+        RoleArgs::Decode(args) => (args.local_prefill_tokens, args.growth_window_blocks),
+    };
+    SchedulerLimits {
+        block_size: info.block_size as usize,
+        num_blocks: info.num_blocks as usize,
+        max_num_seqs: engine.max_num_seqs as usize,
+        max_num_batched_tokens: engine.max_num_batched_tokens as usize,
+        max_num_prefill_tokens: max_num_prefill_tokens as usize,
+        max_num_waiting: engine.max_num_waiting as usize,
+        max_model_len: info.max_model_len as usize,
+        growth_blocks: growth_blocks as usize,
+        // Parked sequences may keep as much in host memory as the pool itself has.
+        max_num_parked_blocks: info.num_blocks as usize,
+        is_prefix_caching: engine.has_prefix_caching(),
+    }
+}
+
+impl RunningNode {
+    /// What it is.
+    pub fn role(&self) -> Role {
+        match self.role {
+            RunningRole::Prefill(_) => Role::PrefillNode,
+            RunningRole::Decode(_) => Role::DecodeNode,
+        }
+    }
+
+    /// Its control listener.
+    pub fn address(&self) -> SocketAddr {
+        self.fabric.local_addr()
+    }
+
+    /// Its engine.
+    pub fn engine(&self) -> &EngineHandle {
+        &self.engine
+    }
+
+    /// Whether its engine runs.
+    pub fn health(&self) -> admin::Health {
+        let status = self.engine.status();
+        Arc::new(move || match &status.borrow().failure {
+            None => Ok(()),
+            Some(reason) => Err(format!("the engine failed: {reason}")),
+        })
+    }
+
+    /// Resolves if its engine fails.
+    pub async fn failed(&self) -> String {
+        let mut status = self.engine.status();
+        loop {
+            if let Some(reason) = status.borrow_and_update().failure.clone() {
+                return reason;
+            }
+            if status.changed().await.is_err() {
+                return "its thread ended".to_string();
+            }
+        }
+    }
+
+    /// Refuses new work, waits for the running requests, closes the fabric.
+    pub async fn drain(&self, timeout: Duration) {
+        self.presence.drain();
+        let is_finished = match &self.role {
+            RunningRole::Prefill(node) => node.finished(timeout).await,
+            RunningRole::Decode(node) => node.finished(timeout).await,
+        };
+        if !is_finished {
+            tracing::warn!(node = %self.name, "the drain timed out; running requests move to other nodes");
+        }
+        self.fabric.close().await;
+        self.engine.shutdown();
+        tracing::info!(node = %self.name, "drained");
+    }
+}

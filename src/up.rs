@@ -1,0 +1,90 @@
+//! All roles in one process, joined by the real fabric over loopback under a CA that lives as long as the
+//! process.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::time::Duration;
+
+use anyhow::Context;
+use common::config::{HostPort, UpArgs};
+use common::ids::{NodeId, Role};
+use futures::future::{join_all, select_all};
+use kv_connector::certs::ClusterCa;
+use proxy::ProxyConfig;
+
+use crate::nodes::{self, NodeSetup, RoleArgs};
+use crate::{shutdown, telemetry};
+
+/// Nodes on loopback are there within moments, or something is wrong.
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// `tandem up`
+///
+/// # Errors
+/// If a role cannot start, or an engine fails while serving.
+pub async fn run(args: UpArgs) -> anyhow::Result<()> {
+    let recorder = telemetry::init(&args.log)?;
+    let stop = shutdown::on_signal()?;
+    let ca = ClusterCa::generate().context("make the process's own CA")?;
+    let loaded = nodes::load_model(&args.model, &args.engine).await?;
+    let mut running = Vec::new();
+    let roles = (0..args.num_prefill_nodes)
+        .map(|index| (format!("prefill-{index}"), RoleArgs::Prefill(args.prefill.clone())))
+        .chain(
+            (0..args.num_decode_nodes).map(|index| (format!("decode-{index}"), RoleArgs::Decode(args.decode.clone()))),
+        );
+    for (name, role) in roles {
+        let node = NodeId::new(name).expect("numbered role names are node names");
+        let identity = ca.issue(role.role(), &node).context("issue a certificate")?;
+        let setup = NodeSetup {
+            node,
+            identity,
+            listen: loopback(),
+            bulk_port: 0,
+            engine: args.engine.clone(),
+            max_model_len: args.model.max_model_len,
+            role,
+        };
+        running.push(nodes::start(loaded.clone(), setup).await?);
+    }
+    let addresses = |role: Role| {
+        running
+            .iter()
+            .filter(move |node| node.role() == role)
+            .map(|node| HostPort { host: node.address().ip().to_string(), port: node.address().port() })
+    };
+    let model_dir = nodes::model_folder(&args.model).await?;
+    let mut config = ProxyConfig::new(model_dir, &args.model, &args.http, &args.routing);
+    config.prefill_nodes = addresses(Role::PrefillNode).collect();
+    config.decode_nodes = addresses(Role::DecodeNode).collect();
+    config.drain_timeout = args.drain_timeout;
+    let name = NodeId::new("proxy").expect("it is a node name");
+    let identity = ca.issue(Role::Proxy, &name).context("issue a certificate")?;
+    let proxy = proxy::serve(config, identity, recorder, stop.clone()).await?;
+    let ready = proxy.ready(args.num_decode_nodes as usize, args.num_prefill_nodes as usize);
+    tokio::time::timeout(READY_TIMEOUT, ready).await.context("the nodes did not become ready")?;
+    greet(&args, proxy.http_addr());
+    let engine_failed = select_all(running.iter().map(|node| Box::pin(node.failed())));
+    tokio::select! {
+        () = stop.cancelled() => {}
+        (reason, _, _) = engine_failed => anyhow::bail!("an engine failed: {reason}"),
+    }
+    proxy.wait().await.context("serve")?;
+    join_all(running.iter().map(|node| node.drain(args.drain_timeout))).await;
+    Ok(())
+}
+
+/// Says that it is ready, with a line to paste.
+fn greet(args: &UpArgs, address: SocketAddr) {
+    let model = &args.model.served_model_names()[0];
+    let key = args.http.api_key.first().map(|_| " -H \"Authorization: Bearer $TANDEM_API_KEY\"").unwrap_or_default();
+    let body = format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"Hello"}}],"max_tokens":32}}"#);
+    println!(
+        "Tandem is ready on http://{address}: {} prefill, {} decode.",
+        args.num_prefill_nodes, args.num_decode_nodes
+    );
+    println!("\n  curl http://{address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n");
+}
+
+fn loopback() -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, 0))
+}

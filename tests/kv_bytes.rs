@@ -1,0 +1,213 @@
+//! The KV that crossed, byte for byte: what lies in the decode node's pool is what the prefill node
+//! computed and what the decode node would have computed itself; and tokens are wrong as soon as one byte
+//! of it is, which is what makes the equality tests worth something.
+#![allow(clippy::unwrap_used)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Parser;
+use common::config::UpArgs;
+use common::content::ChainRoot;
+use common::ids::{Attempt, BlockId, ChoiceIndex, Epoch, NodeId, RequestId, Role};
+use common::sampling::SamplingParams;
+use common::sequence::{NewSequence, Work};
+use common::wire::{Directory, Generate, GenerateEvent, Hello, Open, Peer, Watch};
+use engine::core::{EngineEvent, EngineHandle};
+use kv_connector::certs::ClusterCa;
+use kv_connector::{Fabric, FabricConfig, Link};
+use tandem::nodes::{self, NodeSetup, RoleArgs, RunningNode};
+
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A prefill node, a decode node and the test in the place of the proxy.
+struct Pair {
+    prefill: RunningNode,
+    decode: RunningNode,
+    link: Link,
+    /// Held open: the decode node follows the directory it carries.
+    _watch: (kv_connector::ControlSender, kv_connector::ControlReceiver),
+    _fabric: Fabric,
+}
+
+fn node_id(name: &str) -> NodeId {
+    NodeId::new(name).expect("a node name")
+}
+
+async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
+    // Several tests of this process may be first.
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
+    let args = UpArgs::parse_from([&["up"], flags].concat());
+    let ca = ClusterCa::generate().unwrap();
+    let model = nodes::load_model(&args.model, &args.engine).await.unwrap();
+    let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let mut running = Vec::new();
+    for (name, role) in [("p0", RoleArgs::Prefill(args.prefill.clone())), ("d0", RoleArgs::Decode(args.decode.clone()))]
+    {
+        let mut engine = args.engine.clone();
+        if role.role() == Role::DecodeNode {
+            engine.block_size = decode_block_size;
+        }
+        let identity = ca.issue(role.role(), &node_id(name)).unwrap();
+        let setup =
+            NodeSetup { node: node_id(name), identity, listen, bulk_port: 0, engine, max_model_len: None, role };
+        running.push(nodes::start(model.clone(), setup).await.unwrap());
+    }
+    let (decode, prefill) = (running.pop().unwrap(), running.pop().unwrap());
+    let hello = Hello { node: node_id("proxy"), role: Role::Proxy, epoch: Epoch(1), model: None, bulk_port: None };
+    let identity = ca.issue(Role::Proxy, &node_id("proxy")).unwrap();
+    let fabric = Fabric::bind(FabricConfig::new(listen, identity, hello)).unwrap();
+    let link = fabric.dial(decode.address(), Role::DecodeNode, None).await.unwrap();
+    let mut watch = link.open(&Open::Watch(Watch {})).await.unwrap();
+    let peer = Peer { node: node_id("p0"), control: prefill.address() };
+    watch.0.send(&Directory { prefill_nodes: vec![peer] }).await.unwrap();
+    // The directory is taken in before the first status after it is told.
+    for _ in 0..2 {
+        let _: Option<common::wire::NodeStatus> = watch.1.recv().await.unwrap();
+    }
+    Pair { prefill, decode, link, _watch: watch, _fabric: fabric }
+}
+
+impl Pair {
+    async fn generate(&self, request: u128, tokens: &[u32], is_split: bool) -> (Vec<u32>, u64) {
+        let generate = Generate {
+            request: RequestId(request),
+            attempt: Attempt(1),
+            tokens: tokens.to_vec().into(),
+            prompt_len: tokens.len() as u32,
+            choices: vec![ChoiceIndex(0)],
+            params: SamplingParams::greedy(24),
+            salt: Vec::new(),
+            prefill_candidates: if is_split { vec![node_id("p0")] } else { Vec::new() },
+            deadline: DEADLINE,
+        };
+        let (_sender, mut events) = self.link.open(&Open::Generate(Box::new(generate))).await.unwrap();
+        let mut generated = Vec::new();
+        while let Some(event) = tokio::time::timeout(DEADLINE, events.recv()).await.unwrap().unwrap() {
+            match event {
+                GenerateEvent::Token { token, .. } => generated.push(token.id),
+                GenerateEvent::Done { timeline } => {
+                    assert_eq!(timeline.is_local_prefill, !is_split);
+                    return (generated, timeline.transferred_bytes);
+                }
+                GenerateEvent::Accepted | GenerateEvent::Started { .. } => {}
+                other => panic!("unexpected {other:?}"),
+            }
+        }
+        panic!("the stream ended without Done");
+    }
+}
+
+fn prompt(len: usize) -> Vec<u32> {
+    (0..len as u32).map(|i| 5 + (i * i * 31 + i * 7) % 500).collect()
+}
+
+/// Blocks in which an engine holds a prompt's full blocks now, found by asking for it once more.
+async fn cached_blocks(engine: &EngineHandle, tokens: &[u32]) -> Vec<BlockId> {
+    let sequence = NewSequence {
+        tokens: tokens.to_vec(),
+        prompt_len: tokens.len(),
+        choices: vec![ChoiceIndex(0)],
+        params: Arc::new(SamplingParams::greedy(1)),
+        root: ChainRoot::of_model(engine.model().identity),
+        work: Work::Generate,
+    };
+    let mut request = engine.submit(sequence, usize::MAX).unwrap();
+    match request.next().await {
+        Some(EngineEvent::Admitted { num_cached_tokens, blocks, .. }) => {
+            blocks[..num_cached_tokens / engine.pool().block_size()].to_vec()
+        }
+        other => panic!("unexpected {other:?}"),
+    }
+}
+
+fn granules(engine: &EngineHandle, blocks: &[BlockId], num_granules: usize) -> Vec<Vec<u8>> {
+    let pool = engine.pool();
+    (0..pool.num_layers())
+        .map(|layer| {
+            let mut bytes = vec![0; pool.extent_bytes(num_granules)];
+            pool.read_granules(layer, blocks, 0, num_granules, &mut bytes);
+            bytes
+        })
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_that_crossed_is_what_the_prefill_node_computed_and_what_a_local_prefill_computes() {
+    for (dtype, decode_block_size) in [("bfloat16", 16), ("bfloat16", 48), ("float32", 32)] {
+        let flags = ["--block-size", "16", "--dtype", dtype, "--max-num-batched-tokens", "80"];
+        let pair = start_pair(&flags, decode_block_size).await;
+        let tokens = prompt(293);
+        let (split, num_bytes) = pair.generate(1, &tokens, true).await;
+        let expected_bytes = pair.decode.engine().pool().extent_bytes(293usize.div_ceil(16)) as u64;
+        assert_eq!(num_bytes, expected_bytes * u64::from(pair.decode.engine().pool().num_layers()));
+
+        let landed_blocks = cached_blocks(pair.decode.engine(), &tokens).await;
+        let computed_blocks = cached_blocks(pair.prefill.engine(), &tokens).await;
+        let num_granules = landed_blocks.len() * decode_block_size as usize / 16;
+        assert!(num_granules >= 15, "the prompt's blocks are cached");
+        let landed = granules(pair.decode.engine(), &landed_blocks, num_granules);
+        assert_eq!(landed, granules(pair.prefill.engine(), &computed_blocks, num_granules), "crossed unchanged");
+
+        pair.decode.engine().clear_cache();
+        let (colocated, _) = pair.generate(2, &tokens, false).await;
+        assert_eq!(split, colocated, "split or not, the tokens are the same");
+        let local_blocks = cached_blocks(pair.decode.engine(), &tokens).await;
+        assert_eq!(
+            landed,
+            granules(pair.decode.engine(), &local_blocks, num_granules),
+            "computed here, the same bytes"
+        );
+    }
+}
+
+/// Each damage is done to the KV a hand-over has left in the decode node's cache, which the next request
+/// with the same prompt uses: the comparison of tokens must notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_flipped_byte_one_swapped_block_one_skipped_layer_each_change_the_tokens() {
+    type Damage = fn(&EngineHandle, &[BlockId]);
+    let flip: Damage = |engine, blocks| {
+        // The high byte of a value, in every layer's first head: sign and exponent change.
+        for layer in 0..engine.pool().num_layers() {
+            let mut bytes = vec![0; engine.pool().extent_bytes(1)];
+            engine.pool().read_granules(layer, blocks, 0, 1, &mut bytes);
+            if layer == 0 {
+                bytes[1] ^= 0xff;
+            }
+            engine.pool().write_at(layer, blocks, 0, 0, &bytes);
+        }
+    };
+    // Blocks of one sequence may change places among themselves without harm (a key carries its
+    // position), so this one changes places with a block of another prompt, the last one cached.
+    let swap: Damage = |engine, blocks| {
+        let (mut own, mut other) = (Vec::new(), Vec::new());
+        let foreign = blocks[blocks.len() - 1];
+        engine.pool().read_block(blocks[0], &mut own);
+        engine.pool().read_block(foreign, &mut other);
+        engine.pool().write_block(blocks[0], &other);
+        engine.pool().write_block(foreign, &own);
+    };
+    let skip: Damage = |engine, blocks| {
+        let zeros = vec![0; engine.pool().extent_bytes(blocks.len() - 1)];
+        engine.pool().write_at(1, blocks, 0, 0, &zeros);
+    };
+    let pair = start_pair(&["--block-size", "16"], 16).await;
+    let tokens = prompt(100);
+    let (expected, _) = pair.generate(1, &tokens, true).await;
+    let (repeated, _) = pair.generate(2, &tokens, true).await;
+    assert_eq!(repeated, expected, "undamaged, the cached KV gives the same tokens");
+    for (number, (name, damage)) in [("flip", flip), ("swap", swap), ("skip", skip)].into_iter().enumerate() {
+        let other: Vec<u32> = tokens.iter().map(|token| 5 + (token * 3) % 500).collect();
+        pair.generate(30 + number as u128, &other, true).await;
+        let mut blocks = cached_blocks(pair.decode.engine(), &tokens).await;
+        assert_eq!(blocks.len(), 6);
+        blocks.push(cached_blocks(pair.decode.engine(), &other).await[0]);
+        damage(pair.decode.engine(), &blocks);
+        let (damaged, _) = pair.generate(10 + number as u128, &tokens, false).await;
+        assert_ne!(damaged, expected, "{name}: the damage went unnoticed");
+        pair.decode.engine().clear_cache();
+        let (restored, _) = pair.generate(20 + number as u128, &tokens, true).await;
+        assert_eq!(restored, expected, "{name}: after clearing the cache it is as before");
+    }
+}

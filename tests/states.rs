@@ -1,0 +1,146 @@
+//! Each role is killed and frozen at each state of a hand-over, as the real processes log it: every text is
+//! that of a run that nothing disturbed, and afterwards nobody holds anything.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use futures::future::join_all;
+use serde_json::{Value, json};
+use support::client::Answer;
+use support::corpus;
+use support::wait::{self, SOON};
+use support::{Cluster, Seed, Shape};
+
+/// States by the role that goes through them (`common::handover`).
+const STATES: [(&str, &str); 8] = [
+    ("decode-node", "state=Asked"),
+    ("decode-node", "state=Landing"),
+    ("decode-node", "state=AwaitingToken"),
+    ("decode-node", "state=Joined"),
+    ("prefill-node", "state=Queued"),
+    ("prefill-node", "state=Computing"),
+    ("prefill-node", "state=Sending"),
+    ("prefill-node", "state=AwaitingReceived"),
+];
+
+/// KV of the last extent and token #1 race each other: whether a decode node ever waits for the token alone
+/// is not up to the test.
+const MAY_NOT_BE_SEEN: &str = "state=AwaitingToken";
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Blow {
+    Kill,
+    Freeze,
+}
+
+fn shape() -> Shape {
+    Shape {
+        num_prefill: 2,
+        num_decode: 2,
+        nodes: vec!["--threads", "1", "--log-level", "info,prefill_node=debug,decode_node=debug"],
+        // A granule per step and room for a prompt and a half: hand-overs take long and queue up.
+        prefill: vec!["--max-num-batched-tokens", "16", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "2MiB"],
+        decode: vec!["--kv-cache-memory-bytes", "32MiB"],
+        proxy: vec!["--retry-budget", "10"],
+    }
+}
+
+/// The node of `role` that logs `state` first, in what its log has gained since `read`.
+async fn node_in(cluster: &Cluster, role: &str, state: &str, read: &BTreeMap<String, usize>) -> String {
+    let what = format!("a {role} logs {state}");
+    wait::until(&what, SOON, async || {
+        let nodes = cluster.nodes.iter().filter(|node| node.role == role);
+        let mut logs = nodes.map(|node| (node.process.name().to_string(), node.process.log()));
+        let found = logs.find(|(name, log)| log[read[name].min(log.len())..].contains(state));
+        found.map(|(name, _)| name).ok_or_else(|| "not yet".to_string())
+    })
+    .await
+}
+
+/// Six requests, and a blow once a node is in `state`: at itself, or at the node it deals with. Says whether
+/// the state was seen before all were answered.
+async fn round(
+    cluster: &mut Cluster,
+    requests: &[Value],
+    salt: &str,
+    blow: Option<(Blow, (&str, &str), bool)>,
+) -> (Vec<Answer>, bool) {
+    let read: BTreeMap<_, _> =
+        cluster.nodes.iter().map(|node| (node.process.name().to_string(), node.process.log().len())).collect();
+    let running: Vec<_> = requests
+        .iter()
+        .map(|body| {
+            let (api, body) = (cluster.api.clone(), corpus::with(body.clone(), json!({"cache_salt": salt})));
+            tokio::spawn(async move { api.complete(&body).await })
+        })
+        .collect();
+    let mut running = Box::pin(join_all(running));
+    let mut answers = None;
+    let mut victim = None;
+    if let Some((kind, (role, state), is_own)) = blow {
+        tokio::select! {
+            biased;
+            name = node_in(cluster, role, state, &read) => {
+                let other = if role == "decode-node" { name.replace("decode", "prefill") } else { name.replace("prefill", "decode") };
+                let name = if is_own { name } else { other };
+                match kind {
+                    Blow::Kill => cluster.node(&name).process.kill(),
+                    Blow::Freeze => cluster.node(&name).freeze(),
+                }
+                victim = Some((name, kind));
+            }
+            done = &mut running => answers = Some(done),
+        }
+    }
+    let answers = match answers {
+        Some(answers) => answers,
+        None => wait::within("every request ends", Duration::from_secs(90), running).await,
+    };
+    let is_seen = victim.is_some();
+    if let Some((name, kind)) = victim {
+        match kind {
+            Blow::Kill => cluster.restart(&name).await,
+            Blow::Freeze => cluster.node(&name).thaw(),
+        }
+    }
+    cluster.all_known().await;
+    (answers.into_iter().map(|answer| answer.unwrap()).collect(), is_seen)
+}
+
+async fn texts_survive(kind: Blow, purpose: u64) {
+    let mut rng = Seed::draw().stream(purpose);
+    let requests: Vec<Value> = (0..6)
+        .map(|index| {
+            let prompt = corpus::prompt(&mut rng, 900 + 50 * index);
+            if index % 2 == 0 { corpus::greedy(&prompt, 40) } else { corpus::sampled(&mut rng, &prompt, 40) }
+        })
+        .collect();
+    let mut cluster = Cluster::start(shape()).await;
+    let (expected, _) = round(&mut cluster, &requests, "undisturbed", None).await;
+    let mut seen = BTreeMap::new();
+    for (role, state) in STATES {
+        for is_own in [true, false] {
+            let salt = format!("{state} {is_own}");
+            let (answers, is_seen) = round(&mut cluster, &requests, &salt, Some((kind, (role, state), is_own))).await;
+            println!("{kind:?} at {role} {state}, at itself: {is_own}, seen: {is_seen}");
+            assert_eq!(answers, expected, "{kind:?} at {role} {state}, at itself: {is_own}");
+            *seen.entry(state).or_insert(false) |= is_seen;
+        }
+    }
+    let unseen: Vec<_> = seen.iter().filter(|(state, is_seen)| !**is_seen && **state != MAY_NOT_BE_SEEN).collect();
+    assert!(unseen.is_empty(), "no node was ever seen in {unseen:?}");
+    cluster.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_survive_a_kill_at_each_state_of_a_hand_over() {
+    texts_survive(Blow::Kill, 20).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_survive_a_freeze_at_each_state_of_a_hand_over() {
+    texts_survive(Blow::Freeze, 21).await;
+}

@@ -1,0 +1,86 @@
+//! What a process says about itself on `/metrics`.
+
+use std::collections::BTreeMap;
+
+/// One scrape.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Scrape {
+    samples: Vec<Sample>,
+}
+
+#[derive(Debug, Clone)]
+struct Sample {
+    name: String,
+    labels: BTreeMap<String, String>,
+    value: f64,
+}
+
+impl Scrape {
+    /// Reads Prometheus' text format.
+    pub(crate) fn parse(text: &str) -> Self {
+        let samples = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse_sample);
+        Self { samples: samples.collect() }
+    }
+
+    /// Joins what several processes said.
+    pub(crate) fn join(scrapes: impl IntoIterator<Item = Scrape>) -> Self {
+        Self { samples: scrapes.into_iter().flat_map(|scrape| scrape.samples).collect() }
+    }
+
+    /// The values of a metric by the label `node`, of those that have all of `labels`; added up within a node.
+    pub(crate) fn by_node(&self, name: &str, labels: &[(&str, &str)]) -> BTreeMap<String, f64> {
+        sums(self.find(name, labels), "node")
+    }
+
+    /// The values of a metric by any label.
+    pub(crate) fn by_label(&self, name: &str, label: &str) -> BTreeMap<String, f64> {
+        sums(self.find(name, &[]), label)
+    }
+
+    /// The sum of a metric's samples that have all of `labels`; zero if there is none.
+    pub(crate) fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
+        self.find(name, labels).map(|sample| sample.value).sum()
+    }
+
+    fn find(&self, name: &str, labels: &[(&str, &str)]) -> impl Iterator<Item = &Sample> {
+        let has_labels = move |sample: &&Sample| {
+            labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|found| found == value))
+        };
+        self.samples.iter().filter(move |sample| sample.name == name).filter(has_labels)
+    }
+}
+
+fn sums<'a>(samples: impl Iterator<Item = &'a Sample>, label: &str) -> BTreeMap<String, f64> {
+    let mut values = BTreeMap::new();
+    for sample in samples {
+        *values.entry(sample.labels.get(label).cloned().unwrap_or_default()).or_default() += sample.value;
+    }
+    values
+}
+
+/// `name{key="value",...} 1.5`
+fn parse_sample(line: &str) -> Sample {
+    let (series, value) = line.rsplit_once(' ').unwrap_or_else(|| panic!("no sample: {line}"));
+    let (name, labels) = match series.split_once('{') {
+        Some((name, labels)) => (name, labels.strip_suffix('}').unwrap_or_else(|| panic!("open labels: {line}"))),
+        None => (series, ""),
+    };
+    // No label of ours holds a quote.
+    let mut parsed = BTreeMap::new();
+    for label in labels.split("\",").filter(|label| !label.is_empty()) {
+        let (key, value) = label.split_once("=\"").unwrap_or_else(|| panic!("no label: {line}"));
+        parsed.insert(key.to_string(), value.trim_end_matches('"').to_string());
+    }
+    let value = value.parse().unwrap_or_else(|_| panic!("no value: {line}"));
+    Sample { name: name.to_string(), labels: parsed, value }
+}
+
+#[test]
+fn samples_are_read_with_their_labels() {
+    let scrape = Scrape::parse("# HELP a b\na{role=\"x\",node=\"n-0\"} 2\na{role=\"y\",node=\"n-1\"} 3\n\nb 1.5\n");
+    assert_eq!(scrape.sum("a", &[]), 5.0);
+    assert_eq!(scrape.sum("a", &[("role", "y")]), 3.0);
+    assert_eq!(scrape.by_node("a", &[])["n-0"], 2.0);
+    assert_eq!(scrape.sum("b", &[]), 1.5);
+    assert_eq!(scrape.sum("c", &[]), 0.0);
+}
