@@ -12,7 +12,7 @@
 //! Reading order, which is the order in which a request meets them:
 //!
 //! 1. [`ids`], [`tokens`]: what things are called.
-//! 2. [`model`], [`kv_spec`]: what must be equal between two nodes, and what must not be confused.
+//! 2. [`model`], [`kv_spec`], [`kv_memory`]: what must be equal between two nodes, and what must not be confused.
 //! 3. [`content`]: a block is known by its content.
 //! 4. [`sampling`]: how the next token is chosen, and when a sequence ends.
 //! 5. [`wire`]: the messages, and their bounded encoding.
@@ -27,6 +27,7 @@ pub mod config;
 pub mod content;
 pub mod handover;
 pub mod ids;
+pub mod kv_memory;
 pub mod kv_spec;
 pub mod model;
 pub mod sampling;

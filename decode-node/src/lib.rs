@@ -26,7 +26,6 @@ mod generate;
 mod node;
 mod node_metrics;
 mod peers;
-mod pool_memory;
 mod receive;
 
 pub use node::DecodeNode;

@@ -7,11 +7,12 @@ use std::time::Duration;
 use common::config::DecodeArgs;
 use common::content::{ChainRoot, ContentChain};
 use common::ids::Generation;
+use common::kv_memory::KvMemory;
 use common::wire::{Directory, Generate, GenerateEvent, NodeError, Open};
 use engine::core::EngineHandle;
 use kv_connector::fencing::Fences;
 use kv_connector::membership::NodePresence;
-use kv_connector::transfer::{KvMemory, LandingZone};
+use kv_connector::transfer::LandingZone;
 use kv_connector::{ControlReceiver, Fabric, IncomingStream};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -19,7 +20,6 @@ use tracing::Instrument;
 use crate::generate;
 use crate::node_metrics::NodeMetrics;
 use crate::peers::Peers;
-use crate::pool_memory::PoolMemory;
 
 /// A decode node over a running engine and a bound fabric.
 pub struct DecodeNode {
@@ -61,7 +61,7 @@ impl DecodeNode {
     /// Puts a node together; [`serve`](Self::serve) runs it.
     pub fn new(engine: EngineHandle, fabric: Fabric, presence: NodePresence, args: DecodeArgs) -> Self {
         let landing_zone = fabric.landing_zone();
-        let memory: Arc<dyn KvMemory> = Arc::new(PoolMemory(engine.pool().clone()));
+        let memory: Arc<dyn KvMemory> = engine.pool().clone();
         let metrics = NodeMetrics::new(fabric.hello().node.as_str());
         let node = Node {
             peers: Peers::new(fabric.clone(), landing_zone.clone()),

@@ -17,6 +17,7 @@
 //! blocks they hold a reference on. What would notice a breach are the digests over extents.
 
 use common::ids::BlockId;
+use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
 use kernels::kv_layout::GRANULE_TOKENS;
 use kernels::{KvArena, KvLayout};
@@ -260,6 +261,24 @@ impl KvPool {
             visit(self.layout.offset(layer as usize, blocks[index].0) + within, done..done + count);
             done += count;
         }
+    }
+}
+
+impl KvMemory for KvPool {
+    fn num_layers(&self) -> usize {
+        self.layout.num_layers
+    }
+
+    fn granule_bytes(&self) -> usize {
+        self.layout.granule_bytes()
+    }
+
+    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        self.write_at(layer, blocks, first_granule, byte_offset, bytes);
+    }
+
+    fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]) {
+        self.read_granules(layer, blocks, first_granule, num_granules, out);
     }
 }
 

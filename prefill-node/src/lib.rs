@@ -13,12 +13,10 @@
 //! What it does not do: generate beyond token #1, choose decode nodes, dial them (they dial it).
 //!
 //! 1. `request`: one hand-over as a story.
-//! 2. `extents`: from written layers to extents.
-//! 3. `node`: what requests share.
+//! 2. `node`: what requests share.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
-mod extents;
 mod node;
 mod request;
 

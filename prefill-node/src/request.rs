@@ -11,12 +11,11 @@ use common::timeline::NodeTimeline;
 use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
-use kv_connector::transfer::BulkSender;
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
-use crate::extents::ExtentSource;
 use crate::node::Node;
 
 /// The decode node hears of the engine's steps this often while it waits.
@@ -111,7 +110,9 @@ async fn admit(
     match event {
         EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
             let kv_spec = node.engine.model().kv_spec.clone();
-            let source = ExtentSource { pool: node.engine.pool().clone(), kv_spec, blocks, chain, epoch: peer.epoch };
+            let Prefill { request, attempt, generation, .. } = *prefill;
+            let request = ExtentRequest { epoch: peer.epoch, request, attempt, generation };
+            let source = ExtentSource { memory: node.engine.pool().clone(), kv_spec, blocks, chain, request };
             Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, queue })
         }
         EngineEvent::Rejected(AddError::Full { .. }) => Err(Refusal::Busy),
@@ -292,7 +293,7 @@ impl HandOver<'_> {
                 let _ = self.sender.send(&event).await;
             }
             PrefillAction::SendExtent { extent, num_bytes } => {
-                let (header, payload) = self.admitted.source.seal(self.prefill, extent);
+                let (header, payload) = self.admitted.source.seal(&self.prefill.tokens.0, extent);
                 self.node.count_sent(num_bytes);
                 let bulk = self.admitted.bulk.clone();
                 self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });

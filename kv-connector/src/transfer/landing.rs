@@ -18,6 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use common::content::{ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
+use common::kv_memory::KvMemory;
 use common::kv_spec::{KvExtentKind, KvSpec};
 use common::tokens::Token;
 use common::wire::{ExtentHeader, ExtentId};
@@ -26,7 +27,6 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::accounting::{Held, Kind, Ledger};
-use crate::transfer::KvMemory;
 use crate::transfer::arriving::Arriving;
 use crate::transfer::coverage::Coverage;
 use crate::transfer::refused::RefusedExtent;

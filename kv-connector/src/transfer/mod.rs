@@ -3,7 +3,8 @@
 //! ```text
 //! prefill node                                   decode node
 //! fabric.bulk_to(node, epoch)                    zone.open(plan)            blocks reserved
-//!   BulkSender::send_extent(header, payload)       -> Landing, events
+//!   ExtentSource::seal(extent)                     -> Landing, events
+//!   BulkSender::send_extent(header, payload)
 //!     Transport ── one extent, one stream ──>    BulkReceiver
 //!                                                  LandingZone::admit(header)   known? in range? not held?
 //!                                                  Arriving::write(bytes)       straight into KvMemory, hashed
@@ -24,7 +25,6 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use common::ids::BlockId;
 use common::wire::ExtentHeader;
 
 use crate::link::CloseReason;
@@ -35,31 +35,14 @@ mod coverage;
 mod faulty;
 mod landing;
 mod refused;
+mod source;
 
 pub use arriving::Arriving;
 pub use bulk::{BulkReceiver, BulkSender};
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
 pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
 pub use refused::RefusedExtent;
-
-/// The blocks of a node's pool, as the place where KV lands and is read from.
-///
-/// An extent's bytes are those of its granules in ascending order, one layer, all planes; what lies
-/// inside a granule is the pool's business. `blocks` is the sequence's whole block table, `first_granule`
-/// counts from the sequence's first token.
-pub trait KvMemory: Send + Sync {
-    /// Writes `bytes` at `byte_offset` of the extent that begins at `first_granule`.
-    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]);
-
-    /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
-    fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
-
-    /// Bytes of one granule in one layer, all planes.
-    fn granule_bytes(&self) -> usize;
-
-    /// Layers of the model.
-    fn num_layers(&self) -> usize;
-}
+pub use source::{ExtentRequest, ExtentSource};
 
 /// How the bytes of an extent end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

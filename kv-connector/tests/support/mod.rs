@@ -9,12 +9,13 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, ChoiceIndex, Epoch, Generation, NodeId, RequestId, Role};
+use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvSpec};
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
 use common::sampling::SamplingParams;
 use common::wire::bulk::extent_digest;
 use common::wire::{ExtentHeader, ExtentId, Generate, Hello, Open, Prefill};
-use kv_connector::transfer::{KvMemory, LandingPlan};
+use kv_connector::transfer::LandingPlan;
 use kv_connector::{ClusterCa, Fabric, FabricAccounting, FabricConfig};
 
 /// Longer than anything on loopback takes, even on a busy machine.

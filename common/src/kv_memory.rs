@@ -1,0 +1,22 @@
+//! A node's KV pool as the place that extents are read from and land in.
+
+use crate::ids::BlockId;
+
+/// The blocks of a pool, addressed by a sequence's own granules.
+///
+/// An extent's bytes are those of its granules in ascending order, one layer, all planes; what lies
+/// inside a granule is the pool's business. `blocks` is the sequence's whole block table, `first_granule`
+/// counts from the sequence's first token.
+pub trait KvMemory: Send + Sync {
+    /// Writes `bytes` at `byte_offset` of the extent that begins at `first_granule`.
+    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]);
+
+    /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
+    fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
+
+    /// Bytes of one granule in one layer, all planes.
+    fn granule_bytes(&self) -> usize;
+
+    /// Layers of the model.
+    fn num_layers(&self) -> usize;
+}
