@@ -124,11 +124,16 @@ impl SamplingParams {
     ) -> Option<FinishReason> {
         if num_generated >= self.min_tokens.max(1) && self.stop_token_ids.contains(&token) {
             Some(FinishReason::StopToken(token))
-        } else if num_generated >= self.max_tokens || num_tokens >= max_model_len {
+        } else if self.is_last_by_length(num_generated, num_tokens, max_model_len) {
             Some(FinishReason::Length)
         } else {
             None
         }
+    }
+
+    /// Whether a sequence of these lengths ends whatever its last token is.
+    pub fn is_last_by_length(&self, num_generated: u32, num_tokens: u32, max_model_len: u32) -> bool {
+        num_generated >= self.max_tokens || num_tokens >= max_model_len
     }
 }
 

@@ -117,6 +117,28 @@ pub struct Sequence {
     pub delivered_first_tokens: Option<Vec<SampledToken>>,
     /// Tokens whose KV is saved in host memory while parked.
     pub num_parked_tokens: usize,
+    /// Number of the last step it was scheduled in.
+    pub last_step: u64,
+    /// What the steps in flight will have done to it.
+    pub in_flight: InFlight,
+}
+
+/// A sequence's part in the steps that are scheduled and whose outcome is not known yet.
+///
+/// ```text
+/// tokens          t0 t1 t2 t3 | d0        d0: drawn by the step in flight, not known to the scheduler yet
+/// KV              computed    |
+/// step in flight           t3 -> d0
+/// step ahead                    d0 -> d1  scheduled without knowing d0; the runner puts it in
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct InFlight {
+    /// Steps that compute tokens of it.
+    pub num_steps: usize,
+    /// Tokens whose KV they write.
+    pub num_tokens: usize,
+    /// Tokens they draw for it; several choices of one prompt count once.
+    pub num_draws: usize,
 }
 
 impl Sequence {
@@ -140,6 +162,8 @@ impl Sequence {
             num_published_blocks: 0,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
+            last_step: 0,
+            in_flight: InFlight::default(),
         }
     }
 
@@ -162,9 +186,38 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
-    /// Whether only the newest token has no KV.
-    pub fn is_decoding(&self) -> bool {
-        self.num_uncomputed_tokens() == 1 && self.num_generated_tokens() > 0
+    /// Tokens once the steps in flight are done, of which the last [`InFlight::num_draws`] are not known yet.
+    pub fn num_tokens_ahead(&self) -> usize {
+        self.tokens.len() + self.in_flight.num_draws
+    }
+
+    /// Tokens whose KV is in the blocks once the steps in flight are done.
+    pub fn num_computed_tokens_ahead(&self) -> usize {
+        self.num_computed_tokens + self.in_flight.num_tokens
+    }
+
+    /// Whether only the newest token will have no KV once the steps in flight are done.
+    pub fn is_decoding_ahead(&self) -> bool {
+        let num_tokens = self.num_tokens_ahead();
+        num_tokens - self.num_computed_tokens_ahead() == 1 && num_tokens > self.prompt_len
+    }
+
+    /// Whether the next step can be scheduled before it is known what the steps in flight draw for it.
+    ///
+    /// Not where the drawn tokens end the sequence by their number, decide into what it forks, or are
+    /// replaced by others that were delivered already. A stop token cannot be foreseen: then the step
+    /// ahead was for nothing.
+    pub fn can_run_ahead(&self, max_model_len: usize) -> bool {
+        if self.in_flight.num_draws == 0 {
+            return true;
+        }
+        let num_tokens = self.num_tokens_ahead();
+        let is_last = self.params.is_last_by_length(
+            (num_tokens - self.prompt_len) as u32,
+            num_tokens as u32,
+            max_model_len as u32,
+        );
+        self.work != Work::PrefillOnly && self.choices.len() == 1 && self.delivered_first_tokens.is_none() && !is_last
     }
 }
 

@@ -8,6 +8,9 @@
 //! rows         0 1 2 3 4        5      6
 //! logit rows           4        5      6           rows whose logits are sampled
 //! ```
+//!
+//! A plan may be submitted while the step before it is still being computed. A row whose token that step
+//! draws is then a [`FromSlot`], which the runner fills in ([`StepPlan::resolve`]; on a device, a gather).
 
 use std::sync::Arc;
 
@@ -32,6 +35,15 @@ pub struct Span {
     pub is_reported: bool,
 }
 
+/// A row whose token was not known when the plan was made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct FromSlot {
+    /// The row; its entry in [`StepPlan::tokens`] is to be replaced.
+    pub row: usize,
+    /// Index of its token among those that the step before this one draws.
+    pub slot: usize,
+}
+
 /// A row whose logits are sampled, once per entry (n choices of one prompt are n entries on one row).
 #[derive(Debug, Clone, PartialEq)]
 pub struct SampleRow {
@@ -48,7 +60,8 @@ pub struct SampleRow {
     pub params: Arc<SamplingParams>,
     /// Whether stop tokens are forbidden here (`min_tokens` not reached).
     pub is_stop_banned: bool,
-    /// All tokens so far and how many of them are the prompt; only filled if penalties need them.
+    /// All tokens so far and how many of them are the prompt; only filled if penalties need them. Where
+    /// `row` is a [`FromSlot`], its token is missing at the end until it is resolved.
     pub history: Option<(Arc<Vec<Token>>, usize)>,
 }
 
@@ -57,6 +70,8 @@ pub struct SampleRow {
 pub struct StepPlan {
     /// Token of each row, `[num_rows]`.
     pub tokens: Vec<Token>,
+    /// Rows whose token the step before this one draws.
+    pub from_slots: Vec<FromSlot>,
     /// Position of each row in its sequence, `[num_rows]`.
     pub positions: Vec<u32>,
     /// Where each row's K and V go: `block * block_size + offset`, `[num_rows]`.
@@ -75,12 +90,29 @@ impl StepPlan {
     /// Empties all arrays, keeping their memory.
     pub fn clear(&mut self) {
         self.tokens.clear();
+        self.from_slots.clear();
         self.positions.clear();
         self.slots.clear();
         self.spans.clear();
         self.block_tables.clear();
         self.samples.clear();
         self.has_decode = false;
+    }
+
+    /// Puts in the tokens that the step before this one drew, in the order of its samples.
+    ///
+    /// # Panics
+    /// If a slot was not drawn: a bug of whoever made the plan.
+    pub fn resolve(&mut self, drawn: &[Token]) {
+        for FromSlot { row, slot } in self.from_slots.drain(..) {
+            let token = drawn[slot];
+            self.tokens[row] = token;
+            for sample in self.samples.iter_mut().filter(|sample| sample.row == row && sample.history.is_some()) {
+                if let Some((history, _)) = &mut sample.history {
+                    Arc::make_mut(history).push(token);
+                }
+            }
+        }
     }
 
     /// Rows in the step.

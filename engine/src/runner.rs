@@ -58,7 +58,10 @@ pub struct StepError {
     pub reason: String,
 }
 
-/// Runs a model. At most two steps may be in flight; they complete in order.
+/// Steps that may be submitted and not waited for: one that computes, and one so that it need not wait.
+pub const IN_FLIGHT_MAX: usize = 2;
+
+/// Runs a model. At most [`IN_FLIGHT_MAX`] steps may be in flight; they complete in order.
 pub trait Runner: Send {
     /// The model it runs.
     fn model(&self) -> &ModelInfo;
@@ -66,7 +69,8 @@ pub trait Runner: Send {
     /// The memory its KV is in.
     fn pool(&self) -> &Arc<KvPool>;
 
-    /// Starts a step and returns at once.
+    /// Starts a step and returns at once. What the step before it draws may be named in the plan without
+    /// being known ([`FromSlot`](crate::plan::FromSlot)).
     fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket;
 
     /// Waits for the oldest step in flight, which must be `ticket`.

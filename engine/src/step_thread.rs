@@ -5,6 +5,8 @@
 //! thread     [step 1............] [step 2............] [step 3 ...
 //! ```
 //!
+//! What a step drew is put into the next one's plan here, before anybody else has seen it.
+//!
 //! A panic while computing (a bug, or a plan that cannot be) ends the thread and is told to whoever waits.
 
 use std::any::Any;
@@ -13,11 +15,10 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
-use crate::plan::StepPlan;
-use crate::runner::{KvSink, StepError, StepOutput, Ticket};
+use common::tokens::Token;
 
-/// Steps that may be submitted and not waited for.
-const IN_FLIGHT_MAX: u64 = 2;
+use crate::plan::StepPlan;
+use crate::runner::{IN_FLIGHT_MAX, KvSink, StepError, StepOutput, Ticket};
 
 /// Runs steps one after the other. Dropping it waits for the steps in flight.
 pub(crate) struct StepThread {
@@ -40,9 +41,15 @@ impl StepThread {
         let (jobs, job_receiver) = channel::<(StepPlan, Arc<dyn KvSink>)>();
         let (outcome_sender, outcomes) = channel();
         let run = move || {
-            while let Ok((plan, sink)) = job_receiver.recv() {
+            let mut drawn: Vec<Token> = Vec::new();
+            while let Ok((mut plan, sink)) = job_receiver.recv() {
                 // What a failed step leaves behind is not used again: the thread ends.
-                let outcome = catch_unwind(AssertUnwindSafe(|| step(plan, sink.as_ref())));
+                let outcome = catch_unwind(AssertUnwindSafe(|| {
+                    plan.resolve(&drawn);
+                    step(plan, sink.as_ref())
+                }));
+                drawn.clear();
+                drawn.extend(outcome.iter().flat_map(|output| &output.tokens).map(|token| token.token.id));
                 let outcome = outcome.map_err(|panic| StepError { reason: text_of(panic.as_ref()) });
                 let is_failed = outcome.is_err();
                 if outcome_sender.send(outcome).is_err() || is_failed {
@@ -56,7 +63,10 @@ impl StepThread {
 
     /// Queues a step.
     pub(crate) fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {
-        assert!(self.num_submitted - self.num_waited < IN_FLIGHT_MAX, "at most {IN_FLIGHT_MAX} steps are in flight");
+        assert!(
+            self.num_submitted - self.num_waited < IN_FLIGHT_MAX as u64,
+            "at most {IN_FLIGHT_MAX} steps are in flight"
+        );
         self.num_submitted += 1;
         // A thread that has ended is told by `wait`.
         if let Some(jobs) = &self.jobs {

@@ -543,6 +543,78 @@ async fn prefix_hits_are_told_and_never_cover_the_last_token() {
 }
 
 /// Fails, or panics, in its `fails_at`-th step.
+/// Counts what is submitted ahead.
+struct CountingRunner {
+    inner: SimRunner,
+    num_in_flight: usize,
+    /// Most steps in flight, and rows whose token was not known when they were submitted.
+    seen: Arc<Mutex<(usize, usize)>>,
+}
+
+impl Runner for CountingRunner {
+    fn model(&self) -> &ModelInfo {
+        self.inner.model()
+    }
+
+    fn pool(&self) -> &Arc<KvPool> {
+        self.inner.pool()
+    }
+
+    fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {
+        self.num_in_flight += 1;
+        let mut seen = self.seen.lock().unwrap();
+        *seen = (seen.0.max(self.num_in_flight), seen.1 + plan.from_slots.len());
+        self.inner.submit(plan, sink)
+    }
+
+    fn wait(&mut self, ticket: Ticket) -> Result<StepOutput, StepError> {
+        self.num_in_flight -= 1;
+        self.inner.wait(ticket)
+    }
+}
+
+/// Texts of `requests` that run together where a step takes `step_time`, and what was submitted ahead.
+async fn run_counted(requests: &[NewSequence], step_time: Duration) -> (Vec<Texts>, (usize, usize)) {
+    let seen = Arc::default();
+    // With few tokens to choose from, each comes again and again: the penalties see a draw that is missing.
+    let options = SimOptions { vocab_size: 8, block_size: BLOCK, num_blocks: 64, step_time, ..SimOptions::default() };
+    let inner = SimRunner::new(options).unwrap();
+    let runner = CountingRunner { inner, num_in_flight: 0, seen: Arc::clone(&seen) };
+    let engine = engine_with(Box::new(runner), limits(64));
+    let mut texts = Vec::new();
+    for task in spawn_all(&engine, requests) {
+        texts.push(task.await.unwrap());
+    }
+    assert_nothing_left(&engine).await;
+    let seen = *seen.lock().unwrap();
+    (texts, seen)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn steps_submitted_ahead_change_no_token() {
+    let tokens: Vec<u32> = prompt(20, 1).iter().map(|token| token % 8).collect();
+    let plain = sampled(48, 1);
+    let penalized = SamplingParams { frequency_penalty: 2.0, presence_penalty: 2.0, ..plain.clone() };
+    // One token ends a text in the middle, which no step ahead can foresee.
+    let stopping = SamplingParams { stop_token_ids: vec![3], ..plain.clone() };
+    let later = SamplingParams { min_tokens: 25, ..stopping.clone() };
+    let requests: Vec<NewSequence> = [plain.clone(), penalized, stopping, later, plain]
+        .into_iter()
+        .zip([1, 1, 1, 1, 3])
+        .map(|(params, num_choices)| sequence(tokens.clone(), num_choices, params, Work::Generate))
+        .collect();
+    let (ahead, (num_in_flight_max, num_from_slots)) = run_counted(&requests, Duration::ZERO).await;
+    let (alone, (num_alone_max, num_known)) = run_counted(&requests, Duration::from_millis(12)).await;
+    // Until the first step was timed, one may be submitted ahead.
+    assert!(num_alone_max <= 2 && num_known <= 8, "{num_known} rows were submitted ahead of steps of 12 ms");
+    assert_eq!(num_in_flight_max, 2);
+    assert!(num_from_slots > 20, "{num_from_slots}");
+    assert_eq!(ahead, alone);
+    let lens: Vec<usize> = ahead.iter().map(|texts| texts[&ChoiceIndex(0)].len()).collect();
+    assert!(lens[0] == 48 && lens[2] < 25 && lens[3] >= 25, "{lens:?}");
+    assert_ne!(ahead[1], ahead[0]);
+}
+
 struct FailingRunner {
     inner: SimRunner,
     num_steps: u32,

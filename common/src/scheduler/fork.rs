@@ -12,7 +12,7 @@
 use crate::ids::{ChoiceIndex, SequenceId};
 use crate::sampling::SampledToken;
 use crate::scheduler::{GroupEvent, Scheduler, SequenceEvent};
-use crate::sequence::{Sequence, SequenceState, Work};
+use crate::sequence::{InFlight, Sequence, SequenceState, Work};
 
 impl Scheduler {
     pub(super) fn on_drawn(&mut self, id: SequenceId, drawn: Vec<SampledToken>, events: &mut Vec<GroupEvent>) {
@@ -131,6 +131,8 @@ impl Scheduler {
             num_published_blocks: parent.num_published_blocks,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
+            last_step: 0,
+            in_flight: InFlight::default(),
         };
         self.running.insert((child.arrival, id));
         self.groups.get_mut(&child.group).expect("a running group is known").push(id);

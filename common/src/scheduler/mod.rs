@@ -15,6 +15,12 @@
 //! [`Scheduler::on_step_done`]. What the loop must do with the blocks of a step, in this order: save
 //! [`ScheduledStep::parks`], clear [`ScheduledStep::fresh_blocks`], restore [`ScheduledStep::unparks`],
 //! then compute. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
+//!
+//! **Steps in flight.** The next step may be scheduled before the last one's outcome is known. What makes
+//! that safe: a block is given back only when no step in flight names it, nothing is
+//! parked while a step is in flight ([`ScheduledStep::is_starved`]), content is named only once it is
+//! computed, and a sequence runs ahead of its own draw only where that draw cannot change the step
+//! ([`Sequence::can_run_ahead`]).
 
 mod admission;
 mod fork;
@@ -99,6 +105,13 @@ pub struct DrawnToken {
     pub token: SampledToken,
 }
 
+/// What is left of a sequence that ended ahead of its steps.
+#[derive(Debug)]
+struct Ending {
+    blocks: Vec<BlockId>,
+    num_steps_in_flight: usize,
+}
+
 /// See the module.
 #[derive(Debug)]
 pub struct Scheduler {
@@ -113,6 +126,10 @@ pub struct Scheduler {
     running: BTreeSet<(u64, SequenceId)>,
     /// Live choices of each group.
     groups: HashMap<SequenceId, Vec<SequenceId>>,
+    /// Blocks of sequences that ended while steps in flight still compute with them.
+    ending: HashMap<SequenceId, Ending>,
+    num_steps_in_flight: usize,
+    num_scheduled_steps: u64,
     copies: Vec<(BlockId, BlockId)>,
     num_parked_blocks: usize,
     next_id: u64,
@@ -130,6 +147,9 @@ impl Scheduler {
             parked: BTreeSet::new(),
             running: BTreeSet::new(),
             groups: HashMap::new(),
+            ending: HashMap::new(),
+            num_steps_in_flight: 0,
+            num_scheduled_steps: 0,
             copies: Vec::new(),
             num_parked_blocks: 0,
             next_id: 0,
@@ -166,8 +186,9 @@ impl Scheduler {
     }
 
     /// Drops all sequences of a group and gives their blocks back; also how a prefill node releases what
-    /// it held. Must not be called while a step that computes them is in flight. Returns the sequences
-    /// that were parked, whose saved content can be dropped. An unknown group is nothing to do.
+    /// it held. What a step in flight still computes with is given back when that step is done. Returns
+    /// the sequences that were parked, whose saved content can be dropped. An unknown group is nothing to
+    /// do.
     pub fn cancel(&mut self, group: SequenceId) -> Vec<SequenceId> {
         let mut parked = Vec::new();
         for id in self.groups.remove(&group).unwrap_or_default() {
@@ -227,7 +248,7 @@ impl Scheduler {
 
     /// Whether nothing is queued, running, parked or held.
     pub fn is_idle(&self) -> bool {
-        self.sequences.is_empty()
+        self.sequences.is_empty() && self.ending.is_empty()
     }
 
     /// Blocks by state.
@@ -273,6 +294,12 @@ impl Scheduler {
                 *held.entry(*id).or_default() += 1;
             }
         }
+        for id in self.ending.values().flat_map(|ending| &ending.blocks) {
+            *held.entry(*id).or_default() += 1;
+        }
+        if self.num_steps_in_flight == 0 && !self.ending.is_empty() {
+            return Err(format!("{} sequences wait for steps, but none is in flight", self.ending.len()));
+        }
         let counts = self.blocks.counts();
         if held.len() != counts.referenced {
             return Err(format!("sequences hold {} blocks, {} are referenced", held.len(), counts.referenced));
@@ -300,10 +327,16 @@ impl Scheduler {
         sequence.num_published_blocks = num_full.max(unnamed);
     }
 
-    /// Forgets a sequence and gives its blocks back.
+    /// Forgets a sequence and gives its blocks back, at once or when the last step that names them is done.
     fn remove(&mut self, id: SequenceId) {
-        let Some(sequence) = self.sequences.remove(&id) else { return };
-        self.blocks.release(&sequence.blocks);
+        let Some(mut sequence) = self.sequences.remove(&id) else { return };
+        let num_steps_in_flight = sequence.in_flight.num_steps;
+        if num_steps_in_flight == 0 {
+            self.blocks.release(&sequence.blocks);
+        } else {
+            let blocks = std::mem::take(&mut sequence.blocks);
+            self.ending.insert(id, Ending { blocks, num_steps_in_flight });
+        }
         match sequence.state {
             SequenceState::Waiting => self.waiting.retain(|other| *other != id),
             SequenceState::Parked => {

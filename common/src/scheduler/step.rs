@@ -16,6 +16,8 @@ pub struct ScheduledSpan {
     pub num_tokens: usize,
     /// Whether the span reaches the sequence's end, so that the next token is drawn.
     pub is_sampled: bool,
+    /// Whether it is one generated token, and not a chunk of a prompt.
+    pub is_decode: bool,
 }
 
 /// A preempted sequence whose KV is to be saved in host memory.
@@ -50,13 +52,19 @@ pub struct ScheduledStep {
     pub unparks: Vec<Unpark>,
     /// What to tell.
     pub events: Vec<GroupEvent>,
-    /// What to compute.
+    /// What to compute. A token behind those that the sequence is known to have is the one that the step
+    /// before this one draws for it.
     pub spans: Vec<ScheduledSpan>,
+    /// A sequence needs a block that only preemption can give it, which must not happen to blocks that a
+    /// step in flight uses: await all steps before the next one is scheduled.
+    pub is_starved: bool,
 }
 
 impl Scheduler {
-    /// Plans the next step. `spans` is empty if nothing can be computed now.
+    /// Plans the next step; steps before it may still be in flight. `spans` is empty if nothing can be
+    /// computed now; otherwise the step is in flight until [`Scheduler::on_step_done`].
     pub fn schedule(&mut self) -> ScheduledStep {
+        self.num_scheduled_steps += 1;
         let mut step = ScheduledStep::default();
         let num_decode_tokens = self.schedule_decodes(&mut step);
         let mut budget = self.limits.max_num_batched_tokens.saturating_sub(num_decode_tokens);
@@ -65,6 +73,7 @@ impl Scheduler {
         }
         self.admit(&mut step);
         self.schedule_chunks(budget, &mut step);
+        self.num_steps_in_flight += usize::from(!step.spans.is_empty());
         step
     }
 
@@ -73,8 +82,11 @@ impl Scheduler {
         let running: Vec<_> = self.running.iter().map(|(_, id)| *id).collect();
         for id in running {
             // May have been parked for an older one.
-            let is_decoding =
-                self.sequences.get(&id).is_some_and(|s| s.state == SequenceState::Computing && s.is_decoding());
+            let is_decoding = self.sequences.get(&id).is_some_and(|sequence| {
+                sequence.state == SequenceState::Computing
+                    && sequence.is_decoding_ahead()
+                    && sequence.can_run_ahead(self.limits.max_model_len)
+            });
             if is_decoding && num_tokens < self.limits.max_num_batched_tokens && self.grow(id, step) {
                 self.push_span(id, 1, step);
                 num_tokens += 1;
@@ -88,7 +100,7 @@ impl Scheduler {
     fn grow(&mut self, id: SequenceId, step: &mut ScheduledStep) -> bool {
         loop {
             let sequence = &self.sequences[&id];
-            if (sequence.tokens.len() - 1) / self.limits.block_size < sequence.blocks.len() {
+            if (sequence.num_tokens_ahead() - 1) / self.limits.block_size < sequence.blocks.len() {
                 return true;
             }
             if let Some(fresh) = self.blocks.allocate(1) {
@@ -96,6 +108,10 @@ impl Scheduler {
                 let sequence = self.sequences.get_mut(&id).expect("looked up above");
                 sequence.blocks.extend(fresh);
                 return true;
+            }
+            if self.num_steps_in_flight > 0 {
+                step.is_starved = true;
+                return false;
             }
             // Whoever came first stays, always.
             let victim = *self.running.last().expect("the growing sequence is running");
@@ -138,17 +154,18 @@ impl Scheduler {
         let running: Vec<_> = self.running.iter().map(|(_, id)| *id).collect();
         for id in running {
             let sequence = &self.sequences[&id];
+            let is_scheduled = sequence.last_step == self.num_scheduled_steps;
+            if is_scheduled || budget == 0 || !sequence.can_run_ahead(self.limits.max_model_len) {
+                continue;
+            }
             // An unparked sequence may be decoding; its growth block was reserved when it came back.
-            let is_scheduled = sequence.is_decoding() && step.spans.iter().any(|span| span.sequence == id);
-            if is_scheduled || budget == 0 {
+            let num_tokens = sequence.num_tokens_ahead();
+            if sequence.is_decoding_ahead() && (num_tokens - 1) / self.limits.block_size >= sequence.blocks.len() {
                 continue;
             }
-            if sequence.is_decoding() && (sequence.tokens.len() - 1) / self.limits.block_size >= sequence.blocks.len() {
-                continue;
-            }
-            let first = sequence.num_computed_tokens;
-            let end = sequence.tokens.len().min(first + budget);
-            let end = if end < sequence.tokens.len() { end / GRANULE_TOKENS * GRANULE_TOKENS } else { end };
+            let first = sequence.num_computed_tokens_ahead();
+            let end = num_tokens.min(first + budget);
+            let end = if end < num_tokens { end / GRANULE_TOKENS * GRANULE_TOKENS } else { end };
             if end > first {
                 budget -= end - first;
                 self.push_span(id, end - first, step);
@@ -156,30 +173,54 @@ impl Scheduler {
         }
     }
 
-    fn push_span(&self, id: SequenceId, num_tokens: usize, step: &mut ScheduledStep) {
-        let sequence = &self.sequences[&id];
-        let first_token = sequence.num_computed_tokens;
-        let is_sampled = first_token + num_tokens == sequence.tokens.len();
-        step.spans.push(ScheduledSpan { sequence: id, first_token, num_tokens, is_sampled });
+    fn push_span(&mut self, id: SequenceId, num_tokens: usize, step: &mut ScheduledStep) {
+        let sequence = self.sequences.get_mut(&id).expect("scheduled sequences are known");
+        let first_token = sequence.num_computed_tokens_ahead();
+        let is_sampled = first_token + num_tokens == sequence.num_tokens_ahead();
+        let is_decode = sequence.is_decoding_ahead();
+        sequence.last_step = self.num_scheduled_steps;
+        sequence.in_flight.num_steps += 1;
+        sequence.in_flight.num_tokens += num_tokens;
+        sequence.in_flight.num_draws += usize::from(is_sampled);
+        step.spans.push(ScheduledSpan { sequence: id, first_token, num_tokens, is_sampled, is_decode });
     }
 
-    /// Takes in what a step computed: `tokens` holds one entry per choice of each sampled span, in order.
+    /// Takes in what the oldest step in flight computed: `tokens` holds one entry per choice of each sampled
+    /// span, in order. What was drawn for sequences that ended meanwhile is dropped.
     pub fn on_step_done(&mut self, step: &ScheduledStep, tokens: Vec<DrawnToken>) -> Vec<GroupEvent> {
+        self.num_steps_in_flight -= usize::from(!step.spans.is_empty());
         let mut events = Vec::new();
         let mut tokens = tokens.into_iter().peekable();
         for span in &step.spans {
             let id = span.sequence;
-            let sequence = self.sequences.get_mut(&id).expect("sequences are only removed between steps");
-            sequence.num_computed_tokens += span.num_tokens;
-            self.publish(id);
             let mut drawn = Vec::new();
             while let Some(token) = tokens.next_if(|token| token.sequence == id) {
                 drawn.push(token.token);
             }
+            let Some(sequence) = self.sequences.get_mut(&id) else {
+                self.on_step_of_ended(id);
+                continue;
+            };
+            sequence.in_flight.num_steps -= 1;
+            sequence.in_flight.num_tokens -= span.num_tokens;
+            sequence.in_flight.num_draws -= usize::from(span.is_sampled);
+            sequence.num_computed_tokens += span.num_tokens;
+            self.publish(id);
             if span.is_sampled {
                 self.on_drawn(id, drawn, &mut events);
             }
         }
         events
+    }
+
+    /// One step fewer computes with the blocks of a sequence that has ended.
+    fn on_step_of_ended(&mut self, id: SequenceId) {
+        let ending = self.ending.get_mut(&id).expect("a sequence of a step in flight is known or ending");
+        ending.num_steps_in_flight -= 1;
+        if ending.num_steps_in_flight == 0
+            && let Some(ending) = self.ending.remove(&id)
+        {
+            self.blocks.release(&ending.blocks);
+        }
     }
 }

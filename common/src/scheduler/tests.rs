@@ -1,7 +1,7 @@
 //! The scheduler against a model engine: a pool whose slots hold a hash of the whole prefix, so that
 //! every computed token proves that the KV before it is its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -54,9 +54,25 @@ fn sampled(id: Token) -> SampledToken {
     SampledToken { id, logprob: 0.0, top_logprobs: Vec::new() }
 }
 
+/// A step in flight.
+struct Launched {
+    step: ScheduledStep,
+    /// Tokens, block table and choices of each span as they were when it was scheduled: the scheduler may
+    /// know better by now.
+    known: Vec<(Vec<Token>, Vec<BlockId>, Vec<ChoiceIndex>)>,
+    /// Once it is computed.
+    drawn: Option<Vec<DrawnToken>>,
+}
+
 /// Executes scheduled steps on a pool of prefix hashes.
 struct ModelEngine {
     scheduler: Scheduler,
+    /// Steps in flight at most.
+    depth: usize,
+    launched: VecDeque<Launched>,
+    num_launched: usize,
+    /// What the newest computed step drew.
+    newest: HashMap<SequenceId, Token>,
     /// `[num_blocks][block_size]`
     pool: Vec<Vec<u64>>,
     saved: HashMap<SequenceId, Vec<Vec<u64>>>,
@@ -72,6 +88,10 @@ impl ModelEngine {
     fn new(limits: SchedulerLimits) -> Self {
         Self {
             scheduler: Scheduler::new(limits),
+            depth: 1,
+            launched: VecDeque::new(),
+            num_launched: 0,
+            newest: HashMap::new(),
             pool: vec![vec![0; limits.block_size]; limits.num_blocks],
             saved: HashMap::new(),
             told: HashMap::new(),
@@ -104,9 +124,20 @@ impl ModelEngine {
         }
     }
 
-    /// One step; false if nothing could be computed.
+    /// Fills the pipe and takes in its oldest step; false if nothing could be computed.
     fn step(&mut self) -> bool {
+        while self.launched.len() < self.depth && !self.launched.back().is_some_and(|last| last.step.is_starved) {
+            if !self.launch() {
+                break;
+            }
+        }
+        self.complete()
+    }
+
+    /// Schedules a step and does at once what is to be done before it is computed.
+    fn launch(&mut self) -> bool {
         let step = self.scheduler.schedule();
+        assert!(step.parks.is_empty() || self.launched.is_empty(), "parked while a step was in flight");
         for park in &step.parks {
             let saved = park.blocks.iter().map(|b| self.pool[b.0 as usize].clone()).collect();
             self.saved.insert(park.sequence, saved);
@@ -121,36 +152,61 @@ impl ModelEngine {
             }
         }
         self.take_in(step.events.clone());
-        let mut drawn = Vec::new();
+        self.scheduler.check_integrity().unwrap();
+        if step.spans.is_empty() {
+            return false;
+        }
         let budget = self.scheduler.limits.max_num_batched_tokens;
         // One granule of prompt goes in beside a full batch.
         assert!(step.spans.iter().map(|s| s.num_tokens).sum::<usize>() <= budget + 16);
-        for span in &step.spans {
+        let known = step.spans.iter().map(|span| {
             let sequence = self.scheduler.sequence(span.sequence).unwrap();
-            let size = self.scheduler.limits.block_size;
-            let mut prefix = 1;
-            for (position, token) in sequence.tokens[..span.first_token + span.num_tokens].iter().enumerate() {
-                prefix = mix(prefix, *token);
-                let slot = &mut self.pool[sequence.blocks[position / size].0 as usize][position % size];
-                if position < span.first_token {
-                    assert_eq!(*slot, prefix, "{} reads KV that is not its own at {position}", span.sequence);
-                } else {
-                    *slot = prefix;
-                    self.num_computed += 1;
+            (sequence.tokens.clone(), sequence.blocks.clone(), sequence.choices.clone())
+        });
+        let known = known.collect();
+        self.launched.push_back(Launched { step, known, drawn: None });
+        self.num_launched += 1;
+        if self.num_launched.is_multiple_of(3) {
+            self.compute();
+        }
+        true
+    }
+
+    /// Takes in the oldest step in flight.
+    fn complete(&mut self) -> bool {
+        self.compute();
+        let Some(Launched { step, drawn, .. }) = self.launched.pop_front() else { return false };
+        let events = self.scheduler.on_step_done(&step, drawn.expect("all steps are computed"));
+        self.take_in(events);
+        self.scheduler.check_integrity().unwrap();
+        true
+    }
+
+    /// Computes what was launched, with the block tables of then and the pool of now.
+    fn compute(&mut self) {
+        let size = self.scheduler.limits.block_size;
+        for launched in self.launched.iter_mut().filter(|launched| launched.drawn.is_none()) {
+            let mut drawn = Vec::new();
+            for (span, (tokens, blocks, choices)) in launched.step.spans.iter().zip(&launched.known) {
+                let mut prefix = 1;
+                for position in 0..span.first_token + span.num_tokens {
+                    prefix = mix(prefix, tokens.get(position).copied().unwrap_or_else(|| self.newest[&span.sequence]));
+                    let slot = &mut self.pool[blocks[position / size].0 as usize][position % size];
+                    if position < span.first_token {
+                        assert_eq!(*slot, prefix, "{} reads KV that is not its own at {position}", span.sequence);
+                    } else {
+                        *slot = prefix;
+                        self.num_computed += 1;
+                    }
                 }
-            }
-            if span.is_sampled {
-                for choice in &sequence.choices {
+                for choice in choices.iter().filter(|_| span.is_sampled) {
                     let token = sampled(draw(prefix, *choice));
                     drawn.push(DrawnToken { sequence: span.sequence, choice: *choice, token });
                 }
             }
+            self.newest = drawn.iter().map(|token| (token.sequence, token.token.id)).collect();
+            launched.drawn = Some(drawn);
         }
-        let is_busy = !step.spans.is_empty();
-        let events = self.scheduler.on_step_done(&step, drawn);
-        self.take_in(events);
-        self.scheduler.check_integrity().unwrap();
-        is_busy
     }
 
     fn run(&mut self) {
@@ -349,6 +405,64 @@ fn parked_kv_comes_back_without_recomputing() {
 }
 
 #[test]
+fn next_step_is_scheduled_before_the_last_one_is_known() {
+    let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(limits()) };
+    let text = prompt(1, 20);
+    let group = engine.add(&text, 1, 5, Work::Generate);
+    assert!(engine.launch() && engine.launch());
+    let ahead = engine.launched[1].step.spans[0];
+    assert_eq!((ahead.first_token, ahead.num_tokens, ahead.is_sampled, ahead.is_decode), (20, 1, true, true));
+    assert_eq!(engine.scheduler.sequence(group).unwrap().tokens.len(), 20, "token #1 is not known yet");
+    engine.run();
+    engine.assert_told(group, &text, 1, 5);
+    assert_eq!(engine.num_computed, 24, "an end by length is foreseen");
+    engine.assert_clean();
+}
+
+#[test]
+fn what_depends_on_the_draw_waits_for_it() {
+    for (num_choices, max_tokens, work) in [(1, 1, Work::Generate), (2, 5, Work::Generate), (1, 5, Work::PrefillOnly)] {
+        let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(limits()) };
+        engine.add(&prompt(1, 20), num_choices, max_tokens, work);
+        assert!(engine.launch());
+        assert!(!engine.launch(), "{num_choices} choices of {max_tokens} tokens, {work:?}");
+    }
+}
+
+#[test]
+fn blocks_of_an_ended_sequence_stay_until_its_last_step_is_done() {
+    let text = prompt(1, 20);
+    let stop = expected(&text, ChoiceIndex(0), 1)[0];
+    for is_cancelled in [false, true] {
+        let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(limits()) };
+        let params = SamplingParams { stop_token_ids: vec![stop], ..SamplingParams::greedy(5) };
+        let group = engine.scheduler.add(NewSequence { params: Arc::new(params), ..new(&text, 1, 5, Work::Generate) });
+        assert!(engine.launch() && engine.launch());
+        if is_cancelled {
+            engine.scheduler.cancel(group.unwrap());
+        }
+        assert!(engine.complete());
+        assert_eq!(engine.finished.len(), usize::from(!is_cancelled));
+        assert!(engine.scheduler.block_counts().referenced > 0, "a step still computes with them");
+        assert!(!engine.scheduler.is_idle());
+        assert!(engine.complete());
+        engine.assert_clean();
+        assert_eq!(engine.told.values().flatten().count(), usize::from(!is_cancelled), "the draw ahead is dropped");
+    }
+}
+
+#[test]
+fn nothing_is_parked_while_a_step_is_in_flight() {
+    let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(SchedulerLimits { num_blocks: 8, ..limits() }) };
+    let groups = [1, 2].map(|seed| engine.add(&prompt(seed, 30), 1, 60, Work::Generate));
+    engine.run();
+    assert!(engine.scheduler.num_preemptions() > 0);
+    engine.assert_told(groups[0], &prompt(1, 30), 1, 60);
+    engine.assert_told(groups[1], &prompt(2, 30), 1, 60);
+    engine.assert_clean();
+}
+
+#[test]
 fn what_can_never_run_is_refused_when_added() {
     let mut scheduler = Scheduler::new(SchedulerLimits { num_blocks: 4, ..limits() });
     let too_long = scheduler.add(new(&prompt(1, 60), 1, 10, Work::Generate));
@@ -403,17 +517,24 @@ proptest! {
         max_num_parked_blocks in prop::sample::select(vec![0usize, 3, 100]),
         is_prefix_caching in any::<bool>(),
         budget in 24usize..100,
+        depth in 1usize..=2,
+        stop in prop::option::of(0u32..50),
     ) {
         let limits = SchedulerLimits {
             block_size, num_blocks, max_num_parked_blocks, is_prefix_caching,
             max_num_batched_tokens: budget, max_num_prefill_tokens: budget / 2 + 8, ..limits()
         };
-        let mut engine = ModelEngine::new(limits);
+        let mut engine = ModelEngine { depth, ..ModelEngine::new(limits) };
         let mut live = Vec::new();
         for r in requests {
             let work = [Work::Generate, Work::PrefillOnly, Work::AwaitKv, Work::AwaitKv][usize::from(r.work)];
             let text = prompt(r.seed, r.len);
-            let Ok(group) = engine.scheduler.add(new(&text, r.num_choices, r.max_tokens, work)) else { continue };
+            let params = SamplingParams {
+                stop_token_ids: stop.into_iter().collect(),
+                ..SamplingParams::greedy(r.max_tokens)
+            };
+            let sequence = NewSequence { params: Arc::new(params), ..new(&text, r.num_choices, r.max_tokens, work) };
+            let Ok(group) = engine.scheduler.add(sequence) else { continue };
             live.push((group, text, r, work));
         }
         let mut cancelled = std::collections::HashSet::new();
@@ -452,7 +573,13 @@ proptest! {
         }
         for (group, text, r, work) in &live {
             if *work != Work::PrefillOnly && !cancelled.contains(group) {
-                engine.assert_told(*group, text, r.num_choices, r.max_tokens as usize);
+                for choice in (0..r.num_choices).map(ChoiceIndex) {
+                    let mut text = expected(text, choice, r.max_tokens as usize);
+                    if let Some(end) = text.iter().position(|token| Some(*token) == stop) {
+                        text.truncate(end + 1);
+                    }
+                    assert_eq!(engine.told[&(*group, choice)], text, "{group} {choice:?}");
+                }
             }
         }
         engine.assert_clean();

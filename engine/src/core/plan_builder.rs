@@ -1,18 +1,21 @@
 //! From what the scheduler decided to the flat arrays the runner wants.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use common::ids::SequenceId;
 use common::scheduler::{ScheduledSpan, Scheduler};
 use common::sequence::Sequence;
 
-use crate::plan::{SampleRow, Span, StepPlan};
+use crate::plan::{FromSlot, SampleRow, Span, StepPlan};
 
-/// Fills `plan` (cleared first) with `spans`. `is_reported` tells of which sequences layers are
-/// reported.
+/// Fills `plan` (cleared first) with `spans`. `slots` says where the step in flight before it, if there is
+/// one, puts what it draws for a sequence; `is_reported` tells of which sequences layers are reported.
 pub(super) fn build(
     plan: &mut StepPlan,
     scheduler: &Scheduler,
     spans: &[ScheduledSpan],
+    slots: &HashMap<SequenceId, usize>,
     is_reported: impl Fn(&ScheduledSpan) -> bool,
 ) {
     plan.clear();
@@ -23,7 +26,11 @@ pub(super) fn build(
         let positions = span.first_token..span.first_token + span.num_tokens;
         for position in positions.clone() {
             let block = sequence.blocks[position / block_size];
-            plan.tokens.push(sequence.tokens[position]);
+            let known = sequence.tokens.get(position).copied();
+            if known.is_none() {
+                plan.from_slots.push(FromSlot { row: plan.tokens.len(), slot: slots[&span.sequence] });
+            }
+            plan.tokens.push(known.unwrap_or_default());
             plan.positions.push(position as u32);
             plan.slots.push(block.0 * block_size as u32 + (position % block_size) as u32);
         }
@@ -38,24 +45,32 @@ pub(super) fn build(
             block_table: table_start..plan.block_tables.len(),
             is_reported: is_reported(span),
         });
-        plan.has_decode |= sequence.is_decoding();
+        plan.has_decode |= span.is_decode;
         if span.is_sampled {
-            push_samples(plan, sequence, first_row + span.num_tokens - 1);
+            push_samples(plan, sequence, first_row + span.num_tokens - 1, positions.end);
         }
     }
 }
 
-fn push_samples(plan: &mut StepPlan, sequence: &Sequence, row: usize) {
+/// Says in `slots` where each sequence's next token will be among those that `plan` draws. A sequence that
+/// draws for several choices forks afterwards and is not looked up.
+pub(super) fn list_slots(plan: &StepPlan, slots: &mut HashMap<SequenceId, usize>) {
+    slots.clear();
+    slots.extend(plan.samples.iter().enumerate().map(|(slot, sample)| (sample.sequence, slot)));
+}
+
+/// `position` is that of the token to be drawn.
+fn push_samples(plan: &mut StepPlan, sequence: &Sequence, row: usize, position: usize) {
     let params = &sequence.params;
     let history = params.has_penalties().then(|| (Arc::new(sequence.tokens.clone()), sequence.prompt_len));
     // The token to be drawn is number `num_generated + 1`; a stop token may end it from `min_tokens` on.
-    let is_stop_banned = ((sequence.num_generated_tokens() + 1) as u32) < params.min_tokens;
+    let is_stop_banned = ((position - sequence.prompt_len + 1) as u32) < params.min_tokens;
     for choice in &sequence.choices {
         plan.samples.push(SampleRow {
             row,
             sequence: sequence.id,
             choice: *choice,
-            position: sequence.tokens.len() as u32,
+            position: position as u32,
             params: params.clone(),
             is_stop_banned,
             history: history.clone(),
