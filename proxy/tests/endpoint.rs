@@ -3,6 +3,8 @@
 
 mod support;
 
+use common::wire::NodeError;
+use proxy::dispatch::fake::Behaviour;
 use serde_json::{Value, json};
 use support::{Endpoint, http_settings, tokens_of};
 
@@ -163,6 +165,17 @@ async fn refusals_name_the_parameter() {
         assert!(error["message"].as_str().unwrap().len() > 10);
     }
     assert_eq!(endpoint.nodes.calls().len(), 0);
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn more_answers_than_a_node_can_run_are_a_wrong_n() {
+    let refusal = NodeError::TooManyChoices { num_choices: 100, max_num_choices: 64 };
+    let endpoint = Endpoint::scripted(&["d0"], "x", move |_, _, _| Behaviour::FailAfter(0, refusal.clone())).await;
+    let (status, error) = endpoint.post_refused("/v1/chat/completions", &chat(json!({"n": 100}))).await;
+    assert_eq!((status, &error["param"]), (400, &json!("n")), "{error}");
+    assert_eq!(error["message"], "n is 100, expected at most 64: more answers cannot run at once here");
+    assert_eq!(endpoint.nodes.calls().len(), 1, "no other node is asked");
     endpoint.assert_idle().await;
 }
 
