@@ -198,6 +198,30 @@ async fn wrong_paths_methods_and_bodies_are_answered_in_json() {
 }
 
 #[tokio::test]
+async fn compressed_bodies_are_refused_and_identity_is_none() {
+    let endpoint = Endpoint::answering("x").await;
+    let send = async |path: &str, coding: &str| {
+        let request = endpoint.client.post(format!("{}{path}", endpoint.url)).header("content-encoding", coding);
+        request.json(&chat(json!({"prompt": "x"}))).send().await.unwrap()
+    };
+    for path in ["/v1/chat/completions", "/v1/completions", "/tokenize"] {
+        for coding in ["gzip", "br", "identity, zstd"] {
+            let response = send(path, coding).await;
+            assert_eq!(response.status(), 415, "{path} {coding}");
+            let error = response.json::<Value>().await.unwrap()["error"].clone();
+            assert_eq!(
+                (&error["code"], &error["type"]),
+                (&json!("unsupported_media_type"), &json!("invalid_request_error"))
+            );
+            let message = error["message"].as_str().unwrap();
+            assert!(message.contains(coding) && message.contains("expected identity"), "{message}");
+        }
+    }
+    assert_eq!(send("/v1/chat/completions", "Identity").await.status(), 200);
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
 async fn tokenize_and_detokenize_are_inverse() {
     let endpoint = Endpoint::answering("x").await;
     let request = json!({"prompt": TEXT, "add_special_tokens": false, "return_token_strs": true});

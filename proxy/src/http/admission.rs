@@ -109,8 +109,12 @@ pub fn tenant_salt(tenant: &Tenant, cache_salt: Option<&str>) -> Vec<u8> {
 /// A body of at most `bytes_max` bytes, as JSON.
 ///
 /// # Errors
-/// 413 if it is larger, 400 if it is not JSON or does not come.
+/// 415 if it is compressed, 413 if it is larger, 400 if it is not JSON or does not come.
 pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Value, ApiError> {
+    if let Err(error) = check_coding(headers) {
+        discard(body.into_data_stream()).await;
+        return Err(error);
+    }
     let too_large = || {
         let message = format!("the body exceeds the limit of {bytes_max} bytes");
         ApiError::new(ErrorKind::BodyTooLarge, message)
@@ -153,7 +157,22 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
     parsed.map_err(|error| ApiError::new(ErrorKind::InvalidRequest, format!("the body is not JSON: {error}")))
 }
 
-/// Takes a body that is too large off the connection, within bounds. A client that is still sending when its
+/// Whether the body is sent as it is: no coding is undone here, so that a few bytes cannot become many.
+fn check_coding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let codings = headers.get_all(header::CONTENT_ENCODING).iter();
+    let mut other = codings.filter(|coding| !coding.is_empty() && !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    match other.next() {
+        None => Ok(()),
+        Some(coding) => {
+            let coding = String::from_utf8_lossy(coding.as_bytes());
+            let message =
+                format!("Content-Encoding is \"{coding}\", expected identity: compressed bodies are not supported");
+            Err(ApiError::new(ErrorKind::UnsupportedMediaType, message))
+        }
+    }
+}
+
+/// Takes a body that is refused unread, or too large, off the connection, within bounds. A client that is still sending when its
 /// connection is closed sees that and not the answer.
 async fn discard(mut rest: BodyDataStream) {
     let all = async {
