@@ -222,6 +222,33 @@ async fn compressed_bodies_are_refused_and_identity_is_none() {
 }
 
 #[tokio::test]
+async fn bodies_are_json_or_not_declared() {
+    let endpoint = Endpoint::answering("x").await;
+    let send = async |path: &str, declared: Option<&str>| {
+        let body = if path.contains("chat") { chat(json!({})) } else { json!({"prompt": "x"}) };
+        let mut request = endpoint.client.post(format!("{}{path}", endpoint.url)).body(body.to_string());
+        if let Some(declared) = declared {
+            request = request.header("content-type", declared);
+        }
+        request.send().await.unwrap()
+    };
+    for path in ["/v1/chat/completions", "/v1/completions", "/tokenize"] {
+        for declared in [None, Some("application/json"), Some("Application/JSON ; charset=utf-8; v=1")] {
+            assert_eq!(send(path, declared).await.status(), 200, "{path} {declared:?}");
+        }
+        for declared in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"] {
+            let response = send(path, Some(declared)).await;
+            assert_eq!(response.status(), 415, "{path} {declared}");
+            let error = response.json::<Value>().await.unwrap()["error"].clone();
+            assert_eq!(error["code"], "unsupported_media_type");
+            let message = error["message"].as_str().unwrap();
+            assert!(message.starts_with(&format!("Content-Type is \"{declared}\", expected application/json")));
+        }
+    }
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
 async fn tokenize_and_detokenize_are_inverse() {
     let endpoint = Endpoint::answering("x").await;
     let request = json!({"prompt": TEXT, "add_special_tokens": false, "return_token_strs": true});

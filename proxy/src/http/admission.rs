@@ -109,9 +109,9 @@ pub fn tenant_salt(tenant: &Tenant, cache_salt: Option<&str>) -> Vec<u8> {
 /// A body of at most `bytes_max` bytes, as JSON.
 ///
 /// # Errors
-/// 415 if it is compressed, 413 if it is larger, 400 if it is not JSON or does not come.
+/// 415 if it is compressed or declared to be something else, 413 if it is larger, 400 if it is not JSON or does not come.
 pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Value, ApiError> {
-    if let Err(error) = check_coding(headers) {
+    if let Err(error) = check_type(headers).and_then(|()| check_coding(headers)) {
         discard(body.into_data_stream()).await;
         return Err(error);
     }
@@ -155,6 +155,21 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
         serde_json::from_slice(&bytes)
     };
     parsed.map_err(|error| ApiError::new(ErrorKind::InvalidRequest, format!("the body is not JSON: {error}")))
+}
+
+/// Whether the body is declared to be JSON, or nothing at all. What a web page can send to another origin
+/// without asking (`text/plain` and forms) is none of it.
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(declared) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let declared = String::from_utf8_lossy(declared.as_bytes());
+    let essence = declared.split(';').next().unwrap_or_default().trim();
+    if essence.is_empty() || essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let message = format!(
+        "Content-Type is \"{declared}\", expected application/json (with curl: -H 'Content-Type: application/json')"
+    );
+    Err(ApiError::new(ErrorKind::UnsupportedMediaType, message))
 }
 
 /// Whether the body is sent as it is: no coding is undone here, so that a few bytes cannot become many.
