@@ -62,6 +62,7 @@ impl ProxyConfig {
             http: HttpSettings {
                 model_names: model.served_model_names(),
                 api_keys: http.api_key.clone(),
+                allowed_origins: http.allowed_origins.clone(),
                 body_bytes_max: usize::try_from(http.max_body_bytes).unwrap_or(usize::MAX),
                 num_requests_max: http.max_concurrent_requests as usize,
                 request_timeout: http.request_timeout,

@@ -117,6 +117,7 @@ async fn start_proxy(
         http: HttpSettings {
             model_names: vec!["tiny".into()],
             api_keys: Vec::new(),
+            allowed_origins: Vec::new(),
             body_bytes_max: 1 << 20,
             num_requests_max: 64,
             request_timeout: Duration::from_secs(30),

@@ -5,6 +5,7 @@ mod support;
 
 use common::wire::NodeError;
 use proxy::dispatch::fake::Behaviour;
+use proxy::http::HttpSettings;
 use serde_json::{Value, json};
 use support::{Endpoint, http_settings, tokens_of};
 
@@ -249,6 +250,42 @@ async fn bodies_are_json_or_not_declared() {
 }
 
 #[tokio::test]
+async fn web_pages_may_call_only_from_allowed_origins() {
+    let over = async |origins: &[&str]| {
+        let allowed_origins = origins.iter().map(|origin| origin.to_string()).collect();
+        let settings = HttpSettings { api_keys: vec!["alpha".into()], allowed_origins, ..http_settings() };
+        Endpoint::over(support::nodes("x"), settings).await
+    };
+    let preflight = async |endpoint: &Endpoint| {
+        let url = format!("{}/v1/chat/completions", endpoint.url);
+        let request = endpoint.client.request(reqwest::Method::OPTIONS, url).header("origin", "https://chat.example");
+        let request = request.header("access-control-request-method", "POST");
+        request.header("access-control-request-headers", "authorization,content-type").send().await.unwrap()
+    };
+    let allowed = |response: &reqwest::Response| {
+        let value = response.headers().get("access-control-allow-origin");
+        value.map(|value| value.to_str().unwrap().to_string())
+    };
+    let off = over(&[]).await;
+    let response = preflight(&off).await;
+    assert_eq!((response.status().as_u16(), allowed(&response)), (405, None));
+    assert_eq!(allowed(&preflight(&over(&["https://other.example"]).await).await), None);
+    assert_eq!(allowed(&preflight(&over(&["*"]).await).await).as_deref(), Some("*"));
+
+    let endpoint = over(&["https://other.example", "https://chat.example"]).await;
+    let response = preflight(&endpoint).await;
+    assert_eq!((response.status().as_u16(), allowed(&response).as_deref()), (200, Some("https://chat.example")));
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+    assert!(response.headers().get("access-control-allow-credentials").is_none());
+    // A refusal can be read by the page as well as an answer.
+    for (key, status) in [("wrong", 401), ("alpha", 200)] {
+        let request = endpoint.client.post(format!("{}/v1/chat/completions", endpoint.url)).bearer_auth(key);
+        let response = request.header("origin", "https://chat.example").json(&chat(json!({}))).send().await.unwrap();
+        assert_eq!((response.status().as_u16(), allowed(&response).as_deref()), (status, Some("https://chat.example")));
+    }
+}
+
+#[tokio::test]
 async fn tokenize_and_detokenize_are_inverse() {
     let endpoint = Endpoint::answering("x").await;
     let request = json!({"prompt": TEXT, "add_special_tokens": false, "return_token_strs": true});
@@ -316,7 +353,7 @@ async fn request_id_comes_back() {
 #[tokio::test]
 async fn key_is_asked_where_something_is_served_and_separates_tenants() {
     let nodes = support::nodes("x");
-    let settings = proxy::http::HttpSettings { api_keys: vec!["alpha".into(), "beta".into()], ..http_settings() };
+    let settings = HttpSettings { api_keys: vec!["alpha".into(), "beta".into()], ..http_settings() };
     let endpoint = Endpoint::over(nodes, settings).await;
     let (status, error) = endpoint.post_refused("/v1/completions", &json!({"prompt": "a"})).await;
     assert_eq!((status, &error["code"]), (401, &json!("invalid_api_key")));

@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::NonEmptyStringValueParser;
 
 use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero};
+use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero, parse_origin};
 
 /// The HTTP side.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -25,6 +25,13 @@ pub struct HttpArgs {
     /// Better set by the environment (TANDEM_API_KEY) than on a command line that others can read.
     #[arg(long, value_name = "KEY", value_delimiter = ',', hide_default_value = true, value_parser = NonEmptyStringValueParser::new())]
     pub api_key: Vec<String>,
+
+    /// Origin whose web pages may call the endpoint (CORS), such as https://chat.example.org; repeat it for
+    /// several, `*` for all. Default: none may.
+    ///
+    /// A page that a user of this machine opens could otherwise use the endpoint with their network's rights.
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',', value_parser = parse_origin)]
+    pub allowed_origins: Vec<String>,
 
     /// Largest request body.
     ///

@@ -84,6 +84,22 @@ pub fn parse_above_zero(text: &str) -> Result<u32, String> {
     }
 }
 
+/// Reads the origin of a web page as browsers send it, scheme://host\[:port\], or `*`.
+///
+/// # Errors
+/// A sentence: an origin that no browser sends would allow nobody without saying so.
+pub fn parse_origin(text: &str) -> Result<String, String> {
+    let is_host = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || ".-:[]".contains(c);
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    if text == "*" || host.is_some_and(|host| !host.is_empty() && host.chars().all(is_host)) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "\"{text}\" is not an origin: expected one such as https://chat.example.org or http://localhost:3000, in lower \
+         case and without a path, or * for all"
+    ))
+}
+
 /// Host and port of a node as an operator writes them; the name is resolved when it is dialled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostPort {
@@ -149,6 +165,18 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
         assert!(parse_duration(&"9".repeat(40)).is_err());
+    }
+
+    #[test]
+    fn origin_is_what_a_browser_sends() {
+        for good in ["*", "https://a.example", "http://localhost:3000", "http://[::1]:80"] {
+            assert_eq!(parse_origin(good).as_deref(), Ok(good));
+        }
+        for bad in
+            ["", "null", "a.example", "https://", "https://a/", "https://a/b", "https://A.example", "ftp://a", "**"]
+        {
+            assert!(parse_origin(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -17,7 +17,7 @@ use super::app::App;
 use crate::openai::{ApiError, ErrorKind};
 
 /// The header that carries a request's id in and out.
-const X_REQUEST_ID: &str = "x-request-id";
+pub(super) const X_REQUEST_ID: &str = "x-request-id";
 /// Time for a client to send its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a body above the limit that are taken and thrown away before the refusal.
