@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::config::{
     DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, LogArgs, ModelArgs, PrefillArgs, PrefillNodeArgs,
+    WeightsArgs,
 };
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
@@ -80,8 +81,8 @@ enum RunningRole {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
-    let PrefillNodeArgs { model, engine, fabric, bulk_port, prefill, log, .. } = args;
-    run_node(model, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
+    let PrefillNodeArgs { model, weights, engine, fabric, bulk_port, prefill, log, .. } = args;
+    run_node(model, weights, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
 }
 
 /// `tandem decode-node`
@@ -89,12 +90,13 @@ pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_decode_node(args: DecodeNodeArgs) -> anyhow::Result<()> {
-    let DecodeNodeArgs { model, engine, fabric, decode, log, .. } = args;
-    run_node(model, engine, fabric, 0, RoleArgs::Decode(decode), log).await
+    let DecodeNodeArgs { model, weights, engine, fabric, decode, log, .. } = args;
+    run_node(model, weights, engine, fabric, 0, RoleArgs::Decode(decode), log).await
 }
 
 async fn run_node(
     model: ModelArgs,
+    weights: WeightsArgs,
     engine: EngineArgs,
     fabric: FabricArgs,
     bulk_port: u16,
@@ -109,9 +111,16 @@ async fn run_node(
     let tls = fabric.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
     let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-    let loaded = load_model(&model, &engine).await?;
-    let setup =
-        NodeSetup { node: name.clone(), identity, listen, bulk_port, engine, max_model_len: model.max_model_len, role };
+    let loaded = load_model(&model, &weights, &engine).await?;
+    let setup = NodeSetup {
+        node: name.clone(),
+        identity,
+        listen,
+        bulk_port,
+        engine,
+        max_model_len: weights.max_model_len,
+        role,
+    };
     let node = start(loaded, setup).await?;
     let address = node.address();
     if let Some(port) = fabric.metrics_port {
@@ -154,9 +163,9 @@ pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
 ///
 /// # Errors
 /// If the checkpoint is not there, not supported or damaged.
-pub async fn load_model(args: &ModelArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
+pub async fn load_model(args: &ModelArgs, weights: &WeightsArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
     let folder = model_folder(args).await?;
-    let (dtype, threads) = (args.dtype, engine.threads);
+    let (dtype, threads) = (weights.dtype, engine.threads);
     let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
     let model = tokio::task::spawn_blocking(load).await.context("load the model")??;
     Ok(Arc::new(model))

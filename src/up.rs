@@ -25,7 +25,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let recorder = telemetry::init(&args.log)?;
     let stop = shutdown::on_signal()?;
     let ca = ClusterCa::generate().context("make the process's own CA")?;
-    let loaded = nodes::load_model(&args.model, &args.engine).await?;
+    let loaded = nodes::load_model(&args.model, &args.weights, &args.engine).await?;
     let mut running = Vec::new();
     let roles = (0..args.num_prefill_nodes)
         .map(|index| (format!("prefill-{index}"), RoleArgs::Prefill(args.prefill.clone())))
@@ -41,7 +41,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             listen: loopback(),
             bulk_port: 0,
             engine: args.engine.clone(),
-            max_model_len: args.model.max_model_len,
+            max_model_len: args.weights.max_model_len,
             role,
         };
         running.push(nodes::start(loaded.clone(), setup).await?);
@@ -75,7 +75,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
 
 /// Says that it is ready, with a line to paste.
 fn greet(args: &UpArgs, address: SocketAddr) {
-    let model = &args.model.served_model_names()[0];
+    let model = &args.http.served_model_names(&args.model.model)[0];
     let key = args.http.api_key.first().map(|_| " -H \"Authorization: Bearer $TANDEM_API_KEY\"").unwrap_or_default();
     let body = format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"Hello"}}],"max_tokens":32}}"#);
     println!(

@@ -262,7 +262,8 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
+        (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
         (&["--max-num-seqs", "0"], "at least 1"),
@@ -313,6 +314,21 @@ fn settings_come_from_flags_then_environment_then_file() {
 }
 
 #[test]
+fn variables_that_set_nothing_are_told_and_an_empty_key_is_refused() {
+    let said = |name: &str, value: &str| {
+        let output = tandem().args(["up", "--model", "nowhere"]).env(name, value).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let typo = said("TANDEM_BLOK_SIZE", "32");
+    assert_eq!(typo.matches("TANDEM_BLOK_SIZE").count(), 1, "{typo}");
+    assert!(typo.contains("did you mean TANDEM_BLOCK_SIZE?") && typo.contains("nowhere"), "{typo}");
+    assert!(!said("TANDEM_BLOCK_SIZE", "32").contains("sets nothing"));
+    let empty = said("TANDEM_API_KEY", "");
+    assert!(empty.contains("TANDEM_API_KEY is empty: an empty key is no key") && !empty.contains("nowhere"), "{empty}");
+}
+
+#[test]
 fn each_role_has_a_binary_of_its_own() {
     for role in ["proxy", "prefill-node", "decode-node"] {
         let binary = std::path::Path::new(support::process::TANDEM).with_file_name(role);
@@ -334,7 +350,6 @@ fn help_names_every_flag_with_its_default() {
             "proxy" => &["--model", "--served-model-name", "--host", "--port", "--seed", "[default: 8000]"],
             _ => &[
                 "--model",
-                "--served-model-name",
                 "--dtype",
                 "--max-model-len",
                 "--max-num-seqs",
@@ -349,6 +364,8 @@ fn help_names_every_flag_with_its_default() {
         for flag in expected {
             assert!(help.contains(flag), "{command} --help lacks {flag}\n{help}");
         }
+        let is_node = command.ends_with("-node");
+        assert_eq!(help.contains("--served-model-name") || help.contains("--seed"), !is_node && command != "certs");
     }
     assert!(run(&["--version"]).status.success());
 }

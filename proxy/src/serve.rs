@@ -60,13 +60,13 @@ impl ProxyConfig {
             host: http.host.clone(),
             port: http.port,
             http: HttpSettings {
-                model_names: model.served_model_names(),
+                model_names: http.served_model_names(&model.model),
                 api_keys: http.api_key.clone(),
                 allowed_origins: http.allowed_origins.clone(),
                 body_bytes_max: usize::try_from(http.max_body_bytes).unwrap_or(usize::MAX),
                 num_requests_max: http.max_concurrent_requests as usize,
                 request_timeout: http.request_timeout,
-                seed: model.seed,
+                seed: http.seed,
             },
             dispatch: DispatchSettings {
                 local_prefill_max_tokens: routing.local_prefill_max_tokens as usize,

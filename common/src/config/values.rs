@@ -100,6 +100,56 @@ pub fn parse_origin(text: &str) -> Result<String, String> {
     ))
 }
 
+/// Reads a whole number.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_whole(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a whole number from 0 to {}", u32::MAX))
+}
+
+/// Reads a port; 0 stands for any.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a port: expected a whole number from 0 to {}", u16::MAX))
+}
+
+/// Reads a seed.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a seed: expected a whole number from 0 to {}", u64::MAX))
+}
+
+/// Reads how many there are for each other: 0 to 10.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=10.0).contains(share));
+    share.ok_or_else(|| format!("\"{text}\" is not a share from 0 to 10, such as 0.2 for one in five"))
+}
+
+/// Reads a number of days that a certificate may be valid.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_days(text: &str) -> Result<u32, String> {
+    let days = text.parse().ok().filter(|days| (1..=36_500).contains(days));
+    days.ok_or_else(|| format!("\"{text}\" is not a whole number of days from 1 to 36500"))
+}
+
+/// Reads an API key.
+///
+/// # Errors
+/// A sentence: an empty key is no key.
+pub fn parse_api_key(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("an empty key is no key".into()) } else { Ok(text.to_owned()) }
+}
+
 /// Host and port of a node as an operator writes them; the name is resolved when it is dialled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostPort {
