@@ -45,6 +45,14 @@ pub enum HubError {
         /// What was given.
         name: String,
     },
+    /// A file of another format.
+    #[error(
+        "{name} is a GGUF file, which is not supported yet: give a folder in Hugging Face's layout with safetensors in f32, f16 or bf16, or the Hub id of one"
+    )]
+    Gguf {
+        /// What was given.
+        name: String,
+    },
     /// Neither a folder nor a repository on the Hub.
     #[error(
         "{id} is neither a folder here nor a model at {endpoint} that this token may read (HTTP {status} for revision {revision}): check the name, or set HF_TOKEN if it is private or gated"
@@ -187,6 +195,10 @@ fn shards(index: &[u8]) -> Option<Vec<String>> {
 pub async fn resolve(name: &str, revision: Option<&str>, settings: &HubSettings) -> Result<PathBuf, HubError> {
     if Path::new(name).is_dir() {
         return Ok(PathBuf::from(name));
+    }
+    // `org/name.gguf` would pass as a Hub id.
+    if Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Err(HubError::Gguf { name: name.to_string() });
     }
     let id = HubId::parse(name, revision).ok_or_else(|| HubError::NotAnId { name: name.to_string() })?;
     let cached = id.cached(&settings.cache);
