@@ -20,7 +20,7 @@ use engine::cpu_runner::CpuRunner;
 use engine::model::Model;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
-use kv_connector::{Fabric, FabricConfig};
+use kv_connector::{Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
 use crate::{admin, shutdown, telemetry};
@@ -110,8 +110,9 @@ async fn run_node(
     let name = fabric.identity.node_id_or(default_name);
     let tls = fabric.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
+    check_holder(&identity, kind, &name)?;
     let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-    let loaded = load_model(&model, &weights, &engine).await?;
+    let loaded = load_model(model_folder(&model).await?, &weights, &engine).await?;
     let setup = NodeSetup {
         node: name.clone(),
         identity,
@@ -159,12 +160,11 @@ pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
     Ok(engine::hub::resolve_from_env(&args.model, args.revision.as_deref()).await?)
 }
 
-/// Loads a model's weights, once per process.
+/// Loads the weights in a checkpoint folder, once per process.
 ///
 /// # Errors
 /// If the checkpoint is not there, not supported or damaged.
-pub async fn load_model(args: &ModelArgs, weights: &WeightsArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
-    let folder = model_folder(args).await?;
+pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
     let (dtype, threads) = (weights.dtype, engine.threads);
     let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
     let model = tokio::task::spawn_blocking(load).await.context("load the model")??;

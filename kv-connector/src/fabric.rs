@@ -95,6 +95,23 @@ pub enum BindError {
     Tls(#[from] TlsError),
 }
 
+/// Whether a certificate is that of `node` in `role`. [`Fabric::bind`] asks too; asked before a model is
+/// loaded, a wrong file costs moments.
+///
+/// # Errors
+/// [`BindError::WrongIdentity`].
+pub fn check_holder(identity: &Identity, role: Role, node: &NodeId) -> Result<(), BindError> {
+    if (identity.role(), identity.node()) == (role, node) {
+        return Ok(());
+    }
+    Err(BindError::WrongIdentity {
+        hello_role: role,
+        hello_node: node.clone(),
+        cert_role: identity.role(),
+        cert_node: identity.node().clone(),
+    })
+}
+
 /// A node's place in the cluster. Cheap to clone; everything closes when the last clone is gone.
 #[derive(Clone)]
 pub struct Fabric {
@@ -139,14 +156,7 @@ impl Fabric {
     pub fn bind(config: FabricConfig) -> Result<Self, BindError> {
         let FabricConfig { listen, bulk_listen, identity, mut hello, check, limits, versions, transport_layer } =
             config;
-        if (identity.role(), identity.node()) != (hello.role, &hello.node) {
-            return Err(BindError::WrongIdentity {
-                hello_role: hello.role,
-                hello_node: hello.node,
-                cert_role: identity.role(),
-                cert_node: identity.node().clone(),
-            });
-        }
+        check_holder(&identity, hello.role, &hello.node)?;
         let server = |traffic: Traffic| tls::server(&identity, alpn_ids(traffic, &versions));
         let client = |traffic: Traffic| tls::client(&identity, alpn_ids(traffic, &versions));
         let servers = [server(Traffic::Control)?, server(Traffic::Bulk)?];

@@ -44,7 +44,7 @@ pub use accept::IncomingStream;
 pub use accounting::FabricAccounting;
 pub use certs::{CertError, ClusterCa, Identity};
 pub use dial::DialError;
-pub use fabric::{BindError, Fabric, FabricConfig};
+pub use fabric::{BindError, Fabric, FabricConfig, check_holder};
 pub use hello::{HelloCheck, compatible_models};
 pub use limits::FabricLimits;
 pub use link::{CloseReason, Link, OpenError};
