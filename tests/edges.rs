@@ -223,6 +223,45 @@ async fn sigterm_of_the_proxy_finishes_running_streams() {
     cluster.shut_down().await;
 }
 
+/// `timeout` signals its child and then the whole group: one request to leave arrives twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_signals_at_once_are_one_and_a_later_one_ends_the_process() {
+    let mut cluster = Cluster::start(Shape::default()).await;
+    let body = corpus::greedy(&[7; 60], 400);
+    let expected = cluster.api.complete(&body).await;
+    let signals: [fn(&mut Process); 2] = [Process::terminate, Process::interrupt];
+    for (num_lives, signal) in signals.into_iter().enumerate() {
+        let mut stream = cluster.api.stream(&body).await;
+        stream.read_chunks(2).await;
+        signal(&mut cluster.proxy);
+        wait::until("the proxy drains", SOON, async || {
+            let num_told = cluster.proxy.log().matches("draining; once more").count();
+            (num_told > num_lives).then_some(()).ok_or_else(|| cluster.proxy.tail())
+        })
+        .await;
+        signal(&mut cluster.proxy);
+        assert_eq!(stream.rest().await.unwrap(), expected);
+        let status = cluster.proxy.exited(SOON).await;
+        assert!(status.success(), "{status}");
+        cluster.restart_proxy().await;
+    }
+    let mut stream = cluster.api.stream(&corpus::greedy(&[7; 60], 4000)).await;
+    stream.read_chunks(2).await;
+    let told_at = Instant::now();
+    let status = wait::until("the proxy ends at once", SOON, async || {
+        cluster.proxy.exit_status().ok_or_else(|| {
+            cluster.proxy.terminate();
+            "it drains".to_string()
+        })
+    })
+    .await;
+    assert_eq!(status.code(), Some(130));
+    assert!(told_at.elapsed() >= Duration::from_secs(1), "after {:?}", told_at.elapsed());
+    drop(stream);
+    cluster.restart_proxy().await;
+    cluster.shut_down().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_is_cut_at_its_time_limit_and_the_request_goes_on_elsewhere() {
     let shape = Shape { num_decode: 2, decode: vec!["--drain-timeout", "0s"], ..Shape::default() };
@@ -326,6 +365,34 @@ fn variables_that_set_nothing_are_told_and_an_empty_key_is_refused() {
     assert!(!said("TANDEM_BLOCK_SIZE", "32").contains("sets nothing"));
     let empty = said("TANDEM_API_KEY", "");
     assert!(empty.contains("TANDEM_API_KEY is empty: an empty key is no key") && !empty.contains("nowhere"), "{empty}");
+}
+
+/// A checkpoint without weights tells what is looked at before them.
+#[test]
+fn certificates_and_the_text_side_are_checked_before_the_weights() {
+    let scratch = Scratch::new();
+    let dir = scratch.path();
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        // Not every checkpoint has every file.
+        let _ = std::fs::copy(format!("{ROOT}/models/tiny/{file}"), dir.join(file));
+    }
+    make_certs(dir, &strings(&["prefill-0"]), &strings(&["decode-0"]));
+    let (folder, certs) = (dir.display().to_string(), dir.display().to_string());
+    let said = |args: &[&str]| {
+        let args: Vec<&str> = args.iter().copied().chain(["--model", &folder]).collect();
+        String::from_utf8(run(&args).stderr).unwrap()
+    };
+    let of_weights = said(&["up"]);
+    assert!(of_weights.contains("safetensors"), "{of_weights}");
+    let of_node = said(&["decode-node", "--tls-dir", &certs, "--node-id", "prefill-0"]);
+    let expected = "this node is decode-node \"prefill-0\", its certificate was issued to prefill-node \"prefill-0\"";
+    assert!(of_node.contains(expected), "{of_node}");
+    std::fs::write(dir.join("chat_template.jinja"), "{% for %}").unwrap();
+    let of_template = said(&["up"]);
+    assert!(of_template.contains("template") && !of_template.contains("safetensors"), "{of_template}");
+    std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+    let of_tokenizer = said(&["up"]);
+    assert!(of_tokenizer.contains("tokenizer.json") && !of_tokenizer.contains("safetensors"), "{of_tokenizer}");
 }
 
 #[test]
