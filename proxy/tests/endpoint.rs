@@ -329,7 +329,7 @@ async fn models_health_version_and_metrics_answer() {
         "vllm:prompt_tokens_total",
         "vllm:generation_tokens_total",
         "vllm:request_success_total",
-        "tandem_first_gap_seconds",
+        "tandem_first_token_gap_seconds",
         "tandem_requests_total",
     ] {
         assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
