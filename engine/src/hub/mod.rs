@@ -243,6 +243,7 @@ async fn download_snapshot(id: &HubId, settings: &HubSettings) -> Result<PathBuf
         let file = RemoteFile { id: &id.id, commit: &listing.commit, name };
         client.fetch(&file, &folder, &snapshot.join(name)).await
     };
+    tracing::info!(id = id.id, revision = id.revision, commit = listing.commit, cache = %settings.cache.display(), "taking the model from the Hub or its cache");
     let has = |name: &str| listing.files.iter().any(|file| file == name);
     for name in FILES.into_iter().filter(|name| has(name)) {
         fetch(name).await?;
