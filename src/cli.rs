@@ -87,11 +87,18 @@ fn settings<T: Parser>(
     validate: impl Fn(&T) -> Result<(), common::config::InvalidSettings>,
 ) -> anyhow::Result<T> {
     let read_file = |path: &Path| std::fs::read_to_string(path);
-    let settings = match common::config::parse::<T>(args, |name| std::env::var(name).ok(), read_file) {
+    // What is no text stays set: a key must not become no key.
+    let variable = |name: &str| std::env::var_os(name).map(|value| value.to_string_lossy().into_owned());
+    let settings = match common::config::parse::<T>(args, variable, read_file) {
         Ok(settings) => settings,
         Err(common::config::ConfigError::Args(error)) => error.exit(),
         Err(error) => return Err(error.into()),
     };
+    let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
+    let variables = variables.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
+    for unknown in common::config::unknown_variables(variables) {
+        eprintln!("tandem: {unknown}");
+    }
     validate(&settings)?;
     Ok(settings)
 }

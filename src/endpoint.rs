@@ -1,10 +1,15 @@
 //! The proxy: model text, certificates, membership, HTTP; and the lines a newcomer pastes.
 
+use std::path::PathBuf;
+use std::sync::Arc;
+
 use anyhow::Context;
 use common::config::ProxyArgs;
-use common::ids::NodeId;
+use common::ids::{NodeId, Role};
 use kv_connector::certs::Identity;
+use kv_connector::check_holder;
 use proxy::ProxyConfig;
+use proxy::text::ModelText;
 
 use crate::{nodes, shutdown, telemetry};
 
@@ -18,10 +23,11 @@ pub async fn run(args: ProxyArgs) -> anyhow::Result<()> {
     let name = args.identity.node_id_or(NodeId::new("proxy").expect("it is a node name"));
     let tls = args.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
-    let model_dir = nodes::model_folder(&args.model).await?;
-    let config = ProxyConfig::from_args(&args, model_dir)?;
+    check_holder(&identity, Role::Proxy, &name)?;
+    let text = model_text(nodes::model_folder(&args.model).await?).await?;
+    let config = ProxyConfig::from_args(&args)?;
     let (num_decode, num_prefill) = (config.decode_nodes.len().max(1), config.prefill_nodes.len());
-    let proxy = proxy::serve(config, identity, recorder, stop.clone()).await?;
+    let proxy = proxy::serve(config, text, identity, recorder, stop.clone()).await?;
     println!("proxy {name} listening on http://{}, fabric on {}", proxy.http_addr(), proxy.fabric_addr());
     tokio::select! {
         () = proxy.ready(num_decode, num_prefill) => {
@@ -30,4 +36,13 @@ pub async fn run(args: ProxyArgs) -> anyhow::Result<()> {
         () = stop.cancelled() => {}
     }
     proxy.wait().await.context("serve")
+}
+
+/// The tokenizer and the chat template of a checkpoint folder.
+///
+/// # Errors
+/// If one is missing or damaged.
+pub async fn model_text(folder: PathBuf) -> anyhow::Result<Arc<ModelText>> {
+    let text = tokio::task::spawn_blocking(move || ModelText::load(&folder)).await;
+    Ok(Arc::new(text.context("read the tokenizer and the chat template")??))
 }

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::config::{
     DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, LogArgs, ModelArgs, PrefillArgs, PrefillNodeArgs,
+    WeightsArgs,
 };
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
@@ -19,7 +20,7 @@ use engine::cpu_runner::CpuRunner;
 use engine::model::Model;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
-use kv_connector::{Fabric, FabricConfig};
+use kv_connector::{Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
 use crate::{admin, shutdown, telemetry};
@@ -80,8 +81,8 @@ enum RunningRole {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
-    let PrefillNodeArgs { model, engine, fabric, bulk_port, prefill, log, .. } = args;
-    run_node(model, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
+    let PrefillNodeArgs { model, weights, engine, fabric, bulk_port, prefill, log, .. } = args;
+    run_node(model, weights, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
 }
 
 /// `tandem decode-node`
@@ -89,12 +90,13 @@ pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_decode_node(args: DecodeNodeArgs) -> anyhow::Result<()> {
-    let DecodeNodeArgs { model, engine, fabric, decode, log, .. } = args;
-    run_node(model, engine, fabric, 0, RoleArgs::Decode(decode), log).await
+    let DecodeNodeArgs { model, weights, engine, fabric, decode, log, .. } = args;
+    run_node(model, weights, engine, fabric, 0, RoleArgs::Decode(decode), log).await
 }
 
 async fn run_node(
     model: ModelArgs,
+    weights: WeightsArgs,
     engine: EngineArgs,
     fabric: FabricArgs,
     bulk_port: u16,
@@ -108,10 +110,18 @@ async fn run_node(
     let name = fabric.identity.node_id_or(default_name);
     let tls = fabric.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
+    check_holder(&identity, kind, &name)?;
     let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-    let loaded = load_model(&model, &engine).await?;
-    let setup =
-        NodeSetup { node: name.clone(), identity, listen, bulk_port, engine, max_model_len: model.max_model_len, role };
+    let loaded = load_model(model_folder(&model).await?, &weights, &engine).await?;
+    let setup = NodeSetup {
+        node: name.clone(),
+        identity,
+        listen,
+        bulk_port,
+        engine,
+        max_model_len: weights.max_model_len,
+        role,
+    };
     let node = start(loaded, setup).await?;
     let address = node.address();
     if let Some(port) = fabric.metrics_port {
@@ -150,13 +160,12 @@ pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
     Ok(engine::hub::resolve_from_env(&args.model, args.revision.as_deref()).await?)
 }
 
-/// Loads a model's weights, once per process.
+/// Loads the weights in a checkpoint folder, once per process.
 ///
 /// # Errors
 /// If the checkpoint is not there, not supported or damaged.
-pub async fn load_model(args: &ModelArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
-    let folder = model_folder(args).await?;
-    let (dtype, threads) = (args.dtype, engine.threads);
+pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
+    let (dtype, threads) = (weights.dtype, engine.threads);
     let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
     let model = tokio::task::spawn_blocking(load).await.context("load the model")??;
     Ok(Arc::new(model))

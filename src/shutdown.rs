@@ -1,10 +1,19 @@
-//! SIGTERM and Ctrl-C: the first begins the drain, the second ends the process at once.
+//! SIGTERM and Ctrl-C: the first begins the drain, a later one ends the process at once.
+//!
+//! One request to leave can arrive as two signals: `timeout` and some supervisors signal the process and
+//! its whole group. What follows the first within a second is therefore still the first.
+
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-/// A token that is cancelled by the first SIGTERM or SIGINT. The second exits with status 130.
+/// Signals this soon after the first are part of it.
+const SAME_REQUEST: Duration = Duration::from_secs(1);
+
+/// A token that is cancelled by the first SIGTERM or SIGINT. One more than a second later exits with
+/// status 130.
 ///
 /// # Errors
 /// If the signal handlers cannot be installed.
@@ -23,7 +32,10 @@ pub fn on_signal() -> anyhow::Result<CancellationToken> {
         let name = next().await;
         tracing::info!("{name}: draining; once more ends at once");
         cancelled.cancel();
-        next().await;
+        let told_at = Instant::now();
+        while told_at.elapsed() < SAME_REQUEST {
+            next().await;
+        }
         std::process::exit(130);
     });
     Ok(token)

@@ -12,7 +12,7 @@ use kv_connector::certs::ClusterCa;
 use proxy::ProxyConfig;
 
 use crate::nodes::{self, NodeSetup, RoleArgs};
-use crate::{shutdown, telemetry};
+use crate::{endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -25,7 +25,10 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let recorder = telemetry::init(&args.log)?;
     let stop = shutdown::on_signal()?;
     let ca = ClusterCa::generate().context("make the process's own CA")?;
-    let loaded = nodes::load_model(&args.model, &args.engine).await?;
+    let folder = nodes::model_folder(&args.model).await?;
+    // Before the weights: what is wrong with a few kilobytes should not be told after minutes.
+    let text = endpoint::model_text(folder.clone()).await?;
+    let loaded = nodes::load_model(folder, &args.weights, &args.engine).await?;
     let mut running = Vec::new();
     let roles = (0..args.num_prefill_nodes)
         .map(|index| (format!("prefill-{index}"), RoleArgs::Prefill(args.prefill.clone())))
@@ -41,7 +44,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             listen: loopback(),
             bulk_port: 0,
             engine: args.engine.clone(),
-            max_model_len: args.model.max_model_len,
+            max_model_len: args.weights.max_model_len,
             role,
         };
         running.push(nodes::start(loaded.clone(), setup).await?);
@@ -52,14 +55,13 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             .filter(move |node| node.role() == role)
             .map(|node| HostPort { host: node.address().ip().to_string(), port: node.address().port() })
     };
-    let model_dir = nodes::model_folder(&args.model).await?;
-    let mut config = ProxyConfig::new(model_dir, &args.model, &args.http, &args.routing);
+    let mut config = ProxyConfig::new(&args.model, &args.http, &args.routing);
     config.prefill_nodes = addresses(Role::PrefillNode).collect();
     config.decode_nodes = addresses(Role::DecodeNode).collect();
     config.drain_timeout = args.drain_timeout;
     let name = NodeId::new("proxy").expect("it is a node name");
     let identity = ca.issue(Role::Proxy, &name).context("issue a certificate")?;
-    let proxy = proxy::serve(config, identity, recorder, stop.clone()).await?;
+    let proxy = proxy::serve(config, text, identity, recorder, stop.clone()).await?;
     let ready = proxy.ready(args.num_decode_nodes as usize, args.num_prefill_nodes as usize);
     tokio::time::timeout(READY_TIMEOUT, ready).await.context("the nodes did not become ready")?;
     greet(&args, proxy.http_addr());
@@ -75,7 +77,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
 
 /// Says that it is ready, with a line to paste.
 fn greet(args: &UpArgs, address: SocketAddr) {
-    let model = &args.model.served_model_names()[0];
+    let model = &args.http.served_model_names(&args.model.model)[0];
     let key = args.http.api_key.first().map(|_| " -H \"Authorization: Bearer $TANDEM_API_KEY\"").unwrap_or_default();
     let body = format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"Hello"}}],"max_tokens":32}}"#);
     println!(

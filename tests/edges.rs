@@ -223,6 +223,45 @@ async fn sigterm_of_the_proxy_finishes_running_streams() {
     cluster.shut_down().await;
 }
 
+/// `timeout` signals its child and then the whole group: one request to leave arrives twice.
+#[tokio::test(flavor = "multi_thread")]
+async fn two_signals_at_once_are_one_and_a_later_one_ends_the_process() {
+    let mut cluster = Cluster::start(Shape::default()).await;
+    let body = corpus::greedy(&[7; 60], 400);
+    let expected = cluster.api.complete(&body).await;
+    let signals: [fn(&mut Process); 2] = [Process::terminate, Process::interrupt];
+    for (num_lives, signal) in signals.into_iter().enumerate() {
+        let mut stream = cluster.api.stream(&body).await;
+        stream.read_chunks(2).await;
+        signal(&mut cluster.proxy);
+        wait::until("the proxy drains", SOON, async || {
+            let num_told = cluster.proxy.log().matches("draining; once more").count();
+            (num_told > num_lives).then_some(()).ok_or_else(|| cluster.proxy.tail())
+        })
+        .await;
+        signal(&mut cluster.proxy);
+        assert_eq!(stream.rest().await.unwrap(), expected);
+        let status = cluster.proxy.exited(SOON).await;
+        assert!(status.success(), "{status}");
+        cluster.restart_proxy().await;
+    }
+    let mut stream = cluster.api.stream(&corpus::greedy(&[7; 60], 4000)).await;
+    stream.read_chunks(2).await;
+    let told_at = Instant::now();
+    let status = wait::until("the proxy ends at once", SOON, async || {
+        cluster.proxy.exit_status().ok_or_else(|| {
+            cluster.proxy.terminate();
+            "it drains".to_string()
+        })
+    })
+    .await;
+    assert_eq!(status.code(), Some(130));
+    assert!(told_at.elapsed() >= Duration::from_secs(1), "after {:?}", told_at.elapsed());
+    drop(stream);
+    cluster.restart_proxy().await;
+    cluster.shut_down().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_drain_is_cut_at_its_time_limit_and_the_request_goes_on_elsewhere() {
     let shape = Shape { num_decode: 2, decode: vec!["--drain-timeout", "0s"], ..Shape::default() };
@@ -262,7 +301,8 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 14] = [
+    let cases: [(&[&str], &str); 15] = [
+        (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
         (&["--max-num-seqs", "0"], "at least 1"),
@@ -313,6 +353,49 @@ fn settings_come_from_flags_then_environment_then_file() {
 }
 
 #[test]
+fn variables_that_set_nothing_are_told_and_an_empty_key_is_refused() {
+    let said = |name: &str, value: &str| {
+        let output = tandem().args(["up", "--model", "nowhere"]).env(name, value).output().unwrap();
+        assert!(!output.status.success());
+        String::from_utf8(output.stderr).unwrap()
+    };
+    let typo = said("TANDEM_BLOK_SIZE", "32");
+    assert_eq!(typo.matches("TANDEM_BLOK_SIZE").count(), 1, "{typo}");
+    assert!(typo.contains("did you mean TANDEM_BLOCK_SIZE?") && typo.contains("nowhere"), "{typo}");
+    assert!(!said("TANDEM_BLOCK_SIZE", "32").contains("sets nothing"));
+    let empty = said("TANDEM_API_KEY", "");
+    assert!(empty.contains("TANDEM_API_KEY is empty: an empty key is no key") && !empty.contains("nowhere"), "{empty}");
+}
+
+/// A checkpoint without weights tells what is looked at before them.
+#[test]
+fn certificates_and_the_text_side_are_checked_before_the_weights() {
+    let scratch = Scratch::new();
+    let dir = scratch.path();
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
+        // Not every checkpoint has every file.
+        let _ = std::fs::copy(format!("{ROOT}/models/tiny/{file}"), dir.join(file));
+    }
+    make_certs(dir, &strings(&["prefill-0"]), &strings(&["decode-0"]));
+    let (folder, certs) = (dir.display().to_string(), dir.display().to_string());
+    let said = |args: &[&str]| {
+        let args: Vec<&str> = args.iter().copied().chain(["--model", &folder]).collect();
+        String::from_utf8(run(&args).stderr).unwrap()
+    };
+    let of_weights = said(&["up"]);
+    assert!(of_weights.contains("safetensors"), "{of_weights}");
+    let of_node = said(&["decode-node", "--tls-dir", &certs, "--node-id", "prefill-0"]);
+    let expected = "this node is decode-node \"prefill-0\", its certificate was issued to prefill-node \"prefill-0\"";
+    assert!(of_node.contains(expected), "{of_node}");
+    std::fs::write(dir.join("chat_template.jinja"), "{% for %}").unwrap();
+    let of_template = said(&["up"]);
+    assert!(of_template.contains("template") && !of_template.contains("safetensors"), "{of_template}");
+    std::fs::write(dir.join("tokenizer.json"), "{}").unwrap();
+    let of_tokenizer = said(&["up"]);
+    assert!(of_tokenizer.contains("tokenizer.json") && !of_tokenizer.contains("safetensors"), "{of_tokenizer}");
+}
+
+#[test]
 fn each_role_has_a_binary_of_its_own() {
     for role in ["proxy", "prefill-node", "decode-node"] {
         let binary = std::path::Path::new(support::process::TANDEM).with_file_name(role);
@@ -334,7 +417,6 @@ fn help_names_every_flag_with_its_default() {
             "proxy" => &["--model", "--served-model-name", "--host", "--port", "--seed", "[default: 8000]"],
             _ => &[
                 "--model",
-                "--served-model-name",
                 "--dtype",
                 "--max-model-len",
                 "--max-num-seqs",
@@ -349,6 +431,8 @@ fn help_names_every_flag_with_its_default() {
         for flag in expected {
             assert!(help.contains(flag), "{command} --help lacks {flag}\n{help}");
         }
+        let is_node = command.ends_with("-node");
+        assert_eq!(help.contains("--served-model-name") || help.contains("--seed"), !is_node && command != "certs");
     }
     assert!(run(&["--version"]).status.success());
 }

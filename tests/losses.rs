@@ -332,7 +332,7 @@ async fn nodes_outlive_their_proxy_and_hold_nothing_for_it() {
 /// Kills the decode node that has the only request.
 async fn kill_whoever_decodes(cluster: &mut Cluster) -> String {
     let name = wait::until("a decode node has the request", SOON, async || {
-        let requests = cluster.node_metrics().await.by_node("tandem_decode_requests", &[]);
+        let requests = cluster.node_metrics().await.by_node("tandem_open_requests", &[("role", "decode-node")]);
         let busy = requests.into_iter().find(|(_, num)| *num > 0.0);
         busy.map(|(node, _)| node).ok_or_else(|| "nobody has it".to_string())
     })

@@ -18,7 +18,7 @@
 //! 5. [`wire`]: the messages, and their bounded encoding.
 //! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
 //! 7. [`handover`]: reserve, grant, land, verify, cancel, resume.
-//! 8. [`timeline`], [`config`]: what is measured, and what can be set.
+//! 8. [`timeline`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be set.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -33,6 +33,7 @@ pub mod model;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;
+pub mod shared_metrics;
 pub mod timeline;
 pub mod tokens;
 pub mod wire;

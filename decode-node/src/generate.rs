@@ -74,7 +74,11 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
         }
         Err(End::Busy) => GenerateEvent::Busy { retry_after: RETRY_AFTER },
         Err(End::Failed(error)) => {
-            tracing::warn!(%error, "request failed");
+            if error.is_of_the_client() {
+                tracing::info!(%error, "request refused");
+            } else {
+                tracing::warn!(%error, "request failed");
+            }
             GenerateEvent::Failed(error)
         }
         Err(End::Gone) => {
@@ -208,6 +212,10 @@ impl Ongoing<'_> {
                 Ok(Admitted { num_cached_tokens, blocks })
             }
             EngineEvent::Rejected(AddError::Full { .. }) => Err(End::Busy),
+            EngineEvent::Rejected(AddError::TooManyChoices { num_choices, max_num_choices }) => {
+                let [num_choices, max_num_choices] = [num_choices, max_num_choices].map(|num| num as u32);
+                Err(End::Failed(NodeError::TooManyChoices { num_choices, max_num_choices }))
+            }
             EngineEvent::Rejected(error) => Err(End::Failed(NodeError::Invalid { reason: error.to_string() })),
             EngineEvent::Failed { reason } => Err(End::Failed(NodeError::Engine { reason })),
             event => Err(End::Failed(unexpected(&event))),

@@ -1,7 +1,13 @@
 //! The decode node's own numbers; the engine and the fabric keep theirs.
 
+use common::shared_metrics::{
+    FIRST_TOKEN_GAP_SECONDS, KV_TRANSFERRED_BYTES, LOCAL_PREFILLS, OPEN_REQUESTS, REQUEST_HANDOVER_SECONDS,
+    REQUEST_PREFILL_SECONDS, REQUEST_QUEUE_SECONDS, REQUEST_TRANSFER_SECONDS, SharedMetric,
+};
 use common::timeline::NodeTimeline;
 use metrics::{Counter, Gauge, Histogram, Label};
+
+const CANDIDATES_LOST: &str = "tandem_prefill_candidates_lost_total";
 
 /// Handles, made once.
 pub(crate) struct NodeMetrics {
@@ -28,25 +34,25 @@ impl Drop for Counted {
 impl NodeMetrics {
     pub(crate) fn new(node: &str) -> Self {
         let labels = vec![Label::new("role", "decode-node"), Label::new("node", node.to_string())];
-        let histogram = |name: &'static str, help: &'static str| {
-            metrics::describe_histogram!(name, help);
-            metrics::histogram!(name, labels.clone())
+        let histogram = |metric: SharedMetric| {
+            metrics::describe_histogram!(metric.name, metric.help);
+            metrics::histogram!(metric.name, labels.clone())
         };
+        let counter = |metric: SharedMetric| {
+            metrics::describe_counter!(metric.name, metric.help);
+            metrics::counter!(metric.name, labels.clone())
+        };
+        metrics::describe_gauge!(OPEN_REQUESTS.name, OPEN_REQUESTS.help);
+        metrics::describe_counter!(CANDIDATES_LOST, "Prefill nodes that were asked and given up, by reason");
         Self {
-            requests: metrics::gauge!("tandem_decode_requests", labels.clone()),
-            local_prefills: metrics::counter!("tandem_local_prefills_total", labels.clone()),
-            transferred_bytes: metrics::counter!("tandem_kv_transferred_bytes_total", labels.clone()),
-            queue: histogram("tandem_request_queue_seconds", "Time in queues, each role as it saw it"),
-            prefill: histogram(
-                "tandem_request_prefill_seconds",
-                "Time in which the prompt was computed, each role as it saw it",
-            ),
-            transfer: histogram("tandem_kv_transfer_seconds", "From the first extent to the last one verified"),
-            handover: histogram("tandem_kv_handover_seconds", "From token #1 to the sequence in the running batch"),
-            first_gap: histogram(
-                "tandem_first_token_gap_seconds",
-                "Time between tokens #1 and #2, where a slow hand-over shows",
-            ),
+            requests: metrics::gauge!(OPEN_REQUESTS.name, labels.clone()),
+            local_prefills: counter(LOCAL_PREFILLS),
+            transferred_bytes: counter(KV_TRANSFERRED_BYTES),
+            queue: histogram(REQUEST_QUEUE_SECONDS),
+            prefill: histogram(REQUEST_PREFILL_SECONDS),
+            transfer: histogram(REQUEST_TRANSFER_SECONDS),
+            handover: histogram(REQUEST_HANDOVER_SECONDS),
+            first_gap: histogram(FIRST_TOKEN_GAP_SECONDS),
             labels,
         }
     }
@@ -63,7 +69,7 @@ impl NodeMetrics {
     pub(crate) fn count_candidate_lost(&self, reason: &'static str) {
         let mut labels = self.labels.clone();
         labels.push(Label::from_static_parts("reason", reason));
-        metrics::counter!("tandem_prefill_candidates_lost_total", labels).increment(1);
+        metrics::counter!(CANDIDATES_LOST, labels).increment(1);
     }
 
     pub(crate) fn observe(&self, timeline: &NodeTimeline) {

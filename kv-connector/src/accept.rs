@@ -13,9 +13,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::accounting::Kind;
 use crate::fabric::Shared;
-use crate::link::{CLOSE_DONE, Link, LinkInner};
+use crate::link::{CLOSE_DONE, CloseReason, Link, LinkInner};
 use crate::socket::{Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
+use crate::versions;
 
 /// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
 const NUM_UNPROVEN_MAX: usize = 64;
@@ -100,10 +101,10 @@ async fn serve_control(
     stranger: OwnedSemaphorePermit,
     waiting: mpsc::Sender<IncomingStream>,
 ) {
-    let Some((connection, peer)) = welcome(&shared, socket, incoming, |_, _| ()).await else { return };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _| ()).await else { return };
     drop(stranger);
-    tracing::debug!(peer = %peer.node, role = %peer.role, remote = %connection.remote_address(), "accepted a link");
-    let link = shared.link(connection.clone(), peer);
+    tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
+    let link = shared.link(connection.clone(), version, peer);
     let reason = loop {
         match connection.accept_bi().await {
             Ok(halves) => {
@@ -153,10 +154,10 @@ async fn serve_stream(
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
     let register = |connection: &Connection, peer: &Hello| shared.bulk_senders.insert(peer, connection, &shared.ledger);
-    let Some((connection, peer)) = welcome(&shared, socket, incoming, register).await else { return };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
-    tracing::debug!(peer = %peer.node, remote = %connection.remote_address(), "accepted a bulk connection");
+    tracing::debug!(peer = %peer.node, version, remote = %connection.remote_address(), "accepted a bulk connection");
     let reason = connection.closed().await;
     shared.bulk_senders.remove(&peer, &connection);
     tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
@@ -178,7 +179,7 @@ async fn welcome(
     socket: &Socket,
     incoming: Incoming,
     register: impl FnOnce(&Connection, &Hello),
-) -> Option<(Connection, Hello)> {
+) -> Option<(Connection, u16, Hello)> {
     let remote = incoming.remote_address();
     let refused = |reason: String| {
         shared.ledger.count_refused_connection("hello");
@@ -197,7 +198,10 @@ async fn welcome(
     let connection = match tokio::time::timeout_at(deadline, connecting).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(error)) => {
-            refused(error.to_string());
+            refused(match CloseReason::from(error) {
+                CloseReason::NoCommonProtocol => versions::no_common_protocol(&shared.versions),
+                other => other.to_string(),
+            });
             return None;
         }
         Err(_) => {
@@ -205,10 +209,16 @@ async fn welcome(
             return None;
         }
     };
+    let Some(version) = versions::negotiated(&connection) else {
+        let parting = versions::part_as_accepter(&connection, &shared.versions);
+        let said = tokio::time::timeout_at(deadline, parting).await;
+        refused(said.unwrap_or_else(|_| "no list of protocol versions in time".to_string()));
+        return None;
+    };
     let greeter = shared.greeter(socket.traffic);
     let welcoming = greeter.welcome(&connection, |peer| register(&connection, peer));
     match tokio::time::timeout_at(deadline, welcoming).await {
-        Ok(Ok(peer)) => Some((connection, peer)),
+        Ok(Ok(peer)) => Some((connection, version, peer)),
         Ok(Err(failure)) => {
             refused(format!("{failure:?}"));
             connection.close(CLOSE_DONE, b"no hello");

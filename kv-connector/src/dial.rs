@@ -15,6 +15,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+use crate::versions;
 
 /// A link that could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -39,6 +40,14 @@ pub enum DialError {
         /// Who was expected there.
         role: Role,
         /// What TLS said.
+        reason: String,
+    },
+    /// The two ends share no version of the protocol.
+    #[error("{addr} cannot be talked to: {reason}")]
+    NoCommonVersion {
+        /// The address.
+        addr: SocketAddr,
+        /// Which versions met, as far as they are known.
         reason: String,
     },
     /// The other end does not want us.
@@ -103,13 +112,13 @@ impl Fabric {
     /// # Errors
     /// [`DialError`]; given up after the hello deadline.
     pub async fn dial(&self, addr: SocketAddr, role: Role, node: Option<&NodeId>) -> Result<Link, DialError> {
-        let (connection, peer) = self.connect(&self.shared.control, addr, role).await?;
+        let (connection, version, peer) = self.connect(&self.shared.control, addr, role).await?;
         if let Some(expected) = node.filter(|expected| **expected != peer.node) {
             let found = peer.node;
             connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
             return Err(DialError::WrongNode { addr, expected: expected.clone(), found });
         }
-        let link = self.shared.link(connection, peer);
+        let link = self.shared.link(connection, version, peer);
         self.shared.tasks.spawn(accept::dialled_streams(
             self.shared.clone(),
             link.downgrade(),
@@ -133,7 +142,7 @@ impl Fabric {
             })?;
         let addr = SocketAddr::new(link.remote().ip(), port);
         let socket = self.bulk_dialler(addr)?;
-        let (connection, peer) = self.connect(socket, addr, role).await?;
+        let (connection, _version, peer) = self.connect(socket, addr, role).await?;
         if peer.node != node {
             connection.close(CLOSE_DONE, b"another node was expected here");
             return Err(DialError::WrongNode { addr, expected: node, found: peer.node });
@@ -166,10 +175,19 @@ impl Fabric {
         Ok(self.shared.bulk_dialler.get_or_init(|| socket))
     }
 
-    async fn connect(&self, socket: &Socket, addr: SocketAddr, role: Role) -> Result<(Connection, Hello), DialError> {
+    async fn connect(
+        &self,
+        socket: &Socket,
+        addr: SocketAddr,
+        role: Role,
+    ) -> Result<(Connection, u16, Hello), DialError> {
+        let ours = &self.shared.versions;
         let unreachable = |reason: String| DialError::Unreachable { addr, role, reason };
         let lost = |reason: CloseReason| match reason {
             CloseReason::NotTrusted { reason } => DialError::NotTrusted { addr, role, reason },
+            CloseReason::NoCommonProtocol => {
+                DialError::NoCommonVersion { addr, reason: versions::no_common_protocol(ours) }
+            }
             CloseReason::ClosedByPeer { reason } => DialError::RefusedByPeer { addr, reason },
             other => unreachable(other.to_string()),
         };
@@ -179,6 +197,12 @@ impl Fabric {
             let connecting = socket.endpoint.connect_with(config, addr, &role_name(role));
             let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await;
             let connection = connection.map_err(|error| lost(error.into()))?;
+            let Some(version) = versions::negotiated(&connection) else {
+                return Err(match versions::part_as_dialler(&connection, ours).await.into() {
+                    CloseReason::ClosedByPeer { reason } => DialError::NoCommonVersion { addr, reason },
+                    other => lost(other),
+                });
+            };
             let peer =
                 self.shared.greeter(socket.traffic).greet(&connection).await.map_err(|failure| match failure {
                     HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
@@ -186,7 +210,7 @@ impl Fabric {
                     HelloFailure::Lost(reason) => lost(reason),
                     HelloFailure::Broken(reason) => unreachable(reason),
                 })?;
-            Ok((connection, peer))
+            Ok((connection, version, peer))
         };
         let deadline = self.shared.limits.hello_deadline;
         let connected = tokio::time::timeout(deadline, connecting).await;

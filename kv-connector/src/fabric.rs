@@ -13,7 +13,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
 use common::ids::{Epoch, NodeId, Role};
-use common::wire::{ALPN_BULK, ALPN_CONTROL, Hello};
+use common::wire::{Hello, PROTOCOL_VERSIONS};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Connection, ServerConfig};
 use tokio::sync::{Mutex, Semaphore, mpsc};
@@ -31,6 +31,7 @@ use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::BulkSenders;
 use crate::transfer::{BulkSender, LandingZone, TransportLayer};
+use crate::versions::alpn_ids;
 
 /// What a fabric is made of.
 #[derive(Clone)]
@@ -48,16 +49,19 @@ pub struct FabricConfig {
     pub check: HelloCheck,
     /// Bounds.
     pub limits: FabricLimits,
+    /// Versions of the protocol that are spoken, newest first; never empty.
+    pub versions: Vec<u16>,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,
 }
 
 impl FabricConfig {
-    /// No bulk listener, default limits, and every peer taken whose model fits.
+    /// No bulk listener, default limits, the versions of this build, and every peer taken whose model fits.
     pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
         let check = compatible_models(&hello);
         let limits = FabricLimits::default();
-        Self { listen, bulk_listen: None, identity, hello, check, limits, transport_layer: None }
+        let versions = PROTOCOL_VERSIONS.to_vec();
+        Self { listen, bulk_listen: None, identity, hello, check, limits, versions, transport_layer: None }
     }
 }
 
@@ -91,6 +95,23 @@ pub enum BindError {
     Tls(#[from] TlsError),
 }
 
+/// Whether a certificate is that of `node` in `role`. [`Fabric::bind`] asks too; asked before a model is
+/// loaded, a wrong file costs moments.
+///
+/// # Errors
+/// [`BindError::WrongIdentity`].
+pub fn check_holder(identity: &Identity, role: Role, node: &NodeId) -> Result<(), BindError> {
+    if (identity.role(), identity.node()) == (role, node) {
+        return Ok(());
+    }
+    Err(BindError::WrongIdentity {
+        hello_role: role,
+        hello_node: node.clone(),
+        cert_role: identity.role(),
+        cert_node: identity.node().clone(),
+    })
+}
+
 /// A node's place in the cluster. Cheap to clone; everything closes when the last clone is gone.
 #[derive(Clone)]
 pub struct Fabric {
@@ -104,6 +125,7 @@ pub(crate) struct Shared {
     pub(crate) hello: Hello,
     pub(crate) check: HelloCheck,
     pub(crate) limits: FabricLimits,
+    pub(crate) versions: Vec<u16>,
     pub(crate) ledger: Arc<Ledger>,
     /// Refused connections, which anyone can cause.
     pub(crate) refusals: Quiet,
@@ -132,17 +154,13 @@ impl Fabric {
     /// # Errors
     /// [`BindError`].
     pub fn bind(config: FabricConfig) -> Result<Self, BindError> {
-        let FabricConfig { listen, bulk_listen, identity, mut hello, check, limits, transport_layer } = config;
-        if (identity.role(), identity.node()) != (hello.role, &hello.node) {
-            return Err(BindError::WrongIdentity {
-                hello_role: hello.role,
-                hello_node: hello.node,
-                cert_role: identity.role(),
-                cert_node: identity.node().clone(),
-            });
-        }
-        let servers = [tls::server(&identity, ALPN_CONTROL)?, tls::server(&identity, ALPN_BULK)?];
-        let clients = [tls::client(&identity, ALPN_CONTROL)?, tls::client(&identity, ALPN_BULK)?];
+        let FabricConfig { listen, bulk_listen, identity, mut hello, check, limits, versions, transport_layer } =
+            config;
+        check_holder(&identity, hello.role, &hello.node)?;
+        let server = |traffic: Traffic| tls::server(&identity, alpn_ids(traffic, &versions));
+        let client = |traffic: Traffic| tls::client(&identity, alpn_ids(traffic, &versions));
+        let servers = [server(Traffic::Control)?, server(Traffic::Bulk)?];
+        let clients = [client(Traffic::Control)?, client(Traffic::Bulk)?];
         let listener = |addr: SocketAddr, traffic: Traffic| {
             // Replaced for every connection that is accepted.
             let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
@@ -162,6 +180,7 @@ impl Fabric {
             budget: FrameBudget::new(limits.frame_bytes_max, limits.frame_deadline),
             bulk_senders: BulkSenders::new(transport_layer),
             limits,
+            versions,
             ledger,
             refusals: Quiet::default(),
             servers,
@@ -234,8 +253,8 @@ impl Shared {
         Greeter { ours, check, traffic, ledger: &self.ledger, budget: &self.budget }
     }
 
-    pub(crate) fn link(&self, connection: Connection, peer: Hello) -> Link {
-        Link::new(connection, peer, self.ledger.clone(), self.budget.clone())
+    pub(crate) fn link(&self, connection: Connection, version: u16, peer: Hello) -> Link {
+        Link::new(connection, version, peer, self.ledger.clone(), self.budget.clone())
     }
 
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

@@ -15,7 +15,7 @@
 //! Reading order:
 //!
 //! 1. [`certs`], `tls`: who may speak.
-//! 2. [`fabric`], `dial`, `hello`, `accept`: bind, dial, accept.
+//! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
 //! 3. [`link`], [`stream`]: messages, and ends that mean something.
 //! 4. [`transfer`]: extents, landings, transports and their faults.
 //! 5. [`membership`], [`fencing`]: what nodes tell proxies, and newer attempts.
@@ -38,12 +38,13 @@ mod socket;
 pub mod stream;
 mod tls;
 pub mod transfer;
+mod versions;
 
 pub use accept::IncomingStream;
 pub use accounting::FabricAccounting;
 pub use certs::{CertError, ClusterCa, Identity};
 pub use dial::DialError;
-pub use fabric::{BindError, Fabric, FabricConfig};
+pub use fabric::{BindError, Fabric, FabricConfig, check_holder};
 pub use hello::{HelloCheck, compatible_models};
 pub use limits::FabricLimits;
 pub use link::{CloseReason, Link, OpenError};

@@ -13,6 +13,7 @@ use quinn::{ConnectionError, VarInt};
 use crate::accounting::{Held, Kind, Ledger};
 use crate::socket::Traffic;
 use crate::stream::{ControlReceiver, ControlSender, FrameBudget, SendError, StreamHold};
+use crate::versions::NO_APPLICATION_PROTOCOL;
 
 /// Error codes of a connection's end.
 pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
@@ -39,6 +40,9 @@ pub enum CloseReason {
         /// What TLS said.
         reason: String,
     },
+    /// The peer offers no protocol that is spoken here.
+    #[error("the other end speaks no version of this protocol that is spoken here")]
+    NoCommonProtocol,
     /// Anything else: the peer restarted and forgot the connection, or broke the protocol.
     #[error("{reason}")]
     Broken {
@@ -50,7 +54,10 @@ pub enum CloseReason {
 impl From<ConnectionError> for CloseReason {
     fn from(error: ConnectionError) -> Self {
         let is_tls = |code: quinn::TransportErrorCode| (0x100..0x200).contains(&u64::from(code));
+        let is_alpn = |code: quinn::TransportErrorCode| u64::from(code) == NO_APPLICATION_PROTOCOL;
         match error {
+            ConnectionError::ConnectionClosed(close) if is_alpn(close.error_code) => CloseReason::NoCommonProtocol,
+            ConnectionError::TransportError(error) if is_alpn(error.code) => CloseReason::NoCommonProtocol,
             ConnectionError::TimedOut => CloseReason::Silent,
             ConnectionError::LocallyClosed => CloseReason::ClosedHere,
             ConnectionError::ApplicationClosed(close) => {
@@ -90,6 +97,7 @@ pub struct Link {
 
 pub(crate) struct LinkInner {
     connection: quinn::Connection,
+    version: u16,
     peer: Arc<Hello>,
     ledger: Arc<Ledger>,
     budget: FrameBudget,
@@ -110,9 +118,21 @@ impl std::fmt::Debug for Link {
 }
 
 impl Link {
-    pub(crate) fn new(connection: quinn::Connection, peer: Hello, ledger: Arc<Ledger>, budget: FrameBudget) -> Self {
+    pub(crate) fn new(
+        connection: quinn::Connection,
+        version: u16,
+        peer: Hello,
+        ledger: Arc<Ledger>,
+        budget: FrameBudget,
+    ) -> Self {
         let held = ledger.hold(Kind::Connection(Traffic::Control));
-        Self { inner: Arc::new(LinkInner { connection, peer: Arc::new(peer), ledger, budget, _held: held }) }
+        Self { inner: Arc::new(LinkInner { connection, version, peer: Arc::new(peer), ledger, budget, _held: held }) }
+    }
+
+    /// The version of the protocol that both ends speak here
+    /// ([`PROTOCOL_VERSIONS`](common::wire::PROTOCOL_VERSIONS)).
+    pub fn version(&self) -> u16 {
+        self.inner.version
     }
 
     /// Who is at the other end, as it said in its hello and as its certificate confirms.

@@ -216,13 +216,13 @@ mod tests {
     async fn loopback_bulk_travels_in_large_datagrams_and_loses_none() {
         let (ca, limits) = (ClusterCa::generate().unwrap(), FabricLimits::default());
         let identity = ca.issue(Role::PrefillNode, &NodeId::new("p0").unwrap()).unwrap();
-        let alpn: &[&[u8]] = &[b"test"];
-        let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn).unwrap());
+        let alpn = || vec![b"test".to_vec()];
+        let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn()).unwrap());
         let receiver = bind(LOOPBACK, Traffic::Bulk, None).unwrap();
         let sender = bind(LOOPBACK, Traffic::Bulk, Some(server.clone())).unwrap();
         let addr = sender.endpoint.local_addr().unwrap();
         server.transport_config(sender.transport(&limits, LOOPBACK));
-        let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn).unwrap());
+        let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());
         client.transport_config(receiver.transport(&limits, addr));
         let accepting = async {
             let incoming = sender.endpoint.accept().await.unwrap();

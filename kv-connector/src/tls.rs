@@ -34,29 +34,29 @@ pub(crate) fn client_verifier(ca: &CertificateDer<'static>) -> Result<Arc<dyn Cl
     WebPkiClientVerifier::builder_with_provider(roots(ca)?, provider()).build().map_err(tls_error)
 }
 
-/// For accepting: `alpn` lists the protocol versions spoken, newest first.
-pub(crate) fn server(identity: &Identity, alpn: &[&[u8]]) -> Result<Arc<QuicServerConfig>, TlsError> {
+/// For accepting: `alpn` lists the protocols spoken, best first.
+pub(crate) fn server(identity: &Identity, alpn: Vec<Vec<u8>>) -> Result<Arc<QuicServerConfig>, TlsError> {
     let mut config = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(tls_error)?
         .with_client_cert_verifier(client_verifier(&identity.ca)?)
         .with_single_cert(vec![identity.certificate.clone()], identity.key.clone_key())
         .map_err(tls_error)?;
-    config.alpn_protocols = alpn.iter().map(|id| id.to_vec()).collect();
+    config.alpn_protocols = alpn;
     // Every connection proves its certificate anew.
     config.send_tls13_tickets = 0;
     Ok(Arc::new(QuicServerConfig::try_from(config).map_err(tls_error)?))
 }
 
 /// For dialling.
-pub(crate) fn client(identity: &Identity, alpn: &[&[u8]]) -> Result<Arc<QuicClientConfig>, TlsError> {
+pub(crate) fn client(identity: &Identity, alpn: Vec<Vec<u8>>) -> Result<Arc<QuicClientConfig>, TlsError> {
     let mut config = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13])
         .map_err(tls_error)?
         .with_root_certificates(roots(&identity.ca)?)
         .with_client_auth_cert(vec![identity.certificate.clone()], identity.key.clone_key())
         .map_err(tls_error)?;
-    config.alpn_protocols = alpn.iter().map(|id| id.to_vec()).collect();
+    config.alpn_protocols = alpn;
     config.resumption = rustls::client::Resumption::disabled();
     Ok(Arc::new(QuicClientConfig::try_from(config).map_err(tls_error)?))
 }

@@ -9,13 +9,17 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::ids::Role;
-use common::wire::{self, ALPN_BULK, ALPN_CONTROL, GenerateEvent, Hello, HelloReply, Message, Open, PrefillEvent};
+use common::wire::{self, GenerateEvent, Hello, HelloReply, Message, Open, PrefillEvent};
 use kv_connector::transfer::{LandingEvent, RefusedExtent};
 use kv_connector::{Fabric, FabricLimits, RecvError};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use support::{Cluster, Job, LOOPBACK, TestMemory, assert_nothing_left, eventually, generate, hello, node, soon};
+
+/// Version 1 as it is on the wire.
+const ALPN_CONTROL: &[u8] = b"tandem/1";
+const ALPN_BULK: &[u8] = b"tandem-bulk/1";
 
 /// Certificate and key of a node of the cluster, for use without a fabric.
 struct Raw {
@@ -108,7 +112,7 @@ fn patient(cluster: &Cluster, name: &str, role: Role, deadline: Duration) -> Fab
 /// A raw proxy that was welcomed by a decode node.
 async fn raw_proxy(decode: &Fabric, cluster: &Cluster) -> Connection {
     let raw = Raw::new(cluster, "x9", Role::Proxy);
-    let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL[0]).await.unwrap();
+    let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL).await.unwrap();
     let reply = greet(&connection, hello("x9", Role::Proxy)).await;
     assert_eq!(reply, HelloReply::Welcome(decode.hello().clone()));
     connection
@@ -200,7 +204,7 @@ async fn connection_without_a_hello_is_closed() {
     let cluster = Cluster::new();
     let decode = patient(&cluster, "d0", Role::DecodeNode, Duration::from_millis(200));
     let raw = Raw::new(&cluster, "x9", Role::Proxy);
-    let connect = || raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL[0]);
+    let connect = || raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL);
     let silent = connect().await.unwrap();
     assert!(soon("closed", silent.closed()).await.to_string().contains("no hello in time"));
     let hasty = connect().await.unwrap();
@@ -220,7 +224,7 @@ async fn hello_with_another_name_than_the_certificate_is_refused_in_words() {
     let decode = cluster.start("d0", Role::DecodeNode);
     let raw = Raw::new(&cluster, "x9", Role::Proxy);
     for (name, role) in [("x8", Role::Proxy), ("x9", Role::DecodeNode)] {
-        let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL[0]).await.unwrap();
+        let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL).await.unwrap();
         let reply = greet(&connection, hello(name, role)).await;
         let reason = format!(
             "the hello is from {role} \"{name}\", the certificate was issued to proxy \"x9\": start the node with its own certificate"
@@ -236,9 +240,39 @@ async fn other_protocol_version_is_refused_by_the_handshake() {
     let cluster = Cluster::new();
     let decode = cluster.start("d0", Role::DecodeNode);
     let raw = Raw::new(&cluster, "x9", Role::Proxy);
-    for alpn in [&b"tandem/99"[..], ALPN_BULK[0]] {
+    for alpn in [&b"tandem/99"[..], ALPN_BULK] {
         let error = raw.dial(decode.local_addr(), Role::DecodeNode, alpn).await.unwrap_err().to_string();
         assert!(error.contains("peer doesn't support any known protocol"), "{error}");
+    }
+    assert_nothing_left([decode]).await;
+}
+
+#[tokio::test]
+async fn server_of_another_protocol_is_told_apart_from_one_of_another_version() {
+    let cluster = Cluster::new();
+    let endpoint = Raw::new(&cluster, "d9", Role::DecodeNode).listen(b"h3");
+    let addr = endpoint.local_addr().unwrap();
+    let serving = tokio::spawn(async move { endpoint.accept().await.unwrap().await.is_err() });
+    let proxy = cluster.start("x0", Role::Proxy);
+    let error = soon("dial", proxy.dial(addr, Role::DecodeNode, None)).await.unwrap_err();
+    assert!(error.to_string().contains("speaks no version of this protocol (this node speaks 1)"), "{error}");
+    assert!(soon("server", serving).await.unwrap());
+    assert_nothing_left([proxy]).await;
+}
+
+#[tokio::test]
+async fn dialler_without_a_common_version_that_says_nothing_readable_still_gets_the_sentence() {
+    let cluster = Cluster::new();
+    let decode = cluster.start("d0", Role::DecodeNode);
+    let raw = Raw::new(&cluster, "x9", Role::Proxy);
+    for list in [&[0xff; 8][..], &[b'1'; 100_000]] {
+        let connection = raw.dial(decode.local_addr(), Role::DecodeNode, b"tandem/versions").await.unwrap();
+        let (mut send, _recv) = connection.open_bi().await.unwrap();
+        // The accepter may have closed before all of it was sent.
+        let _ = send.write_all(list).await;
+        let _ = send.finish();
+        let closed = soon("closed", connection.closed()).await.to_string();
+        assert!(closed.contains("speaks others, which it does not name, the accepting node 1"), "{closed}");
     }
     assert_nothing_left([decode]).await;
 }
@@ -247,7 +281,7 @@ async fn other_protocol_version_is_refused_by_the_handshake() {
 async fn answer_that_is_no_message_is_an_error_and_not_a_panic() {
     let cluster = Cluster::new();
     let raw = Raw::new(&cluster, "d9", Role::DecodeNode);
-    let endpoint = raw.listen(ALPN_CONTROL[0]);
+    let endpoint = raw.listen(ALPN_CONTROL);
     let addr = endpoint.local_addr().unwrap();
     let serving = tokio::spawn(async move {
         let connection = endpoint.accept().await.unwrap().await.unwrap();
@@ -271,7 +305,7 @@ async fn answer_that_is_no_message_is_an_error_and_not_a_panic() {
 async fn garbage_on_bulk_streams_is_refused_and_counted_and_genuine_kv_still_lands() {
     let cluster = Cluster::new();
     let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
-    let (control, bulk) = (raw.listen(ALPN_CONTROL[0]), raw.listen(ALPN_BULK[0]));
+    let (control, bulk) = (raw.listen(ALPN_CONTROL), raw.listen(ALPN_BULK));
     let mut own = hello("p9", Role::PrefillNode);
     own.bulk_port = Some(bulk.local_addr().unwrap().port());
     let addr = control.local_addr().unwrap();

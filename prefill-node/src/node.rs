@@ -4,6 +4,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::config::PrefillArgs;
+use common::shared_metrics::{
+    KV_TRANSFERRED_BYTES, OPEN_REQUESTS, REQUEST_PREFILL_SECONDS, REQUEST_QUEUE_SECONDS, SharedMetric,
+};
 use common::timeline::NodeTimeline;
 use common::wire::{NodeError, Open, PrefillEvent};
 use engine::core::EngineHandle;
@@ -69,15 +72,21 @@ impl PrefillNode {
     /// Puts a node together; [`serve`](Self::serve) runs it.
     pub fn new(engine: EngineHandle, fabric: Fabric, presence: NodePresence, args: PrefillArgs) -> Self {
         let labels = vec![Label::new("role", "prefill-node"), Label::new("node", fabric.hello().node.to_string())];
+        let histogram = |metric: SharedMetric| {
+            metrics::describe_histogram!(metric.name, metric.help);
+            metrics::histogram!(metric.name, labels.clone())
+        };
+        metrics::describe_gauge!(OPEN_REQUESTS.name, OPEN_REQUESTS.help);
+        metrics::describe_counter!(KV_TRANSFERRED_BYTES.name, KV_TRANSFERRED_BYTES.help);
         let node = Node {
             engine,
             fences: Fences::default(),
             args,
             presence,
-            requests: metrics::gauge!("tandem_prefill_requests", labels.clone()),
-            sent_bytes: metrics::counter!("tandem_kv_sent_bytes_total", labels.clone()),
-            queue: metrics::histogram!("tandem_request_queue_seconds", labels.clone()),
-            prefill: metrics::histogram!("tandem_request_prefill_seconds", labels),
+            requests: metrics::gauge!(OPEN_REQUESTS.name, labels.clone()),
+            sent_bytes: metrics::counter!(KV_TRANSFERRED_BYTES.name, labels.clone()),
+            queue: histogram(REQUEST_QUEUE_SECONDS),
+            prefill: histogram(REQUEST_PREFILL_SECONDS),
             fabric,
         };
         Self { node: Arc::new(node), tasks: TaskTracker::new() }

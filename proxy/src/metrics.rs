@@ -8,6 +8,10 @@ use std::sync::OnceLock;
 use std::time::Duration;
 
 use common::ids::NodeId;
+use common::shared_metrics::{
+    FIRST_TOKEN_GAP_SECONDS, KV_TRANSFERRED_BYTES, LOCAL_PREFILLS, OPEN_REQUESTS, REQUEST_HANDOVER_SECONDS,
+    REQUEST_PREFILL_SECONDS, REQUEST_QUEUE_SECONDS, REQUEST_TRANSFER_SECONDS,
+};
 use common::timeline::NodeTimeline;
 use metrics::{Label, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 pub use metrics_exporter_prometheus::PrometheusHandle;
@@ -47,23 +51,31 @@ pub fn install() -> Result<PrometheusHandle, BuildError> {
 
 /// The `HELP` lines of what the proxy writes. Names with `vllm:` mean what they mean there.
 fn describe() {
+    for shared in [
+        FIRST_TOKEN_GAP_SECONDS,
+        REQUEST_QUEUE_SECONDS,
+        REQUEST_PREFILL_SECONDS,
+        REQUEST_TRANSFER_SECONDS,
+        REQUEST_HANDOVER_SECONDS,
+    ] {
+        describe_histogram!(shared.name, shared.help);
+    }
+    for shared in [LOCAL_PREFILLS, KV_TRANSFERRED_BYTES] {
+        describe_counter!(shared.name, shared.help);
+    }
+    describe_gauge!(OPEN_REQUESTS.name, OPEN_REQUESTS.help);
     for (name, help) in [
         ("tandem_time_to_first_token_seconds", "From a request's last byte to its first token"),
         ("vllm:time_to_first_token_seconds", "From a request's last byte to its first token"),
         ("tandem_inter_token_latency_seconds", "Time between two tokens of a choice"),
         ("vllm:inter_token_latency_seconds", "Time between two tokens of a choice"),
-        ("tandem_first_gap_seconds", "Time between tokens #1 and #2 of a choice, where a slow hand-over shows"),
         ("tandem_e2e_request_latency_seconds", "From a request's last byte to its last token"),
         ("vllm:e2e_request_latency_seconds", "From a request's last byte to its last token"),
         ("tandem_time_per_output_token_seconds", "Mean time per token behind the first, of one request"),
         ("vllm:time_per_output_token_seconds", "Mean time per token behind the first, of one request"),
         ("vllm:request_time_per_output_token_seconds", "Mean time per token behind the first, of one request"),
-        ("tandem_request_queue_seconds", "Time in queues, each role as it saw it"),
         ("vllm:request_queue_time_seconds", "Time in queues"),
-        ("tandem_request_prefill_seconds", "Time in which the prompt was computed, each role as it saw it"),
         ("vllm:request_prefill_time_seconds", "Time in which the prompt was computed"),
-        ("tandem_request_transfer_seconds", "Time in which a prompt's KV arrived"),
-        ("tandem_request_handover_seconds", "From token #1 at the decode node to the sequence in its running batch"),
         ("tandem_request_prompt_tokens", "Prompt tokens of one request"),
         ("vllm:request_prompt_tokens", "Prompt tokens of one request"),
         ("tandem_request_generation_tokens", "Generated tokens of one request"),
@@ -72,8 +84,6 @@ fn describe() {
         describe_histogram!(name, help);
     }
     for (name, help) in [
-        ("tandem_local_prefills_total", "Prompts that a decode node computed itself, as the role counts them"),
-        ("tandem_transferred_bytes_total", "KV that was transferred for answered requests"),
         ("tandem_cached_prompt_tokens_total", "Prompt tokens of answered requests whose KV was there already"),
         ("tandem_prompt_tokens_total", "Prompt tokens of answered requests"),
         ("vllm:prompt_tokens_total", "Prompt tokens of answered requests"),
@@ -88,9 +98,7 @@ fn describe() {
         describe_counter!(name, help);
     }
     for (name, help) in [
-        ("tandem_requests_running", "Requests in progress at this proxy"),
         ("vllm:num_requests_running", "Requests in progress at this proxy"),
-        ("tandem_requests_waiting", "Requests that wait for their turn on decode nodes"),
         ("vllm:num_requests_waiting", "Requests that wait for their turn on decode nodes"),
         ("tandem_ready_nodes", "Nodes that can take requests"),
     ] {
@@ -144,7 +152,7 @@ impl ProxyMetrics {
     pub fn on_next_token(&self, gap: Duration, is_second: bool) {
         let seconds = gap.as_secs_f64();
         if is_second {
-            histogram!("tandem_first_gap_seconds", self.labels.clone()).record(seconds);
+            histogram!(FIRST_TOKEN_GAP_SECONDS.name, self.labels.clone()).record(seconds);
         }
         histogram!("tandem_inter_token_latency_seconds", self.labels.clone()).record(seconds);
         histogram!("vllm:inter_token_latency_seconds", self.labels.clone()).record(seconds);
@@ -162,17 +170,17 @@ impl ProxyMetrics {
             record("vllm:time_per_output_token_seconds", tpot);
             record("vllm:request_time_per_output_token_seconds", tpot);
         }
-        record("tandem_request_queue_seconds", timeline.queue);
-        record("tandem_request_prefill_seconds", timeline.prefill);
+        record(REQUEST_QUEUE_SECONDS.name, timeline.queue);
+        record(REQUEST_PREFILL_SECONDS.name, timeline.prefill);
         record("vllm:request_queue_time_seconds", timeline.queue);
         record("vllm:request_prefill_time_seconds", timeline.prefill);
         if timeline.is_local_prefill {
-            counter!("tandem_local_prefills_total", self.labels.clone()).increment(1);
+            counter!(LOCAL_PREFILLS.name, self.labels.clone()).increment(1);
         } else {
-            record("tandem_request_transfer_seconds", timeline.transfer);
-            record("tandem_request_handover_seconds", timeline.handover);
+            record(REQUEST_TRANSFER_SECONDS.name, timeline.transfer);
+            record(REQUEST_HANDOVER_SECONDS.name, timeline.handover);
         }
-        counter!("tandem_transferred_bytes_total", self.labels.clone()).increment(timeline.transferred_bytes);
+        counter!(KV_TRANSFERRED_BYTES.name, self.labels.clone()).increment(timeline.transferred_bytes);
         counter!("tandem_cached_prompt_tokens_total", self.labels.clone()).increment(usage.cached_tokens);
         for name in ["tandem_prompt_tokens_total", "vllm:prompt_tokens_total"] {
             counter!(name, self.labels.clone()).increment(usage.prompt_tokens);
@@ -214,12 +222,10 @@ impl ProxyMetrics {
 
     /// Requests in progress here, and those that wait on decode nodes.
     pub fn set_running(&self, num_running: usize, num_waiting: u64) {
-        for name in ["tandem_requests_running", "vllm:num_requests_running"] {
+        for name in [OPEN_REQUESTS.name, "vllm:num_requests_running"] {
             gauge!(name, self.labels.clone()).set(num_running as f64);
         }
-        for name in ["tandem_requests_waiting", "vllm:num_requests_waiting"] {
-            gauge!(name, self.labels.clone()).set(num_waiting as f64);
-        }
+        gauge!("vllm:num_requests_waiting", self.labels.clone()).set(num_waiting as f64);
     }
 
     /// Nodes that are ready.

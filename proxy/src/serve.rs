@@ -1,7 +1,6 @@
-//! The proxy as a whole: load the model's text side, join the cluster, serve HTTP, drain.
+//! The proxy as a whole: join the cluster, serve HTTP, drain.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,7 +20,7 @@ use crate::http::app::Accounting;
 use crate::http::server::serve_http;
 use crate::http::{App, HttpSettings};
 use crate::metrics::ProxyMetrics;
-use crate::text::{ModelText, ModelTextError};
+use crate::text::ModelText;
 
 /// How long a request that has tokens already waits for a node to go on with.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -29,8 +28,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Everything the proxy needs to know, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProxyConfig {
-    /// Checkpoint folder with the tokenizer and the chat template.
-    pub model_dir: PathBuf,
     /// Host of the endpoint; resolved when it is bound.
     pub host: String,
     /// Port of the endpoint; 0 takes a free one.
@@ -54,18 +51,18 @@ pub struct ProxyConfig {
 impl ProxyConfig {
     /// From the groups of settings that every way to start a proxy has. No nodes are listed, none may
     /// register, and the fabric is bound to loopback.
-    pub fn new(model_dir: PathBuf, model: &ModelArgs, http: &HttpArgs, routing: &RoutingArgs) -> Self {
+    pub fn new(model: &ModelArgs, http: &HttpArgs, routing: &RoutingArgs) -> Self {
         Self {
-            model_dir,
             host: http.host.clone(),
             port: http.port,
             http: HttpSettings {
-                model_names: model.served_model_names(),
+                model_names: http.served_model_names(&model.model),
                 api_keys: http.api_key.clone(),
+                allowed_origins: http.allowed_origins.clone(),
                 body_bytes_max: usize::try_from(http.max_body_bytes).unwrap_or(usize::MAX),
                 num_requests_max: http.max_concurrent_requests as usize,
                 request_timeout: http.request_timeout,
-                seed: model.seed,
+                seed: http.seed,
             },
             dispatch: DispatchSettings {
                 local_prefill_max_tokens: routing.local_prefill_max_tokens as usize,
@@ -82,11 +79,11 @@ impl ProxyConfig {
         }
     }
 
-    /// From the command line of a proxy process. `model_dir` is where `--model` was found.
+    /// From the command line of a proxy process.
     ///
     /// # Errors
     /// If nodes may register and `--host` has no address.
-    pub fn from_args(args: &ProxyArgs, model_dir: PathBuf) -> Result<Self, ServeError> {
+    pub fn from_args(args: &ProxyArgs) -> Result<Self, ServeError> {
         let fabric_listen = match args.fabric_port {
             Some(port) => resolve(&args.http.host, port)?,
             None => dialling_address(args.prefill_node.iter().chain(&args.decode_node)),
@@ -97,7 +94,7 @@ impl ProxyConfig {
             fabric_listen,
             may_register: args.fabric_port.is_some(),
             drain_timeout: args.identity.drain_timeout,
-            ..Self::new(model_dir, &args.model, &args.http, &args.routing)
+            ..Self::new(&args.model, &args.http, &args.routing)
         })
     }
 }
@@ -125,9 +122,6 @@ fn resolve(host: &str, port: u16) -> Result<SocketAddr, ServeError> {
 /// A proxy that could not start.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// The model's text side.
-    #[error(transparent)]
-    Model(#[from] ModelTextError),
     /// The fabric.
     #[error(transparent)]
     Fabric(#[from] BindError),
@@ -207,13 +201,11 @@ impl ProxyHandle {
 /// [`ServeError`]: nothing is left running then.
 pub async fn serve(
     config: ProxyConfig,
+    text: Arc<ModelText>,
     identity: Identity,
     prometheus: PrometheusHandle,
     shutdown: CancellationToken,
 ) -> Result<ProxyHandle, ServeError> {
-    let model_dir = config.model_dir.clone();
-    let text = tokio::task::spawn_blocking(move || ModelText::load(&model_dir)).await;
-    let text = Arc::new(text.map_err(|panic| ServeError::Serve(std::io::Error::other(panic)))??);
     let hello = Hello {
         node: identity.node().clone(),
         role: Role::Proxy,

@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,7 @@ use kv_connector::{ClusterCa, Fabric, FabricConfig};
 use proxy::dispatch::DispatchSettings;
 use proxy::dispatch::fake::tiny_model_info;
 use proxy::http::HttpSettings;
+use proxy::text::ModelText;
 use proxy::{ProxyConfig, ProxyHandle, serve};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
@@ -111,12 +112,12 @@ async fn start_proxy(
 ) -> (ProxyHandle, reqwest::Client) {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let config = ProxyConfig {
-        model_dir: PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny")),
         host: "127.0.0.1".into(),
         port: 0,
         http: HttpSettings {
             model_names: vec!["tiny".into()],
             api_keys: Vec::new(),
+            allowed_origins: Vec::new(),
             body_bytes_max: 1 << 20,
             num_requests_max: 64,
             request_timeout: Duration::from_secs(30),
@@ -137,7 +138,9 @@ async fn start_proxy(
     };
     let identity = ca.issue(Role::Proxy, &NodeId::new("proxy").unwrap()).unwrap();
     let prometheus = proxy::metrics::install().unwrap();
-    let handle = serve(config, identity, prometheus, shutdown.clone()).await.unwrap();
+    let model_dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+    let text = Arc::new(ModelText::load(Path::new(model_dir)).unwrap());
+    let handle = serve(config, text, identity, prometheus, shutdown.clone()).await.unwrap();
     (handle, reqwest::Client::new())
 }
 

@@ -3,6 +3,9 @@
 
 mod support;
 
+use common::wire::NodeError;
+use proxy::dispatch::fake::Behaviour;
+use proxy::http::HttpSettings;
 use serde_json::{Value, json};
 use support::{Endpoint, http_settings, tokens_of};
 
@@ -167,6 +170,17 @@ async fn refusals_name_the_parameter() {
 }
 
 #[tokio::test]
+async fn more_answers_than_a_node_can_run_are_a_wrong_n() {
+    let refusal = NodeError::TooManyChoices { num_choices: 100, max_num_choices: 64 };
+    let endpoint = Endpoint::scripted(&["d0"], "x", move |_, _, _| Behaviour::FailAfter(0, refusal.clone())).await;
+    let (status, error) = endpoint.post_refused("/v1/chat/completions", &chat(json!({"n": 100}))).await;
+    assert_eq!((status, &error["param"]), (400, &json!("n")), "{error}");
+    assert_eq!(error["message"], "n is 100, expected at most 64: more answers cannot run at once here");
+    assert_eq!(endpoint.nodes.calls().len(), 1, "no other node is asked");
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
 async fn wrong_paths_methods_and_bodies_are_answered_in_json() {
     let endpoint = Endpoint::answering("x").await;
     let get = |path: &str| endpoint.client.get(format!("{}{path}", endpoint.url)).send();
@@ -182,6 +196,93 @@ async fn wrong_paths_methods_and_bodies_are_answered_in_json() {
     let response = endpoint.client.post(url).body("{\"prompt\": ").send().await.unwrap();
     assert_eq!(response.status(), 400);
     assert!(response.json::<Value>().await.unwrap()["error"]["message"].as_str().unwrap().contains("not JSON"));
+}
+
+#[tokio::test]
+async fn compressed_bodies_are_refused_and_identity_is_none() {
+    let endpoint = Endpoint::answering("x").await;
+    let send = async |path: &str, coding: &str| {
+        let request = endpoint.client.post(format!("{}{path}", endpoint.url)).header("content-encoding", coding);
+        request.json(&chat(json!({"prompt": "x"}))).send().await.unwrap()
+    };
+    for path in ["/v1/chat/completions", "/v1/completions", "/tokenize"] {
+        for coding in ["gzip", "br", "identity, zstd"] {
+            let response = send(path, coding).await;
+            assert_eq!(response.status(), 415, "{path} {coding}");
+            let error = response.json::<Value>().await.unwrap()["error"].clone();
+            assert_eq!(
+                (&error["code"], &error["type"]),
+                (&json!("unsupported_media_type"), &json!("invalid_request_error"))
+            );
+            let message = error["message"].as_str().unwrap();
+            assert!(message.contains(coding) && message.contains("expected identity"), "{message}");
+        }
+    }
+    assert_eq!(send("/v1/chat/completions", "Identity").await.status(), 200);
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn bodies_are_json_or_not_declared() {
+    let endpoint = Endpoint::answering("x").await;
+    let send = async |path: &str, declared: Option<&str>| {
+        let body = if path.contains("chat") { chat(json!({})) } else { json!({"prompt": "x"}) };
+        let mut request = endpoint.client.post(format!("{}{path}", endpoint.url)).body(body.to_string());
+        if let Some(declared) = declared {
+            request = request.header("content-type", declared);
+        }
+        request.send().await.unwrap()
+    };
+    for path in ["/v1/chat/completions", "/v1/completions", "/tokenize"] {
+        for declared in [None, Some("application/json"), Some("Application/JSON ; charset=utf-8; v=1")] {
+            assert_eq!(send(path, declared).await.status(), 200, "{path} {declared:?}");
+        }
+        for declared in ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"] {
+            let response = send(path, Some(declared)).await;
+            assert_eq!(response.status(), 415, "{path} {declared}");
+            let error = response.json::<Value>().await.unwrap()["error"].clone();
+            assert_eq!(error["code"], "unsupported_media_type");
+            let message = error["message"].as_str().unwrap();
+            assert!(message.starts_with(&format!("Content-Type is \"{declared}\", expected application/json")));
+        }
+    }
+    endpoint.assert_idle().await;
+}
+
+#[tokio::test]
+async fn web_pages_may_call_only_from_allowed_origins() {
+    let over = async |origins: &[&str]| {
+        let allowed_origins = origins.iter().map(|origin| origin.to_string()).collect();
+        let settings = HttpSettings { api_keys: vec!["alpha".into()], allowed_origins, ..http_settings() };
+        Endpoint::over(support::nodes("x"), settings).await
+    };
+    let preflight = async |endpoint: &Endpoint| {
+        let url = format!("{}/v1/chat/completions", endpoint.url);
+        let request = endpoint.client.request(reqwest::Method::OPTIONS, url).header("origin", "https://chat.example");
+        let request = request.header("access-control-request-method", "POST");
+        request.header("access-control-request-headers", "authorization,content-type").send().await.unwrap()
+    };
+    let allowed = |response: &reqwest::Response| {
+        let value = response.headers().get("access-control-allow-origin");
+        value.map(|value| value.to_str().unwrap().to_string())
+    };
+    let off = over(&[]).await;
+    let response = preflight(&off).await;
+    assert_eq!((response.status().as_u16(), allowed(&response)), (405, None));
+    assert_eq!(allowed(&preflight(&over(&["https://other.example"]).await).await), None);
+    assert_eq!(allowed(&preflight(&over(&["*"]).await).await).as_deref(), Some("*"));
+
+    let endpoint = over(&["https://other.example", "https://chat.example"]).await;
+    let response = preflight(&endpoint).await;
+    assert_eq!((response.status().as_u16(), allowed(&response).as_deref()), (200, Some("https://chat.example")));
+    assert_eq!(response.headers()["access-control-allow-headers"], "authorization,content-type");
+    assert!(response.headers().get("access-control-allow-credentials").is_none());
+    // A refusal can be read by the page as well as an answer.
+    for (key, status) in [("wrong", 401), ("alpha", 200)] {
+        let request = endpoint.client.post(format!("{}/v1/chat/completions", endpoint.url)).bearer_auth(key);
+        let response = request.header("origin", "https://chat.example").json(&chat(json!({}))).send().await.unwrap();
+        assert_eq!((response.status().as_u16(), allowed(&response).as_deref()), (status, Some("https://chat.example")));
+    }
 }
 
 #[tokio::test]
@@ -228,7 +329,7 @@ async fn models_health_version_and_metrics_answer() {
         "vllm:prompt_tokens_total",
         "vllm:generation_tokens_total",
         "vllm:request_success_total",
-        "tandem_first_gap_seconds",
+        "tandem_first_token_gap_seconds",
         "tandem_requests_total",
     ] {
         assert!(metrics.contains(name), "{name} is missing in\n{metrics}");
@@ -252,7 +353,7 @@ async fn request_id_comes_back() {
 #[tokio::test]
 async fn key_is_asked_where_something_is_served_and_separates_tenants() {
     let nodes = support::nodes("x");
-    let settings = proxy::http::HttpSettings { api_keys: vec!["alpha".into(), "beta".into()], ..http_settings() };
+    let settings = HttpSettings { api_keys: vec!["alpha".into(), "beta".into()], ..http_settings() };
     let endpoint = Endpoint::over(nodes, settings).await;
     let (status, error) = endpoint.post_refused("/v1/completions", &json!({"prompt": "a"})).await;
     assert_eq!((status, &error["code"]), (401, &json!("invalid_api_key")));

@@ -50,6 +50,13 @@ def test_bad_extra_parameter_is_400(client, model, param, value):
     refused(lambda: client.chat.completions.create(model=model, messages=HI, extra_body={param: value}), 400, param)
 
 
+def test_more_answers_than_a_node_can_run_are_400_and_no_warning(server, client, model):
+    error = refused(lambda: client.chat.completions.create(model=model, messages=HI, n=100), 400, "n")
+    assert "100" in error.message and "64" in error.message
+    told = [line for line in server.lines if "n is 100" in line]
+    assert told and not any("WARN" in line or "ERROR" in line for line in told), told
+
+
 def test_logprobs_out_of_range_is_400(client, model):
     create = client.chat.completions.create
     refused(lambda: create(model=model, messages=HI, logprobs=True, top_logprobs=21), 400, "top_logprobs")

@@ -5,13 +5,11 @@ use std::collections::BTreeMap;
 use super::metrics::Scrape;
 
 /// Zero on every idle node.
-const ZERO_GAUGES: [&str; 8] = [
+const ZERO_GAUGES: [&str; 6] = [
     "tandem_kv_blocks_referenced",
     "tandem_num_requests_running",
     "tandem_num_requests_waiting",
-    "tandem_decode_requests",
-    "tandem_prefill_requests",
-    "tandem_requests_running",
+    "tandem_open_requests",
     "tandem_fabric_landings",
     "tandem_fabric_receive_bytes",
 ];

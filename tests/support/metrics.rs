@@ -1,11 +1,13 @@
 //! What a process says about itself on `/metrics`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// One scrape.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Scrape {
     samples: Vec<Sample>,
+    /// Name to counter, gauge or histogram.
+    kinds: BTreeMap<String, String>,
 }
 
 #[derive(Debug, Clone)]
@@ -19,12 +21,30 @@ impl Scrape {
     /// Reads Prometheus' text format.
     pub(crate) fn parse(text: &str) -> Self {
         let samples = text.lines().filter(|line| !line.is_empty() && !line.starts_with('#')).map(parse_sample);
-        Self { samples: samples.collect() }
+        let kinds = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        let kinds = kinds.map(|(name, kind)| (name.to_string(), kind.to_string())).collect();
+        Self { samples: samples.collect(), kinds }
     }
 
     /// Joins what several processes said.
     pub(crate) fn join(scrapes: impl IntoIterator<Item = Scrape>) -> Self {
-        Self { samples: scrapes.into_iter().flat_map(|scrape| scrape.samples).collect() }
+        let mut joined = Self::default();
+        for scrape in scrapes {
+            joined.samples.extend(scrape.samples);
+            joined.kinds.extend(scrape.kinds);
+        }
+        joined
+    }
+
+    /// Every metric with its type.
+    pub(crate) fn kinds(&self) -> &BTreeMap<String, String> {
+        &self.kinds
+    }
+
+    /// The roles that say something of a metric, a histogram's buckets counted as itself.
+    pub(crate) fn roles_of(&self, name: &str) -> BTreeSet<&str> {
+        let is_of = |sample: &&Sample| sample.name == name || sample.name == format!("{name}_count");
+        self.samples.iter().filter(is_of).filter_map(|sample| sample.labels.get("role").map(String::as_str)).collect()
     }
 
     /// The values of a metric by the label `node`, of those that have all of `labels`; added up within a node.

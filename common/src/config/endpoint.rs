@@ -3,10 +3,9 @@
 use std::time::Duration;
 
 use clap::Args;
-use clap::builder::NonEmptyStringValueParser;
 
-use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero};
+use super::values::{parse_above_zero, parse_api_key, parse_bytes_above_zero, parse_duration_above_zero, parse_origin};
+use super::values::{parse_port, parse_seed, parse_share, parse_whole};
 
 /// The HTTP side.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -17,14 +16,32 @@ pub struct HttpArgs {
     pub host: String,
 
     /// TCP port of the OpenAI endpoint. 0 takes a free one, which the log names.
-    #[arg(long, value_name = "PORT", default_value_t = 8000)]
+    #[arg(long, value_name = "PORT", default_value_t = 8000, value_parser = parse_port)]
     pub port: u16,
 
     /// Key that clients must send as `Authorization: Bearer`; repeat it for several. Default: no key is asked.
     ///
     /// Better set by the environment (TANDEM_API_KEY) than on a command line that others can read.
-    #[arg(long, value_name = "KEY", value_delimiter = ',', hide_default_value = true, value_parser = NonEmptyStringValueParser::new())]
+    #[arg(long, value_name = "KEY", value_delimiter = ',', hide_default_value = true, value_parser = parse_api_key)]
     pub api_key: Vec<String>,
+
+    /// Origin whose web pages may call the endpoint (CORS), such as https://chat.example.org; repeat it for
+    /// several, `*` for all. Default: none may.
+    ///
+    /// A page that a user of this machine opens could otherwise use the endpoint with their network's rights.
+    #[arg(long, value_name = "ORIGIN", value_delimiter = ',', value_parser = parse_origin)]
+    pub allowed_origins: Vec<String>,
+
+    /// Names that clients may give as `model`; the first is the one in answers. Default: the value of --model.
+    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
+    pub served_model_name: Vec<String>,
+
+    /// Seed of requests that give none. Default: drawn at random for each.
+    ///
+    /// With it, equal requests get equal answers, which is for tests: clients that sample several answers
+    /// by repeating a request get the same one.
+    #[arg(long, value_name = "SEED", value_parser = parse_seed)]
+    pub seed: Option<u64>,
 
     /// Largest request body.
     ///
@@ -43,6 +60,13 @@ pub struct HttpArgs {
     pub request_timeout: Duration,
 }
 
+impl HttpArgs {
+    /// The names clients may use, best first; never empty. `model` is the value of --model.
+    pub fn served_model_names(&self, model: &str) -> Vec<String> {
+        if self.served_model_name.is_empty() { vec![model.to_owned()] } else { self.served_model_name.clone() }
+    }
+}
+
 /// Choice of nodes, and what happens when one is lost.
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Routing")]
@@ -52,7 +76,7 @@ pub struct RoutingArgs {
     ///
     /// A hand-over costs a short prompt more than it saves; but each local prefill lengthens a step of
     /// the sequences that decode there.
-    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = parse_whole)]
     pub local_prefill_max_tokens: u32,
 
     /// Prefill nodes that are proposed to the decode node for one request, best first.
@@ -65,28 +89,12 @@ pub struct RoutingArgs {
     ///
     /// More tries save more requests from unlucky nodes; fewer keep a prompt that kills nodes from
     /// reaching all of them.
-    #[arg(long, value_name = "LOSSES", default_value_t = 2)]
+    #[arg(long, value_name = "LOSSES", default_value_t = 2, value_parser = parse_whole)]
     pub max_resumes: u32,
 
     /// Resumes of all requests together, as a share of the requests served (10 are always allowed).
     ///
     /// Bounds the extra work after a large loss, so that it does not become an overload.
-    #[arg(long, value_name = "SHARE", default_value_t = 0.2)]
+    #[arg(long, value_name = "SHARE", default_value_t = 0.2, value_parser = parse_share)]
     pub retry_budget: f64,
-}
-
-impl RoutingArgs {
-    /// Checks what single values cannot tell.
-    ///
-    /// # Errors
-    /// [`InvalidSettings`] if the budget is no share.
-    pub fn validate(&self) -> Result<(), InvalidSettings> {
-        if (0.0..=10.0).contains(&self.retry_budget) {
-            return Ok(());
-        }
-        Err(InvalidSettings(format!(
-            "--retry-budget is {}, expected a share from 0 to 10, such as 0.2 for one resume in five requests",
-            self.retry_budget
-        )))
-    }
 }

@@ -3,7 +3,7 @@
 use clap::{ArgAction, Args};
 
 use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero};
+use super::values::{parse_above_zero, parse_bytes_above_zero, parse_whole};
 use crate::content::GRANULE_TOKENS;
 
 /// Settings of an engine; names and meaning are vLLM's where there is one.
@@ -65,7 +65,7 @@ pub struct EngineArgs {
     /// Requests that may wait for their turn; one more is answered `Busy` at once.
     ///
     /// A long queue hides overload as waiting time; a short one lets the proxy choose another node.
-    #[arg(long, value_name = "REQUESTS", default_value_t = 256)]
+    #[arg(long, value_name = "REQUESTS", default_value_t = 256, value_parser = parse_whole)]
     pub max_num_waiting: u32,
 }
 

@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::InvalidSettings;
-use super::values::{HostPort, parse_duration};
+use super::values::{HostPort, parse_duration, parse_port};
 use crate::ids::NodeId;
 
 /// Name, certificates and farewell of any process of the cluster.
@@ -91,7 +91,7 @@ pub struct FabricArgs {
     pub host: String,
 
     /// UDP port of control connections. 0 takes a free one: then the node must --register.
-    #[arg(long, value_name = "PORT", default_value_t = 0, help_heading = "Fabric")]
+    #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = parse_port, help_heading = "Fabric")]
     pub port: u16,
 
     /// Fabric address of a proxy to announce this node to, host:port; repeat it for several.
@@ -101,6 +101,6 @@ pub struct FabricArgs {
     pub register: Vec<HostPort>,
 
     /// TCP port of the node's own /metrics and /health on --host. 0 takes a free one. Default: off.
-    #[arg(long, value_name = "PORT", help_heading = "Fabric")]
+    #[arg(long, value_name = "PORT", value_parser = parse_port, help_heading = "Fabric")]
     pub metrics_port: Option<u16>,
 }

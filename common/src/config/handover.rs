@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero};
+use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero, parse_whole};
 use crate::handover::{DecodeLimits, PrefillLimits};
 
 /// The sending end.
@@ -66,7 +66,7 @@ pub struct DecodeArgs {
 
     /// If no more tokens than this are missing (the rest is cached, or arrived before a loss), this node
     /// computes them instead of asking a prefill node.
-    #[arg(long, value_name = "TOKENS", default_value_t = 0)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = parse_whole)]
     pub local_rest_max_tokens: u32,
 }
 

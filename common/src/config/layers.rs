@@ -13,9 +13,12 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, Args, Command, CommandFactory, Parser};
 use toml::{Table, Value};
 
+use super::misspelt::{nearest, with_near_suggestion};
 use super::roles::{CertsArgs, DecodeNodeArgs, PrefillNodeArgs, ProxyArgs, UpArgs};
 
 const COMMON: &str = "common";
+/// The secret among the settings.
+const KEY: &str = "api-key";
 /// Sections of commands whose settings are defined outside this crate.
 const FOREIGN_SECTIONS: [&str; 2] = ["bench", "model"];
 
@@ -110,6 +113,12 @@ pub enum ConfigError {
         /// Where it stands.
         origin: String,
     },
+    /// A secret that is set and empty. Taken as unset, it would open what its owner meant to close.
+    #[error("{origin} is empty: an empty key is no key; give it a value, or remove it to ask for none")]
+    EmptyKey {
+        /// Where it stands.
+        origin: String,
+    },
     /// clap's answer to the command line: an error, or the text of `--help` or `--version`. Its `exit()`
     /// prints it and ends the process with the right code.
     #[error(transparent)]
@@ -129,7 +138,7 @@ pub fn parse<T: Parser>(
     env: impl Fn(&str) -> Option<String>,
     load: impl Fn(&Path) -> io::Result<String>,
 ) -> Result<T, ConfigError> {
-    let argv: Vec<OsString> = argv.into_iter().collect();
+    let argv = with_negative_values(argv);
     let command = T::command();
     let file = match config_path(&argv, &env) {
         Some(path) => File::read(path, &command, load)?,
@@ -141,8 +150,33 @@ pub fn parse<T: Parser>(
         return Err(error);
     }
     let laid = layers.laid;
-    let mut matches = command.try_get_matches_from_mut(argv).map_err(|error| name_the_origin(error, &laid))?;
+    let mut matches = command
+        .try_get_matches_from_mut(argv)
+        .map_err(|error| name_the_origin(with_near_suggestion(error, &mut command), &laid))?;
     T::from_arg_matches_mut(&mut matches).map_err(|error| error.format(&mut command).into())
+}
+
+/// Joins a flag and a negative number behind it (`--retry-budget -1`), so that the flag's own parser answers
+/// it and not clap, for which `-1` is an unknown flag.
+fn with_negative_values(argv: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let is_negative = |arg: &OsString| {
+        arg.to_str()
+            .and_then(|arg| arg.strip_prefix('-'))
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    };
+    let is_flag =
+        |arg: &OsString| arg.to_str().is_some_and(|arg| arg.starts_with("--") && !arg.contains('=') && arg != "--");
+    let mut joined: Vec<OsString> = Vec::new();
+    for arg in argv {
+        match joined.last_mut() {
+            Some(last) if is_negative(&arg) && is_flag(last) => {
+                last.push("=");
+                last.push(arg);
+            }
+            _ => joined.push(arg),
+        }
+    }
+    joined
 }
 
 /// `--config` before `--`, or `TANDEM_CONFIG`. Needed before clap parses, since the file decides defaults.
@@ -235,7 +269,7 @@ fn read_setting(value: Value) -> Result<Setting, &'static str> {
 }
 
 /// Every section with its keys; no keys: that section's command is not known here, nothing is checked.
-fn known_settings(command: &Command) -> BTreeMap<String, BTreeSet<String>> {
+pub(super) fn known_settings(command: &Command) -> BTreeMap<String, BTreeSet<String>> {
     let mut known = BTreeMap::new();
     for section in FOREIGN_SECTIONS {
         known.insert(section.to_owned(), BTreeSet::new());
@@ -320,8 +354,14 @@ impl<E: Fn(&str) -> Option<String>> Layers<'_, E> {
             }
         };
         let variable = format!("TANDEM_{}", long.replace('-', "_").to_uppercase());
-        if let Some(value) = (self.env)(&variable).filter(|value| !value.trim().is_empty()) {
-            return Some((split(&value), format!("the environment variable {variable}")));
+        if let Some(value) = (self.env)(&variable) {
+            let (values, origin) = (split(&value), format!("the environment variable {variable}"));
+            let is_empty = values.iter().all(|value| value.trim().is_empty());
+            if is_empty && long == KEY {
+                self.error.get_or_insert(ConfigError::EmptyKey { origin });
+            } else if !is_empty {
+                return Some((values, origin));
+            }
         }
         for section in [section, COMMON] {
             let Some(setting) = self.file.sections.get(section).and_then(|keys| keys.get(long)) else {
@@ -338,6 +378,10 @@ impl<E: Fn(&str) -> Option<String>> Layers<'_, E> {
             }
             let values = if setting.is_list { setting.values.clone() } else { split(&setting.values[0]) };
             let origin = format!("\"{long}\" in [{section}] of {}", self.file.path.display());
+            // An empty list says that no key is asked; an empty text is a key that was forgotten.
+            if long == KEY && !setting.is_list && values.is_empty() {
+                self.error.get_or_insert(ConfigError::EmptyKey { origin: origin.clone() });
+            }
             return (!values.is_empty()).then_some((values, origin));
         }
         None
@@ -362,27 +406,6 @@ fn name_the_origin(error: clap::Error, laid: &BTreeMap<String, (Vec<String>, Str
         }
         _ => error.into(),
     }
-}
-
-/// The known name that `name` begins, or else the one with the fewest edits.
-fn nearest<'a>(name: &str, known: impl IntoIterator<Item = &'a String>) -> String {
-    let rank = |candidate: &&String| (!candidate.starts_with(name), num_edits(name, candidate));
-    known.into_iter().min_by_key(rank).cloned().unwrap_or_default()
-}
-
-/// Levenshtein distance, one row at a time.
-fn num_edits(a: &str, b: &str) -> usize {
-    let b: Vec<char> = b.chars().collect();
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.chars().enumerate() {
-        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
-        for (j, y) in b.iter().enumerate() {
-            let replaced = diagonal + usize::from(x != *y);
-            diagonal = row[j + 1];
-            row[j + 1] = replaced.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
 }
 
 #[cfg(test)]

@@ -14,7 +14,7 @@
 //! names the nearest one. A list (`--prefill-node`) is replaced as a whole, never joined across sources.
 //!
 //! Nothing here reads a file or the environment: [`parse`] takes the arguments and two lookups, so that
-//! tests pass maps. In reading order: [`layers`] (how the sources are laid over each other), [`values`]
+//! tests pass maps. In reading order: [`layers`] (how the sources are laid over each other), [`misspelt`], [`values`]
 //! (sizes, durations, addresses), the groups of settings ([`model`], [`engine`], [`fabric`], [`endpoint`],
 //! [`handover`]), [`roles`] (which command has which groups).
 
@@ -23,6 +23,7 @@ pub mod engine;
 pub mod fabric;
 pub mod handover;
 pub mod layers;
+pub mod misspelt;
 pub mod model;
 pub mod roles;
 pub mod values;
@@ -32,7 +33,8 @@ pub use engine::EngineArgs;
 pub use fabric::{FabricArgs, IdentityArgs, TlsPaths};
 pub use handover::{DecodeArgs, PrefillArgs};
 pub use layers::{ConfigError, ConfigFileArgs, parse};
-pub use model::{Dtype, ModelArgs};
+pub use misspelt::{UnknownVariable, unknown_variables};
+pub use model::{Dtype, ModelArgs, WeightsArgs};
 pub use roles::{CertsArgs, DecodeNodeArgs, LogArgs, LogFormat, PrefillNodeArgs, ProxyArgs, UpArgs};
 pub use values::HostPort;
 

@@ -21,11 +21,12 @@ pub struct ModelArgs {
     /// Without it the main branch is taken as it is today, which two nodes may see differently tomorrow.
     #[arg(long, value_name = "REVISION")]
     pub revision: Option<String>,
+}
 
-    /// Names that clients may give as `model`; the first is the one in answers. Default: the value of --model.
-    #[arg(long, value_name = "NAME", num_args = 1.., value_delimiter = ',')]
-    pub served_model_name: Vec<String>,
-
+/// What a node makes of the model.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Model")]
+pub struct WeightsArgs {
     /// Element type of weights and KV: `auto` takes the checkpoint's own.
     ///
     /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
@@ -38,20 +39,6 @@ pub struct ModelArgs {
     /// A smaller one admits more requests at a time, since none can claim more KV than this.
     #[arg(long, value_name = "TOKENS", value_parser = parse_above_zero)]
     pub max_model_len: Option<u32>,
-
-    /// Seed of requests that give none. Default: drawn at random for each.
-    ///
-    /// With it, equal requests get equal answers, which is for tests: clients that sample several answers
-    /// by repeating a request get the same one.
-    #[arg(long, value_name = "SEED")]
-    pub seed: Option<u64>,
-}
-
-impl ModelArgs {
-    /// The names clients may use, best first; never empty.
-    pub fn served_model_names(&self) -> Vec<String> {
-        if self.served_model_name.is_empty() { vec![self.model.clone()] } else { self.served_model_name.clone() }
-    }
 }
 
 /// Element type of weights and KV.

@@ -5,10 +5,10 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, ValueEnum};
 
-use super::values::{HostPort, parse_above_zero};
+use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
     ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, ModelArgs,
-    PrefillArgs, RoutingArgs,
+    PrefillArgs, RoutingArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 
@@ -44,6 +44,9 @@ pub struct PrefillNodeArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights.
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// The engine.
     #[command(flatten)]
     pub engine: EngineArgs,
@@ -51,7 +54,7 @@ pub struct PrefillNodeArgs {
     #[command(flatten)]
     pub fabric: FabricArgs,
     /// UDP port of bulk connections, which carry KV. 0 takes a free one, which decode nodes learn.
-    #[arg(long, value_name = "PORT", default_value_t = 0, help_heading = "Fabric")]
+    #[arg(long, value_name = "PORT", default_value_t = 0, value_parser = parse_port, help_heading = "Fabric")]
     pub bulk_port: u16,
     /// The sending end.
     #[command(flatten)]
@@ -81,6 +84,9 @@ pub struct DecodeNodeArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights.
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// The engine.
     #[command(flatten)]
     pub engine: EngineArgs,
@@ -132,7 +138,7 @@ pub struct ProxyArgs {
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', help_heading = "Fabric")]
     pub decode_node: Vec<HostPort>,
     /// UDP port on --host where nodes announce themselves (--register). 0 takes a free one. Default: none may.
-    #[arg(long, value_name = "PORT", help_heading = "Fabric")]
+    #[arg(long, value_name = "PORT", value_parser = parse_port, help_heading = "Fabric")]
     pub fabric_port: Option<u16>,
     /// Logs.
     #[command(flatten)]
@@ -143,7 +149,7 @@ impl ProxyArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] if no decode node can ever be known, or of the routing.
+    /// [`InvalidSettings`] if no decode node can ever be known.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         if self.decode_node.is_empty() && self.fabric_port.is_none() {
             return Err(InvalidSettings(
@@ -152,7 +158,7 @@ impl ProxyArgs {
                     .into(),
             ));
         }
-        self.routing.validate()
+        Ok(())
     }
 }
 
@@ -166,11 +172,14 @@ pub struct UpArgs {
     /// The model.
     #[command(flatten)]
     pub model: ModelArgs,
+    /// Its weights.
+    #[command(flatten)]
+    pub weights: WeightsArgs,
     /// Prefill nodes to start. With 0 the decode nodes prefill by themselves.
     ///
     /// More keep the time to the first token low under load; all nodes share this host's cores and each
     /// has its own KV memory.
-    #[arg(long, value_name = "NODES", default_value_t = 1, help_heading = "Nodes")]
+    #[arg(long, value_name = "NODES", default_value_t = 1, value_parser = parse_whole, help_heading = "Nodes")]
     pub num_prefill_nodes: u32,
     /// Decode nodes to start.
     ///
@@ -210,10 +219,9 @@ impl UpArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine, the routing or the hand-over.
+    /// [`InvalidSettings`] of the engine or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         self.engine.validate()?;
-        self.routing.validate()?;
         self.decode.validate()
     }
 }
@@ -241,7 +249,7 @@ pub struct CertsArgs {
     /// Days that the certificates are valid.
     ///
     /// Shorter limits what a stolen key is worth; longer means fewer renewals.
-    #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36_500))]
+    #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = parse_days)]
     pub days: u32,
 }
 

@@ -84,6 +84,72 @@ pub fn parse_above_zero(text: &str) -> Result<u32, String> {
     }
 }
 
+/// Reads the origin of a web page as browsers send it, scheme://host\[:port\], or `*`.
+///
+/// # Errors
+/// A sentence: an origin that no browser sends would allow nobody without saying so.
+pub fn parse_origin(text: &str) -> Result<String, String> {
+    let is_host = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || ".-:[]".contains(c);
+    let host = text.strip_prefix("http://").or_else(|| text.strip_prefix("https://"));
+    if text == "*" || host.is_some_and(|host| !host.is_empty() && host.chars().all(is_host)) {
+        return Ok(text.to_owned());
+    }
+    Err(format!(
+        "\"{text}\" is not an origin: expected one such as https://chat.example.org or http://localhost:3000, in lower \
+         case and without a path, or * for all"
+    ))
+}
+
+/// Reads a whole number.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_whole(text: &str) -> Result<u32, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a whole number from 0 to {}", u32::MAX))
+}
+
+/// Reads a port; 0 stands for any.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_port(text: &str) -> Result<u16, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a port: expected a whole number from 0 to {}", u16::MAX))
+}
+
+/// Reads a seed.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_seed(text: &str) -> Result<u64, String> {
+    text.parse().map_err(|_| format!("\"{text}\" is not a seed: expected a whole number from 0 to {}", u64::MAX))
+}
+
+/// Reads how many there are for each other: 0 to 10.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| (0.0..=10.0).contains(share));
+    share.ok_or_else(|| format!("\"{text}\" is not a share from 0 to 10, such as 0.2 for one in five"))
+}
+
+/// Reads a number of days that a certificate may be valid.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_days(text: &str) -> Result<u32, String> {
+    let days = text.parse().ok().filter(|days| (1..=36_500).contains(days));
+    days.ok_or_else(|| format!("\"{text}\" is not a whole number of days from 1 to 36500"))
+}
+
+/// Reads an API key.
+///
+/// # Errors
+/// A sentence: an empty key is no key.
+pub fn parse_api_key(text: &str) -> Result<String, String> {
+    if text.trim().is_empty() { Err("an empty key is no key".into()) } else { Ok(text.to_owned()) }
+}
+
 /// Host and port of a node as an operator writes them; the name is resolved when it is dialled.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct HostPort {
@@ -149,6 +215,18 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
         assert!(parse_duration(&"9".repeat(40)).is_err());
+    }
+
+    #[test]
+    fn origin_is_what_a_browser_sends() {
+        for good in ["*", "https://a.example", "http://localhost:3000", "http://[::1]:80"] {
+            assert_eq!(parse_origin(good).as_deref(), Ok(good));
+        }
+        for bad in
+            ["", "null", "a.example", "https://", "https://a/", "https://a/b", "https://A.example", "ftp://a", "**"]
+        {
+            assert!(parse_origin(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

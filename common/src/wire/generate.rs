@@ -102,6 +102,14 @@ pub enum NodeError {
         /// What it said.
         reason: String,
     },
+    /// More answers at once than this node has places and blocks for, now or later.
+    #[error("n is {num_choices}, expected at most {max_num_choices}: more answers cannot run at once here")]
+    TooManyChoices {
+        /// Answers asked for.
+        num_choices: u32,
+        /// Most that this node can run beside this prompt.
+        max_num_choices: u32,
+    },
 }
 
 impl NodeError {
@@ -109,7 +117,12 @@ impl NodeError {
     pub fn is_worth_a_retry(&self) -> bool {
         match self {
             NodeError::Draining | NodeError::Stalled { .. } | NodeError::Engine { .. } => true,
-            NodeError::Invalid { .. } | NodeError::Superseded => false,
+            NodeError::Invalid { .. } | NodeError::TooManyChoices { .. } | NodeError::Superseded => false,
         }
+    }
+
+    /// Whether the request was wrong, and nothing at the node.
+    pub fn is_of_the_client(&self) -> bool {
+        matches!(self, NodeError::Invalid { .. } | NodeError::TooManyChoices { .. })
     }
 }

@@ -29,10 +29,14 @@ pub use generate::{Generate, GenerateEvent, NodeError};
 pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Watch};
 pub use prefill::{Prefill, PrefillControl, PrefillEvent};
 
-/// Protocol versions this build speaks, newest first, as ALPN ids of the control connection.
-pub const ALPN_CONTROL: &[&[u8]] = &[b"tandem/1"];
-/// As [`ALPN_CONTROL`], for bulk connections.
-pub const ALPN_BULK: &[&[u8]] = &[b"tandem-bulk/1"];
+/// Versions of the protocol that this build speaks, newest first; one number for the messages of this
+/// module and for the extents on bulk connections. Both ends take the newest that they share (ALPN).
+///
+/// To change anything that crosses the wire: put N+1 in front, keep N behind it and drop N-1 in the same
+/// release, so that a cluster can be upgraded node by node. Whoever sends asks the link for its version and
+/// writes what that version knows; a field or message of N+1 is never sent over a link that speaks N. The
+/// hello's own encoding changes like any other message: it is sent after the version is known.
+pub const PROTOCOL_VERSIONS: &[u16] = &[1];
 
 /// Largest frame in bytes: a prompt of one million tokens with room to spare. Nothing larger is
 /// allocated, whatever a length prefix claims.

@@ -22,6 +22,9 @@ const LISTING_BYTES_MAX: usize = 16 << 20;
 /// Redirects within the server followed for a file's metadata.
 const REDIRECTS_MAX: usize = 5;
 
+/// As wide as the terminal: a fixed width wraps, and a wrapped bar is drawn anew on every line.
+const BAR: &str = "{msg:32!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta} left";
+
 /// Asks one server.
 pub(super) struct Client {
     endpoint: String,
@@ -170,29 +173,45 @@ impl Client {
     async fn download(&self, url: &str, facts: &FileFacts, blob: &Path, name: &str) -> Result<(), HubError> {
         let partial = blob.with_extension("incomplete");
         let bar = ProgressBar::new(facts.num_bytes).with_message(name.to_string());
-        let style = ProgressStyle::with_template("{msg:32!} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta}");
+        let style = ProgressStyle::with_template(BAR);
         bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-        let mut tries = 0;
-        loop {
-            match self.download_rest(url, facts, &partial, &bar).await {
-                Ok(()) => break,
-                Err(error @ HubError::Unreachable { .. }) if tries + 1 < TRIES_MAX => {
-                    tracing::warn!(%error, "the download stopped, going on with it");
-                    // At once, then after 1, 2 and 4 seconds.
-                    let wait = Duration::from_secs(if tries == 0 { 0 } else { 1 << (tries - 1) });
-                    tokio::time::sleep(wait).await;
-                    tries += 1;
-                }
-                Err(error) => return Err(error),
-            }
+        if bar.is_hidden() {
+            // No terminal: a line for the log instead of a bar.
+            tracing::info!(file = name, bytes = facts.num_bytes, "downloading");
         }
+        let outcome = self.download_in_tries(url, facts, &partial, &bar).await;
+        // Also behind an error, or half a bar would stand above its sentence.
         bar.finish_and_clear();
+        outcome?;
         if let Err(error) = check(url, facts, &partial).await {
             // Nothing of it can be trusted; the next try begins anew.
             let _ = fs::remove_file(&partial);
             return Err(error);
         }
         fs::rename(&partial, blob).map_err(|error| cache_error(blob, &error))
+    }
+
+    async fn download_in_tries(
+        &self,
+        url: &str,
+        facts: &FileFacts,
+        partial: &Path,
+        bar: &ProgressBar,
+    ) -> Result<(), HubError> {
+        let mut tries = 0;
+        loop {
+            match self.download_rest(url, facts, partial, bar).await {
+                Err(error @ HubError::Unreachable { .. }) if tries + 1 < TRIES_MAX => {
+                    // A line written over a bar leaves half of it standing.
+                    bar.suspend(|| tracing::warn!(%error, "the download stopped, going on with it"));
+                    // At once, then after 1, 2 and 4 seconds.
+                    let wait = Duration::from_secs(if tries == 0 { 0 } else { 1 << (tries - 1) });
+                    tokio::time::sleep(wait).await;
+                    tries += 1;
+                }
+                outcome => return outcome,
+            }
+        }
     }
 
     /// Appends what is missing to the partial file.
@@ -228,6 +247,8 @@ impl Client {
             status => return Err(HubError::Unreachable { url: url.to_string(), reason: format!("HTTP {status}") }),
         }
         bar.set_position(num_have);
+        // What was there already is no speed.
+        bar.reset_eta();
         while let Some(bytes) = response.chunk().await.map_err(|error| unreachable(url, &error))? {
             num_have += bytes.len() as u64;
             if num_have > facts.num_bytes {

@@ -45,6 +45,14 @@ pub enum HubError {
         /// What was given.
         name: String,
     },
+    /// A file of another format.
+    #[error(
+        "{name} is a GGUF file, which is not supported yet: give a folder in Hugging Face's layout with safetensors in f32, f16 or bf16, or the Hub id of one"
+    )]
+    Gguf {
+        /// What was given.
+        name: String,
+    },
     /// Neither a folder nor a repository on the Hub.
     #[error(
         "{id} is neither a folder here nor a model at {endpoint} that this token may read (HTTP {status} for revision {revision}): check the name, or set HF_TOKEN if it is private or gated"
@@ -188,6 +196,10 @@ pub async fn resolve(name: &str, revision: Option<&str>, settings: &HubSettings)
     if Path::new(name).is_dir() {
         return Ok(PathBuf::from(name));
     }
+    // `org/name.gguf` would pass as a Hub id.
+    if Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Err(HubError::Gguf { name: name.to_string() });
+    }
     let id = HubId::parse(name, revision).ok_or_else(|| HubError::NotAnId { name: name.to_string() })?;
     let cached = id.cached(&settings.cache);
     if let Some(snapshot) = &cached
@@ -231,6 +243,7 @@ async fn download_snapshot(id: &HubId, settings: &HubSettings) -> Result<PathBuf
         let file = RemoteFile { id: &id.id, commit: &listing.commit, name };
         client.fetch(&file, &folder, &snapshot.join(name)).await
     };
+    tracing::info!(id = id.id, revision = id.revision, commit = listing.commit, cache = %settings.cache.display(), "taking the model from the Hub or its cache");
     let has = |name: &str| listing.files.iter().any(|file| file == name);
     for name in FILES.into_iter().filter(|name| has(name)) {
         fetch(name).await?;

@@ -223,6 +223,12 @@ async fn what_cannot_be_had_is_said_in_a_sentence() {
     assert!(error.starts_with("org/other is neither a folder here nor a model at http://127.0.0.1:"), "{error}");
     let error = resolve("../no/such/folder", None, &settings).await.unwrap_err();
     assert!(matches!(error, HubError::NotAnId { .. }));
+    let existing = cache.path().join("model.GGUF");
+    fs::write(&existing, "GGUF").unwrap();
+    for name in [existing.to_str().unwrap(), "org/name.gguf", "model.gguf", "/no/such/folder/model.gguf"] {
+        let error = resolve(name, None, &settings).await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{name} is a GGUF file, which is not supported yet: give a")), "{error}");
+    }
     let offline = HubSettings { is_offline: true, ..settings.clone() };
     let error = resolve("org/name", None, &offline).await.unwrap_err().to_string();
     assert!(error.contains("HF_HUB_OFFLINE"), "{error}");

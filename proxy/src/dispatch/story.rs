@@ -301,6 +301,7 @@ impl Dispatch {
                 self.go_elsewhere(leg);
                 Ok(())
             }
+            NodeError::TooManyChoices { .. } if !has_tokens => Err(ApiError::invalid("n", error.to_string())),
             NodeError::Invalid { reason } if !has_tokens => Err(ApiError::new(ErrorKind::InvalidRequest, reason)),
             error if error.is_worth_a_retry() => self.on_loss(leg, &error.to_string()),
             error => {

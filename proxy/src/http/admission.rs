@@ -17,7 +17,7 @@ use super::app::App;
 use crate::openai::{ApiError, ErrorKind};
 
 /// The header that carries a request's id in and out.
-const X_REQUEST_ID: &str = "x-request-id";
+pub(super) const X_REQUEST_ID: &str = "x-request-id";
 /// Time for a client to send its body.
 const BODY_TIMEOUT: Duration = Duration::from_secs(60);
 /// Bytes of a body above the limit that are taken and thrown away before the refusal.
@@ -109,8 +109,12 @@ pub fn tenant_salt(tenant: &Tenant, cache_salt: Option<&str>) -> Vec<u8> {
 /// A body of at most `bytes_max` bytes, as JSON.
 ///
 /// # Errors
-/// 413 if it is larger, 400 if it is not JSON or does not come.
+/// 415 if it is compressed or declared to be something else, 413 if it is larger, 400 if it is not JSON or does not come.
 pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Value, ApiError> {
+    if let Err(error) = check_type(headers).and_then(|()| check_coding(headers)) {
+        discard(body.into_data_stream()).await;
+        return Err(error);
+    }
     let too_large = || {
         let message = format!("the body exceeds the limit of {bytes_max} bytes");
         ApiError::new(ErrorKind::BodyTooLarge, message)
@@ -153,7 +157,37 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
     parsed.map_err(|error| ApiError::new(ErrorKind::InvalidRequest, format!("the body is not JSON: {error}")))
 }
 
-/// Takes a body that is too large off the connection, within bounds. A client that is still sending when its
+/// Whether the body is declared to be JSON, or nothing at all. What a web page can send to another origin
+/// without asking (`text/plain` and forms) is none of it.
+fn check_type(headers: &HeaderMap) -> Result<(), ApiError> {
+    let Some(declared) = headers.get(header::CONTENT_TYPE) else { return Ok(()) };
+    let declared = String::from_utf8_lossy(declared.as_bytes());
+    let essence = declared.split(';').next().unwrap_or_default().trim();
+    if essence.is_empty() || essence.eq_ignore_ascii_case("application/json") {
+        return Ok(());
+    }
+    let message = format!(
+        "Content-Type is \"{declared}\", expected application/json (with curl: -H 'Content-Type: application/json')"
+    );
+    Err(ApiError::new(ErrorKind::UnsupportedMediaType, message))
+}
+
+/// Whether the body is sent as it is: no coding is undone here, so that a few bytes cannot become many.
+fn check_coding(headers: &HeaderMap) -> Result<(), ApiError> {
+    let codings = headers.get_all(header::CONTENT_ENCODING).iter();
+    let mut other = codings.filter(|coding| !coding.is_empty() && !coding.as_bytes().eq_ignore_ascii_case(b"identity"));
+    match other.next() {
+        None => Ok(()),
+        Some(coding) => {
+            let coding = String::from_utf8_lossy(coding.as_bytes());
+            let message =
+                format!("Content-Encoding is \"{coding}\", expected identity: compressed bodies are not supported");
+            Err(ApiError::new(ErrorKind::UnsupportedMediaType, message))
+        }
+    }
+}
+
+/// Takes a body that is refused unread, or too large, off the connection, within bounds. A client that is still sending when its
 /// connection is closed sees that and not the answer.
 async fn discard(mut rest: BodyDataStream) {
     let all = async {

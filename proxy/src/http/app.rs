@@ -20,6 +20,8 @@ pub struct HttpSettings {
     pub model_names: Vec<String>,
     /// Keys clients must send; empty: none is asked.
     pub api_keys: Vec<String>,
+    /// Origins whose web pages may call; `*`: all, empty: none.
+    pub allowed_origins: Vec<String>,
     /// Largest body.
     pub body_bytes_max: usize,
     /// Requests in progress at most.

@@ -25,6 +25,8 @@ pub enum ErrorKind {
     MethodNotAllowed,
     /// The body exceeds the limit.
     BodyTooLarge,
+    /// The body is in a form that is not taken.
+    UnsupportedMediaType,
     /// This prompt ended several nodes a short while ago.
     Quarantined,
     /// Every node or the proxy is full: repeat later.
@@ -46,6 +48,7 @@ impl ErrorKind {
             Self::ModelNotFound | Self::NotFound => StatusCode::NOT_FOUND,
             Self::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             Self::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::UnsupportedMediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded => StatusCode::TOO_MANY_REQUESTS,
             Self::Unavailable => StatusCode::SERVICE_UNAVAILABLE,
             Self::Timeout => StatusCode::GATEWAY_TIMEOUT,
@@ -73,6 +76,7 @@ impl ErrorKind {
             Self::NotFound => Some("unknown_url"),
             Self::MethodNotAllowed => Some("method_not_allowed"),
             Self::BodyTooLarge => Some("request_too_large"),
+            Self::UnsupportedMediaType => Some("unsupported_media_type"),
             Self::Quarantined => Some("prompt_quarantined"),
             Self::Overloaded => Some("overloaded"),
             Self::Unavailable => Some("unavailable"),

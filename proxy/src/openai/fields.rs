@@ -125,13 +125,16 @@ impl<'a> Fields<'a> {
     /// If it is something else or outside.
     pub fn integer(&self, name: &str, range: RangeInclusive<i64>) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.value(name) else { return Ok(None) };
-        // 3.0 is what some clients write for 3.
-        let whole = value.as_i64().or_else(|| value.as_f64().filter(|f| f.fract() == 0.0).map(|f| f as i64));
-        let Some(number) = whole else { return Err(wrong_type(self.path_of(name), value, "a whole number")) };
-        if !range.contains(&number) {
-            return Err(self.outside(name, number, range.start(), range.end()));
+        let Some(as_float) = value.as_f64().filter(|float| float.fract() == 0.0) else {
+            return Err(wrong_type(self.path_of(name), value, "a whole number"));
+        };
+        // 3.0 is what some clients write for 3. Beyond 64 bits the cast would clip.
+        let is_exact = as_float.abs() < i64::MAX as f64;
+        let whole = value.as_i64().or_else(|| is_exact.then_some(as_float as i64));
+        match whole.filter(|number| range.contains(number)) {
+            Some(number) => Ok(Some(number)),
+            None => Err(self.outside(name, value, range.start(), range.end())),
         }
-        Ok(Some(number))
     }
 
     fn outside(&self, name: &str, found: impl Display, first: impl Display, last: impl Display) -> ApiError {
@@ -181,8 +184,30 @@ mod tests {
         assert_eq!(fields.number("temperature", 0.0..=2.0).unwrap_err().param.as_deref(), Some("temperature"));
         let error = fields.number("top_p", 0.0..=1.0).unwrap_err();
         assert_eq!(error.message, "top_p is 2, expected 0 to 1");
-        assert!(fields.integer("n", 1..=8).is_err());
+        let error = fields.integer("n", 1..=8).unwrap_err();
+        assert_eq!(error.message, "n is a number, expected a whole number");
         assert_eq!(fields.integer("seed", 0..=8).unwrap(), None);
         assert_eq!(fields.integer("max_tokens", 1..=8).unwrap(), Some(3));
+    }
+
+    #[test]
+    fn number_beyond_64_bits_is_shown_and_never_clipped_into_range() {
+        for (written, range) in [
+            ("9223372036854775808", i64::MIN..=i64::MAX),
+            ("18446744073709551615", 1..=8),
+            // JSON numbers beyond 64 bits are floats here, and shown as such.
+            ("-9.3e+18", i64::MIN..=i64::MAX),
+            ("1e+30", i64::MIN..=i64::MAX),
+            ("9", 1..=8),
+        ] {
+            let body: Value = serde_json::from_str(&format!("{{\"max_tokens\": {written}}}")).unwrap();
+            let error = Fields::of_body(&body).unwrap().integer("max_tokens", range.clone()).unwrap_err();
+            let expected = format!("max_tokens is {written}, expected {} to {}", range.start(), range.end());
+            assert_eq!(error.message, expected);
+        }
+        let body = json!({"seed": i64::MAX, "least": i64::MIN});
+        let fields = Fields::of_body(&body).unwrap();
+        assert_eq!(fields.integer("seed", i64::MIN..=i64::MAX).unwrap(), Some(i64::MAX));
+        assert_eq!(fields.integer("least", i64::MIN..=i64::MAX).unwrap(), Some(i64::MIN));
     }
 }

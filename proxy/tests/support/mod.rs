@@ -39,6 +39,7 @@ pub fn http_settings() -> HttpSettings {
     HttpSettings {
         model_names: vec!["tiny".into(), "other/name".into()],
         api_keys: Vec::new(),
+        allowed_origins: Vec::new(),
         body_bytes_max: 1 << 20,
         num_requests_max: 64,
         request_timeout: Duration::from_secs(30),

@@ -48,8 +48,7 @@ fn defaults_hold_where_nothing_is_set() {
     assert_eq!((max_num_seqs, max_num_batched_tokens, block_size), (64, 512, 16));
     assert_eq!(kv_cache_memory_bytes, 256 << 20);
     assert!(args.engine.has_prefix_caching());
-    assert_eq!((args.model.model.as_str(), args.model.dtype), ("models/tiny", Dtype::Auto));
-    assert_eq!(args.model.served_model_names(), ["models/tiny"]);
+    assert_eq!((args.model.model.as_str(), args.weights.dtype), ("models/tiny", Dtype::Auto));
     assert_eq!(args.log.log_format, LogFormat::Text);
     args.validate().unwrap();
 }
@@ -70,8 +69,8 @@ fn flag_wins_over_environment_over_own_section_over_common_over_default() {
 
 #[test]
 fn config_flag_wins_over_its_variable() {
-    let args = decode("--config t.toml", &[("TANDEM_CONFIG", "missing.toml")], "[common]\nseed = 7").unwrap();
-    assert_eq!(args.model.seed, Some(7));
+    let args = decode("--config t.toml", &[("TANDEM_CONFIG", "missing.toml")], "[common]\nmax-num-seqs = 7").unwrap();
+    assert_eq!(args.engine.max_num_seqs, 7);
 }
 
 #[test]
@@ -195,6 +194,89 @@ fn help_explains_every_flag_and_keeps_keys_secret() {
     let env = [("TANDEM_API_KEY", "s3cret")];
     let error = message(read::<ProxyArgs>("proxy --help", &env, ""));
     assert!(error.contains("--api-key") && !error.contains("s3cret"), "{error}");
+}
+
+#[test]
+fn names_that_clients_use_default_to_the_model() {
+    let names = |argv: &str| {
+        let args: ProxyArgs = read(&format!("proxy {argv}"), &[], "").unwrap();
+        args.http.served_model_names(&args.model.model)
+    };
+    assert_eq!(names(""), ["models/tiny"]);
+    assert_eq!(names("--served-model-name a b"), ["a", "b"]);
+}
+
+#[test]
+fn empty_key_is_refused_wherever_it_stands() {
+    let proxy = |argv: &str, env: &[(&str, &str)], file: &str| {
+        read::<ProxyArgs>(&format!("proxy --config t.toml {argv}"), env, file)
+    };
+    for value in ["", " ", ",", " , "] {
+        let error = message(proxy("", &[("TANDEM_API_KEY", value)], ""));
+        assert!(
+            error.starts_with("the environment variable TANDEM_API_KEY is empty: an empty key is no key"),
+            "{error}"
+        );
+    }
+    for file in ["[proxy]\napi-key = \"\"", "[common]\napi-key = \" \"", "[proxy]\napi-key = [\"a\", \"\"]"] {
+        assert!(message(proxy("", &[], file)).contains("an empty key is no key"), "{file}");
+    }
+    assert!(message(proxy("--api-key=a, ,b", &[], "")).contains("an empty key is no key"));
+    assert!(proxy("", &[], "[proxy]\napi-key = []").unwrap().http.api_key.is_empty());
+    assert_eq!(proxy("", &[("TANDEM_API_KEY", "a,b")], "").unwrap().http.api_key, ["a", "b"]);
+}
+
+#[test]
+fn numbers_out_of_range_are_refused_with_what_is_expected() {
+    for (argv, expected) in [
+        ("--retry-budget -1", "\"-1\" is not a share from 0 to 10"),
+        ("--retry-budget=nan", "\"nan\" is not a share from 0 to 10"),
+        ("--retry-budget 11", "\"11\" is not a share from 0 to 10"),
+        ("--port -1", "\"-1\" is not a port: expected a whole number from 0 to 65535"),
+        ("--port 70000", "\"70000\" is not a port"),
+        ("--max-num-seqs -1", "\"-1\" is not a whole number from 1 to"),
+        ("--max-num-waiting -1", "\"-1\" is not a whole number from 0 to"),
+        ("--max-resumes x", "\"x\" is not a whole number from 0 to"),
+        ("--num-prefill-nodes -1", "\"-1\" is not a whole number from 0 to"),
+        ("--seed 99999999999999999999", "is not a seed: expected a whole number from 0 to 18446744073709551615"),
+        ("--request-timeout -1s", "\"-1s\" is not a duration"),
+        ("--kv-cache-memory-bytes -1GiB", "\"-1GiB\" is not a size"),
+        ("--block-size -16", "\"-16\" is not a whole number"),
+    ] {
+        let error = message(read::<UpArgs>(&format!("up {argv}"), &[], ""));
+        assert!(error.contains(expected), "{argv}: {error}");
+    }
+    let error = message(read::<CertsArgs>("certs --days 0", &[], ""));
+    assert!(error.contains("\"0\" is not a whole number of days from 1 to 36500"), "{error}");
+}
+
+#[test]
+fn unknown_flag_suggests_a_near_one_or_none() {
+    let error = |argv: &str| message(read::<UpArgs>(&format!("up {argv}"), &[], ""));
+    for (argv, near) in
+        [("--max-num-seq 4", "--max-num-seqs"), ("--blok-size 16", "--block-size"), ("--prot 1", "--port")]
+    {
+        assert!(error(argv).contains(&format!("'{near}'")), "{}", error(argv));
+    }
+    for argv in ["--gpu-memory-utilization 0.9", "--tensor-parallel-size 2", "-x", "--zzz"] {
+        assert!(!error(argv).contains("similar"), "{}", error(argv));
+    }
+}
+
+#[test]
+fn nodes_take_no_flags_of_the_proxy_and_the_proxy_none_of_the_weights() {
+    for argv in ["--served-model-name a", "--seed 1", "--api-key a"] {
+        assert!(message(decode(argv, &[], "")).contains("unexpected argument"), "decode-node {argv}");
+        assert!(
+            message(read::<PrefillNodeArgs>(&format!("prefill-node {argv}"), &[], "")).contains("unexpected argument")
+        );
+    }
+    for argv in ["--dtype float32", "--max-model-len 10"] {
+        assert!(message(read::<ProxyArgs>(&format!("proxy {argv}"), &[], "")).contains("unexpected argument"));
+    }
+    // One environment and one [common] serve all commands.
+    let env = [("TANDEM_SEED", "1")];
+    decode("--config t.toml", &env, "[common]\nserved-model-name = \"a\"").unwrap();
 }
 
 #[test]
