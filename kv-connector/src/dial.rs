@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use common::ids::{NodeId, Role};
-use common::wire::Hello;
+use common::wire::{Hello, Registration};
 use quinn::{ClientConfig, Connection};
 
 use crate::accept;
@@ -15,6 +15,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+use crate::transfer::shm::Mapping;
 
 /// A link that could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -103,7 +104,7 @@ impl Fabric {
     /// # Errors
     /// [`DialError`]; given up after the hello deadline.
     pub async fn dial(&self, addr: SocketAddr, role: Role, node: Option<&NodeId>) -> Result<Link, DialError> {
-        let (connection, peer) = self.connect(&self.shared.control, addr, role).await?;
+        let (connection, peer, _) = self.connect(&self.shared.control, addr, role).await?;
         if let Some(expected) = node.filter(|expected| **expected != peer.node) {
             let found = peer.node;
             connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
@@ -133,7 +134,7 @@ impl Fabric {
             })?;
         let addr = SocketAddr::new(link.remote().ip(), port);
         let socket = self.bulk_dialler(addr)?;
-        let (connection, peer) = self.connect(socket, addr, role).await?;
+        let (connection, peer, registration) = self.connect(socket, addr, role).await?;
         if peer.node != node {
             connection.close(CLOSE_DONE, b"another node was expected here");
             return Err(DialError::WrongNode { addr, expected: node, found: peer.node });
@@ -142,14 +143,27 @@ impl Fabric {
             connection.close(CLOSE_DONE, b"another life of this node was expected");
             return Err(DialError::Restarted { node });
         }
+        let mapping = match registration.filter(|_| self.shared.is_reading_shared_pools) {
+            Some(registration) => self.attach(&node, &registration).await,
+            None => None,
+        };
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         let context = ReceiveContext {
             zone: zone.clone(),
             ledger: self.shared.ledger.clone(),
             num_extents_max: self.shared.limits.num_extents_max,
             deadline: self.shared.limits.extent_deadline,
+            mapping,
         };
-        Ok(BulkReceiver::start(connection, context, (held, window), &self.shared.tasks))
+        let receiver = BulkReceiver::start(connection, context, (held, window), &self.shared.tasks);
+        tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
+        Ok(receiver)
+    }
+
+    /// The peer's pool, if it can be read here.
+    async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Mapping> {
+        let attached = Mapping::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
+        attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
     }
 
     /// The socket that bulk connections are dialled from, bound at the first.
@@ -166,7 +180,12 @@ impl Fabric {
         Ok(self.shared.bulk_dialler.get_or_init(|| socket))
     }
 
-    async fn connect(&self, socket: &Socket, addr: SocketAddr, role: Role) -> Result<(Connection, Hello), DialError> {
+    async fn connect(
+        &self,
+        socket: &Socket,
+        addr: SocketAddr,
+        role: Role,
+    ) -> Result<(Connection, Hello, Option<Registration>), DialError> {
         let unreachable = |reason: String| DialError::Unreachable { addr, role, reason };
         let lost = |reason: CloseReason| match reason {
             CloseReason::NotTrusted { reason } => DialError::NotTrusted { addr, role, reason },
@@ -179,14 +198,14 @@ impl Fabric {
             let connecting = socket.endpoint.connect_with(config, addr, &role_name(role));
             let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await;
             let connection = connection.map_err(|error| lost(error.into()))?;
-            let peer =
+            let (peer, registration) =
                 self.shared.greeter(socket.traffic).greet(&connection).await.map_err(|failure| match failure {
                     HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
                     HelloFailure::RefusedHere(reason) => DialError::RefusedHere { addr, reason },
                     HelloFailure::Lost(reason) => lost(reason),
                     HelloFailure::Broken(reason) => unreachable(reason),
                 })?;
-            Ok((connection, peer))
+            Ok((connection, peer, registration))
         };
         let deadline = self.shared.limits.hello_deadline;
         let connected = tokio::time::timeout(deadline, connecting).await;
