@@ -53,8 +53,8 @@ use crate::transfer::quic::{self, ExtentStream, QuicTransport};
 use crate::transfer::{Arriving, ExtentEnd, RefusedExtent, SendExtentError};
 
 pub(crate) use attach::Mapping;
-pub use registrar::SharedPool;
 pub(crate) use registrar::Registrar;
+pub use registrar::SharedPool;
 
 /// Copied, hashed and written at a time: stays in the second-level cache, takes some 20 microseconds, and
 /// is as long as other tasks wait.
