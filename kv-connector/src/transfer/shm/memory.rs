@@ -153,3 +153,16 @@ pub(super) fn receive_file(socket: BorrowedFd<'_>) -> io::Result<OwnedFd> {
         }
     })
 }
+
+/// A file in memory, for tests.
+#[cfg(test)]
+pub(super) fn sealed_file(num_bytes: u64, seals: i32) -> std::fs::File {
+    // SAFETY: the name is a C string that outlives the call; the descriptor is made here and owned by the file.
+    let file = unsafe {
+        std::fs::File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING))
+    };
+    file.set_len(num_bytes).expect("a file in memory has any size");
+    // SAFETY: an integer call on a descriptor that is open.
+    assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }, 0);
+    file
+}
