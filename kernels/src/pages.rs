@@ -49,9 +49,11 @@ impl Pages {
 
         let len = len.max(1).next_multiple_of(4096);
         let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
         // SAFETY: the name is a C string that outlives the call.
-        let raw =
-            check(unsafe { libc::memfd_create(c"tandem-kv".as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) })?;
+        let create = |flags| check(unsafe { libc::memfd_create(c"tandem-kv".as_ptr(), flags) });
+        // Linux before 6.3 does not know the flag; later ones may insist on it.
+        let raw = create(flags | libc::MFD_NOEXEC_SEAL).or_else(|_| create(flags))?;
         // SAFETY: a descriptor just made, which nobody else knows.
         let file = unsafe { OwnedFd::from_raw_fd(raw) };
         // SAFETY: an integer call on a descriptor of our own.

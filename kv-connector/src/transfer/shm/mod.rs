@@ -40,8 +40,7 @@ mod registrar;
 
 use bytes::Bytes;
 use common::wire::bulk::EXTENT_TAKEN;
-use common::wire::runs::InvalidRuns;
-use common::wire::runs::{NUM_RUNS_BYTES, decode_num_runs, decode_runs, encode_runs};
+use common::wire::runs::{InvalidRuns, NUM_RUNS_BYTES, decode_num_runs, decode_runs, encode_runs};
 use common::wire::{ExtentHeader, PoolRun};
 use quinn::{ReadError, ReadExactError, RecvStream, SendStream, StoppedError};
 
@@ -186,5 +185,8 @@ async fn copy(mapping: &Mapping, runs: &[PoolRun], arriving: &mut Arriving) -> R
             }
         }
     }
-    arriving.write(&slice[..num_filled])
+    match num_filled {
+        0 => Ok(()),
+        _ => arriving.write(&slice[..num_filled]),
+    }
 }
