@@ -21,7 +21,7 @@ pub struct FaultPlan {
     pub delay_max: Duration,
     /// It never arrives, and the sender does not learn of it.
     pub loss: f64,
-    /// One bit of the payload is flipped.
+    /// One bit of the payload is flipped, in a copy that goes as bytes.
     pub corruption: f64,
     /// It ends early, as if that were its end.
     pub truncation: f64,
