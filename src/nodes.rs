@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{
-    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, LogArgs, ModelArgs, PrefillArgs, PrefillNodeArgs,
-    WeightsArgs,
+    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvTransport, LogArgs, ModelArgs, PrefillArgs,
+    PrefillNodeArgs, WeightsArgs,
 };
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
@@ -18,8 +18,10 @@ use decode_node::DecodeNode;
 use engine::core::{EngineHandle, EngineOptions};
 use engine::cpu_runner::CpuRunner;
 use engine::model::Model;
+use engine::pool::{KvPool, PoolMemory};
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
+use kv_connector::transfer::SharedPool;
 use kv_connector::{Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
@@ -54,6 +56,8 @@ pub struct NodeSetup {
     pub listen: SocketAddr,
     /// Bulk listener, of a prefill node.
     pub bulk_port: u16,
+    /// What KV may travel over.
+    pub kv_transports: Vec<KvTransport>,
     /// Its engine.
     pub engine: EngineArgs,
     /// Longest sequence, if shorter than the model's.
@@ -118,6 +122,7 @@ async fn run_node(
         identity,
         listen,
         bulk_port,
+        kv_transports: fabric.kv_transports.clone(),
         engine,
         max_model_len: weights.max_model_len,
         role,
@@ -176,12 +181,19 @@ pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineA
 /// # Errors
 /// If the KV cache does not fit, the address is taken or the certificate is not usable.
 pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<RunningNode> {
-    let NodeSetup { node, identity, listen, bulk_port, engine, max_model_len, role } = setup;
-    let runner = CpuRunner::new(
+    let NodeSetup { node, identity, listen, bulk_port, kv_transports, engine, max_model_len, role } = setup;
+    let is_sharing = kv_transports.contains(&KvTransport::Shm);
+    // KV is read out of the pool of a prefill node; nobody else's is looked into.
+    let memory = match role {
+        RoleArgs::Prefill(_) if is_sharing => PoolMemory::Shareable,
+        _ => PoolMemory::Private,
+    };
+    let runner = CpuRunner::with_memory(
         model,
         engine.block_size as usize,
         engine.kv_cache_memory_bytes,
         max_model_len.map(|len| len as usize),
+        memory,
     )
     .with_context(|| format!("make the KV cache of {node}"))?;
     let info = engine::runner::Runner::model(&runner).clone();
@@ -199,6 +211,8 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     if let RoleArgs::Prefill(_) = role {
         config.bulk_listen = Some(SocketAddr::new(listen.ip(), bulk_port));
     }
+    config.shared_pool = shared_pool(engine.pool()).with_context(|| format!("share the KV cache of {node}"))?;
+    config.is_reading_shared_pools = is_sharing;
     let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;
     let status = engine.status();
     let presence = NodePresence::new(move || status.borrow().load);
@@ -219,6 +233,13 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
         }
     };
     Ok(RunningNode { name: node, fabric, presence, engine, role })
+}
+
+/// What peers on this host may read KV in, if the pool is in memory that can be shared.
+fn shared_pool(pool: &Arc<KvPool>) -> anyhow::Result<Option<SharedPool>> {
+    let Some((file, num_bytes)) = pool.shared_file() else { return Ok(None) };
+    let file = Arc::new(file.try_clone_to_owned().context("duplicate the descriptor")?);
+    Ok(Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 }))
 }
 
 fn scheduler_limits(engine: &EngineArgs, role: &RoleArgs, info: &ModelInfo) -> SchedulerLimits {

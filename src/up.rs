@@ -43,6 +43,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             identity,
             listen: loopback(),
             bulk_port: 0,
+            kv_transports: args.kv_transports.clone(),
             engine: args.engine.clone(),
             max_model_len: args.weights.max_model_len,
             role,

@@ -1,6 +1,6 @@
 //! A request goes through proxy, decode node and prefill node, and the answer is the one that a single
 //! node gives: the same text and the same log probabilities, bit for bit, whatever the block size, the chunk
-//! size, the batch, what is cached, and who was preempted.
+//! size, the batch, the transport, what is cached, and who was preempted.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -53,6 +53,13 @@ fn assert_split(scrape: &Scrape) {
     assert_eq!(scrape.sum("tandem_prefill_candidates_lost_total", &[]), 0.0, "a prefill node was given up");
 }
 
+/// All KV went over `transport`.
+fn assert_transport(scrape: &Scrape, transport: &str) {
+    let [quic, shm] = scrape.kv_bytes_by_transport();
+    let (used, unused) = if transport == "shm" { (shm, quic) } else { (quic, shm) };
+    assert!(used > 0.0 && unused == 0.0, "{quic} bytes over quic, {shm} over shm, expected all over {transport}");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn printed_curl_line_works_and_ctrl_c_leaves() {
     let mut cluster = Cluster::up(&[]).await;
@@ -72,7 +79,10 @@ async fn printed_curl_line_works_and_ctrl_c_leaves() {
         Err(_) => answer.contains("data: [DONE]") && !answer.contains("\"error\""),
     };
     assert!(is_answer, "{script}: {answer}");
-    assert_split(&cluster.metrics().await);
+    let scrape = cluster.metrics().await;
+    assert_split(&scrape);
+    // What is tried first is what runs between machines.
+    assert_transport(&scrape, "quic");
     cluster.settle().await;
     cluster.proxy.interrupt();
     let status = cluster.proxy.exited(support::wait::SOON).await;
@@ -124,6 +134,7 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
 
     let shapes = [
         Shape::default(),
+        Shape::default().over_quic(),
         Shape {
             prefill: vec!["--block-size", "16", "--max-num-batched-tokens", "48", "--max-num-seqs", "5"],
             decode: vec!["--block-size", "64"],
@@ -140,16 +151,24 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
             nodes: vec!["--kv-cache-memory-bytes", "32MiB", "--no-enable-prefix-caching"],
             prefill: vec!["--block-size", "48"],
             ..Shape::default()
-        },
+        }
+        .over_quic(),
     ];
     for shape in shapes {
         println!("{shape:?}");
+        let transport = shape.kv_transport();
         let cluster = Cluster::start(shape).await;
         // The second time, whatever is cached by then is used.
         for turn in [1, 2] {
             assert_equal(&cases, &expected, &ask_all(&cluster.api, &cases, turn).await);
         }
-        assert_split(&cluster.metrics().await);
+        let scrape = cluster.metrics().await;
+        assert_split(&scrape);
+        assert_transport(&scrape, transport);
+        for node in cluster.nodes.iter().filter(|node| node.role == "decode-node") {
+            let is_told = |line: &str| line.contains("KV of this node can arrive") && line.contains(transport);
+            assert!(node.process.log().lines().any(is_told), "{}", node.process.tail());
+        }
         cluster.shut_down().await;
     }
 }

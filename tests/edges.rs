@@ -301,7 +301,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 15] = [
+    let cases: [(&[&str], &str); 17] = [
         (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
@@ -312,6 +312,8 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--model", &qwen], "tiny.json"),
         (&["--kv-cache-memory-bytes", "1KiB"], "--kv-cache-memory-bytes"),
         (&["--dtype", "float7"], "float32"),
+        (&["--kv-transports", "shm"], "add quic"),
+        (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
         (&["--config", &nowhere], "nowhere"),
         (&["proxy", "--port", "0"], "--decode-node"),
         (&["decode-node", "--tls-dir", &nowhere], "nowhere"),

@@ -50,8 +50,16 @@ async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
             engine.block_size = decode_block_size;
         }
         let identity = ca.issue(role.role(), &node_id(name)).unwrap();
-        let setup =
-            NodeSetup { node: node_id(name), identity, listen, bulk_port: 0, engine, max_model_len: None, role };
+        let setup = NodeSetup {
+            node: node_id(name),
+            identity,
+            listen,
+            bulk_port: 0,
+            kv_transports: args.kv_transports.clone(),
+            engine,
+            max_model_len: None,
+            role,
+        };
         running.push(nodes::start(model.clone(), setup).await.unwrap());
     }
     let (decode, prefill) = (running.pop().unwrap(), running.pop().unwrap());

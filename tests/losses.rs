@@ -157,10 +157,11 @@ impl Round {
     }
 }
 
-async fn texts_survive(seed: Seed, purpose: u64) {
+async fn texts_survive(seed: Seed, purpose: u64, shape: Shape) {
     let mut rng = seed.stream(purpose);
     let requests = requests(&mut rng);
-    let mut cluster = Cluster::start(shape()).await;
+    let transport = shape.kv_transport();
+    let mut cluster = Cluster::start(shape).await;
     let undisturbed = Round { blows: vec![], begins: vec![0; NUM_REQUESTS] };
     let (expected, num_chunks) = undisturbed.run(&mut cluster, &requests, "undisturbed").await;
     let expected: Vec<Answer> = expected.into_iter().map(|answer| answer.unwrap()).collect();
@@ -178,19 +179,22 @@ async fn texts_survive(seed: Seed, purpose: u64) {
         }
         let answered_at = started_at.elapsed();
         round.repair(&mut cluster).await;
+        let [quic, shm] = cluster.node_metrics().await.kv_bytes_by_transport();
+        let unexpected = if transport == "shm" { quic } else { shm };
+        assert_eq!(unexpected, 0.0, "{quic} bytes over quic and {shm} over shm: expected {transport}");
         println!("    answered after {answered_at:.1?}, repaired after {:.1?}", started_at.elapsed());
     }
     cluster.shut_down().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn texts_survive_losses_at_any_moment() {
-    texts_survive(Seed::draw(), 10).await;
+async fn texts_survive_losses_at_any_moment_over_shm() {
+    texts_survive(Seed::draw(), 10, shape()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn texts_survive_losses_at_other_moments() {
-    texts_survive(Seed::draw(), 11).await;
+async fn texts_survive_losses_at_any_moment_over_quic() {
+    texts_survive(Seed::draw(), 11, shape().over_quic()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

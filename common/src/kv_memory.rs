@@ -14,6 +14,17 @@ pub trait KvMemory: Send + Sync {
     /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
     fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
 
+    /// Shows whole granules where they lie, in ascending order, in as few pieces as there are: `visit` gets
+    /// each piece and where it begins, counted from the memory's first byte.
+    fn visit_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    );
+
     /// Bytes of one granule in one layer, all planes.
     fn granule_bytes(&self) -> usize;
 

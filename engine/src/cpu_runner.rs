@@ -10,7 +10,7 @@ use crate::cpu::CpuBackend;
 use crate::decoder::{Decoder, Workspace};
 use crate::model::{LoadError, Model};
 use crate::plan::StepPlan;
-use crate::pool::KvPool;
+use crate::pool::{KvPool, PoolMemory};
 use crate::rope::RopeAngles;
 use crate::runner::{KvSink, Runner, StepError, StepOutput, StepToken, Ticket};
 use crate::step_thread::StepThread;
@@ -35,6 +35,20 @@ impl CpuRunner {
         kv_cache_memory_bytes: u64,
         max_model_len: Option<usize>,
     ) -> Result<Self, LoadError> {
+        Self::with_memory(model, block_size, kv_cache_memory_bytes, max_model_len, PoolMemory::Private)
+    }
+
+    /// As [`new`](Self::new), with a pool in memory of either kind.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_memory(
+        model: Arc<Model>,
+        block_size: usize,
+        kv_cache_memory_bytes: u64,
+        max_model_len: Option<usize>,
+        memory: PoolMemory,
+    ) -> Result<Self, LoadError> {
         let kv_spec = model.spec().kv_spec(model.kv_dtype());
         let bytes_per_token = kv_spec.bytes_per_token();
         let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
@@ -58,7 +72,7 @@ impl CpuRunner {
                  raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
             );
         }
-        let pool = Arc::new(KvPool::new(&kv_spec, block_size, num_blocks)?);
+        let pool = Arc::new(KvPool::with_memory(&kv_spec, block_size, num_blocks, memory)?);
         let info = ModelInfo { max_model_len: wanted as u32, ..model.info_for(block_size, num_blocks) };
         let mut worker = Worker {
             rope: model.backend().rope_table(model.spec().rope.angles(wanted)),

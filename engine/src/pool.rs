@@ -16,11 +16,23 @@
 //! the receiving task while its extents land. Readers (attention, senders, parking) only see final bytes of
 //! blocks they hold a reference on. What would notice a breach are the digests over extents.
 
+use std::os::fd::BorrowedFd;
+
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
 use kernels::kv_layout::GRANULE_TOKENS;
 use kernels::{KvArena, KvLayout};
+
+/// Whose eyes a pool's memory is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PoolMemory {
+    /// This process alone; in huge pages.
+    Private,
+    /// Other processes of this host may be let read it ([`KvPool::shared_file`]). In huge pages only where
+    /// `/sys/kernel/mm/transparent_hugepage/shmem_enabled` allows it. Private if the kernel refuses.
+    Shareable,
+}
 
 /// Why a pool cannot be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -83,6 +95,19 @@ impl KvPool {
     /// [`PoolError`] if the shape is not one the CPU kernels have, the block size is not a multiple of 16, or
     /// the pool cannot be addressed.
     pub fn new(spec: &KvSpec, block_size: usize, num_blocks: usize) -> Result<Self, PoolError> {
+        Self::with_memory(spec, block_size, num_blocks, PoolMemory::Private)
+    }
+
+    /// As [`new`](Self::new), in memory of either kind.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_memory(
+        spec: &KvSpec,
+        block_size: usize,
+        num_blocks: usize,
+        memory: PoolMemory,
+    ) -> Result<Self, PoolError> {
         let plane = uniform_plane(spec)?;
         if block_size == 0 || !block_size.is_multiple_of(GRANULE_TOKENS) {
             return Err(PoolError::BlockSize { block_size });
@@ -105,7 +130,23 @@ impl KvPool {
                 KvDtype::Bf16 => kernels::KvDtype::Bf16,
             },
         };
-        Ok(Self { arena: KvArena::new(layout.total_bytes()), layout })
+        let num_bytes = layout.total_bytes();
+        let shareable = (memory == PoolMemory::Shareable).then(|| KvArena::shareable(num_bytes));
+        let arena = match shareable {
+            Some(Ok(arena)) => arena,
+            Some(Err(error)) => {
+                tracing::warn!(%error, "the kernel gives no shared memory for the KV pool: KV goes over quic only");
+                KvArena::new(num_bytes)
+            }
+            None => KvArena::new(num_bytes),
+        };
+        Ok(Self { arena, layout })
+    }
+
+    /// The file that other processes can be let read the pool in, and its size in bytes; `None` if the memory
+    /// is private. Sealed: it keeps its size, and nobody but this process can write to it.
+    pub fn shared_file(&self) -> Option<(BorrowedFd<'_>, usize)> {
+        self.arena.file()
     }
 
     /// Tokens per block.
@@ -280,6 +321,20 @@ impl KvMemory for KvPool {
     fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]) {
         self.read_granules(layer, blocks, first_granule, num_granules, out);
     }
+
+    fn visit_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) {
+        let num_bytes = self.extent_bytes(num_granules);
+        self.for_runs(layer, blocks, first_granule, 0, num_bytes, |offset, run| {
+            self.arena.visit(offset, run.len(), |bytes| visit(offset as u64, bytes));
+        });
+    }
 }
 
 /// The one shape of K and V that all layers have.
@@ -318,8 +373,12 @@ fn uniform_plane(spec: &KvSpec) -> Result<&KvPlane, PoolError> {
 mod tests {
     use super::*;
 
+    fn spec() -> KvSpec {
+        KvSpec::uniform(2, 2, 8, KvDtype::Bf16, None)
+    }
+
     fn pool(block_size: usize, num_blocks: usize) -> KvPool {
-        KvPool::new(&KvSpec::uniform(2, 2, 8, KvDtype::Bf16, None), block_size, num_blocks).unwrap()
+        KvPool::new(&spec(), block_size, num_blocks).unwrap()
     }
 
     fn noise(len: usize, seed: u8) -> Vec<u8> {
@@ -343,6 +402,25 @@ mod tests {
         let mut other_layer = vec![1; to.extent_bytes(6)];
         to.read_granules(0, &to_blocks, 0, 6, &mut other_layer);
         assert!(other_layer.iter().all(|&b| b == 0));
+    }
+
+    #[test]
+    fn extent_is_seen_in_place_as_it_is_read() {
+        let pool = KvPool::with_memory(&spec(), 32, 4, PoolMemory::Shareable).unwrap();
+        let blocks = [BlockId(3), BlockId(0), BlockId(2)];
+        pool.write_at(1, &blocks, 0, 0, &noise(pool.extent_bytes(6), 1));
+        let mut expected = vec![0; pool.extent_bytes(4)];
+        pool.read_granules(1, &blocks, 1, 4, &mut expected);
+        let file = std::fs::File::from(pool.shared_file().unwrap().0.try_clone_to_owned().unwrap());
+        let (mut seen, mut in_file) = (Vec::new(), Vec::new());
+        pool.visit_granules(1, &blocks, 1, 4, &mut |offset, bytes| {
+            seen.extend_from_slice(bytes);
+            let mut same = vec![0; bytes.len()];
+            std::os::unix::fs::FileExt::read_exact_at(&file, &mut same, offset).unwrap();
+            in_file.extend(same);
+        });
+        assert_eq!(seen, expected);
+        assert_eq!(in_file, expected);
     }
 
     #[test]

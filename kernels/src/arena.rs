@@ -5,9 +5,14 @@
 //! being sent, or read by attention, is full or (its last granule) written only by the engine thread that
 //! also orders those reads. The arena checks bounds, not this. Breaking it yields torn bytes; digests over
 //! extents and the generation of a block are what would notice.
+//!
+//! A shareable arena can be mapped by other processes, for reading only. They are no part of the invariant:
+//! what they read while somebody writes is torn, and it is theirs to notice.
 #![allow(unsafe_code)]
 
+use std::io;
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 
 use crate::pages::Pages;
 
@@ -26,6 +31,21 @@ impl KvArena {
         KvArena { pages: Pages::zeroed(len), len }
     }
 
+    /// As [`new`](Self::new), in a sealed file in memory that other processes can map for reading, without
+    /// huge pages on most systems (`/sys/kernel/mm/transparent_hugepage/shmem_enabled`).
+    ///
+    /// # Errors
+    /// The kernel's, if it refuses such a file.
+    pub fn shareable(len: usize) -> io::Result<Self> {
+        Ok(KvArena { pages: Pages::shareable(len)?, len })
+    }
+
+    /// The file of a shareable arena and its size in bytes, which is that of the arena in whole pages. An
+    /// offset in the arena is the offset in the file.
+    pub fn file(&self) -> Option<(BorrowedFd<'_>, usize)> {
+        self.pages.file()
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.len
@@ -42,6 +62,14 @@ impl KvArena {
         // SAFETY: in bounds by `bytes`; `into` is exclusively borrowed memory outside the arena; nobody
         // writes these bytes meanwhile (the module's invariant).
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Shows `visit` the `len` bytes at `offset` where they lie. Panics beyond the end.
+    pub fn visit(&self, offset: usize, len: usize, visit: impl FnOnce(&[u8])) {
+        let from = self.bytes(offset, len);
+        // SAFETY: in bounds by `bytes` and initialised (zeroed by the kernel); nobody writes these bytes
+        // meanwhile (the module's invariant), and the reference does not outlive the call.
+        visit(unsafe { std::slice::from_raw_parts(from, len) })
     }
 
     /// Copies `from` to `offset`. Panics beyond the end.
@@ -101,6 +129,36 @@ mod tests {
         assert_eq!(bytes, [0, 0, 0, 0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]);
         assert_eq!(arena.len(), 10_000);
         assert!(!arena.is_empty());
+    }
+
+    #[test]
+    #[cfg(not(miri))]
+    fn shareable_arena_can_be_read_elsewhere_and_written_nowhere_else() {
+        use std::os::fd::AsRawFd;
+        use std::os::unix::fs::FileExt;
+
+        let arena = KvArena::shareable(10_000).unwrap();
+        arena.write(5_000, b"kv");
+        let (fd, len) = arena.file().unwrap();
+        assert_eq!((len, KvArena::new(10_000).file().is_none()), (12_288, true));
+        let file = std::fs::File::from(fd.try_clone_to_owned().unwrap());
+        let mut bytes = [0; 2];
+        file.read_exact_at(&mut bytes, 5_000).unwrap();
+        assert_eq!(&bytes, b"kv");
+        arena.visit(5_000, 2, |bytes| assert_eq!(bytes, b"kv"));
+        assert!(file.write_at(b"no", 5_000).is_err());
+        assert!(file.set_len(4_096).is_err() && file.set_len(1 << 20).is_err());
+        let map = |protection| {
+            // SAFETY: a fresh mapping at an address of the kernel's choice, of a file of this size.
+            let at =
+                unsafe { libc::mmap(std::ptr::null_mut(), len, protection, libc::MAP_SHARED, file.as_raw_fd(), 0) };
+            at != libc::MAP_FAILED
+        };
+        assert!(map(libc::PROT_READ));
+        assert!(!map(libc::PROT_READ | libc::PROT_WRITE));
+        // Large ones are aligned to huge pages, as private ones are.
+        let large = KvArena::shareable(5 << 20).unwrap();
+        assert!(large.bytes(0, 1).addr().is_multiple_of(2 << 20));
     }
 
     #[test]

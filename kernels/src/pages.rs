@@ -1,13 +1,17 @@
-//! Zeroed memory from the kernel: page-aligned, huge pages where the machine gives them.
+//! Zeroed memory from the kernel: page-aligned, huge pages where the machine gives them. Private to the
+//! process, or in a file in memory that other processes can be let read.
 #![allow(unsafe_code)]
 
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 
-/// Anonymous zeroed memory, given back on drop. Owns its bytes like a `Box<[u8]>`, but hands out only a
-/// raw pointer: who may touch which bytes is its owner's contract.
+/// Zeroed memory, given back on drop. Owns its bytes like a `Box<[u8]>`, but hands out only a raw pointer:
+/// who may touch which bytes is its owner's contract.
 pub(crate) struct Pages {
     start: NonNull<u8>,
     len: usize,
+    file: Option<OwnedFd>,
 }
 
 // SAFETY: plain memory without thread affinity; the owner of a `Pages` states who accesses what.
@@ -25,8 +29,70 @@ impl Pages {
     /// Panics when the kernel refuses the mapping: sizes come from checked configuration.
     #[cfg(not(miri))]
     pub(crate) fn zeroed(len: usize) -> Pages {
-        let page = 4096;
-        let len = len.max(1).next_multiple_of(page);
+        let len = len.max(1).next_multiple_of(4096);
+        let start = Self::reserve(len);
+        Self::advise_huge(start, len);
+        Pages { start: NonNull::new(start).expect("the kernel does not map page zero"), len, file: None }
+    }
+
+    /// As [`zeroed`](Self::zeroed), in a sealed file in memory: it never changes its size, and whoever gets
+    /// the file can map it for reading only. `len` is at least 1.
+    ///
+    /// Huge pages are given to such files only where `/sys/kernel/mm/transparent_hugepage/shmem_enabled`
+    /// says `advise` (or more); on most systems it says `never`.
+    ///
+    /// # Errors
+    /// The kernel's, if it has no such files, no such seals or no address space left.
+    #[cfg(not(miri))]
+    pub(crate) fn shareable(len: usize) -> io::Result<Pages> {
+        use std::os::fd::{AsRawFd, FromRawFd};
+
+        let len = len.max(1).next_multiple_of(4096);
+        let check = |result: libc::c_int| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) };
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        // SAFETY: the name is a C string that outlives the call.
+        let create = |flags| check(unsafe { libc::memfd_create(c"tandem-kv".as_ptr(), flags) });
+        // Linux before 6.3 does not know the flag; later ones may insist on it.
+        let raw = create(flags | libc::MFD_NOEXEC_SEAL).or_else(|_| create(flags))?;
+        // SAFETY: a descriptor just made, which nobody else knows.
+        let file = unsafe { OwnedFd::from_raw_fd(raw) };
+        // SAFETY: an integer call on a descriptor of our own.
+        check(unsafe { libc::ftruncate(file.as_raw_fd(), len as libc::off_t) })?;
+        let start = Self::reserve(len);
+        let pages =
+            Pages { start: NonNull::new(start).expect("the kernel does not map page zero"), len, file: Some(file) };
+        let fd = pages.file.as_ref().expect("it was put there just now").as_raw_fd();
+        // SAFETY: replaces exactly the reservation just made, which nobody uses yet.
+        let mapped = unsafe {
+            libc::mmap(
+                start.cast(),
+                len,
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_NORESERVE,
+                fd,
+                0,
+            )
+        };
+        if mapped == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Self::advise_huge(start, len);
+        // The one writable mapping there will ever be exists; the size is final, and so are the seals.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+        // SAFETY: an integer call on a descriptor of our own.
+        check(unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) })?;
+        Ok(pages)
+    }
+
+    /// Miri has no files in memory.
+    #[cfg(miri)]
+    pub(crate) fn shareable(_len: usize) -> io::Result<Pages> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Fresh anonymous memory of whole pages, aligned to huge pages if it is as large as one.
+    #[cfg(not(miri))]
+    fn reserve(len: usize) -> *mut u8 {
         let slack = if len >= Self::HUGE { Self::HUGE } else { 0 };
         // SAFETY: a fresh anonymous mapping at an address of the kernel's choice.
         let raw = unsafe {
@@ -44,21 +110,23 @@ impl Pages {
         let head = if slack > 0 { raw.align_offset(Self::HUGE) } else { 0 };
         // SAFETY: head and tail are whole pages inside the mapping just made, and nobody knows them yet;
         // `raw + head .. raw + head + len` stays mapped.
-        let start = unsafe {
+        unsafe {
             if head > 0 {
                 libc::munmap(raw.cast(), head);
             }
             if slack > head {
                 libc::munmap(raw.add(head + len).cast(), slack - head);
             }
-            let start = raw.add(head);
-            if slack > 0 {
-                // Advice only: without huge pages everything works, slower.
-                libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE);
-            }
-            start
-        };
-        Pages { start: NonNull::new(start).expect("the kernel does not map page zero"), len }
+            raw.add(head)
+        }
+    }
+
+    #[cfg(not(miri))]
+    fn advise_huge(start: *mut u8, len: usize) {
+        if len >= Self::HUGE {
+            // SAFETY: a mapping of our own. Advice only: without huge pages everything works, slower.
+            unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
+        }
     }
 
     /// `len` zeroed bytes, aligned to 4096: Miri knows no `madvise`.
@@ -68,11 +136,17 @@ impl Pages {
         let layout = std::alloc::Layout::from_size_align(len, 4096).expect("4096 is a power of two");
         // SAFETY: the layout has a size above zero.
         let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        Pages { start: NonNull::new(start).expect("memory for a test"), len }
+        Pages { start: NonNull::new(start).expect("memory for a test"), len, file: None }
     }
 
     pub(crate) fn as_ptr(&self) -> *mut u8 {
         self.start.as_ptr()
+    }
+
+    /// The file that the memory is in, if it is shareable, and its size in bytes.
+    pub(crate) fn file(&self) -> Option<(BorrowedFd<'_>, usize)> {
+        use std::os::fd::AsFd;
+        self.file.as_ref().map(|file| (file.as_fd(), self.len))
     }
 }
 

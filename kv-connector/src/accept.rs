@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Weak};
 
 use common::ids::Role;
-use common::wire::{Hello, Open};
+use common::wire::{Hello, Open, Registration};
 use quinn::{Connection, Incoming, ServerConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
@@ -101,7 +101,7 @@ async fn serve_control(
     stranger: OwnedSemaphorePermit,
     waiting: mpsc::Sender<IncomingStream>,
 ) {
-    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _| ()).await else { return };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _| None).await else { return };
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);
@@ -153,12 +153,20 @@ async fn serve_stream(
 }
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
-    let register = |connection: &Connection, peer: &Hello| shared.bulk_senders.insert(peer, connection, &shared.ledger);
+    // Valid as long as the connection.
+    let mut open_registration = None;
+    let register = |connection: &Connection, peer: &Hello| {
+        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger);
+        let (registration, open) = shared.registrar.as_ref()?.register(transport);
+        open_registration = Some(open);
+        Some(registration)
+    };
     let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
     tracing::debug!(peer = %peer.node, version, remote = %connection.remote_address(), "accepted a bulk connection");
     let reason = connection.closed().await;
+    drop(open_registration);
     shared.bulk_senders.remove(&peer, &connection);
     tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
     drop(held);
@@ -178,7 +186,7 @@ async fn welcome(
     shared: &Shared,
     socket: &Socket,
     incoming: Incoming,
-    register: impl FnOnce(&Connection, &Hello),
+    register: impl FnOnce(&Connection, &Hello) -> Option<Registration>,
 ) -> Option<(Connection, u16, Hello)> {
     let remote = incoming.remote_address();
     let refused = |reason: String| {

@@ -21,6 +21,8 @@ pub struct FabricAccounting {
     pub connections: usize,
     /// Payload bytes of extents that have begun to land and are neither verified nor refused.
     pub pinned_receive_bytes: usize,
+    /// Registrations of shared memory: announced to a peer, or mapped from one.
+    pub registrations: usize,
 }
 
 /// Counts shared by everything that belongs to one fabric.
@@ -31,12 +33,30 @@ pub(crate) struct Ledger {
     landings: AtomicUsize,
     connections: AtomicUsize,
     receive_bytes: AtomicUsize,
+    registrations: AtomicUsize,
     connections_gauge: [Gauge; 2],
     streams_gauge: [Gauge; 2],
     landings_gauge: Gauge,
     receive_bytes_gauge: Gauge,
-    extent_bytes_sent: Counter,
-    extent_bytes_verified: Counter,
+    registrations_gauge: Gauge,
+    extent_bytes_sent: [Counter; 2],
+    extent_bytes_verified: [Counter; 2],
+}
+
+/// What KV travels over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Carrier {
+    Quic,
+    Shm,
+}
+
+impl Carrier {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Carrier::Quic => "quic",
+            Carrier::Shm => "shm",
+        }
+    }
 }
 
 /// What a [`Held`] stands for.
@@ -46,6 +66,7 @@ pub(crate) enum Kind {
     Stream(Traffic),
     Landing,
     ReceiveBytes(usize),
+    Registration,
 }
 
 /// One counted thing, from now until it is dropped.
@@ -65,18 +86,27 @@ impl Ledger {
         };
         let connections = |traffic: Traffic| metrics::gauge!(CONNECTIONS, with("traffic", traffic.as_str()));
         let streams = |traffic: Traffic| metrics::gauge!(STREAMS, with("traffic", traffic.as_str()));
+        let extent_bytes = |direction: &'static str| {
+            [Carrier::Quic, Carrier::Shm].map(|carrier| {
+                let mut labels = with("direction", direction);
+                labels.push(Label::new("transport", carrier.as_str()));
+                metrics::counter!(EXTENT_BYTES, labels)
+            })
+        };
         Arc::new(Self {
             control_streams: AtomicUsize::new(0),
             bulk_streams: AtomicUsize::new(0),
             landings: AtomicUsize::new(0),
             connections: AtomicUsize::new(0),
             receive_bytes: AtomicUsize::new(0),
+            registrations: AtomicUsize::new(0),
             connections_gauge: [connections(Traffic::Control), connections(Traffic::Bulk)],
             streams_gauge: [streams(Traffic::Control), streams(Traffic::Bulk)],
             landings_gauge: metrics::gauge!(LANDINGS, labels.clone()),
             receive_bytes_gauge: metrics::gauge!(RECEIVE_BYTES, labels.clone()),
-            extent_bytes_sent: metrics::counter!(EXTENT_BYTES, with("direction", "sent")),
-            extent_bytes_verified: metrics::counter!(EXTENT_BYTES, with("direction", "verified")),
+            registrations_gauge: metrics::gauge!(REGISTRATIONS, labels.clone()),
+            extent_bytes_sent: extent_bytes("sent"),
+            extent_bytes_verified: extent_bytes("verified"),
             labels,
         })
     }
@@ -89,6 +119,7 @@ impl Ledger {
             landings: now(&self.landings),
             connections: now(&self.connections),
             pinned_receive_bytes: now(&self.receive_bytes),
+            registrations: now(&self.registrations),
         }
     }
 
@@ -100,12 +131,12 @@ impl Ledger {
         Held { ledger: self.clone(), kind }
     }
 
-    pub(crate) fn count_sent(&self, num_bytes: usize) {
-        self.extent_bytes_sent.increment(num_bytes as u64);
+    pub(crate) fn count_sent(&self, carrier: Carrier, num_bytes: usize) {
+        self.extent_bytes_sent[carrier as usize].increment(num_bytes as u64);
     }
 
-    pub(crate) fn count_verified(&self, num_bytes: usize) {
-        self.extent_bytes_verified.increment(num_bytes as u64);
+    pub(crate) fn count_verified(&self, carrier: Carrier, num_bytes: usize) {
+        self.extent_bytes_verified[carrier as usize].increment(num_bytes as u64);
     }
 
     pub(crate) fn count_refused_extent(&self, reason: &'static str) {
@@ -133,6 +164,7 @@ impl Ledger {
             Kind::Stream(Traffic::Control) => (&self.control_streams, &self.streams_gauge[0], 1),
             Kind::Stream(Traffic::Bulk) => (&self.bulk_streams, &self.streams_gauge[1], 1),
             Kind::Landing => (&self.landings, &self.landings_gauge, 1),
+            Kind::Registration => (&self.registrations, &self.registrations_gauge, 1),
             Kind::ReceiveBytes(num_bytes) => (&self.receive_bytes, &self.receive_bytes_gauge, num_bytes),
         }
     }
@@ -150,6 +182,7 @@ const CONNECTIONS: &str = "tandem_fabric_connections";
 const STREAMS: &str = "tandem_fabric_streams";
 const LANDINGS: &str = "tandem_fabric_landings";
 const RECEIVE_BYTES: &str = "tandem_fabric_receive_bytes";
+const REGISTRATIONS: &str = "tandem_fabric_registrations";
 const EXTENT_BYTES: &str = "tandem_fabric_extent_bytes_total";
 const REFUSED_EXTENTS: &str = "tandem_refused_extents_total";
 const REFUSED_STREAMS: &str = "tandem_refused_streams_total";
@@ -160,7 +193,8 @@ fn describe() {
     metrics::describe_gauge!(STREAMS, Unit::Count, "Streams that are open: requests (control), extents (bulk)");
     metrics::describe_gauge!(LANDINGS, Unit::Count, "Reservations that KV may land in");
     metrics::describe_gauge!(RECEIVE_BYTES, Unit::Bytes, "KV payload that has begun to arrive and is not proven yet");
-    metrics::describe_counter!(EXTENT_BYTES, Unit::Bytes, "KV payload handed to the transport or verified on arrival");
+    metrics::describe_gauge!(REGISTRATIONS, Unit::Count, "Shared memory announced to a peer, or mapped from one");
+    metrics::describe_counter!(EXTENT_BYTES, Unit::Bytes, "KV payload sent or verified on arrival, by transport");
     metrics::describe_counter!(REFUSED_EXTENTS, Unit::Count, "Extents that were not taken, by reason");
     metrics::describe_counter!(REFUSED_STREAMS, Unit::Count, "Control streams that were not taken, by reason");
     metrics::describe_counter!(REFUSED_CONNECTIONS, Unit::Count, "Connections that were not taken, by reason");

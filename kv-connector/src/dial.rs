@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use common::ids::{NodeId, Role};
-use common::wire::Hello;
+use common::wire::{Hello, Registration};
 use quinn::{ClientConfig, Connection};
 
 use crate::accept;
@@ -15,6 +15,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+use crate::transfer::shm::Mapping;
 use crate::versions;
 
 /// A link that could not be made.
@@ -112,7 +113,7 @@ impl Fabric {
     /// # Errors
     /// [`DialError`]; given up after the hello deadline.
     pub async fn dial(&self, addr: SocketAddr, role: Role, node: Option<&NodeId>) -> Result<Link, DialError> {
-        let (connection, version, peer) = self.connect(&self.shared.control, addr, role).await?;
+        let (connection, version, peer, _) = self.connect(&self.shared.control, addr, role).await?;
         if let Some(expected) = node.filter(|expected| **expected != peer.node) {
             let found = peer.node;
             connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
@@ -142,7 +143,7 @@ impl Fabric {
             })?;
         let addr = SocketAddr::new(link.remote().ip(), port);
         let socket = self.bulk_dialler(addr)?;
-        let (connection, _version, peer) = self.connect(socket, addr, role).await?;
+        let (connection, _version, peer, registration) = self.connect(socket, addr, role).await?;
         if peer.node != node {
             connection.close(CLOSE_DONE, b"another node was expected here");
             return Err(DialError::WrongNode { addr, expected: node, found: peer.node });
@@ -151,14 +152,27 @@ impl Fabric {
             connection.close(CLOSE_DONE, b"another life of this node was expected");
             return Err(DialError::Restarted { node });
         }
+        let mapping = match registration.filter(|_| self.shared.is_reading_shared_pools) {
+            Some(registration) => self.attach(&node, &registration).await,
+            None => None,
+        };
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         let context = ReceiveContext {
             zone: zone.clone(),
             ledger: self.shared.ledger.clone(),
             num_extents_max: self.shared.limits.num_extents_max,
             deadline: self.shared.limits.extent_deadline,
+            mapping,
         };
-        Ok(BulkReceiver::start(connection, context, (held, window), &self.shared.tasks))
+        let receiver = BulkReceiver::start(connection, context, (held, window), &self.shared.tasks);
+        tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
+        Ok(receiver)
+    }
+
+    /// The peer's pool, if it can be read here.
+    async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Mapping> {
+        let attached = Mapping::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
+        attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
     }
 
     /// The socket that bulk connections are dialled from, bound at the first.
@@ -180,7 +194,7 @@ impl Fabric {
         socket: &Socket,
         addr: SocketAddr,
         role: Role,
-    ) -> Result<(Connection, u16, Hello), DialError> {
+    ) -> Result<(Connection, u16, Hello, Option<Registration>), DialError> {
         let ours = &self.shared.versions;
         let unreachable = |reason: String| DialError::Unreachable { addr, role, reason };
         let lost = |reason: CloseReason| match reason {
@@ -203,14 +217,14 @@ impl Fabric {
                     other => lost(other),
                 });
             };
-            let peer =
+            let (peer, registration) =
                 self.shared.greeter(socket.traffic).greet(&connection).await.map_err(|failure| match failure {
                     HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
                     HelloFailure::RefusedHere(reason) => DialError::RefusedHere { addr, reason },
                     HelloFailure::Lost(reason) => lost(reason),
                     HelloFailure::Broken(reason) => unreachable(reason),
                 })?;
-            Ok((connection, version, peer))
+            Ok((connection, version, peer, registration))
         };
         let deadline = self.shared.limits.hello_deadline;
         let connected = tokio::time::timeout(deadline, connecting).await;

@@ -30,7 +30,8 @@ use crate::socket::{self, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::BulkSenders;
-use crate::transfer::{BulkSender, LandingZone, TransportLayer};
+use crate::transfer::shm::Registrar;
+use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
 /// What a fabric is made of.
@@ -51,17 +52,32 @@ pub struct FabricConfig {
     pub limits: FabricLimits,
     /// Versions of the protocol that are spoken, newest first; never empty.
     pub versions: Vec<u16>,
+    /// This node's pool, for peers on the same host to read KV in; they become one trust domain with it. With a
+    /// bulk listener only. Without it all KV is sent over QUIC.
+    pub shared_pool: Option<SharedPool>,
+    /// Whether this node reads KV in the pools of peers on the same host that let it.
+    pub is_reading_shared_pools: bool,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,
 }
 
 impl FabricConfig {
-    /// No bulk listener, default limits, the versions of this build, and every peer taken whose model fits.
+    /// No bulk listener, default limits, the versions of this build, no shared memory, and every peer taken whose model fits.
     pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
         let check = compatible_models(&hello);
         let limits = FabricLimits::default();
-        let versions = PROTOCOL_VERSIONS.to_vec();
-        Self { listen, bulk_listen: None, identity, hello, check, limits, versions, transport_layer: None }
+        Self {
+            listen,
+            bulk_listen: None,
+            identity,
+            hello,
+            check,
+            limits,
+            versions: PROTOCOL_VERSIONS.to_vec(),
+            shared_pool: None,
+            is_reading_shared_pools: false,
+            transport_layer: None,
+        }
     }
 }
 
@@ -131,6 +147,9 @@ pub(crate) struct Shared {
     pub(crate) refusals: Quiet,
     pub(crate) budget: FrameBudget,
     pub(crate) bulk_senders: BulkSenders,
+    /// Hands this node's pool out to peers on the same host.
+    pub(crate) registrar: Option<Arc<Registrar>>,
+    pub(crate) is_reading_shared_pools: bool,
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
     pub(crate) control: Socket,
@@ -154,8 +173,18 @@ impl Fabric {
     /// # Errors
     /// [`BindError`].
     pub fn bind(config: FabricConfig) -> Result<Self, BindError> {
-        let FabricConfig { listen, bulk_listen, identity, mut hello, check, limits, versions, transport_layer } =
-            config;
+        let FabricConfig {
+            listen,
+            bulk_listen,
+            identity,
+            mut hello,
+            check,
+            limits,
+            versions,
+            shared_pool,
+            is_reading_shared_pools,
+            transport_layer,
+        } = config;
         check_holder(&identity, hello.role, &hello.node)?;
         let server = |traffic: Traffic| tls::server(&identity, alpn_ids(traffic, &versions));
         let client = |traffic: Traffic| tls::client(&identity, alpn_ids(traffic, &versions));
@@ -172,13 +201,23 @@ impl Fabric {
             bulk_listener.as_ref().and_then(|socket| socket.endpoint.local_addr().ok()).map(|addr| addr.port());
 
         let ledger = Ledger::new(hello.role, hello.node.as_str());
+        let registrar = shared_pool.filter(|_| bulk_listener.is_some()).and_then(|pool| {
+            let bound = Registrar::bind(pool, ledger.clone());
+            bound
+                .inspect_err(|error| tracing::warn!(%error, "no socket for shared memory: KV goes over quic only"))
+                .ok()
+        });
+        let (registrar, registrations) = registrar.unzip();
+        let shared_memory = registrar.as_ref().map(|registrar| registrar.memory().clone());
         let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
         let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
         let shared = Arc::new(Shared {
             hello,
             check,
             budget: FrameBudget::new(limits.frame_bytes_max, limits.frame_deadline),
-            bulk_senders: BulkSenders::new(transport_layer),
+            bulk_senders: BulkSenders::new(transport_layer, shared_memory),
+            registrar,
+            is_reading_shared_pools,
             limits,
             versions,
             ledger,
@@ -193,6 +232,10 @@ impl Fabric {
         });
         for socket in [Some(&shared.control), shared.bulk_listener.as_ref()].into_iter().flatten() {
             shared.tasks.spawn(accept::connections(shared.clone(), socket.clone(), waiting.clone()));
+        }
+        if let Some((registrar, listener)) = shared.registrar.clone().zip(registrations) {
+            let (deadline, tasks) = (shared.limits.attach_deadline, shared.tasks.clone());
+            shared.tasks.spawn(registrar.serve(listener, deadline, tasks));
         }
         Ok(Self { incoming: Arc::new(Mutex::new(incoming)), _guard: Arc::new(CloseGuard(shared.clone())), shared })
     }
@@ -268,6 +311,9 @@ impl Shared {
     fn close(&self) {
         for socket in self.sockets() {
             socket.endpoint.close(CLOSE_DONE, b"the node is leaving");
+        }
+        if let Some(registrar) = &self.registrar {
+            registrar.close();
         }
         self.tasks.close();
     }

@@ -2,13 +2,13 @@
 //!
 //! ```text
 //! dialler   Open::Hello(hello)  ------------------------>  names = certificate? role allowed? check
-//!           names = certificate? expected node? check  <--  Welcome(hello) | Refused { reason }, then close
+//!           names = certificate? expected node? check  <--  Welcome { hello, registration } | Refused { reason }
 //! ```
 
 use std::sync::Arc;
 
 use common::ids::Role;
-use common::wire::{Hello, HelloReply, Open};
+use common::wire::{Hello, HelloReply, Open, Registration};
 use quinn::Connection;
 use rustls::pki_types::CertificateDer;
 
@@ -53,8 +53,8 @@ pub(crate) struct Greeter<'a> {
 }
 
 impl Greeter<'_> {
-    /// The dialler's part.
-    pub(crate) async fn greet(&self, connection: &Connection) -> Result<Hello, HelloFailure> {
+    /// The dialler's part: who answers, and the memory it lets read on the same host.
+    pub(crate) async fn greet(&self, connection: &Connection) -> Result<(Hello, Option<Registration>), HelloFailure> {
         let halves = connection.open_bi().await.map_err(|error| HelloFailure::Lost(error.into()))?;
         let (mut sender, mut receiver) = self.stream(halves);
         let hello = Open::Hello(self.ours.clone());
@@ -62,21 +62,21 @@ impl Greeter<'_> {
         sender.finish();
         match receive(connection, &mut receiver).await? {
             HelloReply::Refused { reason } => Err(HelloFailure::RefusedByPeer(reason)),
-            HelloReply::Welcome(peer) => {
+            HelloReply::Welcome { hello: peer, registration } => {
                 let verdict = self.judge(connection, &peer);
                 verdict
                     .inspect_err(|reason| connection.close(CLOSE_REFUSED, reason.as_bytes()))
                     .map_err(HelloFailure::RefusedHere)?;
-                Ok(peer)
+                Ok((peer, registration))
             }
         }
     }
 
-    /// The accepter's part. `register` runs before the peer is told that it is welcome.
+    /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns.
     pub(crate) async fn welcome(
         &self,
         connection: &Connection,
-        register: impl FnOnce(&Hello),
+        register: impl FnOnce(&Hello) -> Option<Registration>,
     ) -> Result<Hello, HelloFailure> {
         let halves = connection.accept_bi().await.map_err(|error| HelloFailure::Lost(error.into()))?;
         let (mut sender, mut receiver) = self.stream(halves);
@@ -87,10 +87,7 @@ impl Greeter<'_> {
         };
         let verdict = self.judge(connection, &peer);
         let reply = match &verdict {
-            Ok(()) => {
-                register(&peer);
-                HelloReply::Welcome(self.ours.clone())
-            }
+            Ok(()) => HelloReply::Welcome { registration: register(&peer), hello: self.ours.clone() },
             Err(reason) => HelloReply::Refused { reason: reason.clone() },
         };
         sender.send(&reply).await.map_err(|error| lost(connection, error.to_string()))?;

@@ -17,7 +17,7 @@
 //! 1. [`certs`], `tls`: who may speak.
 //! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
 //! 3. [`link`], [`stream`]: messages, and ends that mean something.
-//! 4. [`transfer`]: extents, landings, transports and their faults.
+//! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
 #![deny(unsafe_code)]

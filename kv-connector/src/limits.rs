@@ -26,6 +26,8 @@ pub struct FabricLimits {
     pub num_extents_max: u32,
     /// Time for an extent's header, and between two pieces of its payload.
     pub extent_deadline: Duration,
+    /// Time to get at a peer's shared memory; past it KV comes over QUIC.
+    pub attach_deadline: Duration,
     /// Bytes of all bulk connections that may wait here unread: a node's receive memory. Each connection
     /// takes [`bulk_window_bytes`](Self::bulk_window_bytes) of it.
     pub receive_bytes_max: usize,
@@ -46,6 +48,7 @@ impl Default for FabricLimits {
             idle_timeout: Duration::from_secs(2),
             num_extents_max: 256,
             extent_deadline: Duration::from_secs(5),
+            attach_deadline: Duration::from_secs(1),
             receive_bytes_max: 1 << 30,
             bulk_window_bytes: 16 << 20,
         }

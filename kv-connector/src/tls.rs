@@ -23,6 +23,13 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(provider)
 }
 
+/// A number that nobody can guess.
+pub(crate) fn random() -> u128 {
+    let mut bytes = [0; 16];
+    provider().secure_random.fill(&mut bytes).expect("the system has randomness, or no TLS session could begin");
+    u128::from_le_bytes(bytes)
+}
+
 fn roots(ca: &CertificateDer<'static>) -> Result<Arc<RootCertStore>, TlsError> {
     let mut roots = RootCertStore::empty();
     roots.add(ca.clone()).map_err(tls_error)?;

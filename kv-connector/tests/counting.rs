@@ -3,56 +3,14 @@
 
 mod support;
 
-use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
-
 use common::ids::{Attempt, Epoch, Role};
 use kv_connector::transfer::LandingEvent;
-use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+use support::values::Values;
 use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, node, prefill, soon};
-
-/// Keeps every value by `name{label=value,...}`, labels without role and node.
-#[derive(Clone, Default)]
-struct Values(Arc<Mutex<HashMap<String, Arc<AtomicU64>>>>);
-
-impl Values {
-    fn at(&self, key: &Key) -> Arc<AtomicU64> {
-        let labels: HashMap<&str, &str> = key.labels().map(|label| (label.key(), label.value())).collect();
-        assert!(labels.contains_key("role") && labels.contains_key("node"), "{key}");
-        let own: Vec<String> =
-            key.labels().filter(|label| label.key() != "role").map(|label| label.value().to_string()).collect();
-        self.0.lock().unwrap().entry(format!("{} {}", key.name(), own.join(" "))).or_default().clone()
-    }
-
-    fn count(&self, name: &str) -> u64 {
-        self.0.lock().unwrap().get(name).map_or(0, |value| value.load(Ordering::SeqCst))
-    }
-
-    fn gauge(&self, name: &str) -> f64 {
-        f64::from_bits(self.count(name))
-    }
-}
-
-impl Recorder for Values {
-    fn describe_counter(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-    fn describe_gauge(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-    fn describe_histogram(&self, _: KeyName, _: Option<Unit>, _: SharedString) {}
-    fn register_counter(&self, key: &Key, _: &Metadata<'_>) -> Counter {
-        Counter::from_arc(self.at(key))
-    }
-    fn register_gauge(&self, key: &Key, _: &Metadata<'_>) -> Gauge {
-        Gauge::from_arc(self.at(key))
-    }
-    fn register_histogram(&self, _: &Key, _: &Metadata<'_>) -> Histogram {
-        Histogram::noop()
-    }
-}
 
 #[tokio::test]
 async fn connections_bytes_and_refusals_are_counted() {
-    let values = Values::default();
-    metrics::set_global_recorder(values.clone()).unwrap();
+    let values = Values::install();
     let cluster = Cluster::new();
     let (p0, d0) = (cluster.start("p0", Role::PrefillNode), cluster.start("d0", Role::DecodeNode));
     let x0 = cluster.start("x0", Role::Proxy);
@@ -80,8 +38,8 @@ async fn connections_bytes_and_refusals_are_counted() {
             let counts =
                 ["corrupted", "stale", "duplicate"].map(|reason| format!("tandem_refused_extents_total d0 {reason}"));
             let settled: u64 = counts.iter().map(|name| values.count(name)).sum();
-            let verified = values.count("tandem_fabric_extent_bytes_total d0 verified") / payload_bytes(&job);
-            settled + verified == values.count("tandem_fabric_extent_bytes_total p0 sent") / payload_bytes(&job)
+            let verified = values.count("tandem_fabric_extent_bytes_total d0 verified quic") / payload_bytes(&job);
+            settled + verified == values.count("tandem_fabric_extent_bytes_total p0 sent quic") / payload_bytes(&job)
         })
         .await;
     }
@@ -89,7 +47,7 @@ async fn connections_bytes_and_refusals_are_counted() {
     for reason in ["corrupted", "stale", "duplicate"] {
         assert_eq!(values.count(&format!("tandem_refused_extents_total d0 {reason}")), 1, "{reason}");
     }
-    assert_eq!(values.count("tandem_fabric_extent_bytes_total d0 verified"), payload.len() as u64);
+    assert_eq!(values.count("tandem_fabric_extent_bytes_total d0 verified quic"), payload.len() as u64);
 
     let proxy_link = soon("dial", x0.dial(p0.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let halves = proxy_link.open(&prefill(1)).await.unwrap();

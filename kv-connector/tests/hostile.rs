@@ -9,99 +9,16 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use common::ids::Role;
-use common::wire::{self, GenerateEvent, Hello, HelloReply, Message, Open, PrefillEvent};
+use common::wire::{GenerateEvent, HelloReply, Open, PrefillEvent};
 use kv_connector::transfer::{LandingEvent, RefusedExtent};
 use kv_connector::{Fabric, FabricLimits, RecvError};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use support::{Cluster, Job, LOOPBACK, TestMemory, assert_nothing_left, eventually, generate, hello, node, soon};
+use support::raw::{Raw, frame, greet, welcome};
+use support::{Cluster, Job, LOOPBACK, TestMemory, assert_nothing_left, eventually, generate, hello, soon};
 
 /// Version 1 as it is on the wire.
 const ALPN_CONTROL: &[u8] = b"tandem/1";
 const ALPN_BULK: &[u8] = b"tandem-bulk/1";
-
-/// Certificate and key of a node of the cluster, for use without a fabric.
-struct Raw {
-    roots: Arc<rustls::RootCertStore>,
-    certificate: CertificateDer<'static>,
-    key: PrivateKeyDer<'static>,
-}
-
-fn provider() -> Arc<rustls::crypto::CryptoProvider> {
-    Arc::new(rustls::crypto::aws_lc_rs::default_provider())
-}
-
-impl Raw {
-    fn new(cluster: &Cluster, name: &str, role: Role) -> Self {
-        static COUNT: AtomicUsize = AtomicUsize::new(0);
-        let unique = COUNT.fetch_add(1, Ordering::SeqCst);
-        let dir = std::env::temp_dir().join(format!("tandem-hostile-{}-{unique}", std::process::id()));
-        cluster.ca.issue(role, &node(name)).unwrap().save(&dir).unwrap();
-        let mut roots = rustls::RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(cluster.ca.certificate_pem().as_bytes()).unwrap()).unwrap();
-        let certificate = CertificateDer::from_pem_file(dir.join(format!("{name}.pem"))).unwrap();
-        let key = PrivateKeyDer::from_pem_file(dir.join(format!("{name}.key"))).unwrap();
-        std::fs::remove_dir_all(dir).unwrap();
-        Self { roots: Arc::new(roots), certificate, key }
-    }
-
-    async fn dial(&self, addr: SocketAddr, role: Role, alpn: &[u8]) -> Result<Connection, quinn::ConnectionError> {
-        let mut tls = rustls::ClientConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_root_certificates(self.roots.clone())
-            .with_client_auth_cert(vec![self.certificate.clone()], self.key.clone_key())
-            .unwrap();
-        tls.alpn_protocols = vec![alpn.to_vec()];
-        let tls = quinn::crypto::rustls::QuicClientConfig::try_from(tls).unwrap();
-        let endpoint = quinn::Endpoint::client(LOOPBACK).unwrap();
-        let mut config = quinn::ClientConfig::new(Arc::new(tls));
-        let mut transport = quinn::TransportConfig::default();
-        transport.keep_alive_interval(Some(Duration::from_millis(100)));
-        config.transport_config(Arc::new(transport));
-        endpoint.connect_with(config, addr, &format!("{role}.role.tandem")).unwrap().await
-    }
-
-    fn listen(&self, alpn: &[u8]) -> quinn::Endpoint {
-        let verifier = rustls::server::WebPkiClientVerifier::builder_with_provider(self.roots.clone(), provider());
-        let mut tls = rustls::ServerConfig::builder_with_provider(provider())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .unwrap()
-            .with_client_cert_verifier(verifier.build().unwrap())
-            .with_single_cert(vec![self.certificate.clone()], self.key.clone_key())
-            .unwrap();
-        tls.alpn_protocols = vec![alpn.to_vec()];
-        let tls = quinn::crypto::rustls::QuicServerConfig::try_from(tls).unwrap();
-        quinn::Endpoint::server(quinn::ServerConfig::with_crypto(Arc::new(tls)), LOOPBACK).unwrap()
-    }
-}
-
-fn frame<M: Message>(message: &M) -> Vec<u8> {
-    let body = wire::encode(message).unwrap();
-    [&(body.len() as u32).to_le_bytes()[..], &body].concat()
-}
-
-async fn read_frame<M: Message>(stream: &mut RecvStream) -> M {
-    let mut length = [0; 4];
-    soon("a length", stream.read_exact(&mut length)).await.unwrap();
-    let mut body = vec![0; u32::from_le_bytes(length) as usize];
-    soon("a body", stream.read_exact(&mut body)).await.unwrap();
-    wire::decode(&body).unwrap()
-}
-
-async fn greet(connection: &Connection, hello: Hello) -> HelloReply {
-    let (mut send, mut recv) = connection.open_bi().await.unwrap();
-    send.write_all(&frame(&Open::Hello(hello))).await.unwrap();
-    read_frame(&mut recv).await
-}
-
-async fn welcome(connection: &Connection, hello: Hello) {
-    let (mut send, mut recv) = soon("a hello", connection.accept_bi()).await.unwrap();
-    let _: Open = read_frame(&mut recv).await;
-    send.write_all(&frame(&HelloReply::Welcome(hello))).await.unwrap();
-    send.finish().unwrap();
-}
 
 fn patient(cluster: &Cluster, name: &str, role: Role, deadline: Duration) -> Fabric {
     let mut config = cluster.config(name, role);
@@ -114,7 +31,7 @@ async fn raw_proxy(decode: &Fabric, cluster: &Cluster) -> Connection {
     let raw = Raw::new(cluster, "x9", Role::Proxy);
     let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL).await.unwrap();
     let reply = greet(&connection, hello("x9", Role::Proxy)).await;
-    assert_eq!(reply, HelloReply::Welcome(decode.hello().clone()));
+    assert_eq!(reply, HelloReply::Welcome { hello: decode.hello().clone(), registration: None });
     connection
 }
 

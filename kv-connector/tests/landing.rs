@@ -333,7 +333,7 @@ async fn sender_that_gives_an_extent_up_is_noticed() {
     let (header, payload) = job.sealed(job.extent(0, 0, 64));
     let half = payload.slice(..payload.len() / 2);
     let end = kv_connector::transfer::ExtentEnd::Reset;
-    soon("send", pair.sender.transport().send(&header, half, end)).await.unwrap();
+    soon("send", pair.sender.transport().send(&header, half.into(), end)).await.unwrap();
     // A reset may overtake the header; whatever follows is taken in any case.
     let event = tokio::select! {
         event = next(&mut events) => Some(event),

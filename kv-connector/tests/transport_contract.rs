@@ -21,6 +21,7 @@ use kv_connector::Fabric;
 use kv_connector::transfer::{FaultPlan, FaultyTransport, InjectedFaults, LandingEvent, RefusedExtent};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use support::file_pool::{FilePool, scattered};
 use support::{Cluster, GRANULE_BYTES, Job, NUM_LAYERS, TestMemory, assert_nothing_left, eventually, node, soon};
 
 /// What a run saw.
@@ -36,13 +37,24 @@ struct Outcome {
 const NUM_JOBS: u32 = 6;
 const BLOCKS_PER_JOB: u32 = 40;
 
+/// The transports that there are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Over {
+    Quic,
+    Shm,
+}
+
+const ALL: [Over; 2] = [Over::Quic, Over::Shm];
+
 /// Several hand-overs at a time from one prefill node to one decode node, extents in any order.
-async fn run(seed: u64, faults: Option<FaultPlan>) -> Outcome {
-    println!("seed {seed}, {faults:?}");
+async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
+    println!("{over:?}, seed {seed}, {faults:?}");
     let mut rng = StdRng::seed_from_u64(seed);
     let cluster = Cluster::new();
     let injector: Arc<Mutex<Option<Arc<FaultyTransport>>>> = Arc::default();
     let mut config = cluster.config("p0", Role::PrefillNode);
+    let pool = FilePool::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
+    config.shared_pool = (over == Over::Shm).then(|| pool.shared());
     if let Some(plan) = faults {
         let injector = injector.clone();
         config.transport_layer = Some(Arc::new(move |inner| {
@@ -52,11 +64,16 @@ async fn run(seed: u64, faults: Option<FaultPlan>) -> Outcome {
         }));
     }
     let prefill = Fabric::bind(config).unwrap();
-    let decode = cluster.start("d0", Role::DecodeNode);
+    let mut config = cluster.config("d0", Role::DecodeNode);
+    config.is_reading_shared_pools = over == Over::Shm;
+    let decode = Fabric::bind(config).unwrap();
     let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let zone = decode.landing_zone();
     let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
     let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
+    let name = if over == Over::Shm { "shm" } else { "quic" };
+    assert_eq!(bulk.transport_name(), name);
+    assert!([name, "faulty"].contains(&sender.transport().name()));
 
     let memory = TestMemory::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     let mut outcome = Outcome::default();
@@ -72,11 +89,21 @@ async fn run(seed: u64, faults: Option<FaultPlan>) -> Outcome {
         .collect();
     let mut landings: Vec<_> = jobs.iter().map(|(job, _)| zone.open(job.plan(&memory))).collect();
 
-    let mut all: Vec<_> = jobs.iter().flat_map(|(job, extents)| extents.iter().map(move |e| (job, *e))).collect();
+    let sources: Vec<_> = jobs
+        .iter()
+        .enumerate()
+        .map(|(index, (job, _))| pool.source(job, scattered(index as u32 * BLOCKS_PER_JOB, job.blocks.len())))
+        .collect();
+    let mut all: Vec<_> = jobs
+        .iter()
+        .zip(&sources)
+        .flat_map(|((job, extents), source)| extents.iter().map(move |extent| (job, source, *extent)))
+        .collect();
     all.shuffle(&mut rng);
     let mut sends = tokio::task::JoinSet::new();
-    for (job, extent) in all {
-        let ((header, payload), sender) = (job.sealed(extent), sender.clone());
+    for (job, source, extent) in all {
+        let ((header, payload), sender) = (source.seal(&job.tokens, extent), sender.clone());
+        assert_eq!(header, job.sealed(extent).0);
         sends.spawn(async move { sender.send_extent(&header, payload).await.is_ok() });
     }
     // A receiver may refuse while its sender still writes, which is no failure of either.
@@ -132,9 +159,9 @@ async fn run(seed: u64, faults: Option<FaultPlan>) -> Outcome {
     }
     assert_untouched(&memory, &jobs);
     outcome.injected = injector.lock().unwrap().as_ref().map(|faulty| faulty.injected()).unwrap_or_default();
-    drop((landings, injector, bulk, sender, zone, link));
+    drop((landings, injector, bulk, sender, zone, link, sources));
     assert_nothing_left([prefill, decode]).await;
-    println!("seed {seed}: {outcome:?}");
+    println!("{over:?}, seed {seed}: {outcome:?}");
     outcome
 }
 
@@ -150,71 +177,75 @@ fn assert_untouched(memory: &TestMemory, jobs: &[(Job, Vec<ExtentId>)]) {
     assert_eq!(memory.bytes().len(), NUM_LAYERS);
 }
 
-/// Fixed seeds, and one that is new in every run.
-fn seeds(num_fixed: u64) -> Vec<u64> {
-    match std::env::var("TANDEM_SEED") {
+/// Fixed seeds, and one that is new in every run, over each transport.
+fn seeds(num_fixed: u64) -> Vec<(Over, u64)> {
+    let seeds: Vec<u64> = match std::env::var("TANDEM_SEED") {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => (0..num_fixed).chain([rand::random()]).collect(),
-    }
+    };
+    ALL.into_iter().flat_map(|over| seeds.iter().map(move |seed| (over, *seed))).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn quic_delivers_every_extent() {
-    for seed in seeds(3) {
-        let outcome = run(seed, None).await;
-        assert_eq!(outcome.num_verified, outcome.num_extents, "seed {seed}");
-        assert_eq!((outcome.num_complete, outcome.refused), (NUM_JOBS as usize, vec![]), "seed {seed}");
+async fn every_extent_is_delivered() {
+    for (over, seed) in seeds(3) {
+        let outcome = run(over, seed, None).await;
+        assert_eq!(outcome.num_verified, outcome.num_extents, "{over:?}, seed {seed}");
+        assert_eq!((outcome.num_complete, outcome.refused), (NUM_JOBS as usize, vec![]), "{over:?}, seed {seed}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn delay_and_duplication_change_nothing() {
-    for seed in seeds(2) {
+    for (over, seed) in seeds(2) {
         let delay_max = Duration::from_millis(20);
         let plan = FaultPlan { seed, delay_max, duplication: 0.5, ..FaultPlan::default() };
-        let outcome = run(seed, Some(plan)).await;
-        assert!(outcome.injected.num_duplicated > 0, "seed {seed}");
-        assert_eq!(outcome.num_verified, outcome.num_extents, "seed {seed}");
-        assert_eq!((outcome.num_complete, outcome.refused), (NUM_JOBS as usize, vec![]), "seed {seed}");
+        let outcome = run(over, seed, Some(plan)).await;
+        assert!(outcome.injected.num_duplicated > 0, "{over:?}, seed {seed}");
+        assert_eq!(outcome.num_verified, outcome.num_extents, "{over:?}, seed {seed}");
+        assert_eq!((outcome.num_complete, outcome.refused), (NUM_JOBS as usize, vec![]), "{over:?}, seed {seed}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn lost_extent_is_missing_and_nothing_else() {
-    for seed in seeds(2) {
-        let outcome = run(seed, Some(FaultPlan { seed, loss: 0.2, ..FaultPlan::default() })).await;
+    for (over, seed) in seeds(2) {
+        let outcome = run(over, seed, Some(FaultPlan { seed, loss: 0.2, ..FaultPlan::default() })).await;
         let injected = outcome.injected;
-        assert!(outcome.refused.is_empty(), "seed {seed}");
-        assert!(outcome.num_verified + injected.num_lost as usize >= outcome.num_extents, "seed {seed}");
+        assert!(outcome.refused.is_empty(), "{over:?}, seed {seed}");
+        assert!(outcome.num_verified + injected.num_lost as usize >= outcome.num_extents, "{over:?}, seed {seed}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn corrupted_extent_is_refused_as_corrupted() {
-    for seed in seeds(2) {
-        let outcome = run(seed, Some(FaultPlan { seed, corruption: 0.2, ..FaultPlan::default() })).await;
-        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Corrupted), "seed {seed}");
-        assert_eq!(outcome.num_verified + outcome.refused.len(), outcome.num_extents, "seed {seed}");
+    for (over, seed) in seeds(2) {
+        let outcome = run(over, seed, Some(FaultPlan { seed, corruption: 0.2, ..FaultPlan::default() })).await;
+        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Corrupted), "{over:?}, seed {seed}");
+        assert_eq!(outcome.num_verified + outcome.refused.len(), outcome.num_extents, "{over:?}, seed {seed}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn truncated_extent_is_refused_as_truncated() {
-    for seed in seeds(2) {
-        let outcome = run(seed, Some(FaultPlan { seed, truncation: 0.2, ..FaultPlan::default() })).await;
-        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Truncated), "seed {seed}");
-        assert_eq!(outcome.num_verified + outcome.refused.len(), outcome.num_extents, "seed {seed}");
+    for (over, seed) in seeds(2) {
+        let outcome = run(over, seed, Some(FaultPlan { seed, truncation: 0.2, ..FaultPlan::default() })).await;
+        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Truncated), "{over:?}, seed {seed}");
+        assert_eq!(outcome.num_verified + outcome.refused.len(), outcome.num_extents, "{over:?}, seed {seed}");
     }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn extent_given_up_midway_is_not_verified() {
-    for seed in seeds(2) {
-        let outcome = run(seed, Some(FaultPlan { seed, reset: 0.2, ..FaultPlan::default() })).await;
-        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Reset), "seed {seed}");
+    for (over, seed) in seeds(2) {
+        let outcome = run(over, seed, Some(FaultPlan { seed, reset: 0.2, ..FaultPlan::default() })).await;
+        assert!(outcome.refused.iter().all(|reason| *reason == RefusedExtent::Reset), "{over:?}, seed {seed}");
         // Where the reset overtook the header, nobody could know whose extent it was.
-        assert!(outcome.num_verified + outcome.refused.len() <= outcome.num_extents, "seed {seed}");
-        assert!(outcome.num_verified + outcome.injected.num_reset as usize >= outcome.num_extents, "seed {seed}");
+        assert!(outcome.num_verified + outcome.refused.len() <= outcome.num_extents, "{over:?}, seed {seed}");
+        assert!(
+            outcome.num_verified + outcome.injected.num_reset as usize >= outcome.num_extents,
+            "{over:?}, seed {seed}"
+        );
     }
 }
 
@@ -222,7 +253,7 @@ async fn extent_given_up_midway_is_not_verified() {
 async fn everything_at_once_never_verifies_a_wrong_byte() {
     // A seed may give so few extents that no fault hits one; all seeds together do not.
     let (mut num_corrupted, mut num_verified) = (0, 0);
-    for seed in seeds(4) {
+    for (over, seed) in seeds(4) {
         let plan = FaultPlan {
             seed,
             delay_max: Duration::from_millis(10),
@@ -232,7 +263,7 @@ async fn everything_at_once_never_verifies_a_wrong_byte() {
             reset: 0.1,
             duplication: 0.2,
         };
-        let outcome = run(seed, Some(plan)).await;
+        let outcome = run(over, seed, Some(plan)).await;
         num_corrupted += outcome.injected.num_corrupted;
         num_verified += outcome.num_verified;
     }
@@ -249,7 +280,7 @@ fn same_seed_gives_the_same_faults() {
         fn send<'a>(
             &'a self,
             _: &'a common::wire::ExtentHeader,
-            _: bytes::Bytes,
+            _: kv_connector::transfer::Payload,
             _: kv_connector::transfer::ExtentEnd,
         ) -> kv_connector::transfer::SendFuture<'a> {
             Box::pin(async { Ok(()) })
@@ -265,7 +296,7 @@ fn same_seed_gives_the_same_faults() {
         let (header, payload) = job.sealed(job.extent(0, 0, 64));
         for _ in 0..1000 {
             use kv_connector::transfer::{ExtentEnd, Transport as _};
-            drop(faulty.send(&header, payload.clone(), ExtentEnd::Finished));
+            drop(faulty.send(&header, payload.clone().into(), ExtentEnd::Finished));
         }
         faulty.injected()
     };

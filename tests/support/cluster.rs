@@ -30,6 +30,19 @@ pub(crate) struct Shape {
     pub(crate) proxy: Vec<&'static str>,
 }
 
+impl Shape {
+    /// KV between the processes over QUIC, as between hosts, instead of shared memory.
+    pub(crate) fn over_quic(mut self) -> Self {
+        self.nodes.extend(["--kv-transports", "quic"]);
+        self
+    }
+
+    /// What its KV travels over.
+    pub(crate) fn kv_transport(&self) -> &'static str {
+        if self.nodes.contains(&"--kv-transports") { "quic" } else { "shm" }
+    }
+}
+
 impl Default for Shape {
     fn default() -> Self {
         // Several nodes share two cores here.

@@ -62,6 +62,12 @@ impl Scrape {
         self.find(name, labels).map(|sample| sample.value).sum()
     }
 
+    /// Bytes of KV that were verified on arrival, over `quic` and over `shm`.
+    pub(crate) fn kv_bytes_by_transport(&self) -> [f64; 2] {
+        let verified = |transport| [("direction", "verified"), ("transport", transport)];
+        ["quic", "shm"].map(|transport| self.sum("tandem_fabric_extent_bytes_total", &verified(transport)))
+    }
+
     fn find(&self, name: &str, labels: &[(&str, &str)]) -> impl Iterator<Item = &Sample> {
         let has_labels = move |sample: &&Sample| {
             labels.iter().all(|(key, value)| sample.labels.get(*key).is_some_and(|found| found == value))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 use super::InvalidSettings;
 use super::values::{HostPort, parse_duration, parse_port};
@@ -100,7 +100,61 @@ pub struct FabricArgs {
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', help_heading = "Fabric")]
     pub register: Vec<HostPort>,
 
+    /// Ways that KV may take from prefill to decode nodes: quic, or quic,shm.
+    ///
+    /// With shm at both ends, a decode node on the same host (and in the same network namespace, as the same
+    /// user) reads KV where it lies in the prefill node's memory, with one copy and no encryption; any other
+    /// pair of nodes uses quic. Nodes joined by shm are one trust domain: each decode node can read the whole
+    /// KV pool of the prefill node. The pool of a prefill node with shm is in huge pages only if
+    /// /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise. quic alone turns shm off.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "TRANSPORTS",
+        value_delimiter = ',',
+        default_values_t = [KvTransport::Quic, KvTransport::Shm],
+        help_heading = "Fabric"
+    )]
+    pub kv_transports: Vec<KvTransport>,
+
     /// TCP port of the node's own /metrics and /health on --host. 0 takes a free one. Default: off.
     #[arg(long, value_name = "PORT", value_parser = parse_port, help_heading = "Fabric")]
     pub metrics_port: Option<u16>,
+}
+
+/// A way that KV may take between nodes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum KvTransport {
+    /// Serves between any two nodes.
+    Quic,
+    /// Memory of the prefill node that a decode node on the same host reads.
+    Shm,
+}
+
+impl KvTransport {
+    /// Checks a node's list.
+    ///
+    /// # Errors
+    /// [`InvalidSettings`] without quic.
+    pub fn check(transports: &[KvTransport]) -> Result<(), InvalidSettings> {
+        if transports.contains(&KvTransport::Quic) {
+            return Ok(());
+        }
+        Err(InvalidSettings(
+            "--kv-transports lists shm alone: add quic, which is what serves between hosts and wherever shm cannot be had"
+                .into(),
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quic_is_always_among_the_transports() {
+        assert!(KvTransport::check(&[KvTransport::Quic]).is_ok());
+        assert!(KvTransport::check(&[KvTransport::Shm, KvTransport::Quic]).is_ok());
+        assert!(KvTransport::check(&[KvTransport::Shm]).unwrap_err().0.contains("add quic"));
+    }
 }

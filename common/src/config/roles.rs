@@ -7,8 +7,8 @@ use clap::{Args, Parser, ValueEnum};
 
 use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
-    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, ModelArgs,
-    PrefillArgs, RoutingArgs, WeightsArgs,
+    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvTransport,
+    ModelArgs, PrefillArgs, RoutingArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 
@@ -68,8 +68,9 @@ impl PrefillNodeArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine.
+    /// [`InvalidSettings`] of the engine or the transports.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
+        KvTransport::check(&self.fabric.kv_transports)?;
         self.engine.validate()
     }
 }
@@ -105,8 +106,9 @@ impl DecodeNodeArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine or the hand-over.
+    /// [`InvalidSettings`] of the engine, the transports or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
+        KvTransport::check(&self.fabric.kv_transports)?;
         self.engine.validate()?;
         self.decode.validate()
     }
@@ -195,6 +197,19 @@ pub struct UpArgs {
         help_heading = "Nodes"
     )]
     pub drain_timeout: std::time::Duration,
+    /// Ways that KV may take from prefill to decode nodes: quic, or quic,shm.
+    ///
+    /// quic alone by default, so that what is tried here is what runs between machines. With shm, decode nodes
+    /// read KV where it lies in the prefill nodes' memory.
+    #[arg(
+        long,
+        value_enum,
+        value_name = "TRANSPORTS",
+        value_delimiter = ',',
+        default_values_t = [KvTransport::Quic],
+        help_heading = "Nodes"
+    )]
+    pub kv_transports: Vec<KvTransport>,
     /// Each node's engine; the memory is per node.
     #[command(flatten)]
     pub engine: EngineArgs,
@@ -219,8 +234,9 @@ impl UpArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine or the hand-over.
+    /// [`InvalidSettings`] of the engine, the transports or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
+        KvTransport::check(&self.kv_transports)?;
         self.engine.validate()?;
         self.decode.validate()
     }

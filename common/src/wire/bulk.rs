@@ -9,7 +9,10 @@
 //! 56  generation u64       64  digest, 32 bytes
 //! ```
 //!
-//! All little-endian. The payload is the pool's bytes of those granules in ascending order; a partial
+//! All little-endian. A bidirectional stream carries an extent whose receiver reads the payload from the
+//! sender's memory: [`runs`](super::runs) stand in its place, and [`EXTENT_TAKEN`] is the answer.
+//!
+//! The payload is the pool's bytes of those granules in ascending order; a partial
 //! last granule travels whole, its tail zero.
 
 use crate::content::PrefixDigest;
@@ -17,6 +20,8 @@ use crate::ids::{Attempt, Epoch, Generation, RequestId};
 
 /// Bytes of an encoded [`ExtentHeader`].
 pub const EXTENT_HEADER_BYTES: usize = 96;
+/// The answer to an extent that was read from its sender's memory and verified: the blocks may change again.
+pub const EXTENT_TAKEN: u8 = 1;
 const MAGIC: [u8; 4] = *b"TKV1";
 
 /// Which part of a sequence's KV.

@@ -26,12 +26,29 @@ pub struct Hello {
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum HelloReply {
     /// Accepted.
-    Welcome(Hello),
+    Welcome {
+        /// Who answers.
+        hello: Hello,
+        /// Memory that KV can be read from, if the dialler runs on the same host; on bulk connections only.
+        registration: Option<Registration>,
+    },
     /// Refused, in words that name what was expected and found.
     Refused {
         /// The sentence for the operator.
         reason: String,
     },
+}
+
+/// Where a node's KV pool can be had by who shows the token, on the same host. Valid for the one connection
+/// it was announced on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct Registration {
+    /// Names the UNIX socket, which only processes of the same host and network namespace can reach.
+    pub socket: u128,
+    /// Shown there, once.
+    pub token: u128,
+    /// Size of the memory.
+    pub num_bytes: u64,
 }
 
 /// Asks a node for its status: at once, on every change of state, and every 250 ms.

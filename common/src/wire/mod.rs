@@ -11,7 +11,8 @@
 //! Open::Register   node:    (nothing)        proxy:    (nothing)             lease of a self-registering node
 //! ```
 //!
-//! KV never travels here: it goes over the bulk connection as raw bytes behind [`bulk::ExtentHeader`].
+//! KV never travels here: it goes over the bulk connection as raw bytes behind [`bulk::ExtentHeader`],
+//! or, between processes of one host, as the places where the receiver reads them ([`runs`]).
 //!
 //! A frame is a `u32` little-endian length and that many bytes of `bincode` 2 (standard configuration)
 //! under a limit; this module is the only user of `bincode` (unmaintained, isolated here).
@@ -20,14 +21,16 @@ pub mod bulk;
 pub mod generate;
 pub mod hello;
 pub mod prefill;
+pub mod runs;
 
 use bincode::config;
 use bincode::{Decode, Encode};
 
 pub use bulk::{ExtentHeader, ExtentId};
 pub use generate::{Generate, GenerateEvent, NodeError};
-pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Watch};
+pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Registration, Watch};
 pub use prefill::{Prefill, PrefillControl, PrefillEvent};
+pub use runs::PoolRun;
 
 /// Versions of the protocol that this build speaks, newest first; one number for the messages of this
 /// module and for the extents on bulk connections. Both ends take the newest that they share (ALPN).

@@ -8,7 +8,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
-use bytes::Bytes;
 use common::config::{DecodeArgs, PrefillArgs};
 use common::content::ChainRoot;
 use common::ids::{Attempt, ChoiceIndex, Epoch, NodeId, RequestId, Role};
@@ -25,7 +24,7 @@ use engine::runner::Runner;
 use engine::sim::{SimOptions, SimRunner};
 use kv_connector::membership::NodePresence;
 use kv_connector::transfer::{
-    ExtentEnd, FaultPlan, FaultyTransport, InjectedFaults, SendFuture, Transport, TransportLayer,
+    ExtentEnd, FaultPlan, FaultyTransport, InjectedFaults, Payload, SendFuture, Transport, TransportLayer,
 };
 use kv_connector::{ClusterCa, ControlReceiver, ControlSender, Fabric, FabricAccounting, FabricConfig, Link};
 use prefill_node::PrefillNode;
@@ -169,7 +168,7 @@ impl Transport for Dropping {
         "dropping"
     }
 
-    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a> {
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         if header.extent.first_token >= self.from {
             return Box::pin(async { Ok(()) });
         }

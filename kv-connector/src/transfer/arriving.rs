@@ -110,7 +110,6 @@ impl Arriving {
                 is_complete: coverage.is_complete(),
             });
         })?;
-        self.ledger.count_verified(num_payload_bytes);
         Ok(())
     }
 }

@@ -1,27 +1,26 @@
-//! Extents over QUIC: one unidirectional stream each, on a connection of their own.
+//! Bulk connections: who sends extents to whom, and over which transport.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
 use common::ids::{Epoch, NodeId};
-use common::wire::bulk::EXTENT_HEADER_BYTES;
-use common::wire::{ExtentHeader, Hello};
+use common::kv_memory::KvMemory;
+use common::wire::runs::NUM_RUNS_MAX;
+use common::wire::{ExtentHeader, Hello, PoolRun};
 use dashmap::DashMap;
-use quinn::{Connection, ReadError, ReadExactError, WriteError};
+use quinn::{Connection, VarInt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
-use crate::accounting::{Held, Kind, Ledger};
+use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
-use crate::stream::StreamCode;
+use crate::transfer::quic::{self, QuicTransport};
+use crate::transfer::shm::{self, Mapping};
 use crate::transfer::{
-    Arriving, ExtentEnd, LandingZone, RefusedExtent, SendExtentError, SendFuture, Transport, TransportLayer,
+    ExtentEnd, LandingZone, Payload, SendExtentError, SendFuture, Transport, TransportLayer, payload::PoolExtent,
 };
-
-/// Payload bytes taken from the connection at a time.
-const READ_BYTES: usize = 256 << 10;
 
 /// Sends extents to one life of one node. Cheap to clone.
 #[derive(Clone)]
@@ -35,13 +34,13 @@ impl BulkSender {
         Self { transport }
     }
 
-    /// Sends one extent. Resolves when the connection has taken all of it, which is when the receiver keeps
-    /// up; dropping the future gives the extent up.
+    /// Sends one extent. When it resolves, the payload's blocks may change again; dropping the future gives
+    /// the extent up.
     ///
     /// # Errors
     /// [`SendExtentError`].
-    pub async fn send_extent(&self, header: &ExtentHeader, payload: Bytes) -> Result<(), SendExtentError> {
-        self.transport.send(header, payload, ExtentEnd::Finished).await
+    pub async fn send_extent(&self, header: &ExtentHeader, payload: impl Into<Payload>) -> Result<(), SendExtentError> {
+        self.transport.send(header, payload.into(), ExtentEnd::Finished).await
     }
 
     /// Whether the connection is gone.
@@ -58,18 +57,24 @@ impl BulkSender {
 /// The bulk connections that were dialled to this node, by who dialled.
 pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
+    /// The memory that peers may read KV in.
+    shared_memory: Option<Arc<dyn KvMemory>>,
     senders: DashMap<(NodeId, Epoch), (usize, BulkSender)>,
 }
 
 impl BulkSenders {
-    pub(crate) fn new(layer: Option<TransportLayer>) -> Self {
-        Self { layer, senders: DashMap::new() }
+    pub(crate) fn new(layer: Option<TransportLayer>, shared_memory: Option<Arc<dyn KvMemory>>) -> Self {
+        Self { layer, shared_memory, senders: DashMap::new() }
     }
 
     /// A newer connection of the same life takes the place of an older one.
-    pub(crate) fn insert(&self, peer: &Hello, connection: &Connection, ledger: &Arc<Ledger>) {
-        let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        let transport: Arc<dyn Transport> = Arc::new(quic);
+    pub(crate) fn insert(&self, peer: &Hello, connection: &Connection, ledger: &Arc<Ledger>) -> Arc<PeerTransport> {
+        let peer_transport = Arc::new(PeerTransport {
+            quic: QuicTransport { connection: connection.clone(), ledger: ledger.clone() },
+            shared_memory: self.shared_memory.clone(),
+            is_attached: AtomicBool::new(false),
+        });
+        let transport: Arc<dyn Transport> = peer_transport.clone();
         let transport = match &self.layer {
             Some(layer) => layer(transport),
             None => transport,
@@ -77,6 +82,7 @@ impl BulkSenders {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, (_, sender)| !sender.is_closed());
         self.senders.insert((peer.node.clone(), peer.epoch), (connection.stable_id(), BulkSender::new(transport)));
+        peer_transport
     }
 
     pub(crate) fn remove(&self, peer: &Hello, connection: &Connection) {
@@ -90,65 +96,60 @@ impl BulkSenders {
     }
 }
 
-struct QuicTransport {
-    connection: Connection,
-    ledger: Arc<Ledger>,
+/// One bulk connection, seen from its sender: `quic`, until the receiver has mapped this node's pool; from
+/// then on `shm` for what lies in that pool.
+pub(crate) struct PeerTransport {
+    quic: QuicTransport,
+    shared_memory: Option<Arc<dyn KvMemory>>,
+    is_attached: AtomicBool,
 }
 
-/// quinn finishes a stream that is dropped; here a dropped stream is an extent given up.
-struct ExtentStream {
-    stream: quinn::SendStream,
-    is_finished: bool,
-}
+impl PeerTransport {
+    /// The receiver has mapped the pool.
+    pub(super) fn on_attached(&self) {
+        self.is_attached.store(true, Ordering::SeqCst);
+    }
 
-impl Drop for ExtentStream {
-    fn drop(&mut self) {
-        if !self.is_finished {
-            // Fails only if the receiver stopped it already.
-            let _ = self.stream.reset(StreamCode::Cancelled.code());
+    fn is_attached(&self) -> bool {
+        self.is_attached.load(Ordering::SeqCst)
+    }
+
+    /// Where the receiver finds the payload, if it can read it by itself.
+    fn shared_runs(&self, payload: &Payload) -> Option<Vec<PoolRun>> {
+        let is_shared = |extent: &&PoolExtent| {
+            self.shared_memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &extent.memory))
+        };
+        match payload {
+            Payload::Pool(extent) if self.is_attached() => Some(extent).filter(is_shared)?.runs(NUM_RUNS_MAX),
+            _ => None,
         }
     }
 }
 
-impl Transport for QuicTransport {
+impl Transport for PeerTransport {
     fn name(&self) -> &'static str {
-        "quic"
+        let carrier = if self.is_attached() { Carrier::Shm } else { Carrier::Quic };
+        carrier.as_str()
     }
 
-    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a> {
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         Box::pin(async move {
-            let _held = self.ledger.hold(Kind::Stream(Traffic::Bulk));
-            let num_bytes = payload.len();
-            let stream =
-                self.connection.open_uni().await.map_err(|error| SendExtentError::ConnectionLost(error.into()))?;
-            let mut extent = ExtentStream { stream, is_finished: false };
-            let mut chunks = [Bytes::copy_from_slice(&header.encode()), payload];
-            extent.stream.write_all_chunks(&mut chunks).await.map_err(send_error)?;
-            if end == ExtentEnd::Reset {
-                return Ok(());
+            match self.shared_runs(&payload) {
+                Some(runs) => shm::send(&self.quic, header, &runs, end).await,
+                None => self.quic.send(header, payload.into_bytes(), end).await,
             }
-            extent.stream.finish().map_err(|_| SendExtentError::Refused)?;
-            extent.is_finished = true;
-            self.ledger.count_sent(num_bytes);
-            Ok(())
         })
     }
 
     fn is_closed(&self) -> bool {
-        self.connection.close_reason().is_some()
-    }
-}
-
-fn send_error(error: WriteError) -> SendExtentError {
-    match error {
-        WriteError::Stopped(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected => SendExtentError::Refused,
-        WriteError::ConnectionLost(error) => SendExtentError::ConnectionLost(error.into()),
+        self.quic.connection.close_reason().is_some()
     }
 }
 
 /// Receives extents from one node for as long as it lives; dropping it closes the bulk connection.
 pub struct BulkReceiver {
     connection: Connection,
+    carrier: Carrier,
 }
 
 impl Drop for BulkReceiver {
@@ -163,6 +164,8 @@ pub(crate) struct ReceiveContext {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) num_extents_max: u32,
     pub(crate) deadline: Duration,
+    /// The sender's pool, if it runs on the same host and both ends want it.
+    pub(crate) mapping: Option<Mapping>,
 }
 
 impl BulkReceiver {
@@ -172,13 +175,22 @@ impl BulkReceiver {
         held: (Held, OwnedSemaphorePermit),
         tasks: &TaskTracker,
     ) -> Self {
+        let carrier = if context.mapping.is_some() { Carrier::Shm } else { Carrier::Quic };
+        if carrier == Carrier::Shm {
+            connection.set_max_concurrent_bi_streams(VarInt::from_u32(context.num_extents_max));
+        }
         let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
         tasks.spawn(async move {
             let reason = receive(&accepting, &context, &tracker).await;
             tracing::debug!(remote = %accepting.remote_address(), %reason, "a bulk connection ended");
             drop(held);
         });
-        Self { connection }
+        Self { connection, carrier }
+    }
+
+    /// Name of the transport that KV comes over: `quic` or `shm`.
+    pub fn transport_name(&self) -> &'static str {
+        self.carrier.as_str()
     }
 
     /// Whether the connection is gone.
@@ -192,79 +204,34 @@ impl BulkReceiver {
     }
 }
 
+/// An extent that begins.
+enum Incoming {
+    /// Its payload follows.
+    Bytes(quinn::RecvStream),
+    /// The places of its payload follow, and an answer is awaited.
+    Runs(quinn::SendStream, quinn::RecvStream),
+}
+
 async fn receive(connection: &Connection, context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
-        let stream = match connection.accept_uni().await {
-            Ok(stream) => stream,
+        let incoming = tokio::select! {
+            stream = connection.accept_uni() => stream.map(Incoming::Bytes),
+            halves = connection.accept_bi() => halves.map(|(answer, stream)| Incoming::Runs(answer, stream)),
+        };
+        let incoming = match incoming {
+            Ok(incoming) => incoming,
             Err(error) => return error.into(),
         };
         let context = context.clone();
         tasks.spawn(async move {
             let _held = context.ledger.hold(Kind::Stream(Traffic::Bulk));
-            receive_extent(&context, stream).await;
+            match incoming {
+                Incoming::Bytes(stream) => quic::receive_extent(&context, stream).await,
+                Incoming::Runs(answer, stream) => shm::receive_extent(&context, answer, stream).await,
+            }
             drop(place);
         });
-    }
-}
-
-async fn receive_extent(context: &ReceiveContext, mut stream: quinn::RecvStream) {
-    if let Err(refused) = land_extent(context, &mut stream).await {
-        tracing::debug!(reason = refused.as_str(), "refused an extent");
-        // Fails if there was nothing left to stop.
-        let _ = stream.stop(StreamCode::Refused.code());
-    }
-}
-
-async fn land_extent(context: &ReceiveContext, stream: &mut quinn::RecvStream) -> Result<(), RefusedExtent> {
-    let header = read_header(context, stream).await.inspect_err(|refused| context.zone.count_refused(*refused))?;
-    let admitted = context.zone.admit(&header);
-    let mut arriving = admitted.inspect_err(|refused| context.zone.tell_refused(&header, *refused))?;
-    match read_payload(context, stream, &mut arriving).await {
-        Ok(()) => arriving.finish(),
-        Err(refused) => {
-            arriving.refuse(refused);
-            Err(refused)
-        }
-    }
-}
-
-async fn read_header(context: &ReceiveContext, stream: &mut quinn::RecvStream) -> Result<ExtentHeader, RefusedExtent> {
-    let mut bytes = [0; EXTENT_HEADER_BYTES];
-    match tokio::time::timeout(context.deadline, stream.read_exact(&mut bytes)).await {
-        Ok(Ok(())) => ExtentHeader::decode(&bytes).map_err(|_| RefusedExtent::Malformed),
-        Ok(Err(ReadExactError::FinishedEarly(_))) => Err(RefusedExtent::Truncated),
-        Ok(Err(ReadExactError::ReadError(error))) => Err(refused_by(&error)),
-        Err(_) => Err(RefusedExtent::Stalled),
-    }
-}
-
-async fn read_payload(
-    context: &ReceiveContext,
-    stream: &mut quinn::RecvStream,
-    arriving: &mut Arriving,
-) -> Result<(), RefusedExtent> {
-    let closed = arriving.closed();
-    tokio::pin!(closed);
-    loop {
-        let chunk = tokio::select! {
-            biased;
-            () = &mut closed => return Err(RefusedExtent::Closed),
-            chunk = tokio::time::timeout(context.deadline, stream.read_chunk(READ_BYTES, true)) => chunk,
-        };
-        match chunk {
-            Ok(Ok(Some(chunk))) => arriving.write(&chunk.bytes)?,
-            Ok(Ok(None)) => return Ok(()),
-            Ok(Err(error)) => return Err(refused_by(&error)),
-            Err(_) => return Err(RefusedExtent::Stalled),
-        }
-    }
-}
-
-fn refused_by(error: &ReadError) -> RefusedExtent {
-    match error {
-        ReadError::ConnectionLost(_) => RefusedExtent::ConnectionLost,
-        _ => RefusedExtent::Reset,
     }
 }

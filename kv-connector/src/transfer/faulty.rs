@@ -1,12 +1,15 @@
 //! A transport that fails on purpose, the same way for the same seed.
+//!
+//! What it changes is a copy: a pool's own blocks are never damaged. So a corrupted extent goes as bytes,
+//! whatever the transport inside; every other fault takes the transport's own way.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use common::wire::ExtentHeader;
 
-use crate::transfer::{ExtentEnd, SendFuture, Transport, TransportLayer};
+use crate::transfer::{ExtentEnd, Payload, SendFuture, Transport, TransportLayer};
 
 /// How often each fault happens, as a probability per extent. At most one of loss, corruption, truncation
 /// and reset hits an extent; delay and duplication come on top.
@@ -18,7 +21,7 @@ pub struct FaultPlan {
     pub delay_max: Duration,
     /// It never arrives, and the sender does not learn of it.
     pub loss: f64,
-    /// One bit of the payload is flipped.
+    /// One bit of the payload is flipped, in a copy that goes as bytes.
     pub corruption: f64,
     /// It ends early, as if that were its end.
     pub truncation: f64,
@@ -117,7 +120,7 @@ impl Transport for FaultyTransport {
         "faulty"
     }
 
-    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a> {
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         let (fault, is_duplicated, delay) = self.draw(payload.len());
         Box::pin(async move {
             if !delay.is_zero() {
@@ -131,14 +134,12 @@ impl Transport for FaultyTransport {
                 Fault::None => self.inner.send(header, payload, end).await,
                 Fault::Loss => Ok(()),
                 Fault::Corruption { bit } => {
-                    let mut bad = BytesMut::from(&payload[..]);
+                    let mut bad = BytesMut::from(payload.into_bytes());
                     bad[bit / 8] ^= 1 << (bit % 8);
-                    self.inner.send(header, bad.freeze(), end).await
+                    self.inner.send(header, bad.freeze().into(), end).await
                 }
-                Fault::Truncation { num_bytes } => self.inner.send(header, payload.slice(..num_bytes), end).await,
-                Fault::Reset { num_bytes } => {
-                    self.inner.send(header, payload.slice(..num_bytes), ExtentEnd::Reset).await
-                }
+                Fault::Truncation { num_bytes } => self.inner.send(header, payload.cut(num_bytes), end).await,
+                Fault::Reset { num_bytes } => self.inner.send(header, payload.cut(num_bytes), ExtentEnd::Reset).await,
             }
         })
     }

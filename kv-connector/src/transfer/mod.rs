@@ -14,17 +14,16 @@
 //! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
 //! before its extents are verified; the digest decides whether it counts.
 //!
-//! Transports: `quic` serves everywhere and is the only one today. Others fit behind [`Transport`] and
-//! would be chosen at the hello from what both ends can do: `shm` (the pool in a sealed memfd on the same
-//! host, one fused copy and digest), `cuda-ipc` and `nixl` (registrations exchanged at the hello, valid
-//! for one life of a connection; only the owner of the destination moves bytes; where a stop cannot be
-//! proven the blocks stay quarantined until the endpoint is torn down).
+//! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
+//! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is. `cuda-ipc` and
+//! `nixl` would fit in the same way: registrations exchanged at the hello and valid for one connection, and
+//! only the owner of the destination moves bytes. Where a stop could not be proven, blocks would have to stay
+//! quarantined until the endpoint is torn down; why `shm` needs none is said in its module.
 
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use bytes::Bytes;
 use common::wire::ExtentHeader;
 
 use crate::link::CloseReason;
@@ -34,14 +33,19 @@ pub(crate) mod bulk;
 mod coverage;
 mod faulty;
 mod landing;
+mod payload;
+mod quic;
 mod refused;
+pub(crate) mod shm;
 mod source;
 
 pub use arriving::Arriving;
 pub use bulk::{BulkReceiver, BulkSender};
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
 pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
+pub use payload::{Payload, PoolExtent};
 pub use refused::RefusedExtent;
+pub use shm::SharedPool;
 pub use source::{ExtentRequest, ExtentSource};
 
 /// How the bytes of an extent end.
@@ -73,11 +77,12 @@ pub type SendFuture<'a> = Pin<Box<dyn Future<Output = Result<(), SendExtentError
 /// or is refused, or never arrives; extents do not wait for each other's losses; dropping the future
 /// gives the extent up.
 pub trait Transport: Send + Sync {
-    /// Name in logs: `quic`, ...
+    /// Name in logs and metrics: `quic`, `shm`.
     fn name(&self) -> &'static str;
 
-    /// Sends one extent. Resolves when the transport has taken all of it; the payload may then be reused.
-    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Bytes, end: ExtentEnd) -> SendFuture<'a>;
+    /// Sends one extent. Resolves when nobody needs the payload any more: the transport has copied all of it,
+    /// or the receiver has read it.
+    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a>;
 
     /// Whether nothing can be sent any more.
     fn is_closed(&self) -> bool;

@@ -45,6 +45,12 @@ pub enum RefusedExtent {
     /// The landing was closed under it.
     #[error("the landing was closed")]
     Closed,
+    /// Its list of places in shared memory cannot be its payload.
+    #[error("it names places in shared memory that cannot be its bytes")]
+    BadRuns,
+    /// It is to be read from shared memory, and none was mapped for its connection.
+    #[error("no shared memory is registered for its connection")]
+    NotRegistered,
 }
 
 impl RefusedExtent {
@@ -65,6 +71,8 @@ impl RefusedExtent {
             RefusedExtent::Stalled => "stalled",
             RefusedExtent::ConnectionLost => "connection_lost",
             RefusedExtent::Closed => "closed",
+            RefusedExtent::BadRuns => "bad_runs",
+            RefusedExtent::NotRegistered => "not_registered",
         }
     }
 

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use bytes::Bytes;
 use common::content::{ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvPlane, KvSpec};
 use common::tokens::Token;
-use common::wire::bulk::extent_digest;
+use common::wire::bulk::extent_hasher;
 use common::wire::{ExtentHeader, ExtentId};
+
+use crate::transfer::payload::{Payload, PoolExtent};
 
 /// Most tokens in one extent, so that neither a buffer nor a retry is ever large.
 const EXTENT_TOKENS_MAX: usize = 1024;
@@ -27,7 +28,8 @@ pub struct ExtentRequest {
     pub generation: Generation,
 }
 
-/// Reads and seals the extents of one request. The blocks must be pinned while it is used.
+/// Seals the extents of one request. The blocks must be pinned, and final where extents are made of them, while
+/// it or any payload of it is used.
 pub struct ExtentSource {
     /// Where the KV is.
     pub memory: Arc<dyn KvMemory>,
@@ -73,24 +75,34 @@ impl ExtentSource {
         (group, &self.kv_spec.groups[group].planes)
     }
 
-    /// Reads an extent's bytes and makes its header. `tokens` are the sequence's, at least up to the extent's end.
-    pub fn seal(&self, tokens: &[Token], extent: ExtentId) -> (ExtentHeader, Bytes) {
-        let first_granule = extent.first_token as usize / GRANULE_TOKENS;
+    /// Makes an extent's header; its bytes are hashed where they lie and stay there. `tokens` are the
+    /// sequence's, at least up to the extent's end.
+    pub fn seal(&self, tokens: &[Token], extent: ExtentId) -> (ExtentHeader, Payload) {
         let num_granules = (extent.num_tokens as usize).div_ceil(GRANULE_TOKENS);
-        let mut payload = vec![0; num_granules * self.memory.granule_bytes()];
-        self.memory.read_granules(u32::from(extent.layer), &self.blocks, first_granule, num_granules, &mut payload);
+        let payload = PoolExtent {
+            memory: self.memory.clone(),
+            layer: u32::from(extent.layer),
+            blocks: self.blocks.clone(),
+            first_granule: extent.first_token as usize / GRANULE_TOKENS,
+            num_granules,
+            num_bytes: num_granules * self.memory.granule_bytes(),
+        };
         let end = (extent.first_token + extent.num_tokens) as usize;
         let content = self.chain.digest_of_prefix(tokens, end);
         let ExtentRequest { epoch, request, attempt, generation } = self.request;
+        let mut hasher = extent_hasher(request, attempt, generation, &extent, content);
+        payload.visit(|_, bytes| {
+            hasher.update(bytes);
+        });
         let header = ExtentHeader {
             epoch,
             request,
             attempt,
             generation,
             extent,
-            num_payload_bytes: payload.len() as u32,
-            digest: extent_digest(request, attempt, generation, &extent, content, &payload),
+            num_payload_bytes: payload.num_bytes as u32,
+            digest: *hasher.finalize().as_bytes(),
         };
-        (header, Bytes::from(payload))
+        (header, Payload::Pool(payload))
     }
 }

@@ -1,6 +1,10 @@
 //! What the connector's tests share: a cluster on loopback, a pool in plain memory, extents of it.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod file_pool;
+pub mod raw;
+pub mod values;
+
 use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
@@ -138,7 +142,7 @@ pub struct TestMemory {
     pub num_writes: std::sync::atomic::AtomicUsize,
 }
 
-const GRANULES_PER_BLOCK: usize = 2;
+pub const GRANULES_PER_BLOCK: usize = 2;
 
 impl TestMemory {
     pub fn new(num_blocks: usize) -> Arc<Self> {
@@ -172,6 +176,21 @@ impl KvMemory for TestMemory {
         for granule in 0..num_granules {
             let from = offset(blocks, first_granule + granule);
             out[granule * GRANULE_BYTES..][..GRANULE_BYTES].copy_from_slice(&memory[from..from + GRANULE_BYTES]);
+        }
+    }
+
+    fn visit_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) {
+        let memory = self.layers[layer as usize].lock().unwrap();
+        for granule in first_granule..first_granule + num_granules {
+            let from = offset(blocks, granule);
+            visit((layer as usize * memory.len() + from) as u64, &memory[from..from + GRANULE_BYTES]);
         }
     }
 

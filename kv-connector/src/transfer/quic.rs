@@ -1,0 +1,158 @@
+//! Extents as bytes on a QUIC connection: one unidirectional stream each. Serves between any two nodes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use common::wire::ExtentHeader;
+use common::wire::bulk::EXTENT_HEADER_BYTES;
+use quinn::{Connection, ReadError, ReadExactError, RecvStream, WriteError};
+
+use crate::accounting::{Carrier, Kind, Ledger};
+use crate::socket::Traffic;
+use crate::stream::StreamCode;
+use crate::transfer::bulk::ReceiveContext;
+use crate::transfer::{Arriving, ExtentEnd, RefusedExtent, SendExtentError};
+
+/// Payload bytes taken from the connection at a time.
+const READ_BYTES: usize = 256 << 10;
+
+/// Sends over one connection.
+pub(super) struct QuicTransport {
+    pub(super) connection: Connection,
+    pub(super) ledger: Arc<Ledger>,
+}
+
+/// quinn finishes a stream that is dropped; here a dropped stream is an extent given up.
+pub(super) struct ExtentStream {
+    stream: quinn::SendStream,
+    is_finished: bool,
+}
+
+impl ExtentStream {
+    pub(super) fn new(stream: quinn::SendStream) -> Self {
+        Self { stream, is_finished: false }
+    }
+
+    pub(super) async fn write(&mut self, mut chunks: [Bytes; 2]) -> Result<(), SendExtentError> {
+        self.stream.write_all_chunks(&mut chunks).await.map_err(|error| match error {
+            WriteError::Stopped(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected => SendExtentError::Refused,
+            WriteError::ConnectionLost(error) => SendExtentError::ConnectionLost(error.into()),
+        })
+    }
+
+    pub(super) fn finish(&mut self) -> Result<(), SendExtentError> {
+        self.stream.finish().map_err(|_| SendExtentError::Refused)?;
+        self.is_finished = true;
+        Ok(())
+    }
+}
+
+impl Drop for ExtentStream {
+    fn drop(&mut self) {
+        if !self.is_finished {
+            // Fails only if the receiver stopped it already.
+            let _ = self.stream.reset(StreamCode::Cancelled.code());
+        }
+    }
+}
+
+impl QuicTransport {
+    /// Resolves when the connection has taken all of it.
+    pub(super) async fn send(
+        &self,
+        header: &ExtentHeader,
+        payload: Bytes,
+        end: ExtentEnd,
+    ) -> Result<(), SendExtentError> {
+        let _held = self.ledger.hold(Kind::Stream(Traffic::Bulk));
+        let num_bytes = payload.len();
+        let stream = self.connection.open_uni().await.map_err(|error| SendExtentError::ConnectionLost(error.into()))?;
+        let mut extent = ExtentStream::new(stream);
+        extent.write([Bytes::copy_from_slice(&header.encode()), payload]).await?;
+        if end == ExtentEnd::Reset {
+            return Ok(());
+        }
+        extent.finish()?;
+        self.ledger.count_sent(Carrier::Quic, num_bytes);
+        Ok(())
+    }
+}
+
+/// Takes one extent in.
+pub(super) async fn receive_extent(context: &ReceiveContext, mut stream: RecvStream) {
+    if let Err(refused) = land_extent(context, &mut stream).await {
+        tracing::debug!(reason = refused.as_str(), "refused an extent");
+        // Fails if there was nothing left to stop.
+        let _ = stream.stop(StreamCode::Refused.code());
+    }
+}
+
+async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(), RefusedExtent> {
+    let (mut arriving, num_bytes) = admit(context, stream).await?;
+    match read_payload(context.deadline, stream, &mut arriving).await {
+        Ok(()) => arriving.finish()?,
+        Err(refused) => {
+            arriving.refuse(refused);
+            return Err(refused);
+        }
+    }
+    context.ledger.count_verified(Carrier::Quic, num_bytes);
+    Ok(())
+}
+
+/// Reads a header and claims its range; a refusal has been counted and told.
+pub(super) async fn admit(
+    context: &ReceiveContext,
+    stream: &mut RecvStream,
+) -> Result<(Arriving, usize), RefusedExtent> {
+    let mut bytes = [0; EXTENT_HEADER_BYTES];
+    let read = read_exact(context.deadline, stream, &mut bytes).await;
+    let header = read.and_then(|()| ExtentHeader::decode(&bytes).map_err(|_| RefusedExtent::Malformed));
+    let header = header.inspect_err(|refused| context.zone.count_refused(*refused))?;
+    let admitted = context.zone.admit(&header);
+    let arriving = admitted.inspect_err(|refused| context.zone.tell_refused(&header, *refused))?;
+    Ok((arriving, header.num_payload_bytes as usize))
+}
+
+pub(super) async fn read_exact(
+    deadline: Duration,
+    stream: &mut RecvStream,
+    into: &mut [u8],
+) -> Result<(), RefusedExtent> {
+    match tokio::time::timeout(deadline, stream.read_exact(into)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(ReadExactError::FinishedEarly(_))) => Err(RefusedExtent::Truncated),
+        Ok(Err(ReadExactError::ReadError(error))) => Err(refused_by(&error)),
+        Err(_) => Err(RefusedExtent::Stalled),
+    }
+}
+
+async fn read_payload(
+    deadline: Duration,
+    stream: &mut RecvStream,
+    arriving: &mut Arriving,
+) -> Result<(), RefusedExtent> {
+    let closed = arriving.closed();
+    tokio::pin!(closed);
+    loop {
+        let chunk = tokio::select! {
+            biased;
+            () = &mut closed => return Err(RefusedExtent::Closed),
+            chunk = tokio::time::timeout(deadline, stream.read_chunk(READ_BYTES, true)) => chunk,
+        };
+        match chunk {
+            Ok(Ok(Some(chunk))) => arriving.write(&chunk.bytes)?,
+            Ok(Ok(None)) => return Ok(()),
+            Ok(Err(error)) => return Err(refused_by(&error)),
+            Err(_) => return Err(RefusedExtent::Stalled),
+        }
+    }
+}
+
+pub(super) fn refused_by(error: &ReadError) -> RefusedExtent {
+    match error {
+        ReadError::ConnectionLost(_) => RefusedExtent::ConnectionLost,
+        _ => RefusedExtent::Reset,
+    }
+}

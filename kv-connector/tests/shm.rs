@@ -1,0 +1,535 @@
+//! KV that the receiver reads in the sender's memory: who may, what is refused, and what is left when either
+//! end goes away in the middle.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use common::ids::{BlockId, Epoch, Role};
+use common::kv_memory::KvMemory;
+use common::wire::runs::{NUM_RUNS_MAX, encode_runs};
+use common::wire::{ALPN_BULK, ALPN_CONTROL, ExtentHeader, HelloReply, PoolRun, Registration};
+use kv_connector::transfer::{
+    BulkReceiver, BulkSender, ExtentSource, Landing, LandingEvent, LandingPlan, LandingZone, RefusedExtent,
+    SendExtentError,
+};
+use kv_connector::{Fabric, Link};
+use quinn::{Connection, RecvStream, SendStream};
+use support::file_pool::{FilePool, scattered};
+use support::raw::{Raw, greet, welcome, welcome_with};
+use support::values::Values;
+use support::{Cluster, GRANULE_BYTES, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+const NUM_BLOCKS: usize = 256;
+
+/// A prefill node that shares its pool and a decode node that reads it.
+struct Pair {
+    prefill: Fabric,
+    decode: Fabric,
+    zone: LandingZone,
+    bulk: BulkReceiver,
+    sender: BulkSender,
+    link: Link,
+    pool: Arc<FilePool>,
+}
+
+impl Pair {
+    async fn new() -> Self {
+        Self::with(true, FilePool::new(NUM_BLOCKS)).await
+    }
+
+    async fn with(is_reading: bool, pool: Arc<FilePool>) -> Self {
+        let cluster = Cluster::new();
+        let mut config = cluster.config("p0", Role::PrefillNode);
+        config.shared_pool = Some(pool.shared());
+        let prefill = Fabric::bind(config).unwrap();
+        let mut config = cluster.config("d0", Role::DecodeNode);
+        config.is_reading_shared_pools = is_reading;
+        let decode = Fabric::bind(config).unwrap();
+        let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
+        let zone = decode.landing_zone();
+        let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+        let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
+        Self { prefill, decode, zone, bulk, sender, link, pool }
+    }
+
+    async fn end(self) {
+        let Self { prefill, decode, zone, bulk, sender, link, .. } = self;
+        drop((zone, bulk, sender, link));
+        assert_nothing_left([prefill, decode]).await;
+    }
+}
+
+/// A job and its KV in the sender's pool.
+fn sent_from(pool: &Arc<FilePool>, num_tokens: usize) -> (Job, ExtentSource) {
+    let job = Job::new(1, num_tokens, 0, 0);
+    let source = pool.source(&job, scattered(0, job.blocks.len()));
+    (job, source)
+}
+
+fn refused(reason: RefusedExtent) -> LandingEvent {
+    LandingEvent::ExtentRefused { reason }
+}
+
+async fn next(events: &mut mpsc::Receiver<LandingEvent>) -> LandingEvent {
+    soon("a landing event", events.recv()).await.unwrap()
+}
+
+#[tokio::test]
+async fn one_end_without_shm_makes_it_quic_and_kv_arrives_all_the_same() {
+    let unsealed = FilePool::sealed(NUM_BLOCKS, libc::F_SEAL_GROW);
+    for (pair, name) in [
+        (Pair::new().await, "shm"),
+        (Pair::with(false, FilePool::new(NUM_BLOCKS)).await, "quic"),
+        (Pair::with(true, unsealed).await, "quic"),
+    ] {
+        assert_eq!((pair.bulk.transport_name(), pair.sender.transport().name()), (name, name));
+        let (job, source) = sent_from(&pair.pool, 100);
+        let memory = TestMemory::new(NUM_BLOCKS);
+        let (landing, _events) = pair.zone.open(job.plan(&memory));
+        for extent in job.extents(48) {
+            let (header, payload) = source.seal(&job.tokens, extent);
+            soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+        }
+        eventually("all has landed", || landing.is_complete()).await;
+        assert!(job.extents(48).iter().all(|extent| job.holds(&memory, extent)));
+        drop((landing, source));
+        pair.end().await;
+    }
+}
+
+#[tokio::test]
+async fn sending_ends_when_the_receiver_has_verified() {
+    let pair = Pair::new().await;
+    let (job, source) = sent_from(&pair.pool, 1600);
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let (landing, mut events) = pair.zone.open(job.plan(&memory));
+    for extent in job.extents(1600) {
+        let (header, payload) = source.seal(&job.tokens, extent);
+        soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+        // No waiting: it is there.
+        assert!(matches!(events.try_recv(), Ok(LandingEvent::ExtentVerified { .. })));
+        pair.pool.damage(u32::from(extent.layer), &source.blocks, 3);
+        assert!(job.holds(&memory, &extent));
+    }
+    assert!(landing.is_complete());
+    drop((landing, source));
+    pair.end().await;
+}
+
+#[tokio::test]
+async fn block_that_changes_between_digest_and_copy_is_refused_as_corrupted() {
+    let pair = Pair::new().await;
+    let (job, source) = sent_from(&pair.pool, 200);
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let (landing, mut events) = pair.zone.open(job.plan(&memory));
+    let (header, payload) = source.seal(&job.tokens, job.extent(1, 0, 200));
+    for granule in [0, 5, 12] {
+        pair.pool.damage(1, &source.blocks, granule);
+        let sent = soon("send", pair.sender.send_extent(&header, payload.clone())).await;
+        assert_eq!(sent, Err(SendExtentError::Refused));
+        assert_eq!(next(&mut events).await, refused(RefusedExtent::Corrupted));
+        pair.pool.damage(1, &source.blocks, granule);
+    }
+    soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+    assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
+    drop((landing, source));
+    pair.end().await;
+}
+
+/// Lets as many pieces of an extent be written as it is told.
+struct Gate {
+    inner: Arc<TestMemory>,
+    num_begun: AtomicUsize,
+    num_let: (Mutex<usize>, Condvar),
+}
+
+impl Gate {
+    fn new() -> Arc<Self> {
+        let inner = TestMemory::new(NUM_BLOCKS);
+        Arc::new(Self { inner, num_begun: AtomicUsize::new(0), num_let: Default::default() })
+    }
+
+    fn let_one(&self) {
+        *self.num_let.0.lock().unwrap() += 1;
+        self.num_let.1.notify_all();
+    }
+
+    /// Pieces that are written, or wait for it.
+    fn num_begun(&self) -> usize {
+        self.num_begun.load(Ordering::SeqCst)
+    }
+}
+
+impl KvMemory for Gate {
+    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        self.num_begun.fetch_add(1, Ordering::SeqCst);
+        let num_let = self.num_let.0.lock().unwrap();
+        // With a limit: a runtime waits for its tasks, and a test that fails must end.
+        let let_in = self.num_let.1.wait_timeout_while(num_let, support::SOON, |num_let| *num_let == 0).unwrap();
+        let (mut num_let, _) = let_in;
+        *num_let = num_let.saturating_sub(1);
+        drop(num_let);
+        self.inner.write_at(layer, blocks, first_granule, byte_offset, bytes);
+    }
+
+    fn read_granules(&self, layer: u32, blocks: &[BlockId], first: usize, num_granules: usize, out: &mut [u8]) {
+        self.inner.read_granules(layer, blocks, first, num_granules, out);
+    }
+
+    fn visit_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) {
+        self.inner.visit_granules(layer, blocks, first, num_granules, visit);
+    }
+
+    fn granule_bytes(&self) -> usize {
+        GRANULE_BYTES
+    }
+
+    fn num_layers(&self) -> usize {
+        support::NUM_LAYERS
+    }
+}
+
+/// Slices of 64 granules.
+const NUM_SLICES: usize = 8;
+
+/// An extent whose copying has begun and waits in its first slice, which is copied and not written.
+struct Midway {
+    pair: Pair,
+    job: Job,
+    source: ExtentSource,
+    gate: Arc<Gate>,
+    landing: Landing,
+    events: mpsc::Receiver<LandingEvent>,
+    sending: tokio::task::JoinHandle<Result<(), SendExtentError>>,
+}
+
+impl Midway {
+    async fn new() -> Self {
+        let pair = Pair::new().await;
+        let (job, source) = sent_from(&pair.pool, NUM_SLICES * 1024);
+        let gate = Gate::new();
+        let plan = LandingPlan { memory: gate.clone(), ..job.plan(&TestMemory::new(1)) };
+        let (landing, events) = pair.zone.open(plan);
+        let (header, payload) = source.seal(&job.tokens, job.extent(2, 0, NUM_SLICES * 1024));
+        let sender = pair.sender.clone();
+        let sending = tokio::spawn(async move { sender.send_extent(&header, payload).await });
+        eventually("the first slice is there", || gate.num_begun() == 1).await;
+        assert!(pair.decode.accounting().pinned_receive_bytes > 0 && !sending.is_finished());
+        Self { pair, job, source, gate, landing, events, sending }
+    }
+}
+
+/// What is hashed is what was copied: no second look at the sender's memory decides, neither for nor against.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn block_that_changes_behind_the_copying_is_not_looked_at_again_and_one_before_it_is_noticed() {
+    for (granule, is_noticed) in [(3, false), (NUM_SLICES * 64 - 3, true)] {
+        let Midway { pair, job, source, gate, landing, mut events, sending } = Midway::new().await;
+        pair.pool.damage(2, &source.blocks, granule);
+        (0..NUM_SLICES).for_each(|_| gate.let_one());
+        let sent = soon("the send ends", sending).await.unwrap();
+        if is_noticed {
+            assert_eq!(sent, Err(SendExtentError::Refused));
+            assert_eq!(next(&mut events).await, refused(RefusedExtent::Corrupted));
+        } else {
+            assert_eq!(sent, Ok(()));
+            assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
+            assert!(job.holds(&gate.inner, &job.extent(2, 0, NUM_SLICES * 1024)));
+        }
+        drop((landing, source));
+        pair.end().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn sender_that_gives_up_midway_stops_the_copying() {
+    let Midway { pair, gate, landing, mut events, sending, .. } = Midway::new().await;
+    sending.abort();
+    assert!(sending.await.unwrap_err().is_cancelled());
+    // Its word is behind this extent's on the connection.
+    let other = Job::new(2, 16, 0, 60);
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let (other_landing, _other_events) = pair.zone.open(other.plan(&memory));
+    let (header, payload) = other.sealed(other.extent(0, 0, 16));
+    pair.sender.send_extent(&header, payload).await.unwrap();
+    eventually("it is heard", || memory.num_writes.load(Ordering::SeqCst) > 0).await;
+    gate.let_one();
+    assert_eq!(next(&mut events).await, refused(RefusedExtent::Reset));
+    assert_eq!(gate.num_begun(), 1);
+    drop((landing, other_landing));
+    pair.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn landing_that_is_closed_midway_stops_the_copying() {
+    let Midway { pair, gate, landing, mut events, sending, .. } = Midway::new().await;
+    let closing = tokio::task::spawn_blocking(move || {
+        landing.close();
+        landing
+    });
+    eventually("the landing is forgotten", || pair.zone.num_landings() == 0).await;
+    // It waits for the slice that is being written, and for another one at most if it came late.
+    let mut num_let = 0;
+    while !closing.is_finished() {
+        assert!(num_let < NUM_SLICES - 1, "the copying goes on beside a landing that closes");
+        gate.let_one();
+        num_let += 1;
+        eventually("it closes, or the next slice begins", || closing.is_finished() || gate.num_begun() > num_let).await;
+    }
+    let landing = closing.await.unwrap();
+    assert_eq!(soon("the send ends", sending).await.unwrap(), Err(SendExtentError::Refused));
+    assert_eq!(gate.num_begun(), num_let);
+    assert!(events.try_recv().is_err());
+    drop(landing);
+    pair.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn connection_that_is_lost_midway_stops_the_copying() {
+    let Midway { pair, gate, landing, mut events, sending, .. } = Midway::new().await;
+    let Pair { prefill, decode, zone, bulk, sender, link, .. } = pair;
+    drop(bulk);
+    assert!(matches!(soon("the send ends", sending).await.unwrap(), Err(SendExtentError::ConnectionLost(_))));
+    assert!(sender.is_closed());
+    gate.let_one();
+    assert_eq!(next(&mut events).await, refused(RefusedExtent::ConnectionLost));
+    assert_eq!(gate.num_begun(), 1);
+    drop((landing, zone, sender, link));
+    assert_nothing_left([prefill, decode]).await;
+}
+
+/// A sender that holds a certificate and says what it likes; the decode node reads in the pool of another.
+struct RawSender {
+    decode: Fabric,
+    prefill: Fabric,
+    connection: Connection,
+    receiver: BulkReceiver,
+    zone: LandingZone,
+    pool: Arc<FilePool>,
+    _kept: (Link, Connection, Connection, [quinn::Endpoint; 2]),
+}
+
+impl RawSender {
+    async fn new(name: &str, is_registered: bool) -> Self {
+        let cluster = Cluster::new();
+        let pool = FilePool::new(NUM_BLOCKS);
+        let (prefill, registered, registration) = registered(&cluster, name, &pool).await;
+        let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
+        let (control, bulk) = (raw.listen(ALPN_CONTROL[0]), raw.listen(ALPN_BULK[0]));
+        let mut own = hello("p9", Role::PrefillNode);
+        own.bulk_port = Some(bulk.local_addr().unwrap().port());
+        let addr = control.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let link = control.accept().await.unwrap().await.unwrap();
+            welcome(&link, own.clone()).await;
+            let connection = bulk.accept().await.unwrap().await.unwrap();
+            welcome_with(&connection, own, is_registered.then_some(registration)).await;
+            (link, connection, [control, bulk])
+        });
+        let mut config = cluster.config(&format!("d-{name}"), Role::DecodeNode);
+        config.limits.extent_deadline = Duration::from_millis(200);
+        config.is_reading_shared_pools = true;
+        let decode = Fabric::bind(config).unwrap();
+        let link = soon("dial", decode.dial(addr, Role::PrefillNode, None)).await.unwrap();
+        let zone = decode.landing_zone();
+        let receiver = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+        assert_eq!(receiver.transport_name(), if is_registered { "shm" } else { "quic" });
+        let (raw_link, connection, endpoints) = soon("server", serving).await.unwrap();
+        let _kept = (link, raw_link, registered, endpoints);
+        Self { decode, prefill, connection, receiver, zone, pool, _kept }
+    }
+
+    /// Sends these bytes as an extent, and says whether it was taken.
+    async fn send(&self, bytes: &[u8], is_finished: bool) -> bool {
+        let (mut send, mut answer): (SendStream, RecvStream) = self.connection.open_bi().await.unwrap();
+        send.write_all(bytes).await.unwrap();
+        if is_finished {
+            send.finish().unwrap();
+        }
+        soon("an answer", answer.read_to_end(16)).await.is_ok_and(|bytes| bytes == [1])
+    }
+
+    async fn end(self) {
+        let Self { decode, prefill, connection, receiver, zone, _kept, .. } = self;
+        drop((connection, receiver, zone, _kept));
+        assert_nothing_left([decode, prefill]).await;
+    }
+}
+
+/// A prefill node that shares `pool`, a bulk connection to it, and what it announced there.
+async fn registered(cluster: &Cluster, name: &str, pool: &Arc<FilePool>) -> (Fabric, Connection, Registration) {
+    let mut config = cluster.config(&format!("p-{name}"), Role::PrefillNode);
+    config.shared_pool = Some(pool.shared());
+    config.limits.attach_deadline = Duration::from_millis(200);
+    let prefill = Fabric::bind(config).unwrap();
+    let (connection, registration) = register(cluster, &prefill, "d9").await;
+    (prefill, connection, registration)
+}
+
+async fn register(cluster: &Cluster, prefill: &Fabric, name: &str) -> (Connection, Registration) {
+    let raw = Raw::new(cluster, name, Role::DecodeNode);
+    let connection = raw.dial(prefill.bulk_addr().unwrap(), Role::PrefillNode, ALPN_BULK[0]).await.unwrap();
+    let HelloReply::Welcome { registration, .. } = greet(&connection, hello(name, Role::DecodeNode)).await else {
+        panic!("it is not welcome")
+    };
+    (connection, registration.unwrap())
+}
+
+fn extent(header: &ExtentHeader, runs: &[PoolRun]) -> Vec<u8> {
+    [&header.encode()[..], &encode_runs(runs)].concat()
+}
+
+#[tokio::test]
+async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
+    let values = Values::install();
+    let peer = RawSender::new("places", true).await;
+    let (job, source) = sent_from(&peer.pool, 64);
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let (landing, mut events) = peer.zone.open(job.plan(&memory));
+    let (header, _) = source.seal(&job.tokens, job.extent(0, 0, 64));
+    let (end, len) = (peer.pool.num_bytes(), header.num_payload_bytes);
+    let run = |offset: u64, num_bytes: u32| PoolRun { offset, num_bytes };
+    let mut many = extent(&header, &vec![run(0, 1); NUM_RUNS_MAX]);
+    many[96..100].copy_from_slice(&(NUM_RUNS_MAX as u32 + 1).to_le_bytes());
+    many.extend([0; 12]);
+    let mut all = extent(&header, &[run(0, len)]);
+    all[96..100].copy_from_slice(&u32::MAX.to_le_bytes());
+    let cases = [
+        (extent(&header, &[run(end - 10, len)]), RefusedExtent::BadRuns),
+        (extent(&header, &[run(u64::MAX - 10, len)]), RefusedExtent::BadRuns),
+        (extent(&header, &[run(0, len - 10), run(end - 9, 10)]), RefusedExtent::BadRuns),
+        (extent(&header, &[run(0, len / 2), run(u64::from(len) / 2 - 1, len / 2)]), RefusedExtent::BadRuns),
+        (extent(&header, &[run(0, len), run(0, 0)]), RefusedExtent::BadRuns),
+        (many, RefusedExtent::BadRuns),
+        (all, RefusedExtent::BadRuns),
+        ([extent(&header, &[run(0, len)]), vec![0]].concat(), RefusedExtent::BadRuns),
+        (extent(&header, &[]), RefusedExtent::Truncated),
+        (extent(&header, &[run(0, len - 1)]), RefusedExtent::Truncated),
+        (extent(&header, &[run(0, len)])[..105].to_vec(), RefusedExtent::Truncated),
+        (extent(&header, &[run(0, len + 1)]), RefusedExtent::WrongSize),
+        // Of the right length, and somebody else's.
+        (extent(&header, &[run(end - u64::from(len), len)]), RefusedExtent::Corrupted),
+    ];
+    for (bytes, reason) in &cases {
+        assert!(!peer.send(bytes, true).await);
+        assert_eq!(next(&mut events).await, refused(*reason));
+    }
+    // One that never ends.
+    assert!(!peer.send(&extent(&header, &[run(0, len)]), false).await);
+    assert_eq!(next(&mut events).await, refused(RefusedExtent::Stalled));
+    for reason in [RefusedExtent::BadRuns, RefusedExtent::Truncated, RefusedExtent::WrongSize, RefusedExtent::Corrupted]
+    {
+        let num_expected = cases.iter().filter(|(_, expected)| *expected == reason).count() as u64;
+        let counted = values.count(&format!("tandem_refused_extents_total d-places {}", reason.as_str()));
+        assert_eq!(counted, num_expected, "{reason:?}");
+    }
+    // Garbage instead of a header; and the genuine extent is taken in spite of all that.
+    assert!(!peer.send(&[0x55; 200], true).await);
+    let genuine: Vec<PoolRun> = source.blocks.iter().map(|block| run(u64::from(block.0) * 2048, 2048)).collect();
+    assert!(peer.send(&extent(&header, &genuine), true).await);
+    assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
+    assert_eq!(values.count("tandem_fabric_extent_bytes_total d-places verified shm"), u64::from(len));
+    drop((landing, source));
+    peer.end().await;
+}
+
+#[tokio::test]
+async fn places_in_memory_that_was_never_registered_are_refused() {
+    let values = Values::install();
+    let peer = RawSender::new("unregistered", false).await;
+    let (job, source) = sent_from(&peer.pool, 64);
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let (landing, _events) = peer.zone.open(job.plan(&memory));
+    let (header, _) = source.seal(&job.tokens, job.extent(0, 0, 64));
+    let run = PoolRun { offset: 0, num_bytes: header.num_payload_bytes };
+    assert!(!peer.send(&extent(&header, &[run]), true).await);
+    assert_eq!(values.count("tandem_refused_extents_total d-unregistered not_registered"), 1);
+    assert_eq!(memory.num_writes.load(Ordering::SeqCst), 0);
+    drop((landing, source));
+    peer.end().await;
+}
+
+/// What the other end of the socket says to a token: nothing, or a byte that comes with the memory.
+async fn show(registration: &Registration, token: u128) -> (UnixStream, Option<u8>) {
+    let name = format!("\0tandem-kv-{:032x}", registration.socket);
+    let mut stream = UnixStream::connect(name).await.unwrap();
+    stream.write_all(&token.to_le_bytes()).await.unwrap();
+    let answer = soon("an answer", stream.read_u8()).await.ok();
+    (stream, answer)
+}
+
+#[tokio::test]
+async fn token_works_once_and_for_as_long_as_its_connection() {
+    let values = Values::install();
+    let refused = |reason: &str| values.count(&format!("tandem_refused_connections_total p-tokens shm_{reason}"));
+    let cluster = Cluster::new();
+    let pool = FilePool::new(1);
+    let (prefill, connection, first) = registered(&cluster, "tokens", &pool).await;
+    let (other_connection, second) = register(&cluster, &prefill, "d8").await;
+    assert_eq!((first.socket, first.num_bytes), (second.socket, pool.num_bytes()));
+    assert_ne!(first.token, second.token);
+    assert_eq!(prefill.accounting().registrations, 2);
+
+    assert_eq!(show(&first, first.token ^ 1).await.1, None);
+    eventually("it is counted", || refused("token") == 1).await;
+    let (kept, answer) = show(&first, first.token).await;
+    assert_eq!(answer, Some(0));
+    assert_eq!(show(&first, first.token).await.1, None, "a token was taken twice");
+    eventually("it is counted", || refused("token") == 2).await;
+
+    // The token of a connection that is gone.
+    other_connection.close(0u32.into(), b"");
+    eventually("it is forgotten", || prefill.accounting().registrations == 1).await;
+    assert_eq!(show(&second, second.token).await.1, None);
+    eventually("it is counted", || refused("token") == 3).await;
+
+    // Who got the memory and never says that it is mapped does not make the sender use it.
+    eventually("it is given up", || refused("stalled") == 1).await;
+    assert_eq!(prefill.bulk_to(&node("d9"), Epoch(11)).unwrap().transport().name(), "quic");
+    // Who says nothing at all.
+    let silent = UnixStream::connect(format!("\0tandem-kv-{:032x}", first.socket)).await.unwrap();
+    eventually("it is given up", || refused("stalled") == 2).await;
+    drop((silent, kept, connection));
+    eventually("it is forgotten", || prefill.accounting().registrations == 0).await;
+    assert_nothing_left([prefill]).await;
+}
+
+#[tokio::test]
+async fn socket_that_is_elsewhere_makes_it_quic() {
+    // What a node on another host sees: a registration whose socket is not there.
+    let cluster = Cluster::new();
+    let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
+    let (control, bulk) = (raw.listen(ALPN_CONTROL[0]), raw.listen(ALPN_BULK[0]));
+    let mut own = hello("p9", Role::PrefillNode);
+    own.bulk_port = Some(bulk.local_addr().unwrap().port());
+    let addr = control.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        let link = control.accept().await.unwrap().await.unwrap();
+        welcome(&link, own.clone()).await;
+        let connection = bulk.accept().await.unwrap().await.unwrap();
+        let registration = Registration { socket: 1, token: 2, num_bytes: 1 << 40 };
+        welcome_with(&connection, own, Some(registration)).await;
+        (link, connection, control, bulk)
+    });
+    let mut config = cluster.config("d0", Role::DecodeNode);
+    config.is_reading_shared_pools = true;
+    let decode = Fabric::bind(config).unwrap();
+    let link = soon("dial", decode.dial(addr, Role::PrefillNode, None)).await.unwrap();
+    let receiver = soon("bulk", decode.connect_bulk(&link, &decode.landing_zone())).await.unwrap();
+    assert_eq!((receiver.transport_name(), decode.accounting().registrations), ("quic", 0));
+    drop((receiver, link, serving));
+    assert_nothing_left([decode]).await;
+}
