@@ -16,6 +16,7 @@ use crate::fabric::Shared;
 use crate::link::{CLOSE_DONE, Link, LinkInner};
 use crate::socket::{Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
+use crate::transfer::bulk;
 
 /// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
 const NUM_UNPROVEN_MAX: usize = 64;
@@ -152,15 +153,25 @@ async fn serve_stream(
 }
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
-    let register = |connection: &Connection, peer: &Hello| shared.bulk_senders.insert(peer, connection, &shared.ledger);
+    let mut window = None;
+    let register = |connection: &Connection, peer: &Hello| {
+        // Without a share KV can still be sent to the peer; it is not asked for any.
+        window = shared.receive_windows.clone().try_acquire_owned().ok();
+        shared.bulk_senders.insert(peer, connection, &shared.ledger, window.is_some());
+    };
     let Some((connection, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
-    tracing::debug!(peer = %peer.node, remote = %connection.remote_address(), "accepted a bulk connection");
-    let reason = connection.closed().await;
+    let is_receiving = window.is_some();
+    tracing::debug!(peer = %peer.node, remote = %connection.remote_address(), is_receiving, "accepted a bulk connection");
+    let reason = if is_receiving {
+        bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone)), &shared.tasks).await
+    } else {
+        connection.closed().await.into()
+    };
     shared.bulk_senders.remove(&peer, &connection);
     tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
-    drop(held);
+    drop((held, window));
 }
 
 /// Logs a refused connection, if one was not logged a moment ago.

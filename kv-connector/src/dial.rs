@@ -14,7 +14,7 @@ use crate::hello::HelloFailure;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
-use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+use crate::transfer::bulk::BulkReceiver;
 
 /// A link that could not be made.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -119,7 +119,8 @@ impl Fabric {
     }
 
     /// Dials the bulk port of a linked node, which from then on can send KV here: its extents land where
-    /// `zone` has a landing for them. The connection lives as long as the answer.
+    /// `zone` has a landing for them. [`BulkReceiver::sender`] is the way back. The connection lives as long as
+    /// the answer.
     ///
     /// # Errors
     /// [`DialError`].
@@ -143,13 +144,9 @@ impl Fabric {
             return Err(DialError::Restarted { node });
         }
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
-        let context = ReceiveContext {
-            zone: zone.clone(),
-            ledger: self.shared.ledger.clone(),
-            num_extents_max: self.shared.limits.num_extents_max,
-            deadline: self.shared.limits.extent_deadline,
-        };
-        Ok(BulkReceiver::start(connection, context, (held, window), &self.shared.tasks))
+        let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
+        let context = self.shared.receive_context(zone);
+        Ok(BulkReceiver::start(connection, sender, context, (held, window), &self.shared.tasks))
     }
 
     /// The socket that bulk connections are dialled from, bound at the first.

@@ -1,4 +1,4 @@
-//! Extents over QUIC: one unidirectional stream each, on a connection of their own.
+//! Extents over QUIC: one unidirectional stream each, on a connection of their own, in both directions.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -58,7 +58,14 @@ impl BulkSender {
 /// The bulk connections that were dialled to this node, by who dialled.
 pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
-    senders: DashMap<(NodeId, Epoch), (usize, BulkSender)>,
+    senders: DashMap<(NodeId, Epoch), Entry>,
+}
+
+struct Entry {
+    connection: usize,
+    sender: BulkSender,
+    /// Whether what comes over the connection is read.
+    is_receiving: bool,
 }
 
 impl BulkSenders {
@@ -66,27 +73,38 @@ impl BulkSenders {
         Self { layer, senders: DashMap::new() }
     }
 
-    /// A newer connection of the same life takes the place of an older one.
-    pub(crate) fn insert(&self, peer: &Hello, connection: &Connection, ledger: &Arc<Ledger>) {
+    /// Sends over `connection`, through what the tests have put around it.
+    pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
         let transport: Arc<dyn Transport> = Arc::new(quic);
-        let transport = match &self.layer {
+        BulkSender::new(match &self.layer {
             Some(layer) => layer(transport),
             None => transport,
-        };
+        })
+    }
+
+    /// A newer connection of the same life takes the place of an older one.
+    pub(crate) fn insert(&self, peer: &Hello, connection: &Connection, ledger: &Arc<Ledger>, is_receiving: bool) {
         // A connection that broke during its hello was never removed.
-        self.senders.retain(|_, (_, sender)| !sender.is_closed());
-        self.senders.insert((peer.node.clone(), peer.epoch), (connection.stable_id(), BulkSender::new(transport)));
+        self.senders.retain(|_, entry| !entry.sender.is_closed());
+        let sender = self.over(connection, ledger);
+        let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
+        self.senders.insert((peer.node.clone(), peer.epoch), entry);
     }
 
     pub(crate) fn remove(&self, peer: &Hello, connection: &Connection) {
         let key = (peer.node.clone(), peer.epoch);
-        self.senders.remove_if(&key, |_, (id, _)| *id == connection.stable_id());
+        self.senders.remove_if(&key, |_, entry| entry.connection == connection.stable_id());
     }
 
     pub(crate) fn find(&self, node: &NodeId, epoch: Epoch) -> Option<BulkSender> {
         let entry = self.senders.get(&(node.clone(), epoch))?;
-        (!entry.1.is_closed()).then(|| entry.1.clone())
+        (!entry.sender.is_closed()).then(|| entry.sender.clone())
+    }
+
+    pub(crate) fn is_receiving(&self, node: &NodeId, epoch: Epoch) -> bool {
+        let entry = self.senders.get(&(node.clone(), epoch));
+        entry.is_some_and(|entry| entry.is_receiving && !entry.sender.is_closed())
     }
 }
 
@@ -149,6 +167,7 @@ fn send_error(error: WriteError) -> SendExtentError {
 /// Receives extents from one node for as long as it lives; dropping it closes the bulk connection.
 pub struct BulkReceiver {
     connection: Connection,
+    sender: BulkSender,
 }
 
 impl Drop for BulkReceiver {
@@ -168,6 +187,7 @@ pub(crate) struct ReceiveContext {
 impl BulkReceiver {
     pub(crate) fn start(
         connection: Connection,
+        sender: BulkSender,
         context: ReceiveContext,
         held: (Held, OwnedSemaphorePermit),
         tasks: &TaskTracker,
@@ -178,7 +198,12 @@ impl BulkReceiver {
             tracing::debug!(remote = %accepting.remote_address(), %reason, "a bulk connection ended");
             drop(held);
         });
-        Self { connection }
+        Self { connection, sender }
+    }
+
+    /// The way back: extents for the node at the other end, over the same connection.
+    pub fn sender(&self) -> &BulkSender {
+        &self.sender
     }
 
     /// Whether the connection is gone.
@@ -192,7 +217,8 @@ impl BulkReceiver {
     }
 }
 
-async fn receive(connection: &Connection, context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
+/// Takes in what comes over a bulk connection until it ends; says how it ended.
+pub(crate) async fn receive(connection: &Connection, context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
