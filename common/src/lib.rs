@@ -18,7 +18,7 @@
 //! 5. [`wire`]: the messages, and their bounded encoding.
 //! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
 //! 7. [`handover`]: reserve, grant, land, verify, cancel, resume.
-//! 8. [`timeline`], [`config`]: what is measured, and what can be set.
+//! 8. [`timeline`], [`rate`], [`config`]: what is measured, and what can be set.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -30,6 +30,7 @@ pub mod ids;
 pub mod kv_memory;
 pub mod kv_spec;
 pub mod model;
+pub mod rate;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;

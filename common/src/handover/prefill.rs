@@ -1,18 +1,28 @@
 //! The sending end: one admitted hand-over at the prefill node, from its queue to the unpinned blocks.
 //!
 //! ```text
-//!     new: Accepted
+//!   new_fetching: Accepted, OpenFetch
 //!      |
-//!      v    scheduled            first tokens             last extent ended: Sent
-//!   Queued ----------> Computing -----------> Sending ---------------------------> AwaitingReceived
-//!      |                   |                     |                                     | Received
-//!      |                   |                     |   (Received may come in any state)  v
-//!      +-------------------+---------------------+-------- stream lost, reset, ---> [in flight?] -- none --> Done
-//!                                                          failed, no credit,          |                      ^
-//!                                                          whole deadline              | StopExtents          |
-//!                                                                                      v                      |
-//!                                                                                  Stopping -- last ended ----+
+//!      v
+//!   Fetching ---- complete, refused, stopped, stalled, too slow: CloseFetch, FetchEnded, Compute
+//!      |   |
+//!      |   |  new: Accepted
+//!      |   v      |
+//!      |   + <----+
+//!      |   |
+//!      |   v      scheduled             first tokens             last extent ended: Sent
+//!      | Queued ------------> Computing -----------> Sending ---------------------------> AwaitingReceived
+//!      |   |                      |                     |                                     | Received
+//!      |   |                      |                     |   (Received may come in any state)  v
+//!      +---+----------------------+---------------------+--- stream lost, reset, ---> [in flight?] -- none --> Done
+//!                                                            failed, no credit,           |                     ^
+//!                                                            whole deadline               | StopExtents         |
+//!                                                                                         v                     |
+//!                                                                                     Stopping -- last ended ---+
 //! ```
+//!
+//! While a prefix is fetched ([`super::fetch`]) nothing is computed and nothing sent. However the fetch ends,
+//! `CloseFetch` comes once and before anything else may use its blocks.
 //!
 //! `Unpin` is the last action of every hand-over and comes exactly once, when no transfer reads the
 //! blocks any more. A peer that is dead or asleep cannot strand them: without credit, a finished
@@ -25,6 +35,7 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::fetch::{FetchEnd, FetchFailure, FetchPlan, FetchReceiver};
 use crate::sampling::SampledToken;
 use crate::timeline::NodeTimeline;
 use crate::wire::{ExtentId, NodeError, PrefillEvent};
@@ -42,7 +53,9 @@ pub struct PrefillLimits {
 /// Where a hand-over stands; the drawing is at the top of this file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PrefillState {
-    /// Admitted: blocks are held, no token was scheduled yet.
+    /// Admitted: blocks are held, a prefix is landing in them.
+    Fetching,
+    /// Blocks are held, no token was scheduled yet.
     Queued,
     /// The engine works on it; extents are written.
     Computing,
@@ -61,6 +74,21 @@ pub enum PrefillState {
 pub enum PrefillAction {
     /// Send this on the control stream.
     Send(PrefillEvent),
+    /// Draw a [`Generation`](crate::ids::Generation), open the landing of these tokens under it, and send
+    /// [`PrefillEvent::Fetch`].
+    OpenFetch(FetchPlan),
+    /// Close that landing: when this is done nothing is written into the blocks any more.
+    CloseFetch {
+        /// Leading tokens whose KV is here in every layer.
+        num_valid_tokens: u32,
+        /// How it ended, for logs, counters and the estimate of the bandwidth.
+        end: FetchEnd,
+    },
+    /// Let the engine compute from here on: it has waited with the blocks.
+    Compute {
+        /// Leading tokens whose KV is here in every layer, a multiple of the granule.
+        num_valid_tokens: u32,
+    },
     /// Read the extent's bytes from the pool and send them on a bulk stream; then call
     /// [`PrefillHandover::on_extent_ended`], once, whatever became of it.
     SendExtent {
@@ -81,6 +109,8 @@ pub enum PrefillAction {
 pub struct PrefillHandover {
     limits: PrefillLimits,
     state: PrefillState,
+    /// While `Fetching`.
+    fetch: Option<FetchReceiver>,
     waiting: VecDeque<(ExtentId, u64)>,
     num_in_flight: u32,
     /// Bytes that may still be sent; below zero by at most one extent.
@@ -105,6 +135,7 @@ impl PrefillHandover {
         let handover = Self {
             limits,
             state: PrefillState::Queued,
+            fetch: None,
             waiting: VecDeque::new(),
             num_in_flight: 0,
             credit_bytes: i64::try_from(credit_bytes).unwrap_or(i64::MAX),
@@ -117,6 +148,22 @@ impl PrefillHandover {
         (handover, vec![PrefillAction::Send(PrefillEvent::Accepted { num_cached_tokens })])
     }
 
+    /// Starts a hand-over that was admitted and first fetches a prefix that the decode node holds; the engine
+    /// waits for [`PrefillAction::Compute`].
+    pub fn new_fetching(
+        num_cached_tokens: u32,
+        plan: FetchPlan,
+        credit_bytes: u64,
+        limits: PrefillLimits,
+        now: Duration,
+    ) -> (Self, Vec<PrefillAction>) {
+        let (mut handover, mut actions) = Self::new(num_cached_tokens, credit_bytes, limits, now);
+        handover.state = PrefillState::Fetching;
+        handover.fetch = Some(FetchReceiver::new(plan, now));
+        actions.push(PrefillAction::OpenFetch(plan));
+        (handover, actions)
+    }
+
     /// Where it stands.
     pub fn state(&self) -> PrefillState {
         self.state
@@ -125,6 +172,45 @@ impl PrefillHandover {
     /// Extents that are written and wait for credit.
     pub fn num_waiting_extents(&self) -> usize {
         self.waiting.len()
+    }
+
+    /// An extent of the fetched prefix landed and its digest is right. `num_contiguous_tokens` counts from
+    /// token 0 those whose KV is now here in every layer.
+    pub fn on_fetched(
+        &mut self,
+        num_bytes: u64,
+        num_contiguous_tokens: u32,
+        is_complete: bool,
+        now: Duration,
+    ) -> Vec<PrefillAction> {
+        let Some(fetch) = &mut self.fetch else { return Vec::new() };
+        fetch.on_extent(num_bytes, num_contiguous_tokens, now);
+        if is_complete {
+            return self.go_on_behind_fetch(FetchEnd::Complete, now);
+        }
+        send_credit(fetch.due_credit())
+    }
+
+    /// An extent of the prefix was refused, or the decode node sends no more.
+    pub fn on_fetch_failed(&mut self, failure: FetchFailure, now: Duration) -> Vec<PrefillAction> {
+        self.go_on_behind_fetch(FetchEnd::Failed(failure), now)
+    }
+
+    fn go_on_behind_fetch(&mut self, end: FetchEnd, now: Duration) -> Vec<PrefillAction> {
+        let mut actions = Vec::new();
+        if let Some(num_valid_tokens) = self.close_fetch(end, &mut actions) {
+            self.state = PrefillState::Queued;
+            self.progress_at = now;
+            actions.push(PrefillAction::Send(PrefillEvent::FetchEnded));
+            actions.push(PrefillAction::Compute { num_valid_tokens });
+        }
+        actions
+    }
+
+    fn close_fetch(&mut self, end: FetchEnd, actions: &mut Vec<PrefillAction>) -> Option<u32> {
+        let num_valid_tokens = self.fetch.take()?.num_valid_tokens();
+        actions.push(PrefillAction::CloseFetch { num_valid_tokens, end });
+        Some(num_valid_tokens)
     }
 
     /// The engine scheduled the first tokens of the prompt.
@@ -137,10 +223,15 @@ impl PrefillHandover {
     /// The engine made steps while the prompt waits or computes. Call it a few times per second, so that
     /// the decode node can tell a long prompt from a hang; never from a timer alone.
     pub fn on_progress(&mut self, num_steps: u64, num_computed_tokens: u32) -> Vec<PrefillAction> {
+        let progress = PrefillAction::Send(PrefillEvent::Progress { num_steps, num_computed_tokens });
         match self.state {
-            PrefillState::Queued | PrefillState::Computing => {
-                vec![PrefillAction::Send(PrefillEvent::Progress { num_steps, num_computed_tokens })]
+            PrefillState::Fetching => {
+                // An engine that waits makes no steps; what has landed since is what moves.
+                let mut actions = send_credit(self.fetch.as_mut().and_then(FetchReceiver::owed_credit));
+                actions.push(progress);
+                actions
             }
+            PrefillState::Queued | PrefillState::Computing => vec![progress],
             _ => Vec::new(),
         }
     }
@@ -242,9 +333,12 @@ impl PrefillHandover {
     /// Time has passed.
     pub fn on_tick(&mut self, now: Duration) -> Vec<PrefillAction> {
         let mut actions = Vec::new();
+        let is_whole = now >= self.started_at.saturating_add(self.limits.total_timeout);
+        if let Some(failure) = self.fetch.as_ref().and_then(|fetch| fetch.is_overdue(now)).filter(|_| !is_whole) {
+            return self.on_fetch_failed(failure, now);
+        }
         if self.next_deadline().is_some_and(|deadline| now >= deadline) {
             let PrefillLimits { stall_timeout, total_timeout } = self.limits;
-            let is_whole = now >= self.started_at.saturating_add(total_timeout);
             let (phase, waited) = match self.state {
                 _ if is_whole => ("the prefill", total_timeout),
                 PrefillState::AwaitingReceived => ("waiting for the KV to be confirmed", stall_timeout),
@@ -262,6 +356,9 @@ impl PrefillHandover {
         }
         let whole = self.started_at.saturating_add(self.limits.total_timeout);
         let stall = self.progress_at.saturating_add(self.limits.stall_timeout);
+        if let Some(fetch) = &self.fetch {
+            return Some(whole.min(fetch.deadline()));
+        }
         Some(if self.is_waiting_for_peer() { whole.min(stall) } else { whole })
     }
 
@@ -298,6 +395,7 @@ impl PrefillHandover {
         if matches!(self.state, PrefillState::Stopping | PrefillState::Done) {
             return;
         }
+        self.close_fetch(FetchEnd::Abandoned, actions);
         actions.extend(error.map(|error| PrefillAction::Send(PrefillEvent::Failed(error))));
         self.waiting.clear();
         if self.num_in_flight > 0 {
@@ -312,6 +410,10 @@ impl PrefillHandover {
         self.state = PrefillState::Done;
         actions.push(PrefillAction::Unpin);
     }
+}
+
+fn send_credit(bytes: Option<u64>) -> Vec<PrefillAction> {
+    bytes.map(|bytes| PrefillAction::Send(PrefillEvent::FetchCredit { bytes })).into_iter().collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{self as std_mpsc, TryRecvError};
 use std::time::Instant;
 
+use common::content::GRANULE_TOKENS;
 use common::ids::SequenceId;
+use common::rate::Rate;
 use common::scheduler::{DrawnToken, GroupEvent, ScheduledStep, Scheduler, SchedulerLimits, SequenceEvent};
 use metrics::{Counter, Gauge, Label};
 use tokio::sync::{mpsc, watch};
@@ -54,6 +56,7 @@ pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result
         parked: ParkedKv::default(),
         plan: StepPlan::default(),
         num_steps: 0,
+        prefill_rate: Rate::default(),
         gauges: EngineMetrics::new(&options),
     };
     std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
@@ -78,6 +81,7 @@ struct Engine {
     parked: ParkedKv,
     plan: StepPlan,
     num_steps: u64,
+    prefill_rate: Rate,
     gauges: EngineMetrics,
 }
 
@@ -200,8 +204,15 @@ impl Engine {
             return Ok(false);
         }
         let sink = self.plan_step(&step);
+        let submitted_at = Instant::now();
         let ticket = self.runner.submit(std::mem::take(&mut self.plan), sink);
         let output = self.runner.wait(ticket)?;
+        // Less than a granule is a decode token, or an end that says little.
+        let chunks = step.spans.iter().map(|span| span.num_tokens).filter(|num| *num >= GRANULE_TOKENS);
+        let num_prompt_tokens: usize = chunks.sum();
+        if num_prompt_tokens > 0 {
+            self.prefill_rate.observe(num_prompt_tokens as f64, submitted_at.elapsed());
+        }
         self.plan = output.plan;
         self.num_steps += 1;
         self.gauges.count_step(&step, output.tokens.len());
@@ -266,7 +277,14 @@ impl Engine {
         let blocks = self.scheduler.block_counts();
         let load = self.scheduler.load(self.num_steps);
         self.gauges.show(&load, &blocks, self.scheduler.num_preemptions());
-        self.status.send_replace(EngineStatus { load, blocks, is_idle: self.scheduler.is_idle(), failure: None });
+        self.status.send_replace(EngineStatus {
+            load,
+            blocks,
+            num_running_prompt_tokens: self.scheduler.num_running_prompt_tokens() as u64,
+            prefill_tokens_per_second: self.prefill_rate.per_second(),
+            is_idle: self.scheduler.is_idle(),
+            failure: None,
+        });
     }
 }
 

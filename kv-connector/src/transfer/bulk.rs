@@ -218,7 +218,11 @@ impl BulkReceiver {
 }
 
 /// Takes in what comes over a bulk connection until it ends; says how it ended.
-pub(crate) async fn receive(connection: &Connection, context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
+pub(crate) async fn receive(
+    connection: &Connection,
+    context: &Arc<ReceiveContext>,
+    tasks: &TaskTracker,
+) -> CloseReason {
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
