@@ -20,7 +20,7 @@ pub struct PrefillArgs {
 
     /// How long KV that is fetched from a decode node may stand still before the rest of it is computed.
     ///
-    /// Must be shorter than the decode nodes' --prefill-progress-timeout, or they give this node up first.
+    /// Beyond the decode nodes' --prefill-progress-timeout it has no effect: they stop sending then.
     #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration_above_zero)]
     pub fetch_stall_timeout: Duration,
 

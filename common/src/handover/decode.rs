@@ -25,8 +25,8 @@
 //! ```
 //!
 //! In `Landing` the prefill node may ask for the prefix that is held here ([`super::fetch`]): `OpenFetch`, then
-//! extents as its credit allows, until `FetchEnded`, the end of the ask, or an extent that cannot be sent:
-//! `StopFetch` comes once for each `OpenFetch`, before the blocks can become anybody else's.
+//! extents as its credit allows, until `FetchEnded`, the end of the ask, an extent that cannot be sent, or no
+//! progress: `StopFetch` comes once for each `OpenFetch`, before the blocks can become anybody else's.
 //!
 //! The reservation has one owner. This machine holds it until exactly one of [`DecodeAction::Join`] (it
 //! passes to the running batch), [`DecodeAction::PrefillLocally`] (to the local prefill) or
@@ -347,7 +347,7 @@ impl DecodeHandover {
         }
     }
 
-    /// An extent of that prefix could not be sent: the candidate is told not to wait for it.
+    /// An extent of that prefix could not be sent, or nothing moves: the candidate is told not to wait for it.
     pub fn on_fetch_extent_lost(&mut self, ask: AskIndex) -> Vec<DecodeAction> {
         let mut actions = Vec::new();
         if self.ask() == Some(ask) && self.fetch.is_some() {
@@ -440,6 +440,11 @@ impl DecodeHandover {
         let DecodeLimits { accept_timeout, progress_timeout, total_timeout, .. } = self.limits;
         if now >= self.started_at.saturating_add(total_timeout) {
             return self.fail(NodeError::Stalled { phase: "the hand-over".into(), waited: total_timeout });
+        }
+        if let Some(ask) = self.ask().filter(|_| self.fetch.is_some()) {
+            // It waits for what is sent from here: first that is given up, then the candidate.
+            self.progress_at = now;
+            return self.on_fetch_extent_lost(ask);
         }
         let loss = match self.state {
             DecodeState::Linking | DecodeState::Asked => CandidateLoss::NotAccepted { waited: accept_timeout },

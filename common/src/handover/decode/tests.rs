@@ -343,6 +343,14 @@ fn prefix_that_cannot_be_sent_is_not_waited_for() {
 }
 
 #[test]
+fn candidate_that_waits_for_what_is_sent_here_is_given_up_after_the_fetch_only() {
+    let mut driver = after_holding(&[LinkReady, Accepted, Fetch]);
+    assert_eq!(words(&driver.feed(Deadline)), "StopFetch, FetchStopped");
+    assert_eq!(driver.handover.next_deadline(), Some(4 * SECOND));
+    assert_eq!(words(&driver.feed(Deadline)), "ResetStream, CloseLanding, CandidateLost(p0, no_progress), Link(p1)");
+}
+
+#[test]
 fn only_what_was_announced_is_sent_and_only_once() {
     for (first, end) in [(0, 64), (48, 48), (32, 16), (8, 48), (0, 40), (0, u32::MAX)] {
         let mut driver = after_holding(&[LinkReady, Accepted]);
