@@ -66,6 +66,8 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
                 transfer_ms = timeline.transfer.as_secs_f64() * 1e3,
                 handover_ms = timeline.handover.as_secs_f64() * 1e3,
                 bytes = timeline.transferred_bytes,
+                fetched = timeline.num_fetched_tokens,
+                fetch_ms = timeline.fetch.as_secs_f64() * 1e3,
                 cached = timeline.num_cached_tokens,
                 local = timeline.is_local_prefill,
                 "request done"
