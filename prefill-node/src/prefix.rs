@@ -35,7 +35,7 @@ pub(crate) fn choose(
         num_held_tokens: prefill.num_held_tokens,
         num_tokens_ahead: status.num_running_prompt_tokens,
         prefill_tokens_per_second: node.estimates.prefill_tokens_per_second(status.prefill_tokens_per_second),
-        kv_bytes_per_token: node.engine.model().kv_spec.bytes_per_token() as u64,
+        kv_bytes_per_token: node.engine.model().kv_spec.bytes_per_token(),
         fetch_bytes_per_second: can_fetch.then(|| node.estimates.fetch_bytes_per_second(&peer.node, Instant::now())),
         round_trip,
         local_rest: prefill.local_rest,
