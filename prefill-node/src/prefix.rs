@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use common::handover::{FetchEnd, FetchPlan, PrefixChoice, PrefixCosts};
 use common::ids::NodeId;
-use common::wire::{Hello, Prefill};
-use kv_connector::transfer::{Landing, LandingEvent, LandingPlan};
+use common::wire::{Hello, Prefill, PrefillEvent};
+use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingPlan};
 use tokio::sync::mpsc;
 
 use crate::node::Node;
@@ -71,9 +71,25 @@ pub(crate) struct Fetching {
 }
 
 impl Fetching {
-    pub(crate) fn open(node: &Node, plan: LandingPlan) -> Self {
+    /// Opens the landing of `plan` in the blocks of `source`; the message asks the decode node for the KV.
+    pub(crate) fn open(node: &Node, prefill: &Prefill, source: &ExtentSource, plan: FetchPlan) -> (Self, PrefillEvent) {
+        let FetchPlan { first_token, end_token, credit_window_bytes, .. } = plan;
+        let generation = node.next_generation();
+        let plan = LandingPlan {
+            request: prefill.request,
+            attempt: prefill.attempt,
+            generation,
+            blocks: source.blocks.to_vec(),
+            chain: source.chain.clone(),
+            tokens: prefill.tokens.0.clone(),
+            first_token: first_token as usize,
+            num_tokens: end_token as usize,
+            kv_spec: source.kv_spec.clone(),
+            memory: source.memory.clone(),
+        };
         let (landing, landed) = node.fabric.landing_zone().open(plan);
-        Self { landing, landed, started_at: Instant::now(), num_bytes: 0 }
+        let event = PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes: credit_window_bytes };
+        (Self { landing, landed, started_at: Instant::now(), num_bytes: 0 }, event)
     }
 
     /// What has landed next. Cancel-safe.

@@ -12,7 +12,7 @@ use common::timeline::NodeTimeline;
 use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
-use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent, LandingPlan};
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -179,10 +179,11 @@ struct HandOver<'a> {
     node: &'a Node,
     peer: &'a Hello,
     prefill: &'a Prefill,
+    /// Before `admitted`: whatever drops this, nothing is written any more when the blocks go.
+    fetching: Option<Fetching>,
     admitted: Admitted,
     sender: &'a mut ControlSender,
     sends: JoinSet<bool>,
-    fetching: Option<Fetching>,
     /// What came of the fetch: tokens, and the time it took.
     fetched: (u32, Duration),
     /// Ticks through whatever else happens: layers written that wait for credit are no news to the other end.
@@ -306,23 +307,8 @@ impl HandOver<'_> {
 
     /// Opens the landing, then asks for the KV.
     async fn open_fetch(&mut self, plan: FetchPlan) {
-        let FetchPlan { first_token, end_token, credit_window_bytes, .. } = plan;
-        let source = &self.admitted.source;
-        let generation = self.node.next_generation();
-        let landing = LandingPlan {
-            request: self.prefill.request,
-            attempt: self.prefill.attempt,
-            generation,
-            blocks: source.blocks.to_vec(),
-            chain: source.chain.clone(),
-            tokens: self.prefill.tokens.0.clone(),
-            first_token: first_token as usize,
-            num_tokens: end_token as usize,
-            kv_spec: source.kv_spec.clone(),
-            memory: source.memory.clone(),
-        };
-        self.fetching = Some(Fetching::open(self.node, landing));
-        let event = PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes: credit_window_bytes };
+        let (fetching, event) = Fetching::open(self.node, self.prefill, &self.admitted.source, plan);
+        self.fetching = Some(fetching);
         // A peer that is gone shows up when its stream is read.
         let _ = self.sender.send(&event).await;
     }

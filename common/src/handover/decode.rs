@@ -33,6 +33,7 @@
 //! [`DecodeAction::Release`] (back to the block manager); after that it returns no action.
 
 mod action;
+mod held_prefix;
 #[cfg(test)]
 mod tests;
 
@@ -47,7 +48,7 @@ use crate::content::GRANULE_TOKENS;
 use crate::ids::NodeId;
 use crate::sampling::{SampledToken, SamplingParams};
 use crate::timeline::NodeTimeline;
-use crate::wire::{ExtentId, NodeError, PrefillControl, PrefillEvent};
+use crate::wire::{NodeError, PrefillControl, PrefillEvent};
 
 /// What is to be handed over.
 #[derive(Debug, Clone, PartialEq)]
@@ -277,16 +278,11 @@ impl DecodeHandover {
             (Landing, PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes })
                 if self.may_fetch(first_token, end_token) =>
             {
-                self.has_fetched = true;
-                self.fetch = Some(FetchSender::new(credit_bytes));
-                self.progress_at = now;
+                self.open_fetch(credit_bytes, now);
                 vec![DecodeAction::OpenFetch { ask, generation, first_token, end_token }]
             }
-            // It may have been given up here meanwhile.
             (Landing | AwaitingToken, PrefillEvent::FetchCredit { bytes }) if self.has_fetched => {
-                self.progress_at = now;
-                self.fetch.iter_mut().for_each(|fetch| fetch.on_credit(bytes));
-                self.send_what_fetch_credit_allows()
+                self.on_fetch_credit(bytes, now)
             }
             (Landing | AwaitingToken, PrefillEvent::FetchEnded) if self.has_fetched => {
                 self.progress_at = now;
@@ -330,47 +326,6 @@ impl DecodeHandover {
             self.join(&mut actions);
         }
         actions
-    }
-
-    /// The extents of the prefix that the candidate of `ask` fetches, in the order in which they are to leave;
-    /// `None` if they cannot be sent.
-    pub fn on_fetch_opened(&mut self, ask: AskIndex, extents: Option<Vec<(ExtentId, u64)>>) -> Vec<DecodeAction> {
-        if self.ask() != Some(ask) {
-            return Vec::new();
-        }
-        match (extents, &mut self.fetch) {
-            (Some(extents), Some(fetch)) => {
-                fetch.on_extents(extents);
-                self.send_what_fetch_credit_allows()
-            }
-            _ => self.on_fetch_extent_lost(ask),
-        }
-    }
-
-    /// An extent of that prefix could not be sent, or nothing moves: the candidate is told not to wait for it.
-    pub fn on_fetch_extent_lost(&mut self, ask: AskIndex) -> Vec<DecodeAction> {
-        let mut actions = Vec::new();
-        if self.ask() == Some(ask) && self.fetch.is_some() {
-            self.stop_fetch(&mut actions);
-            actions.push(DecodeAction::Send(PrefillControl::FetchStopped));
-        }
-        actions
-    }
-
-    fn may_fetch(&self, first_token: u32, end_token: u32) -> bool {
-        let granule = GRANULE_TOKENS as u32;
-        let is_whole = first_token.is_multiple_of(granule) && end_token.is_multiple_of(granule);
-        !self.has_fetched && is_whole && first_token < end_token && end_token <= self.num_announced_tokens
-    }
-
-    fn send_what_fetch_credit_allows(&mut self) -> Vec<DecodeAction> {
-        let Some(fetch) = &mut self.fetch else { return Vec::new() };
-        let allowed = std::iter::from_fn(|| fetch.next());
-        allowed.map(|(extent, num_bytes)| DecodeAction::SendExtent { extent, num_bytes }).collect()
-    }
-
-    fn stop_fetch(&mut self, actions: &mut Vec<DecodeAction>) {
-        actions.extend(self.fetch.take().map(|_| DecodeAction::StopFetch));
     }
 
     /// An extent of `ask` landed and its digest is right. `num_contiguous_tokens` counts from token 0

@@ -32,10 +32,14 @@
 //! zero, so at most the window and one extent are on the way, and an extent larger than the window is
 //! not stuck.
 
+mod fetching;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use super::fetch::{FetchEnd, FetchFailure, FetchPlan, FetchReceiver};
+use super::fetch::{FetchEnd, FetchPlan, FetchReceiver};
 use crate::sampling::SampledToken;
 use crate::timeline::NodeTimeline;
 use crate::wire::{ExtentId, NodeError, PrefillEvent};
@@ -148,22 +152,6 @@ impl PrefillHandover {
         (handover, vec![PrefillAction::Send(PrefillEvent::Accepted { num_cached_tokens })])
     }
 
-    /// Starts a hand-over that was admitted and first fetches a prefix that the decode node holds; the engine
-    /// waits for [`PrefillAction::Compute`].
-    pub fn new_fetching(
-        num_cached_tokens: u32,
-        plan: FetchPlan,
-        credit_bytes: u64,
-        limits: PrefillLimits,
-        now: Duration,
-    ) -> (Self, Vec<PrefillAction>) {
-        let (mut handover, mut actions) = Self::new(num_cached_tokens, credit_bytes, limits, now);
-        handover.state = PrefillState::Fetching;
-        handover.fetch = Some(FetchReceiver::new(plan, now));
-        actions.push(PrefillAction::OpenFetch(plan));
-        (handover, actions)
-    }
-
     /// Where it stands.
     pub fn state(&self) -> PrefillState {
         self.state
@@ -172,45 +160,6 @@ impl PrefillHandover {
     /// Extents that are written and wait for credit.
     pub fn num_waiting_extents(&self) -> usize {
         self.waiting.len()
-    }
-
-    /// An extent of the fetched prefix landed and its digest is right. `num_contiguous_tokens` counts from
-    /// token 0 those whose KV is now here in every layer.
-    pub fn on_fetched(
-        &mut self,
-        num_bytes: u64,
-        num_contiguous_tokens: u32,
-        is_complete: bool,
-        now: Duration,
-    ) -> Vec<PrefillAction> {
-        let Some(fetch) = &mut self.fetch else { return Vec::new() };
-        fetch.on_extent(num_bytes, num_contiguous_tokens, now);
-        if is_complete {
-            return self.go_on_behind_fetch(FetchEnd::Complete, now);
-        }
-        send_credit(fetch.due_credit())
-    }
-
-    /// An extent of the prefix was refused, or the decode node sends no more.
-    pub fn on_fetch_failed(&mut self, failure: FetchFailure, now: Duration) -> Vec<PrefillAction> {
-        self.go_on_behind_fetch(FetchEnd::Failed(failure), now)
-    }
-
-    fn go_on_behind_fetch(&mut self, end: FetchEnd, now: Duration) -> Vec<PrefillAction> {
-        let mut actions = Vec::new();
-        if let Some(num_valid_tokens) = self.close_fetch(end, &mut actions) {
-            self.state = PrefillState::Queued;
-            self.progress_at = now;
-            actions.push(PrefillAction::Send(PrefillEvent::FetchEnded));
-            actions.push(PrefillAction::Compute { num_valid_tokens });
-        }
-        actions
-    }
-
-    fn close_fetch(&mut self, end: FetchEnd, actions: &mut Vec<PrefillAction>) -> Option<u32> {
-        let num_valid_tokens = self.fetch.take()?.num_valid_tokens();
-        actions.push(PrefillAction::CloseFetch { num_valid_tokens, end });
-        Some(num_valid_tokens)
     }
 
     /// The engine scheduled the first tokens of the prompt.
@@ -227,7 +176,7 @@ impl PrefillHandover {
         match self.state {
             PrefillState::Fetching => {
                 // An engine that waits makes no steps; what has landed since is what moves.
-                let mut actions = send_credit(self.fetch.as_mut().and_then(FetchReceiver::owed_credit));
+                let mut actions = self.send_owed_fetch_credit();
                 actions.push(progress);
                 actions
             }
@@ -411,10 +360,3 @@ impl PrefillHandover {
         actions.push(PrefillAction::Unpin);
     }
 }
-
-fn send_credit(bytes: Option<u64>) -> Vec<PrefillAction> {
-    bytes.map(|bytes| PrefillAction::Send(PrefillEvent::FetchCredit { bytes })).into_iter().collect()
-}
-
-#[cfg(test)]
-mod tests;

@@ -3,6 +3,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::ids::Generation;
 use crate::sampling::FinishReason;
+use crate::wire::ExtentId;
 
 const SECOND: Duration = Duration::from_secs(1);
 

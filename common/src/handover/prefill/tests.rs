@@ -1,5 +1,6 @@
 use proptest::prelude::*;
 
+use super::super::fetch::FetchFailure;
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
