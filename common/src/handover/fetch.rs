@@ -117,10 +117,10 @@ impl FetchReceiver {
 
     pub(super) fn is_overdue(&self, now: Duration) -> Option<FetchFailure> {
         let is_late = |from: Duration, timeout| now >= from.saturating_add(timeout);
-        if is_late(self.started_at, self.plan.total_timeout) {
-            Some(FetchFailure::TooSlow)
+        if is_late(self.progress_at, self.plan.stall_timeout) {
+            Some(FetchFailure::Stalled)
         } else {
-            is_late(self.progress_at, self.plan.stall_timeout).then_some(FetchFailure::Stalled)
+            is_late(self.started_at, self.plan.total_timeout).then_some(FetchFailure::TooSlow)
         }
     }
 }
