@@ -87,6 +87,9 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
     // Everything the request held is given back by now; a proxy that is gone needs no answer.
     if sender.send(&last).await.is_ok() {
         sender.finish();
+        // A node that drains closes its connections when its requests have ended, and what the proxy does not
+        // have by then is lost. It resolves when the proxy has all, stops the stream, or is gone.
+        sender.stopped().await;
     }
     drop((receiver, counted));
 }
