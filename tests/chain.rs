@@ -41,6 +41,9 @@ fn assert_equal(cases: &[Case], expected: &[Answer], found: &[Answer]) {
     }
 }
 
+/// Decode nodes compute nothing of a prompt, however little it is.
+const ALWAYS_SPLIT: [&str; 2] = ["--local-offer-max-tokens", "0"];
+
 /// Every prompt was computed by a prefill node and arrived as it was sent.
 fn assert_split(scrape: &Scrape) {
     assert_eq!(scrape.sum("tandem_local_prefills_total", &[]), 0.0, "a decode node prefilled");
@@ -154,7 +157,8 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
         }
         .over_quic(),
     ];
-    for shape in shapes {
+    for mut shape in shapes {
+        shape.decode.extend(ALWAYS_SPLIT);
         println!("{shape:?}");
         let transport = shape.kv_transport();
         let cluster = Cluster::start(shape).await;
@@ -169,6 +173,40 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
             let is_told = |line: &str| line.contains("KV of this node can arrive") && line.contains(transport);
             assert!(node.process.log().lines().any(is_told), "{}", node.process.tail());
         }
+        cluster.shut_down().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefix_that_the_decode_node_holds_is_fetched_computed_again_or_left_to_it() {
+    let seed = Seed::draw();
+    let text = corpus::prompt(&mut seed.stream(3), 400);
+    // The decode node computes the short one by itself; the prefill node then lacks all of it.
+    let (short, long) = (corpus::greedy(&text[..330], 4), corpus::greedy(&text, 30));
+    let colocated = Cluster::up(&["--num-prefill-nodes", "0"]).await;
+    let expected = colocated.api.complete(&long).await;
+    colocated.shut_down().await;
+
+    let ways = [
+        ("fetch", vec!["--fetch-bytes-per-second", "1TB"], vec!["--local-offer-max-tokens", "0"]),
+        ("recompute", vec!["--fetch-bytes-per-second", "0"], vec!["--local-offer-max-tokens", "0"]),
+        ("local", vec!["--fetch-bytes-per-second", "0"], vec!["--local-prefill-tokens-per-second", "1000000"]),
+    ];
+    for (way, mut prefill, decode) in ways {
+        prefill.extend(["--prefill-tokens-per-second", "1000"]);
+        let proxy = vec!["--local-prefill-max-tokens", "350"];
+        let cluster = Cluster::start(Shape { prefill, decode, proxy, ..Shape::default() }).await;
+        cluster.api.complete(&short).await;
+        assert_eq!(cluster.api.complete(&long).await, expected, "{way}");
+        let scrape = cluster.metrics().await;
+        assert_eq!(scrape.by_label("tandem_prefix_choices_total", "choice"), [(way.to_string(), 1.0)].into());
+        let computed = |role| scrape.sum("tandem_computed_tokens_total", &[("role", role)]);
+        // Ten blocks of 32 tokens were held; token #1 of the long one comes with its prompt.
+        let expected_of_prefill = [("fetch", 80.0), ("recompute", 400.0), ("local", 0.0)];
+        assert!(expected_of_prefill.contains(&(way, computed("prefill-node"))), "{way}: {}", computed("prefill-node"));
+        let bytes = scrape.sum("tandem_kv_fetched_bytes_total", &[]);
+        assert_eq!(bytes > 0.0, way == "fetch", "{way}: {bytes} bytes were fetched");
+        assert_eq!(scrape.sum("tandem_prefill_candidates_lost_total", &[]), 0.0, "{way}: nobody is to blame");
         cluster.shut_down().await;
     }
 }

@@ -18,7 +18,8 @@
 //! 5. [`wire`]: the messages, and their bounded encoding.
 //! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
 //! 7. [`handover`]: reserve, grant, land, verify, cancel, resume.
-//! 8. [`timeline`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be set.
+//! 8. [`timeline`], [`rate`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be
+//!    set.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -30,6 +31,7 @@ pub mod ids;
 pub mod kv_memory;
 pub mod kv_spec;
 pub mod model;
+pub mod rate;
 pub mod sampling;
 pub mod scheduler;
 pub mod sequence;

@@ -15,8 +15,30 @@ pub enum Work {
     /// Compute the prompt, draw the first token of each choice, keep the blocks until released (prefill
     /// node).
     PrefillOnly,
+    /// As [`PrefillOnly`](Self::PrefillOnly), but if fewer tokens than this are found in the cache, keep the
+    /// blocks and wait to be told from where on to compute: KV that another node holds may land in them first.
+    PrefillBehind {
+        /// Leading tokens whose KV another node holds.
+        num_held_tokens: usize,
+    },
     /// Reserve the blocks, wait until their KV has landed, then generate (decode node).
     AwaitKv,
+}
+
+impl Work {
+    /// Whether the sequence ends with its first tokens.
+    pub fn is_prefill_only(self) -> bool {
+        matches!(self, Work::PrefillOnly | Work::PrefillBehind { .. })
+    }
+
+    /// Whether a sequence that is admitted with this many tokens found in the cache waits for KV.
+    pub fn awaits_kv(self, num_cached_tokens: usize) -> bool {
+        match self {
+            Work::Generate | Work::PrefillOnly => false,
+            Work::PrefillBehind { num_held_tokens } => num_cached_tokens < num_held_tokens,
+            Work::AwaitKv => true,
+        }
+    }
 }
 
 /// A sequence to be added.
@@ -39,7 +61,7 @@ pub struct NewSequence {
 /// Where a sequence is.
 ///
 /// ```text
-///              admit (AwaitKv)                 kv complete
+///              admit (awaits KV)               kv complete
 ///  Waiting ──────────────────> AwaitingKv ─────────────────> Computing <──┐ unpark
 ///     │                            │ compute locally             ^  │ │   │
 ///     │ admit (others)             └─────────────────────────────┘  │ └─> Parked
@@ -186,6 +208,11 @@ impl Sequence {
         self.tokens.len() - self.prompt_len
     }
 
+    /// Whether only the newest token has no KV.
+    pub fn is_decoding(&self) -> bool {
+        self.num_uncomputed_tokens() == 1 && self.num_generated_tokens() > 0
+    }
+
     /// Tokens once the steps in flight are done, of which the last [`InFlight::num_draws`] are not known yet.
     pub fn num_tokens_ahead(&self) -> usize {
         self.tokens.len() + self.in_flight.num_draws
@@ -217,7 +244,7 @@ impl Sequence {
             num_tokens as u32,
             max_model_len as u32,
         );
-        self.work != Work::PrefillOnly && self.choices.len() == 1 && self.delivered_first_tokens.is_none() && !is_last
+        !self.work.is_prefill_only() && self.choices.len() == 1 && self.delivered_first_tokens.is_none() && !is_last
     }
 }
 

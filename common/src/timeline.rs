@@ -20,6 +20,10 @@ pub struct NodeTimeline {
     pub handover: Duration,
     /// From token #1 to token #2, as the decode node saw them.
     pub first_gap: Duration,
+    /// At the prefill node: from asking the decode node for its prefix to its last extent, or to giving it up.
+    pub fetch: Duration,
+    /// Prompt tokens whose KV the prefill node fetched instead of computing them.
+    pub num_fetched_tokens: u32,
     /// KV bytes that crossed for this request.
     pub transferred_bytes: u64,
     /// Prompt tokens that were not computed because their KV was held.

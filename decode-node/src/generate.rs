@@ -66,6 +66,8 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
                 transfer_ms = timeline.transfer.as_secs_f64() * 1e3,
                 handover_ms = timeline.handover.as_secs_f64() * 1e3,
                 bytes = timeline.transferred_bytes,
+                fetched = timeline.num_fetched_tokens,
+                fetch_ms = timeline.fetch.as_secs_f64() * 1e3,
                 cached = timeline.num_cached_tokens,
                 local = timeline.is_local_prefill,
                 "request done"
@@ -89,6 +91,9 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
     // Everything the request held is given back by now; a proxy that is gone needs no answer.
     if sender.send(&last).await.is_ok() {
         sender.finish();
+        // A node that drains closes its connections when its requests have ended, and what the proxy does not
+        // have by then is lost. It resolves when the proxy has all, stops the stream, or is gone.
+        sender.stopped().await;
     }
     drop((receiver, counted));
 }

@@ -18,7 +18,8 @@
 //!
 //! 1. `generate`: one request as a story.
 //! 2. `receive`: the shell around the hand-over state machine.
-//! 3. `peers`: connections to prefill nodes.
+//! 3. `prefix_sends`: what a prefill node fetches from here.
+//! 4. `peers`: connections to prefill nodes.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -26,6 +27,7 @@ mod generate;
 mod node;
 mod node_metrics;
 mod peers;
+mod prefix_sends;
 mod receive;
 
 pub use node::DecodeNode;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::config::DecodeArgs;
 use common::content::{ChainRoot, ContentChain};
+use common::handover::prefix_choice::{UNMEASURED_PREFILL_TOKENS_PER_SECOND, expected_prefill};
 use common::ids::Generation;
 use common::kv_memory::KvMemory;
 use common::wire::{Directory, Generate, GenerateEvent, NodeError, Open};
@@ -47,6 +48,15 @@ impl Node {
 
     pub(crate) fn next_generation(&self) -> Generation {
         Generation(self.generations.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// What computing `num_tokens` more prompt tokens here would take, behind those that are being computed.
+    pub(crate) fn expected_prefill(&self, num_tokens: u64) -> Duration {
+        let status = self.engine.status();
+        let status = status.borrow();
+        let set = self.args.local_prefill_tokens_per_second.map(f64::from);
+        let speed = set.or(status.prefill_tokens_per_second).unwrap_or(UNMEASURED_PREFILL_TOKENS_PER_SECOND);
+        expected_prefill(num_tokens, status.num_running_prompt_tokens, speed)
     }
 
     pub(crate) fn content_chain(&self, generate: &Generate) -> ContentChain {

@@ -4,16 +4,16 @@ use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use common::ids::{NodeId, Role};
+use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Directory, Open};
-use kv_connector::transfer::{BulkReceiver, LandingZone};
+use kv_connector::transfer::{BulkReceiver, BulkSender, LandingZone};
 use kv_connector::{ControlReceiver, ControlSender, Fabric, Link, OpenError};
 
-/// A live control connection to a prefill node, with the bulk connection its extents come over.
+/// A live control connection to a prefill node, with the bulk connection that KV goes over, both ways.
 #[derive(Clone)]
 pub(crate) struct PrefillLink {
     link: Link,
-    _bulk: Arc<BulkReceiver>,
+    bulk: Arc<BulkReceiver>,
 }
 
 impl PrefillLink {
@@ -21,8 +21,18 @@ impl PrefillLink {
         self.link.open(open).await
     }
 
+    /// For KV that the prefill node fetches from here.
+    pub(crate) fn bulk_sender(&self) -> &BulkSender {
+        self.bulk.sender()
+    }
+
+    /// The prefill node's life.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.link.peer().epoch
+    }
+
     fn is_alive(&self) -> bool {
-        !self.link.is_closed() && !self._bulk.is_closed()
+        !self.link.is_closed() && !self.bulk.is_closed()
     }
 }
 
@@ -83,7 +93,7 @@ impl Peers {
             }
         };
         match self.fabric.connect_bulk(&link, &self.landing_zone).await {
-            Ok(bulk) => Some(PrefillLink { link, _bulk: Arc::new(bulk) }),
+            Ok(bulk) => Some(PrefillLink { link, bulk: Arc::new(bulk) }),
             Err(error) => {
                 tracing::warn!(prefill_node = %node, %address, %error, "cannot open the bulk connection");
                 None

@@ -1,21 +1,23 @@
 //! The shell around [`DecodeHandover`]: it connects, asks, lands and delivers what the machine decides.
 
 use std::future::Future;
+use std::ops::Range;
 use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use common::content::ContentChain;
 use common::handover::{AskIndex, DecodeAction, DecodeHandover, DecodeRequest};
-use common::ids::{ChoiceIndex, NodeId};
+use common::ids::{ChoiceIndex, Generation, NodeId};
 use common::sampling::{FinishReason, SampledToken};
 use common::timeline::NodeTimeline;
-use common::wire::{NodeError, Open, Prefill, PrefillControl, PrefillEvent};
-use kv_connector::transfer::{Landing, LandingEvent, LandingPlan};
+use common::wire::{ExtentId, Generate, NodeError, Open, Prefill, PrefillControl, PrefillEvent};
+use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::sync::mpsc;
 
 use crate::generate::{Admitted, End, Ongoing, interrupted};
 use crate::peers::PrefillLink;
+use crate::prefix_sends::PrefixSends;
 
 /// How a hand-over ended well.
 #[derive(Debug, PartialEq, Eq)]
@@ -29,6 +31,9 @@ pub(crate) enum Received {
 /// The stream to the candidate that is being asked, and where its extents land.
 struct Ask {
     index: AskIndex,
+    link: PrefillLink,
+    /// While the prefill node fetches what is held here.
+    fetch: Option<PrefixSends>,
     control: ControlSender,
     events: ControlReceiver,
     landing: Landing,
@@ -42,6 +47,8 @@ enum Event {
     Linked(NodeId, Option<PrefillLink>),
     Prefill(AskIndex, Option<PrefillEvent>),
     Landed(AskIndex, LandingEvent),
+    /// An extent of the fetched prefix has left, or could not.
+    PrefixSent(AskIndex, bool),
     Tick,
     Interrupted(End),
 }
@@ -77,7 +84,7 @@ pub(crate) async fn receive_kv(ongoing: &mut Ongoing<'_>, admitted: Admitted) ->
     let (machine, actions) = DecodeHandover::new(request, node.args.limits(time_left), Duration::ZERO);
     let chain = node.content_chain(generate);
     let started_at = Instant::now();
-    let handover = Handover {
+    let mut handover = Handover {
         ongoing,
         admitted,
         chain,
@@ -90,11 +97,14 @@ pub(crate) async fn receive_kv(ongoing: &mut Ongoing<'_>, admitted: Admitted) ->
         first_extent_at: None,
         failure: None,
     };
-    handover.run(actions).await
+    let received = handover.run(actions).await;
+    // Before the blocks can be anybody else's.
+    handover.stop_fetch().await;
+    received
 }
 
 impl Handover<'_, '_> {
-    async fn run(mut self, mut actions: Vec<DecodeAction>) -> Result<Received, End> {
+    async fn run(&mut self, mut actions: Vec<DecodeAction>) -> Result<Received, End> {
         let mut told = None;
         loop {
             let state = self.machine.state();
@@ -120,11 +130,10 @@ impl Handover<'_, '_> {
                 Event::Prefill(ask, Some(event)) if self.is_sound(&event) => self.machine.on_event(ask, event, now()),
                 Event::Prefill(ask, _) => self.machine.on_stream_lost(ask, now()),
                 Event::Landed(ask, event) => self.on_landed(ask, event),
+                Event::PrefixSent(_, true) => Vec::new(),
+                Event::PrefixSent(ask, false) => self.machine.on_fetch_extent_lost(ask),
                 Event::Tick => self.machine.on_tick(now()),
-                Event::Interrupted(end) => {
-                    self.ask = None;
-                    return Err(end);
-                }
+                Event::Interrupted(end) => return Err(end),
             };
         }
     }
@@ -145,10 +154,17 @@ impl Handover<'_, '_> {
         };
         let asked = async {
             let Some(ask) = &mut self.ask else { return std::future::pending().await };
+            let prefix_sent = async {
+                match &mut ask.fetch {
+                    Some(fetch) => fetch.next_ended().await,
+                    None => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 biased;
                 // Extents first: what has landed counts even if the stream ends in the same moment.
                 Some(event) = ask.landed.recv() => Event::Landed(ask.index, event),
+                is_sent = prefix_sent => Event::PrefixSent(ask.index, is_sent),
                 event = ask.events.recv::<PrefillEvent>() => Event::Prefill(ask.index, event.ok().flatten()),
             }
         };
@@ -203,13 +219,24 @@ impl Handover<'_, '_> {
                     (candidate, link)
                 }));
             }
-            DecodeAction::Ask { candidate, ask, num_held_tokens, credit_bytes } => {
-                if !self.ask(ask, num_held_tokens, credit_bytes).await {
+            DecodeAction::Ask { candidate, ask, num_held_tokens, is_local_offered, credit_bytes } => {
+                if !self.ask(ask, num_held_tokens, is_local_offered, credit_bytes).await {
                     tracing::warn!(prefill_node = %candidate, "the prefill stream could not be opened");
                     next.extend(self.machine.on_stream_lost(ask, self.started_at.elapsed()));
                 }
             }
             DecodeAction::Send(control) => self.send(control).await,
+            DecodeAction::OpenFetch { ask, generation, first_token, end_token } => {
+                let extents = self.open_fetch(generation, first_token as usize..end_token as usize);
+                next.extend(self.machine.on_fetch_opened(ask, extents));
+            }
+            DecodeAction::SendExtent { extent, num_bytes } => {
+                tracing::debug!(layer = extent.layer, first_token = extent.first_token, num_bytes, "sends held KV");
+                if let Some(fetch) = self.ask.as_mut().and_then(|ask| ask.fetch.as_mut()) {
+                    fetch.send(&self.ongoing.generate.tokens.0, extent);
+                }
+            }
+            DecodeAction::StopFetch => self.stop_fetch().await,
             DecodeAction::DeliverFirstTokens { tokens, finish, timeline } => {
                 self.deliver_first_tokens(tokens, finish, &timeline).await?;
             }
@@ -252,7 +279,7 @@ impl Handover<'_, '_> {
     }
 
     /// Opens the landing, then asks. False if the stream could not be opened.
-    async fn ask(&mut self, index: AskIndex, num_held_tokens: u32, credit_bytes: u64) -> bool {
+    async fn ask(&mut self, index: AskIndex, num_held_tokens: u32, is_local_offered: bool, credit_bytes: u64) -> bool {
         let Some(link) = self.link.take() else { return false };
         let (node, generate) = (self.ongoing.node, self.ongoing.generate);
         let generation = node.next_generation();
@@ -269,6 +296,8 @@ impl Handover<'_, '_> {
             memory: node.memory.clone(),
         };
         let (landing, landed) = node.landing_zone.open(plan);
+        let num_missing_tokens = generate.tokens.0.len() as u64 - u64::from(self.machine.num_valid_tokens());
+        let local_rest = is_local_offered.then(|| node.expected_prefill(num_missing_tokens));
         let prefill = Prefill {
             request: generate.request,
             attempt: generate.attempt,
@@ -281,16 +310,41 @@ impl Handover<'_, '_> {
             num_held_tokens,
             credit_bytes,
             deadline: self.ongoing.deadline.saturating_duration_since(tokio::time::Instant::now()),
+            local_rest,
         };
         // A long prompt is not sent before the other end reads, which it may never do.
         let open = Open::Prefill(Box::new(prefill));
         let asking = link.open(&open);
         match tokio::time::timeout(node.args.prefill_accept_timeout, asking).await {
             Ok(Ok((control, events))) => {
-                self.ask = Some(Ask { index, control, events, landing, landed });
+                self.ask = Some(Ask { index, link, fetch: None, control, events, landing, landed });
                 true
             }
             Ok(Err(_)) | Err(_) => false,
+        }
+    }
+
+    /// Makes ready to send what is held; `None` if there is no way to the prefill node.
+    fn open_fetch(&mut self, generation: Generation, tokens: Range<usize>) -> Option<Vec<(ExtentId, u64)>> {
+        let (node, generate) = (self.ongoing.node, self.ongoing.generate);
+        let ask = self.ask.as_mut().filter(|ask| !ask.link.bulk_sender().is_closed())?;
+        let Generate { request, attempt, .. } = *generate;
+        let source = ExtentSource {
+            memory: node.memory.clone(),
+            kv_spec: node.engine.model().kv_spec.clone(),
+            blocks: self.admitted.blocks.clone(),
+            chain: self.chain.clone(),
+            request: ExtentRequest { epoch: ask.link.epoch(), request, attempt, generation },
+        };
+        tracing::debug!(?tokens, "the prefill node fetches what is held here");
+        let fetch = ask.fetch.insert(PrefixSends::new(source, ask.link.bulk_sender().clone()));
+        Some(fetch.extents(tokens))
+    }
+
+    /// When this returns, nothing reads the blocks for the prefill node any more.
+    async fn stop_fetch(&mut self) {
+        if let Some(fetch) = self.ask.as_mut().and_then(|ask| ask.fetch.take()) {
+            fetch.stop().await;
         }
     }
 
@@ -310,6 +364,8 @@ impl Handover<'_, '_> {
         let timeline = &mut self.ongoing.timeline;
         timeline.prefill = prefill.prefill;
         timeline.queue += prefill.queue;
+        timeline.fetch = prefill.fetch;
+        timeline.num_fetched_tokens = prefill.num_fetched_tokens;
         timeline.num_cached_tokens = timeline.num_cached_tokens.max(prefill.num_cached_tokens);
         self.first_tokens = Some(tokens.clone());
         let generate = self.ongoing.generate;

@@ -16,6 +16,7 @@ use crate::fabric::Shared;
 use crate::link::{CLOSE_DONE, CloseReason, Link, LinkInner};
 use crate::socket::{Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
+use crate::transfer::bulk;
 use crate::versions;
 
 /// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
@@ -153,10 +154,12 @@ async fn serve_stream(
 }
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
-    // Valid as long as the connection.
-    let mut open_registration = None;
+    // Both valid as long as the connection.
+    let (mut window, mut open_registration) = (None, None);
     let register = |connection: &Connection, peer: &Hello| {
-        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger);
+        // Without a share KV can still be sent to the peer; it is not asked for any.
+        window = shared.receive_windows.clone().try_acquire_owned().ok();
+        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger, window.is_some());
         let (registration, open) = shared.registrar.as_ref()?.register(transport);
         open_registration = Some(open);
         Some(registration)
@@ -164,12 +167,17 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
-    tracing::debug!(peer = %peer.node, version, remote = %connection.remote_address(), "accepted a bulk connection");
-    let reason = connection.closed().await;
+    let (is_receiving, remote) = (window.is_some(), connection.remote_address());
+    tracing::debug!(peer = %peer.node, version, %remote, is_receiving, "accepted a bulk connection");
+    let reason = if is_receiving {
+        bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone, None)), &shared.tasks).await
+    } else {
+        connection.closed().await.into()
+    };
     drop(open_registration);
     shared.bulk_senders.remove(&peer, &connection);
     tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
-    drop(held);
+    drop((held, window));
 }
 
 /// Logs a refused connection, if one was not logged a moment ago.

@@ -14,7 +14,7 @@ use crate::hello::HelloFailure;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
-use crate::transfer::bulk::{BulkReceiver, ReceiveContext};
+use crate::transfer::bulk::BulkReceiver;
 use crate::transfer::shm::Mapping;
 use crate::versions;
 
@@ -129,7 +129,8 @@ impl Fabric {
     }
 
     /// Dials the bulk port of a linked node, which from then on can send KV here: its extents land where
-    /// `zone` has a landing for them. The connection lives as long as the answer.
+    /// `zone` has a landing for them. [`BulkReceiver::sender`] is the way back. The connection lives as long as
+    /// the answer.
     ///
     /// # Errors
     /// [`DialError`].
@@ -157,14 +158,9 @@ impl Fabric {
             None => None,
         };
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
-        let context = ReceiveContext {
-            zone: zone.clone(),
-            ledger: self.shared.ledger.clone(),
-            num_extents_max: self.shared.limits.num_extents_max,
-            deadline: self.shared.limits.extent_deadline,
-            mapping,
-        };
-        let receiver = BulkReceiver::start(connection, context, (held, window), &self.shared.tasks);
+        let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
+        let context = self.shared.receive_context(zone, mapping);
+        let receiver = BulkReceiver::start(connection, sender, context, (held, window), &self.shared.tasks);
         tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
         Ok(receiver)
     }

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //! listen         control socket    dials and accepts links           streams of messages
-//! bulk_listen    bulk socket       accepts bulk connections          sends KV to whoever dialled
-//! (any port)     bulk socket       dials bulk connections            receives KV from whom it dialled
+//! bulk_listen    bulk socket       accepts bulk connections          exchanges KV with whoever dialled
+//! (any port)     bulk socket       dials bulk connections            exchanges KV with whom it dialled
 //! ```
+//!
+//! A bulk connection carries extents both ways, so a node that is only dialled out from (a decode node behind
+//! its own firewall) can still be asked for KV it holds. Each end reads what arrives only while it has a share
+//! of its receive memory for the connection.
 //!
 //! Control and bulk never share a connection or a socket: a send window is per connection, and KV must
 //! not be able to hold a message back.
@@ -29,8 +33,8 @@ use crate::quiet::Quiet;
 use crate::socket::{self, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
-use crate::transfer::bulk::BulkSenders;
-use crate::transfer::shm::Registrar;
+use crate::transfer::bulk::{BulkSenders, ReceiveContext};
+use crate::transfer::shm::{Mapping, Registrar};
 use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
@@ -150,6 +154,7 @@ pub(crate) struct Shared {
     /// Hands this node's pool out to peers on the same host.
     pub(crate) registrar: Option<Arc<Registrar>>,
     pub(crate) is_reading_shared_pools: bool,
+    pub(crate) zone: LandingZone,
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
     pub(crate) control: Socket,
@@ -209,6 +214,7 @@ impl Fabric {
         });
         let (registrar, registrations) = registrar.unzip();
         let shared_memory = registrar.as_ref().map(|registrar| registrar.memory().clone());
+        let zone = LandingZone::new(hello.epoch, ledger.clone());
         let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
         let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
         let shared = Arc::new(Shared {
@@ -218,6 +224,7 @@ impl Fabric {
             bulk_senders: BulkSenders::new(transport_layer, shared_memory),
             registrar,
             is_reading_shared_pools,
+            zone,
             limits,
             versions,
             ledger,
@@ -261,9 +268,15 @@ impl Fabric {
         self.shared.bulk_senders.find(node, epoch)
     }
 
-    /// A registry of landings for KV sent to this node's present life.
+    /// Whether KV that a node sends over the bulk connection it dialled in its life `epoch` is taken in here:
+    /// the connection is open and has a share of the receive memory.
+    pub fn receives_from(&self, node: &NodeId, epoch: Epoch) -> bool {
+        self.shared.bulk_senders.is_receiving(node, epoch)
+    }
+
+    /// Where KV sent to this node's present life lands.
     pub fn landing_zone(&self) -> LandingZone {
-        LandingZone::new(self.shared.hello.epoch, self.shared.ledger.clone())
+        self.shared.zone.clone()
     }
 
     /// The next stream that a peer opened and was allowed to open; `None` once the fabric is closed.
@@ -298,6 +311,16 @@ impl Shared {
 
     pub(crate) fn link(&self, connection: Connection, version: u16, peer: Hello) -> Link {
         Link::new(connection, version, peer, self.ledger.clone(), self.budget.clone())
+    }
+
+    pub(crate) fn receive_context(&self, zone: &LandingZone, mapping: Option<Mapping>) -> ReceiveContext {
+        ReceiveContext {
+            zone: zone.clone(),
+            ledger: self.ledger.clone(),
+            num_extents_max: self.limits.num_extents_max,
+            deadline: self.limits.extent_deadline,
+            mapping,
+        }
     }
 
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

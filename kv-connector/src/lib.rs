@@ -9,7 +9,8 @@
 //! at [`accept`](Fabric::accept), links to a prefill node in the same way, connects its bulk port, opens
 //! a [`Landing`](transfer::Landing) over the blocks it reserved, and asks with `Prefill`. The prefill node
 //! answers on the stream and sends extents through [`bulk_to`](Fabric::bulk_to); they are written into
-//! the blocks as they arrive and count once their digest is right. Whoever drops its half of a stream
+//! the blocks as they arrive and count once their digest is right. A prefix that the decode node holds may first
+//! go the other way over the same bulk connection, into a landing of the prefill node. Whoever drops its half of a stream
 //! cancels what the stream stands for; a lost connection does the same to all its streams.
 //!
 //! Reading order:

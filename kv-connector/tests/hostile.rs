@@ -13,12 +13,8 @@ use common::wire::{GenerateEvent, HelloReply, Open, PrefillEvent};
 use kv_connector::transfer::{LandingEvent, RefusedExtent};
 use kv_connector::{Fabric, FabricLimits, RecvError};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
-use support::raw::{Raw, frame, greet, welcome};
+use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, frame, greet, welcome};
 use support::{Cluster, Job, LOOPBACK, TestMemory, assert_nothing_left, eventually, generate, hello, soon};
-
-/// Version 1 as it is on the wire.
-const ALPN_CONTROL: &[u8] = b"tandem/1";
-const ALPN_BULK: &[u8] = b"tandem-bulk/1";
 
 fn patient(cluster: &Cluster, name: &str, role: Role, deadline: Duration) -> Fabric {
     let mut config = cluster.config(name, role);

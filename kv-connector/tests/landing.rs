@@ -459,3 +459,55 @@ async fn bulk_connections_share_the_receive_memory() {
     let [p0, p1] = prefills;
     assert_nothing_left([p0, p1, decode]).await;
 }
+
+#[tokio::test]
+async fn kv_lands_at_the_node_that_was_dialled_too() {
+    let pair = Pair::new().await;
+    assert!(pair.prefill.receives_from(&node("d0"), Epoch(11)));
+    assert!(!pair.prefill.receives_from(&node("d0"), Epoch(10)), "another life of the node");
+    let job = Job::new(1, 100, 32, 3);
+    let memory = TestMemory::new(64);
+    let (landing, mut events) = pair.prefill.landing_zone().open(job.plan(&memory));
+    for extent in job.extents(32) {
+        let (header, payload) = job.sealed(extent);
+        soon("send", pair.bulk.sender().send_extent(&header, payload)).await.unwrap();
+        assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
+        assert!(job.holds(&memory, &extent));
+    }
+    assert!(landing.is_complete());
+    // And what is damaged is refused there as everywhere.
+    let other = Job::new(2, 64, 0, 10);
+    let (other_landing, mut events) = pair.prefill.landing_zone().open(other.plan(&memory));
+    let (header, payload) = other.sealed(other.extent(0, 0, 64));
+    let _ = soon("send", pair.bulk.sender().send_extent(&header, bytes::Bytes::from(vec![0; payload.len()]))).await;
+    assert_eq!(next(&mut events).await, refused(RefusedExtent::Corrupted));
+    drop((landing, other_landing));
+    pair.end().await;
+}
+
+#[tokio::test]
+async fn node_without_receive_memory_still_sends_and_says_that_it_takes_nothing_in() {
+    let cluster = Cluster::new();
+    let mut config = cluster.config("p0", Role::PrefillNode);
+    config.limits.receive_bytes_max = config.limits.bulk_window_bytes as usize;
+    let prefill = Fabric::bind(config).unwrap();
+    let decodes = [cluster.start("d0", Role::DecodeNode), cluster.start("d1", Role::DecodeNode)];
+    let mut held = Vec::new();
+    for decode in &decodes {
+        let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
+        let bulk = soon("bulk", decode.connect_bulk(&link, &decode.landing_zone())).await.unwrap();
+        held.push((link, bulk));
+    }
+    let takes_in = ["d0", "d1"].map(|name| prefill.receives_from(&node(name), Epoch(11)));
+    assert_eq!(takes_in, [true, false]);
+    let job = Job::new(1, 64, 0, 0);
+    let memory = TestMemory::new(8);
+    let (landing, mut events) = decodes[1].landing_zone().open(job.plan(&memory));
+    let (header, payload) = job.sealed(job.extent(0, 0, 64));
+    let sender = prefill.bulk_to(&node("d1"), Epoch(11)).unwrap();
+    soon("send", sender.send_extent(&header, payload)).await.unwrap();
+    assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
+    drop((landing, sender, held));
+    let [d0, d1] = decodes;
+    assert_nothing_left([prefill, d0, d1]).await;
+}

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::ids::{BlockId, Epoch, Role};
 use common::kv_memory::KvMemory;
 use common::wire::runs::{NUM_RUNS_MAX, encode_runs};
-use common::wire::{ALPN_BULK, ALPN_CONTROL, ExtentHeader, HelloReply, PoolRun, Registration};
+use common::wire::{ExtentHeader, HelloReply, PoolRun, Registration};
 use kv_connector::transfer::{
     BulkReceiver, BulkSender, ExtentSource, Landing, LandingEvent, LandingPlan, LandingZone, RefusedExtent,
     SendExtentError,
@@ -19,7 +19,7 @@ use kv_connector::transfer::{
 use kv_connector::{Fabric, Link};
 use quinn::{Connection, RecvStream, SendStream};
 use support::file_pool::{FilePool, scattered};
-use support::raw::{Raw, greet, welcome, welcome_with};
+use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, greet, welcome, welcome_with};
 use support::values::Values;
 use support::{Cluster, GRANULE_BYTES, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -328,7 +328,7 @@ impl RawSender {
         let pool = FilePool::new(NUM_BLOCKS);
         let (prefill, registered, registration) = registered(&cluster, name, &pool).await;
         let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
-        let (control, bulk) = (raw.listen(ALPN_CONTROL[0]), raw.listen(ALPN_BULK[0]));
+        let (control, bulk) = (raw.listen(ALPN_CONTROL), raw.listen(ALPN_BULK));
         let mut own = hello("p9", Role::PrefillNode);
         own.bulk_port = Some(bulk.local_addr().unwrap().port());
         let addr = control.local_addr().unwrap();
@@ -381,7 +381,7 @@ async fn registered(cluster: &Cluster, name: &str, pool: &Arc<FilePool>) -> (Fab
 
 async fn register(cluster: &Cluster, prefill: &Fabric, name: &str) -> (Connection, Registration) {
     let raw = Raw::new(cluster, name, Role::DecodeNode);
-    let connection = raw.dial(prefill.bulk_addr().unwrap(), Role::PrefillNode, ALPN_BULK[0]).await.unwrap();
+    let connection = raw.dial(prefill.bulk_addr().unwrap(), Role::PrefillNode, ALPN_BULK).await.unwrap();
     let HelloReply::Welcome { registration, .. } = greet(&connection, hello(name, Role::DecodeNode)).await else {
         panic!("it is not welcome")
     };
@@ -512,7 +512,7 @@ async fn socket_that_is_elsewhere_makes_it_quic() {
     // What a node on another host sees: a registration whose socket is not there.
     let cluster = Cluster::new();
     let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
-    let (control, bulk) = (raw.listen(ALPN_CONTROL[0]), raw.listen(ALPN_BULK[0]));
+    let (control, bulk) = (raw.listen(ALPN_CONTROL), raw.listen(ALPN_BULK));
     let mut own = hello("p9", Role::PrefillNode);
     own.bulk_port = Some(bulk.local_addr().unwrap().port());
     let addr = control.local_addr().unwrap();

@@ -3,7 +3,8 @@
 //! ```text
 //!  decode node ── Prefill ──> request   queue ─> admitted ─> chunk by chunk ─> first tokens ─> Received
 //!                                 │                │
-//!                              engine          each layer of each chunk, as it is written:
+//!                              engine          a prefix that the decode node holds may be fetched first;
+//!                                              each layer of each chunk, as it is written:
 //!                                              read the pool, digest, send one extent
 //! ```
 //!
@@ -13,11 +14,16 @@
 //! What it does not do: generate beyond token #1, choose decode nodes, dial them (they dial it).
 //!
 //! 1. `request`: one hand-over as a story.
-//! 2. `node`: what requests share.
+//! 2. `prefix`: a prefix that the decode node holds: fetch it, recompute it, or leave the rest to that node.
+//! 3. `estimates`: the figures behind that choice.
+//! 4. `node`: what requests share.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+mod estimates;
 mod node;
+mod node_metrics;
+mod prefix;
 mod request;
 
 pub use node::PrefillNode;

@@ -1,22 +1,21 @@
 //! The node: what its requests share, and the loop that accepts them.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use common::config::PrefillArgs;
-use common::shared_metrics::{
-    KV_TRANSFERRED_BYTES, OPEN_REQUESTS, REQUEST_PREFILL_SECONDS, REQUEST_QUEUE_SECONDS, SharedMetric,
-};
-use common::timeline::NodeTimeline;
+use common::ids::Generation;
 use common::wire::{NodeError, Open, PrefillEvent};
 use engine::core::EngineHandle;
 use kv_connector::fencing::Fences;
 use kv_connector::membership::NodePresence;
 use kv_connector::{Fabric, IncomingStream};
-use metrics::{Counter, Gauge, Histogram, Label};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
 
+use crate::estimates::Estimates;
+use crate::node_metrics::NodeMetrics;
 use crate::request;
 
 /// A prefill node over a running engine and a bound fabric.
@@ -30,27 +29,10 @@ pub(crate) struct Node {
     pub(crate) fabric: Fabric,
     pub(crate) fences: Fences,
     pub(crate) args: PrefillArgs,
+    pub(crate) estimates: Estimates,
+    pub(crate) metrics: NodeMetrics,
     presence: NodePresence,
-    requests: Gauge,
-    sent_bytes: Counter,
-    queue: Histogram,
-    prefill: Histogram,
-}
-
-/// Counts a hand-over while it lives.
-struct Counted(Gauge);
-
-impl Counted {
-    fn new(requests: &Gauge) -> Self {
-        requests.increment(1);
-        Self(requests.clone())
-    }
-}
-
-impl Drop for Counted {
-    fn drop(&mut self) {
-        self.0.decrement(1);
-    }
+    generations: AtomicU64,
 }
 
 impl Node {
@@ -58,35 +40,23 @@ impl Node {
         self.presence.is_draining()
     }
 
-    pub(crate) fn count_sent(&self, num_bytes: u64) {
-        self.sent_bytes.increment(num_bytes);
-    }
-
-    pub(crate) fn observe(&self, timeline: &NodeTimeline) {
-        self.queue.record(timeline.queue);
-        self.prefill.record(timeline.prefill);
+    /// Names a reservation that KV is fetched into.
+    pub(crate) fn next_generation(&self) -> Generation {
+        Generation(self.generations.fetch_add(1, Ordering::Relaxed))
     }
 }
 
 impl PrefillNode {
     /// Puts a node together; [`serve`](Self::serve) runs it.
     pub fn new(engine: EngineHandle, fabric: Fabric, presence: NodePresence, args: PrefillArgs) -> Self {
-        let labels = vec![Label::new("role", "prefill-node"), Label::new("node", fabric.hello().node.to_string())];
-        let histogram = |metric: SharedMetric| {
-            metrics::describe_histogram!(metric.name, metric.help);
-            metrics::histogram!(metric.name, labels.clone())
-        };
-        metrics::describe_gauge!(OPEN_REQUESTS.name, OPEN_REQUESTS.help);
-        metrics::describe_counter!(KV_TRANSFERRED_BYTES.name, KV_TRANSFERRED_BYTES.help);
         let node = Node {
             engine,
             fences: Fences::default(),
+            estimates: Estimates::new(&args),
+            metrics: NodeMetrics::new(fabric.hello().node.as_str()),
             args,
             presence,
-            requests: metrics::gauge!(OPEN_REQUESTS.name, labels.clone()),
-            sent_bytes: metrics::counter!(KV_TRANSFERRED_BYTES.name, labels.clone()),
-            queue: histogram(REQUEST_QUEUE_SECONDS),
-            prefill: histogram(REQUEST_PREFILL_SECONDS),
+            generations: AtomicU64::new(1),
             fabric,
         };
         Self { node: Arc::new(node), tasks: TaskTracker::new() }
@@ -113,7 +83,7 @@ impl PrefillNode {
 
     fn on_stream(&self, stream: IncomingStream) {
         let node = self.node.clone();
-        let IncomingStream { peer, open, mut sender, receiver, .. } = stream;
+        let IncomingStream { peer, open, mut sender, receiver, link, .. } = stream;
         match open {
             Open::Prefill(prefill) => {
                 if self.tasks.is_closed() {
@@ -125,8 +95,8 @@ impl PrefillNode {
                     return;
                 }
                 let span = tracing::info_span!("request", id = %prefill.request, attempt = prefill.attempt.0, node = %node.fabric.hello().node);
-                let counted = Counted::new(&node.requests);
-                let serving = request::serve(node, peer, *prefill, sender, receiver);
+                let counted = node.metrics.count_request();
+                let serving = request::serve(node, peer, *prefill, link.rtt(), sender, receiver);
                 let serving = async move {
                     serving.await;
                     drop(counted);

@@ -1,22 +1,24 @@
-//! One hand-over as a story: queue, compute, send each layer as it is written, wait until it is taken.
+//! One hand-over as a story: queue, fetch what the decode node holds if that is best, compute, send each layer
+//! as it is written, wait until it is taken.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
-use common::handover::{PrefillAction, PrefillHandover, PrefillState};
+use common::handover::{FetchFailure, FetchPlan, PrefillAction, PrefillHandover, PrefillState, PrefixChoice};
 use common::scheduler::AddError;
 use common::sequence::{NewSequence, Work};
 use common::timeline::NodeTimeline;
 use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
-use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource};
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::node::Node;
+use crate::prefix::{self, Fetching};
 
 /// The decode node hears of the engine's steps this often while it waits.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -26,6 +28,8 @@ const RETRY_AFTER: Duration = Duration::from_millis(100);
 /// Why a request ends before its hand-over began.
 enum Refusal {
     Busy,
+    /// The decode node's own way is cheaper.
+    Declined,
     Failed(NodeError),
     Gone,
 }
@@ -35,15 +39,17 @@ pub(crate) async fn serve(
     node: Arc<Node>,
     peer: Arc<Hello>,
     prefill: Prefill,
+    round_trip: Duration,
     mut sender: ControlSender,
     mut receiver: ControlReceiver,
 ) {
-    let refusal = match admit(&node, &peer, &prefill, &mut sender).await {
-        Ok(admitted) => return hand_over(&node, &prefill, admitted, &mut sender, &mut receiver).await,
+    let refusal = match admit(&node, &peer, &prefill, round_trip, &mut sender).await {
+        Ok(admitted) => return hand_over(&node, &peer, &prefill, admitted, &mut sender, &mut receiver).await,
         Err(refusal) => refusal,
     };
     let answer = match refusal {
         Refusal::Busy => PrefillEvent::Busy { retry_after: RETRY_AFTER },
+        Refusal::Declined => PrefillEvent::Declined,
         Refusal::Failed(error) => {
             tracing::warn!(%error, "prefill refused");
             PrefillEvent::Failed(error)
@@ -61,6 +67,8 @@ struct Admitted {
     bulk: BulkSender,
     source: Arc<ExtentSource>,
     num_cached_tokens: usize,
+    /// What is fetched before the engine computes.
+    fetch: Option<FetchPlan>,
     queue: Duration,
 }
 
@@ -68,6 +76,7 @@ async fn admit(
     node: &Arc<Node>,
     peer: &Hello,
     prefill: &Prefill,
+    round_trip: Duration,
     sender: &mut ControlSender,
 ) -> Result<Admitted, Refusal> {
     check(prefill, node.engine.model().vocab_size).map_err(Refusal::Failed)?;
@@ -87,7 +96,7 @@ async fn admit(
         choices: prefill.choices.clone(),
         params: Arc::new(prefill.params.clone()),
         root,
-        work: Work::PrefillOnly,
+        work: Work::PrefillBehind { num_held_tokens: prefill.num_held_tokens as usize },
     };
     let stopped = || Refusal::Failed(NodeError::Engine { reason: "it has stopped".to_string() });
     let mut sequence = node.engine.submit(sequence, prefill.num_held_tokens as usize).ok_or_else(stopped)?;
@@ -109,11 +118,22 @@ async fn admit(
     };
     match event {
         EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
+            let chosen = prefix::choose(node, peer, prefill, num_cached_tokens as u32, round_trip);
+            let fetch = match chosen.map(|chosen| (chosen.choice, chosen.fetch)) {
+                // The engine computes already.
+                None => None,
+                Some((PrefixChoice::Local, _)) => return Err(Refusal::Declined),
+                Some((PrefixChoice::Recompute, _)) => {
+                    sequence.compute_locally(num_cached_tokens, None);
+                    None
+                }
+                Some((PrefixChoice::Fetch, plan)) => Some(plan),
+            };
             let kv_spec = node.engine.model().kv_spec.clone();
             let Prefill { request, attempt, generation, .. } = *prefill;
             let request = ExtentRequest { epoch: peer.epoch, request, attempt, generation };
             let source = ExtentSource { memory: node.engine.pool().clone(), kv_spec, blocks, chain, request };
-            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, queue })
+            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, fetch, queue })
         }
         EngineEvent::Rejected(AddError::Full { .. }) => Err(Refusal::Busy),
         EngineEvent::Rejected(error) => Err(Refusal::Failed(NodeError::Invalid { reason: error.to_string() })),
@@ -157,10 +177,15 @@ fn check(prefill: &Prefill, vocab_size: u32) -> Result<(), NodeError> {
 /// The shell around [`PrefillHandover`].
 struct HandOver<'a> {
     node: &'a Node,
+    peer: &'a Hello,
     prefill: &'a Prefill,
+    /// Before `admitted`: whatever drops this, nothing is written any more when the blocks go.
+    fetching: Option<Fetching>,
     admitted: Admitted,
     sender: &'a mut ControlSender,
     sends: JoinSet<bool>,
+    /// What came of the fetch: tokens, and the time it took.
+    fetched: (u32, Duration),
     /// Ticks through whatever else happens: layers written that wait for credit are no news to the other end.
     progress: Interval,
     started_at: Instant,
@@ -170,6 +195,7 @@ struct HandOver<'a> {
 
 async fn hand_over(
     node: &Node,
+    peer: &Hello,
     prefill: &Prefill,
     admitted: Admitted,
     sender: &mut ControlSender,
@@ -177,14 +203,20 @@ async fn hand_over(
 ) {
     let limits = node.args.limits(prefill.deadline);
     let num_cached = admitted.num_cached_tokens;
-    let (mut machine, mut actions) =
-        PrefillHandover::new(num_cached as u32, prefill.credit_bytes, limits, Duration::ZERO);
+    let (credit, now) = (prefill.credit_bytes, Duration::ZERO);
+    let (mut machine, mut actions) = match admitted.fetch {
+        None => PrefillHandover::new(num_cached as u32, credit, limits, now),
+        Some(plan) => PrefillHandover::new_fetching(num_cached as u32, plan, credit, limits, now),
+    };
     let mut shell = HandOver {
         node,
+        peer,
         prefill,
         admitted,
         sender,
         sends: JoinSet::new(),
+        fetching: None,
+        fetched: (0, Duration::ZERO),
         progress: progress_interval(),
         started_at: Instant::now(),
         first_scheduled_at: None,
@@ -234,6 +266,12 @@ impl HandOver<'_> {
                 None => std::future::pending().await,
             }
         };
+        let landed = async {
+            match &mut self.fetching {
+                Some(fetching) => fetching.next().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.sender.stopped() => machine.on_stream_lost(),
@@ -241,8 +279,10 @@ impl HandOver<'_> {
             control = receiver.recv::<PrefillControl>() => match control {
                 Ok(Some(PrefillControl::Credit { bytes })) => machine.on_credit(bytes, self.now()),
                 Ok(Some(PrefillControl::Received)) => machine.on_received(self.now()),
+                Ok(Some(PrefillControl::FetchStopped)) => machine.on_fetch_failed(FetchFailure::Stopped, self.now()),
                 Ok(None) | Err(_) => machine.on_stream_lost(),
             },
+            event = landed => self.on_landed(machine, event),
             Some(sent) = self.sends.join_next() => machine.on_extent_ended(sent.unwrap_or(false), self.now()),
             event = self.admitted.sequence.next() => match event {
                 Some(event) => self.on_engine_event(machine, event),
@@ -251,6 +291,26 @@ impl HandOver<'_> {
             _ = self.progress.tick() => machine.on_progress(self.node.engine.num_steps(), self.num_computed_tokens),
             () = tick => machine.on_tick(self.now()),
         }
+    }
+
+    fn on_landed(&mut self, machine: &mut PrefillHandover, event: LandingEvent) -> Vec<PrefillAction> {
+        match event {
+            LandingEvent::ExtentVerified { num_bytes, num_contiguous_tokens, is_complete, .. } => {
+                machine.on_fetched(num_bytes, num_contiguous_tokens as u32, is_complete, self.now())
+            }
+            LandingEvent::ExtentRefused { reason } => {
+                tracing::warn!(?reason, "an extent of a fetched prefix was refused");
+                machine.on_fetch_failed(FetchFailure::ExtentRefused, self.now())
+            }
+        }
+    }
+
+    /// Opens the landing, then asks for the KV.
+    async fn open_fetch(&mut self, plan: FetchPlan) {
+        let (fetching, event) = Fetching::open(self.node, self.prefill, &self.admitted.source, plan);
+        self.fetching = Some(fetching);
+        // A peer that is gone shows up when its stream is read.
+        let _ = self.sender.send(&event).await;
     }
 
     fn on_engine_event(&mut self, machine: &mut PrefillHandover, event: EngineEvent) -> Vec<PrefillAction> {
@@ -265,16 +325,20 @@ impl HandOver<'_> {
                 self.written(machine, layer, first_token, first_token + num_tokens)
             }
             EngineEvent::FirstTokens { tokens, prefill } => {
+                let (num_fetched_tokens, fetch) = self.fetched;
                 let timeline = NodeTimeline {
                     queue: self.admitted.queue,
-                    prefill,
-                    num_cached_tokens: self.admitted.num_cached_tokens as u32,
+                    prefill: prefill.saturating_sub(fetch),
+                    fetch,
+                    num_fetched_tokens,
+                    num_cached_tokens: self.admitted.num_cached_tokens as u32 + num_fetched_tokens,
                     ..NodeTimeline::default()
                 };
-                self.node.observe(&timeline);
+                self.node.metrics.observe(&timeline);
                 tracing::info!(
                     queue_ms = timeline.queue.as_secs_f64() * 1e3,
                     prefill_ms = timeline.prefill.as_secs_f64() * 1e3,
+                    fetch_ms = timeline.fetch.as_secs_f64() * 1e3,
                     cached = timeline.num_cached_tokens,
                     "prompt computed"
                 );
@@ -292,9 +356,21 @@ impl HandOver<'_> {
                 // A peer that is gone shows up when its stream is read.
                 let _ = self.sender.send(&event).await;
             }
+            PrefillAction::OpenFetch(plan) => self.open_fetch(plan).await,
+            PrefillAction::CloseFetch { num_valid_tokens, end } => {
+                if let Some(fetching) = self.fetching.take() {
+                    let num_tokens = num_valid_tokens - self.admitted.num_cached_tokens as u32;
+                    let took = fetching.close(self.node, &self.peer.node, num_tokens, end);
+                    self.fetched = (num_tokens, took);
+                }
+            }
+            PrefillAction::Compute { num_valid_tokens } => {
+                self.num_computed_tokens = num_valid_tokens;
+                self.admitted.sequence.compute_locally(num_valid_tokens as usize, None);
+            }
             PrefillAction::SendExtent { extent, num_bytes } => {
                 let (header, payload) = self.admitted.source.seal(&self.prefill.tokens.0, extent);
-                self.node.count_sent(num_bytes);
+                self.node.metrics.count_sent(num_bytes);
                 let bulk = self.admitted.bulk.clone();
                 self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
             }

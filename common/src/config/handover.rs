@@ -5,7 +5,7 @@ use std::time::Duration;
 use clap::Args;
 
 use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero, parse_duration_above_zero, parse_whole};
+use super::values::{parse_above_zero, parse_bytes, parse_bytes_above_zero, parse_duration_above_zero, parse_whole};
 use crate::handover::{DecodeLimits, PrefillLimits};
 
 /// The sending end.
@@ -17,6 +17,29 @@ pub struct PrefillArgs {
     /// Longer survives a slow network; shorter frees blocks from a peer that hangs.
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration_above_zero)]
     pub transfer_stall_timeout: Duration,
+
+    /// How long KV that is fetched from a decode node may stand still before the rest of it is computed.
+    ///
+    /// Beyond the decode nodes' --prefill-progress-timeout it has no effect: they stop sending then.
+    #[arg(long, value_name = "DURATION", default_value = "2s", value_parser = parse_duration_above_zero)]
+    pub fetch_stall_timeout: Duration,
+
+    /// KV that may be on the way from a decode node for one request.
+    #[arg(long, value_name = "BYTES", default_value = "32MiB", value_parser = parse_bytes_above_zero)]
+    pub fetch_credit_bytes: u64,
+
+    /// Expect KV to come from decode nodes at this many bytes per second, instead of measuring it.
+    ///
+    /// Decides whether a prefix that a decode node holds is fetched or computed again. 0 never fetches. Measured,
+    /// it is a figure for each decode node from its last fetches; 500MB before the first.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub fetch_bytes_per_second: Option<u64>,
+
+    /// Expect this node to compute this many prompt tokens per second, instead of measuring it.
+    ///
+    /// The other side of that decision; 2000 before the first prompt.
+    #[arg(long, value_name = "TOKENS", value_parser = parse_above_zero)]
+    pub prefill_tokens_per_second: Option<u32>,
 }
 
 impl PrefillArgs {
@@ -65,9 +88,25 @@ pub struct DecodeArgs {
     pub local_prefill_tokens: u32,
 
     /// If no more tokens than this are missing (the rest is cached, or arrived before a loss), this node
-    /// computes them instead of asking a prefill node.
+    /// computes them without asking a prefill node at all.
+    ///
+    /// A fixed rule; between this and --local-offer-max-tokens the cheaper of both is chosen by expected times.
     #[arg(long, value_name = "TOKENS", default_value_t = 0, value_parser = parse_whole)]
     pub local_rest_max_tokens: u32,
+
+    /// If no more tokens than this are missing, this node offers to compute them, and a prefill node that lacks
+    /// what is cached here leaves them to it where that is faster than computing or fetching the rest itself.
+    ///
+    /// This is the budget of such work here: more saves transfers, fewer disturb the sequences that decode here
+    /// less. 0 never offers.
+    #[arg(long, value_name = "TOKENS", default_value_t = 128, value_parser = parse_whole)]
+    pub local_offer_max_tokens: u32,
+
+    /// Expect this node to compute this many prompt tokens per second beside its batch, instead of measuring it.
+    ///
+    /// What it offers is priced with it; 2000 before the first local prefill.
+    #[arg(long, value_name = "TOKENS", value_parser = parse_above_zero)]
+    pub local_prefill_tokens_per_second: Option<u32>,
 }
 
 impl DecodeArgs {
@@ -79,6 +118,7 @@ impl DecodeArgs {
             total_timeout: self.prefill_timeout.min(deadline),
             credit_window_bytes: self.credit_bytes,
             num_local_tokens_max: self.local_rest_max_tokens,
+            num_offered_tokens_max: self.local_offer_max_tokens,
         }
     }
 

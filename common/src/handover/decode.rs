@@ -7,7 +7,7 @@
 //!   +--------> Linking ------- link failed, not accepted in time ---------+
 //!   |             | link ready: Ask                                       |
 //!   |             v                                                       |
-//!   |           Asked -------- Busy, Failed, stream lost, not accepted ---+
+//!   |           Asked -------- Busy, Failed, stream lost, not accepted ---+       (Declined, if offered: Local)
 //!   |             | Accepted, or an extent that overtook it               |
 //!   |             v                                                       v
 //!   |          Landing ------- extent refused, Failed, stream lost, --> (lost)
@@ -24,11 +24,16 @@
 //!   any but Joined, Local: cancel, whole deadline, superseded, #1 ends every choice --> Released
 //! ```
 //!
+//! In `Landing` the prefill node may ask for the prefix that is held here ([`super::fetch`]): `OpenFetch`, then
+//! extents as its credit allows, until `FetchEnded`, the end of the ask, an extent that cannot be sent, or no
+//! progress: `StopFetch` comes once for each `OpenFetch`, before the blocks can become anybody else's.
+//!
 //! The reservation has one owner. This machine holds it until exactly one of [`DecodeAction::Join`] (it
 //! passes to the running batch), [`DecodeAction::PrefillLocally`] (to the local prefill) or
 //! [`DecodeAction::Release`] (back to the block manager); after that it returns no action.
 
 mod action;
+mod held_prefix;
 #[cfg(test)]
 mod tests;
 
@@ -38,6 +43,7 @@ use std::time::Duration;
 pub use action::{CandidateLoss, DecodeAction};
 
 use super::AskIndex;
+use super::fetch::FetchSender;
 use crate::content::GRANULE_TOKENS;
 use crate::ids::NodeId;
 use crate::sampling::{SampledToken, SamplingParams};
@@ -77,6 +83,9 @@ pub struct DecodeLimits {
     /// If no more tokens than this are missing, they are computed here and nobody is asked. With 0 that
     /// happens only when all KV is here and token #1 alone is missing.
     pub num_local_tokens_max: u32,
+    /// If no more tokens than this are missing, the prefill node is told what computing them here would cost,
+    /// and may leave them to this node.
+    pub num_offered_tokens_max: u32,
 }
 
 /// Where a hand-over stands; the drawing is at the top of this file.
@@ -114,6 +123,14 @@ pub struct DecodeHandover {
     /// Index into the candidates of the one we are turned to.
     candidate: usize,
     num_asks: u32,
+    /// Held tokens that this ask's candidate was told of.
+    num_announced_tokens: u32,
+    /// This ask's candidate may decline.
+    is_local_offered: bool,
+    /// This ask's candidate has asked for the held prefix, which it may do once.
+    has_fetched: bool,
+    /// While the held prefix is sent to the candidate.
+    fetch: Option<FetchSender>,
     /// Leading tokens whose KV is here in every layer.
     num_valid_tokens: u32,
     has_first_tokens: bool,
@@ -142,6 +159,10 @@ impl DecodeHandover {
             state: DecodeState::Linking,
             candidate: 0,
             num_asks: 0,
+            num_announced_tokens: 0,
+            is_local_offered: false,
+            has_fetched: false,
+            fetch: None,
             num_valid_tokens,
             has_first_tokens: false,
             is_computed: false,
@@ -189,15 +210,19 @@ impl DecodeHandover {
         }
         let ask = AskIndex(self.num_asks);
         self.num_asks += 1;
+        self.num_announced_tokens = self.num_held_tokens_to_announce();
         self.state = DecodeState::Asked;
         self.is_computed = false;
         self.num_owed_bytes = 0;
         self.num_steps = 0;
         self.num_computed_tokens = 0;
+        self.has_fetched = false;
+        self.is_local_offered = self.num_missing_tokens() <= self.limits.num_offered_tokens_max;
         vec![DecodeAction::Ask {
             candidate: candidate.clone(),
             ask,
-            num_held_tokens: self.num_held_tokens_to_announce(),
+            num_held_tokens: self.num_announced_tokens,
+            is_local_offered: self.is_local_offered,
             credit_bytes: self.limits.credit_window_bytes.max(1),
         }]
     }
@@ -244,6 +269,27 @@ impl DecodeHandover {
                 self.on_first_tokens(tokens, timeline, now)
             }
             (Landing | AwaitingToken, PrefillEvent::Sent { .. }) => Vec::new(),
+            (Asked, PrefillEvent::Declined) if self.is_local_offered => {
+                let mut actions = Vec::new();
+                self.end_ask(&mut actions);
+                self.prefill_locally(&mut actions);
+                actions
+            }
+            (Landing, PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes })
+                if self.may_fetch(first_token, end_token) =>
+            {
+                self.open_fetch(credit_bytes, now);
+                vec![DecodeAction::OpenFetch { ask, generation, first_token, end_token }]
+            }
+            (Landing | AwaitingToken, PrefillEvent::FetchCredit { bytes }) if self.has_fetched => {
+                self.on_fetch_credit(bytes, now)
+            }
+            (Landing | AwaitingToken, PrefillEvent::FetchEnded) if self.has_fetched => {
+                self.progress_at = now;
+                let mut actions = Vec::new();
+                self.stop_fetch(&mut actions);
+                actions
+            }
             (_, event) => self.lose_candidate(CandidateLoss::Protocol { what: name_of(&event) }, now),
         }
     }
@@ -277,8 +323,7 @@ impl DecodeHandover {
         if is_finished {
             self.release(&mut actions);
         } else if self.state == DecodeState::AwaitingToken {
-            self.state = DecodeState::Joined;
-            actions.push(DecodeAction::Join);
+            self.join(&mut actions);
         }
         actions
     }
@@ -305,8 +350,7 @@ impl DecodeHandover {
             let mut actions = vec![DecodeAction::CloseLanding, DecodeAction::Send(PrefillControl::Received)];
             self.state = DecodeState::AwaitingToken;
             if self.has_first_tokens {
-                self.state = DecodeState::Joined;
-                actions.push(DecodeAction::Join);
+                self.join(&mut actions);
             }
             actions
         } else if self.num_owed_bytes >= (self.limits.credit_window_bytes / 4).max(1) {
@@ -352,6 +396,11 @@ impl DecodeHandover {
         if now >= self.started_at.saturating_add(total_timeout) {
             return self.fail(NodeError::Stalled { phase: "the hand-over".into(), waited: total_timeout });
         }
+        if let Some(ask) = self.ask().filter(|_| self.fetch.is_some()) {
+            // It waits for what is sent from here: first that is given up, then the candidate.
+            self.progress_at = now;
+            return self.on_fetch_extent_lost(ask);
+        }
         let loss = match self.state {
             DecodeState::Linking | DecodeState::Asked => CandidateLoss::NotAccepted { waited: accept_timeout },
             _ => CandidateLoss::NoProgress { waited: progress_timeout },
@@ -376,7 +425,8 @@ impl DecodeHandover {
         let times = (self.started_at, self.progress_at);
         let counts = (self.num_asks, self.num_valid_tokens, self.num_owed_bytes, self.num_steps);
         let tokens = (self.has_first_tokens, self.is_computed);
-        (self.state, self.candidate, tokens, self.num_computed_tokens, counts, times)
+        let fetch = (self.fetch.clone(), self.has_fetched, self.num_announced_tokens, self.is_local_offered);
+        (self.state, self.candidate, tokens, self.num_computed_tokens, counts, times, fetch)
     }
 
     fn is_due(&self, now: Duration) -> bool {
@@ -400,24 +450,37 @@ impl DecodeHandover {
     }
 
     fn turn_to_candidate(&mut self, now: Duration, actions: &mut Vec<DecodeAction>) {
-        let num_missing_tokens = self.request.num_tokens - self.num_valid_tokens;
+        let num_missing_tokens = self.num_missing_tokens();
         match self.request.candidates.get(self.candidate) {
             Some(candidate) if num_missing_tokens > self.limits.num_local_tokens_max => {
                 self.state = DecodeState::Linking;
                 self.progress_at = now;
                 actions.push(DecodeAction::Link { candidate: candidate.clone() });
             }
-            _ => {
-                self.state = DecodeState::Local;
-                actions.push(DecodeAction::PrefillLocally {
-                    num_valid_tokens: self.num_valid_tokens.min(self.request.num_tokens - 1),
-                    has_first_tokens: self.has_first_tokens,
-                });
-            }
+            _ => self.prefill_locally(actions),
         }
     }
 
+    fn num_missing_tokens(&self) -> u32 {
+        self.request.num_tokens - self.num_valid_tokens
+    }
+
+    fn prefill_locally(&mut self, actions: &mut Vec<DecodeAction>) {
+        self.state = DecodeState::Local;
+        actions.push(DecodeAction::PrefillLocally {
+            num_valid_tokens: self.num_valid_tokens.min(self.request.num_tokens - 1),
+            has_first_tokens: self.has_first_tokens,
+        });
+    }
+
+    fn join(&mut self, actions: &mut Vec<DecodeAction>) {
+        self.stop_fetch(actions);
+        self.state = DecodeState::Joined;
+        actions.push(DecodeAction::Join);
+    }
+
     fn end_ask(&mut self, actions: &mut Vec<DecodeAction>) {
+        self.stop_fetch(actions);
         match self.state {
             DecodeState::Asked | DecodeState::Landing => {
                 actions.extend([DecodeAction::ResetStream, DecodeAction::CloseLanding])
@@ -451,5 +514,9 @@ fn name_of(event: &PrefillEvent) -> &'static str {
         PrefillEvent::FirstTokens { .. } => "FirstTokens",
         PrefillEvent::Sent { .. } => "Sent",
         PrefillEvent::Failed(_) => "Failed",
+        PrefillEvent::Declined => "Declined",
+        PrefillEvent::Fetch { .. } => "Fetch",
+        PrefillEvent::FetchCredit { .. } => "FetchCredit",
+        PrefillEvent::FetchEnded => "FetchEnded",
     }
 }

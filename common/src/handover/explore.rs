@@ -1,6 +1,7 @@
 //! Every run of a small cluster: two prefill nodes and two decode nodes, each with a pool of one and a
 //! half prompts, and several requests, through every order of admissions, messages, extents, `Busy`
-//! answers, losses, corruptions, deadlines and cancels.
+//! answers, losses, corruptions, deadlines and cancels. Where a decode node holds a prefix, the prefill node
+//! takes each of the three ways: it fetches, computes again, or declines.
 //!
 //! A depth-first search over all states proves, for each scenario:
 //!
@@ -15,7 +16,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 use super::*;
-use crate::ids::NodeId;
+use crate::ids::{Generation, NodeId};
 use crate::sampling::{SampledToken, SamplingParams};
 use crate::timeline::NodeTimeline;
 use crate::wire::{ExtentId, NodeError, PrefillControl, PrefillEvent};
@@ -34,6 +35,8 @@ const NOW: Duration = Duration::ZERO;
 struct Scenario {
     num_requests: usize,
     num_extents: u32,
+    /// Of them, how many each decode node holds from the start.
+    num_held: u32,
     /// Token #1 of the first request ends it.
     first_ends: bool,
     /// A prefill node lets a prompt that does not fit wait in its queue, instead of answering `Busy`.
@@ -80,6 +83,7 @@ enum ToPrefill {
     Prefill,
     Credit(u64),
     Received,
+    FetchStopped,
     Reset,
 }
 
@@ -90,6 +94,10 @@ enum ToDecode {
     FirstTokens,
     Sent,
     Failed,
+    Declined,
+    Fetch,
+    FetchCredit(u64),
+    FetchEnded,
     /// The stream ended.
     End,
 }
@@ -104,6 +112,13 @@ struct Ask {
     extents: Vec<u32>,
     prefill: Option<PrefillHandover>,
     num_in_flight: u32,
+    /// Held extents on the way to the prefill node.
+    fetched: Vec<u32>,
+    /// Bit `i`: held extent `i` was verified at the prefill node.
+    fetch_landed: u32,
+    /// The decode node's blocks are read for the prefill node.
+    is_prefix_read: bool,
+    is_fetch_landing_open: bool,
     /// The decode node reads the stream.
     is_read: bool,
     is_landing_open: bool,
@@ -137,6 +152,12 @@ enum Step {
     Admit(usize),
     Link(usize),
     ToPrefill(usize, usize),
+    /// As `ToPrefill`, for a `Prefill` whose prefix the prefill node lacks.
+    Fetch(usize, usize),
+    Decline(usize, usize),
+    FetchedExtent(usize, usize),
+    CorruptFetchedExtent(usize, usize),
+    LoseFetchedExtent(usize, usize),
     ToDecode(usize, usize),
     Extent(usize, usize, usize),
     CorruptExtent(usize, usize, usize),
@@ -158,6 +179,8 @@ impl Step {
         matches!(
             self,
             CorruptExtent(..)
+                | CorruptFetchedExtent(..)
+                | LoseFetchedExtent(..)
                 | Cancel(_)
                 | DecodeTimeout(_)
                 | PrefillTimeout(..)
@@ -213,6 +236,20 @@ impl World {
                 let fits = self.free_prefill_units[ask.node] >= PROMPT_UNITS || !scenario.has_queue;
                 if ask.to_prefill.front().is_some_and(|message| fits || *message != ToPrefill::Prefill) {
                     steps.push(Step::ToPrefill(r, a));
+                    let is_admitted = ask.to_prefill.front() == Some(&ToPrefill::Prefill)
+                        && self.free_prefill_units[ask.node] >= PROMPT_UNITS;
+                    if is_admitted && scenario.num_held > 0 {
+                        steps.extend([Step::Fetch(r, a), Step::Decline(r, a)]);
+                    }
+                }
+                if !ask.fetched.is_empty() {
+                    steps.push(Step::FetchedExtent(r, a));
+                    if faults.num_corruptions > 0 && ask.is_fetch_landing_open {
+                        steps.push(Step::CorruptFetchedExtent(r, a));
+                    }
+                    if faults.num_corruptions > 0 && ask.is_prefix_read {
+                        steps.push(Step::LoseFetchedExtent(r, a));
+                    }
                 }
                 if !ask.to_decode.is_empty() {
                     steps.push(Step::ToDecode(r, a));
@@ -255,7 +292,7 @@ impl World {
                 let request = &mut self.requests[r];
                 request.phase = Phase::Handover(Box::new(Course(handover)));
                 request.first_ask = request.asks.len();
-                request.landed = 0;
+                request.landed = (1 << scenario.num_held) - 1;
                 request.is_delivered = false;
                 self.do_decode(r, actions, scenario, seen);
             }
@@ -265,7 +302,46 @@ impl World {
             }),
             Step::ToPrefill(r, a) => {
                 let message = self.requests[r].asks[a].to_prefill.pop_front().expect("the step was possible");
-                self.receive_at_prefill(r, a, message, seen);
+                self.receive_at_prefill(r, a, message, false, seen);
+            }
+            Step::Fetch(r, a) => {
+                let message = self.requests[r].asks[a].to_prefill.pop_front().expect("the step was possible");
+                self.receive_at_prefill(r, a, message, true, seen);
+            }
+            Step::Decline(r, a) => {
+                let ask = &mut self.requests[r].asks[a];
+                ask.to_prefill.pop_front();
+                if ask.is_read {
+                    ask.to_decode.extend([ToDecode::Declined, ToDecode::End]);
+                }
+            }
+            Step::FetchedExtent(r, a) => {
+                let ask = &mut self.requests[r].asks[a];
+                let extent = ask.fetched.remove(0);
+                if !ask.is_fetch_landing_open {
+                    seen.insert("late fetched extent refused".into());
+                    return;
+                }
+                ask.fetch_landed |= 1 << extent;
+                let num_contiguous_tokens = ask.fetch_landed.trailing_ones() * EXTENT_TOKENS;
+                let is_complete = ask.fetch_landed.count_ones() == scenario.num_held;
+                let prefill = ask.prefill.as_mut().expect("an open landing has its blocks");
+                let actions = prefill.on_fetched(EXTENT_BYTES, num_contiguous_tokens, is_complete, NOW);
+                self.do_prefill(r, a, actions, seen);
+            }
+            Step::CorruptFetchedExtent(r, a) => {
+                self.faults_left.num_corruptions -= 1;
+                let ask = &mut self.requests[r].asks[a];
+                ask.fetched.remove(0);
+                let prefill = ask.prefill.as_mut().expect("an open landing has its blocks");
+                let actions = prefill.on_fetch_failed(FetchFailure::ExtentRefused, NOW);
+                self.do_prefill(r, a, actions, seen);
+            }
+            Step::LoseFetchedExtent(r, a) => {
+                self.faults_left.num_corruptions -= 1;
+                self.requests[r].asks[a].fetched.remove(0);
+                let ask = AskIndex((a - self.requests[r].first_ask) as u32);
+                self.with_handover(r, scenario, seen, |handover, _| handover.on_fetch_extent_lost(ask));
             }
             Step::ToDecode(r, a) => {
                 let ask = &mut self.requests[r].asks[a];
@@ -280,6 +356,15 @@ impl World {
                     ToDecode::FirstTokens => first_token(if r == 0 && scenario.first_ends { STOP } else { 7 }),
                     ToDecode::Sent => PrefillEvent::Sent { num_extents: 1, num_bytes: 1 },
                     ToDecode::Failed => PrefillEvent::Failed(NodeError::Draining),
+                    ToDecode::Declined => PrefillEvent::Declined,
+                    ToDecode::Fetch => PrefillEvent::Fetch {
+                        generation: Generation(1),
+                        first_token: 0,
+                        end_token: scenario.num_held * EXTENT_TOKENS,
+                        credit_bytes: EXTENT_BYTES,
+                    },
+                    ToDecode::FetchCredit(bytes) => PrefillEvent::FetchCredit { bytes },
+                    ToDecode::FetchEnded => PrefillEvent::FetchEnded,
                     ToDecode::End => {
                         return self.with_handover(r, scenario, seen, |handover, _| handover.on_stream_lost(ask, NOW));
                     }
@@ -318,14 +403,14 @@ impl World {
                 } else {
                     prefill.on_first_tokens(Vec::new(), NodeTimeline::default(), NOW)
                 };
-                self.do_prefill(r, a, actions);
+                self.do_prefill(r, a, actions, seen);
             }
             Step::ExtentEnded(r, a) => {
                 let ask = &mut self.requests[r].asks[a];
                 ask.num_in_flight -= 1;
                 let prefill = ask.prefill.as_mut().expect("blocks in flight are pinned");
                 let actions = prefill.on_extent_ended(true, NOW);
-                self.do_prefill(r, a, actions);
+                self.do_prefill(r, a, actions, seen);
             }
             Step::FinishLocalPrefill(r) => self.requests[r].phase = Phase::Running,
             Step::Finish(r) => self.end(r, Outcome::Finished, seen),
@@ -350,7 +435,7 @@ impl World {
                 self.faults_left.num_timeouts -= 1;
                 let prefill = self.requests[r].asks[a].prefill.as_mut().expect("the step was possible");
                 let actions = prefill.on_tick(prefill.next_deadline().expect("the step was possible"));
-                self.do_prefill(r, a, actions);
+                self.do_prefill(r, a, actions, seen);
             }
             Step::LosePrefillNode(node) => {
                 self.faults_left.num_prefill_losses -= 1;
@@ -359,6 +444,8 @@ impl World {
                 for ask in self.requests.iter_mut().flat_map(|request| &mut request.asks).filter(|ask| ask.node == node)
                 {
                     ask.prefill = None;
+                    ask.is_fetch_landing_open = false;
+                    ask.fetched.clear();
                     ask.num_in_flight = 0;
                     ask.to_prefill.clear();
                     ask.to_decode.clear();
@@ -376,6 +463,7 @@ impl World {
                     for ask in &mut request.asks {
                         ask.hang_up();
                         ask.is_landing_open = false;
+                        ask.is_prefix_read = false;
                         ask.extents.clear();
                     }
                     if !matches!(request.phase, Phase::Ended(_)) {
@@ -421,6 +509,10 @@ impl World {
                         extents: Vec::new(),
                         prefill: None,
                         num_in_flight: 0,
+                        fetched: Vec::new(),
+                        fetch_landed: 0,
+                        is_prefix_read: false,
+                        is_fetch_landing_open: false,
                         is_read: true,
                         is_landing_open: true,
                     });
@@ -437,8 +529,28 @@ impl World {
                         ask.to_prefill.push_back(match control {
                             PrefillControl::Credit { bytes } => ToPrefill::Credit(bytes),
                             PrefillControl::Received => ToPrefill::Received,
+                            PrefillControl::FetchStopped => ToPrefill::FetchStopped,
                         });
                     }
+                }
+                DecodeAction::OpenFetch { ask, first_token, end_token, .. } => {
+                    last_ask.expect("a fetch belongs to an ask").is_prefix_read = true;
+                    let held = first_token / EXTENT_TOKENS..end_token / EXTENT_TOKENS;
+                    let extents = held.map(|extent| (extent_id(extent), EXTENT_BYTES)).collect();
+                    self.with_handover(r, scenario, seen, |handover, _| handover.on_fetch_opened(ask, Some(extents)));
+                }
+                DecodeAction::SendExtent { extent, .. } => {
+                    let ask = last_ask.expect("a fetch belongs to an ask");
+                    assert!(ask.is_prefix_read, "a transfer reads blocks that may be anybody's");
+                    if self.is_prefill_alive[ask.node] {
+                        ask.fetched.push(extent.layer.into());
+                    }
+                }
+                DecodeAction::StopFetch => {
+                    let ask = last_ask.expect("a fetch belongs to an ask");
+                    assert!(ask.is_prefix_read);
+                    ask.is_prefix_read = false;
+                    seen.insert("fetch stopped".into());
                 }
                 DecodeAction::DeliverFirstTokens { .. } => {
                     assert!(!request.is_delivered, "first tokens were delivered twice");
@@ -474,12 +586,20 @@ impl World {
     /// The request gives its units back and ends.
     fn end(&mut self, r: usize, outcome: Outcome, seen: &mut BTreeSet<String>) {
         let request = &mut self.requests[r];
+        assert!(request.asks.iter().all(|ask| !ask.is_prefix_read), "blocks were released under a transfer");
         self.free_decode_units[request.node] += PROMPT_UNITS;
         request.phase = Phase::Ended(outcome);
         seen.insert(format!("{outcome:?}"));
     }
 
-    fn receive_at_prefill(&mut self, r: usize, a: usize, message: ToPrefill, seen: &mut BTreeSet<String>) {
+    fn receive_at_prefill(
+        &mut self,
+        r: usize,
+        a: usize,
+        message: ToPrefill,
+        fetches: bool,
+        seen: &mut BTreeSet<String>,
+    ) {
         let ask = &mut self.requests[r].asks[a];
         let actions = match (message, &mut ask.prefill) {
             (ToPrefill::Prefill, _) if self.free_prefill_units[ask.node] < PROMPT_UNITS => {
@@ -492,19 +612,32 @@ impl World {
             (ToPrefill::Prefill, _) => {
                 self.free_prefill_units[ask.node] -= PROMPT_UNITS;
                 let limits = PrefillLimits { stall_timeout: Duration::from_secs(1), total_timeout: Duration::MAX };
-                let (prefill, actions) = PrefillHandover::new(0, EXTENT_BYTES, limits, NOW);
+                let plan = FetchPlan {
+                    first_token: 0,
+                    end_token: ask.next_extent * EXTENT_TOKENS,
+                    credit_window_bytes: EXTENT_BYTES,
+                    stall_timeout: Duration::from_secs(1),
+                    total_timeout: Duration::from_secs(2),
+                };
+                // A later candidate is told of what an earlier one has sent, too.
+                let (prefill, actions) = if fetches && plan.end_token > 0 {
+                    PrefillHandover::new_fetching(0, plan, EXTENT_BYTES, limits, NOW)
+                } else {
+                    PrefillHandover::new(0, EXTENT_BYTES, limits, NOW)
+                };
                 ask.prefill = Some(prefill);
                 actions
             }
+            (ToPrefill::FetchStopped, Some(prefill)) => prefill.on_fetch_failed(FetchFailure::Stopped, NOW),
             (ToPrefill::Credit(bytes), Some(prefill)) => prefill.on_credit(bytes, NOW),
             (ToPrefill::Received, Some(prefill)) => prefill.on_received(NOW),
             (ToPrefill::Reset, Some(prefill)) => prefill.on_stream_lost(),
             (_, None) => return,
         };
-        self.do_prefill(r, a, actions);
+        self.do_prefill(r, a, actions, seen);
     }
 
-    fn do_prefill(&mut self, r: usize, a: usize, actions: Vec<PrefillAction>) {
+    fn do_prefill(&mut self, r: usize, a: usize, actions: Vec<PrefillAction>, seen: &mut BTreeSet<String>) {
         let ask = &mut self.requests[r].asks[a];
         let send = |ask: &mut Ask, message| {
             if ask.is_read {
@@ -517,6 +650,19 @@ impl World {
                 PrefillAction::Send(PrefillEvent::FirstTokens { .. }) => send(ask, ToDecode::FirstTokens),
                 PrefillAction::Send(PrefillEvent::Sent { .. }) => send(ask, ToDecode::Sent),
                 PrefillAction::Send(PrefillEvent::Failed(_)) => send(ask, ToDecode::Failed),
+                PrefillAction::Send(PrefillEvent::FetchCredit { bytes }) => send(ask, ToDecode::FetchCredit(bytes)),
+                PrefillAction::Send(PrefillEvent::FetchEnded) => send(ask, ToDecode::FetchEnded),
+                PrefillAction::OpenFetch(_) => {
+                    ask.is_fetch_landing_open = true;
+                    send(ask, ToDecode::Fetch);
+                }
+                PrefillAction::CloseFetch { num_valid_tokens, end } => {
+                    assert!(ask.is_fetch_landing_open);
+                    assert_eq!(num_valid_tokens, ask.fetch_landed.trailing_ones() * EXTENT_TOKENS);
+                    ask.is_fetch_landing_open = false;
+                    seen.insert(format!("fetch: {end:?}"));
+                }
+                PrefillAction::Compute { .. } => assert!(!ask.is_fetch_landing_open),
                 PrefillAction::Send(event) => panic!("{event:?} is not in this model"),
                 PrefillAction::SendExtent { extent, .. } => {
                     ask.num_in_flight += 1;
@@ -527,6 +673,7 @@ impl World {
                 PrefillAction::StopExtents => {}
                 PrefillAction::Unpin => {
                     assert_eq!(ask.num_in_flight, 0, "blocks were unpinned under a transfer");
+                    assert!(!ask.is_fetch_landing_open, "blocks were unpinned under a landing");
                     send(ask, ToDecode::End);
                     ask.prefill = None;
                     self.free_prefill_units[ask.node] += PROMPT_UNITS;
@@ -551,7 +698,11 @@ impl World {
     fn check_end(&self) {
         for request in &self.requests {
             assert!(matches!(request.phase, Phase::Ended(_)), "stuck: {self:#?}");
-            assert!(request.asks.iter().all(|ask| ask.prefill.is_none() && !ask.is_landing_open), "left: {self:#?}");
+            let is_over = |ask: &Ask| {
+                let is_open = ask.is_landing_open || ask.is_fetch_landing_open || ask.is_prefix_read;
+                ask.prefill.is_none() && ask.fetched.is_empty() && !is_open
+            };
+            assert!(request.asks.iter().all(is_over), "left: {self:#?}");
         }
         assert_eq!((self.free_decode_units, self.free_prefill_units), ([POOL_UNITS; 2], [POOL_UNITS; 2]));
     }
@@ -596,7 +747,7 @@ fn handover_of(scenario: &Scenario) -> DecodeRequest {
         candidates: ["p0", "p1"].map(|name| NodeId::new(name).expect("a DNS label")).to_vec(),
         num_tokens,
         prompt_len: num_tokens,
-        num_held_tokens: 0,
+        num_held_tokens: scenario.num_held * EXTENT_TOKENS,
         num_choices: 1,
         params: SamplingParams { stop_token_ids: vec![STOP], ..SamplingParams::greedy(5) },
         max_model_len: 1000,
@@ -610,6 +761,7 @@ fn decode_limits() -> DecodeLimits {
         total_timeout: Duration::MAX,
         credit_window_bytes: EXTENT_BYTES,
         num_local_tokens_max: 0,
+        num_offered_tokens_max: u32::MAX,
     }
 }
 
@@ -653,8 +805,14 @@ fn assert_saw(seen: &BTreeSet<String>, expected: &[&str]) {
 
 #[test]
 fn three_requests_without_faults_always_finish_and_need_no_deadline() {
-    let scenario =
-        Scenario { num_requests: 3, num_extents: 1, first_ends: true, has_queue: false, faults: Faults::default() };
+    let scenario = Scenario {
+        num_requests: 3,
+        num_extents: 1,
+        num_held: 0,
+        first_ends: true,
+        has_queue: false,
+        faults: Faults::default(),
+    };
     let (num_states, seen) = explore(scenario);
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "lost: busy", "local prefill", "Finished"]);
@@ -663,8 +821,14 @@ fn three_requests_without_faults_always_finish_and_need_no_deadline() {
 
 #[test]
 fn three_requests_that_queue_for_one_prefill_node_always_finish_and_need_no_deadline() {
-    let scenario =
-        Scenario { num_requests: 3, num_extents: 1, first_ends: false, has_queue: true, faults: Faults::default() };
+    let scenario = Scenario {
+        num_requests: 3,
+        num_extents: 1,
+        num_held: 0,
+        first_ends: false,
+        has_queue: true,
+        faults: Faults::default(),
+    };
     let (num_states, seen) = explore(scenario);
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "Finished"]);
@@ -675,7 +839,7 @@ fn three_requests_that_queue_for_one_prefill_node_always_finish_and_need_no_dead
 fn two_requests_survive_the_loss_of_a_prefill_node_at_any_moment() {
     let faults = Faults { num_prefill_losses: 1, ..Faults::default() };
     let (num_states, seen) =
-        explore(Scenario { num_requests: 2, num_extents: 1, first_ends: false, has_queue: false, faults });
+        explore(Scenario { num_requests: 2, num_extents: 1, num_held: 0, first_ends: false, has_queue: false, faults });
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "lost: busy", "lost: stream_lost", "lost: link_failed", "Finished"]);
     assert!(!seen.contains("failed"));
@@ -685,7 +849,7 @@ fn two_requests_survive_the_loss_of_a_prefill_node_at_any_moment() {
 fn two_requests_survive_the_loss_of_a_decode_node_at_any_moment() {
     let faults = Faults { num_decode_losses: 1, ..Faults::default() };
     let (num_states, seen) =
-        explore(Scenario { num_requests: 2, num_extents: 1, first_ends: false, has_queue: false, faults });
+        explore(Scenario { num_requests: 2, num_extents: 1, num_held: 0, first_ends: false, has_queue: false, faults });
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "lost: busy", "resumed", "Finished"]);
     assert!(!seen.contains("failed"));
@@ -695,7 +859,7 @@ fn two_requests_survive_the_loss_of_a_decode_node_at_any_moment() {
 fn cancel_corruption_and_deadline_at_any_moment_leave_nothing_behind() {
     let faults = Faults { num_cancels: 1, num_corruptions: 1, num_timeouts: 1, ..Faults::default() };
     let (num_states, seen) =
-        explore(Scenario { num_requests: 1, num_extents: 2, first_ends: false, has_queue: false, faults });
+        explore(Scenario { num_requests: 1, num_extents: 2, num_held: 0, first_ends: false, has_queue: false, faults });
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "local prefill", "lost: extent_refused", "lost: no_progress", "late extent refused"]);
 }
@@ -704,7 +868,54 @@ fn cancel_corruption_and_deadline_at_any_moment_leave_nothing_behind() {
 fn one_request_survives_the_loss_of_both_prefill_nodes_and_a_decode_node() {
     let faults = Faults { num_prefill_losses: 2, num_decode_losses: 1, num_cancels: 1, ..Faults::default() };
     let (num_states, seen) =
-        explore(Scenario { num_requests: 1, num_extents: 2, first_ends: false, has_queue: false, faults });
+        explore(Scenario { num_requests: 1, num_extents: 2, num_held: 0, first_ends: false, has_queue: false, faults });
     println!("{num_states} states: {seen:?}");
     assert_saw(&seen, &["joined", "local prefill", "resumed", "lost: stream_lost", "lost: link_failed", "Finished"]);
+}
+
+#[test]
+fn three_requests_whose_prefix_is_fetched_computed_or_left_always_finish_and_need_no_deadline() {
+    let scenario = Scenario {
+        num_requests: 3,
+        num_extents: 2,
+        num_held: 1,
+        first_ends: false,
+        has_queue: true,
+        faults: Faults::default(),
+    };
+    let (num_states, seen) = explore(scenario);
+    println!("{num_states} states: {seen:?}");
+    assert_saw(&seen, &["joined", "fetch: Complete", "local prefill", "Finished"]);
+    assert!(!seen.contains("failed") && !seen.iter().any(|what| what.starts_with("lost") || what.contains("Failed")));
+}
+
+#[test]
+fn two_requests_that_fetch_survive_the_loss_of_a_prefill_or_a_decode_node_at_any_moment() {
+    for (num_prefill_losses, num_decode_losses) in [(1, 0), (0, 1)] {
+        let faults = Faults { num_prefill_losses, num_decode_losses, ..Faults::default() };
+        let scenario =
+            Scenario { num_requests: 2, num_extents: 2, num_held: 1, first_ends: false, has_queue: false, faults };
+        let (num_states, seen) = explore(scenario);
+        println!("{num_states} states: {seen:?}");
+        assert_saw(&seen, &["joined", "fetch: Complete", "fetch stopped", "lost: busy", "Finished"]);
+        assert!(!seen.contains("failed"));
+    }
+}
+
+#[test]
+fn fetch_that_is_cancelled_corrupted_lost_or_late_at_any_moment_leaves_nothing_behind() {
+    let faults = Faults { num_cancels: 1, num_corruptions: 1, num_timeouts: 1, ..Faults::default() };
+    let scenario =
+        Scenario { num_requests: 1, num_extents: 3, num_held: 2, first_ends: false, has_queue: false, faults };
+    let (num_states, seen) = explore(scenario);
+    println!("{num_states} states: {seen:?}");
+    let ends = [
+        "fetch: Complete",
+        "fetch: Abandoned",
+        "fetch: Failed(ExtentRefused)",
+        "fetch: Failed(Stopped)",
+        "fetch: Failed(Stalled)",
+    ];
+    assert_saw(&seen, &ends);
+    assert_saw(&seen, &["joined", "local prefill", "late fetched extent refused"]);
 }

@@ -7,8 +7,8 @@
 //!  decode node (DecodeHandover)                          prefill node (PrefillHandover)
 //!
 //!  blocks reserved                                                                 .
-//!  Link -> Ask            ---- Prefill, credit window ----->   admitted: SendAccepted, or Busy
-//!  Landing                <--- Accepted ---------------------  Queued
+//!  Link -> Ask            ---- Prefill, credit window ----->   admitted: SendAccepted, or Busy, or Declined
+//!  Landing                <--- Accepted ---------------------  Queued, or first a fetch (`fetch`)
 //!                         <--- Progress ---------------------  Computing
 //!  verify, place          <=== extent (bulk connection) =====  as each layer of a chunk is written
 //!  SendCredit             ---- Credit ---------------------->
@@ -17,11 +17,16 @@
 //!  Join                   ---- Received -------------------->  Unpin
 //! ```
 //!
+//! When the decode node holds a prefix that the prefill node lacks, the prefill node takes the cheapest of
+//! three ways (`prefix_choice`): it has the decode node send that prefix, computes it again, or declines, and
+//! the decode node computes the rest itself.
+//!
 //! What holds, whatever is lost in between:
 //!
 //! - The decode node has every block of the prompt before it asks, and a prefill node admits only what
 //!   fits now: neither keeps a pinned block while it waits for another node's memory. Credit paces bytes
-//!   and never stands for memory.
+//!   and never stands for memory. The same holds for a prefix that is fetched the other way: both ends have
+//!   their blocks before its first byte moves.
 //! - The stream is the lease. When it ends, in any way, the prefill node unpins and the decode node goes
 //!   on with the next candidate or by itself, keeping the tokens whose KV is verified in every layer.
 //! - Token #1 is delivered once. If the prefill node is lost behind it, the rest of the KV is computed
@@ -35,10 +40,14 @@
 pub mod decode;
 #[cfg(test)]
 mod explore;
+pub mod fetch;
 pub mod prefill;
+pub mod prefix_choice;
 
 pub use decode::{CandidateLoss, DecodeAction, DecodeHandover, DecodeLimits, DecodeRequest, DecodeState};
+pub use fetch::{FetchEnd, FetchFailure, FetchPlan};
 pub use prefill::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
+pub use prefix_choice::{PrefixChoice, PrefixCosts, expected_prefill};
 
 /// Which ask of one hand-over something belongs to, from 0. Each ask has its own stream and its own
 /// [`Generation`](crate::ids::Generation); the shell tags what arrives with the ask it arrived for, and

@@ -1,18 +1,28 @@
 //! The sending end: one admitted hand-over at the prefill node, from its queue to the unpinned blocks.
 //!
 //! ```text
-//!     new: Accepted
+//!   new_fetching: Accepted, OpenFetch
 //!      |
-//!      v    scheduled            first tokens             last extent ended: Sent
-//!   Queued ----------> Computing -----------> Sending ---------------------------> AwaitingReceived
-//!      |                   |                     |                                     | Received
-//!      |                   |                     |   (Received may come in any state)  v
-//!      +-------------------+---------------------+-------- stream lost, reset, ---> [in flight?] -- none --> Done
-//!                                                          failed, no credit,          |                      ^
-//!                                                          whole deadline              | StopExtents          |
-//!                                                                                      v                      |
-//!                                                                                  Stopping -- last ended ----+
+//!      v
+//!   Fetching ---- complete, refused, stopped, stalled, too slow: CloseFetch, FetchEnded, Compute
+//!      |   |
+//!      |   |  new: Accepted
+//!      |   v      |
+//!      |   + <----+
+//!      |   |
+//!      |   v      scheduled             first tokens             last extent ended: Sent
+//!      | Queued ------------> Computing -----------> Sending ---------------------------> AwaitingReceived
+//!      |   |                      |                     |                                     | Received
+//!      |   |                      |                     |   (Received may come in any state)  v
+//!      +---+----------------------+---------------------+--- stream lost, reset, ---> [in flight?] -- none --> Done
+//!                                                            failed, no credit,           |                     ^
+//!                                                            whole deadline               | StopExtents         |
+//!                                                                                         v                     |
+//!                                                                                     Stopping -- last ended ---+
 //! ```
+//!
+//! While a prefix is fetched ([`super::fetch`]) nothing is computed and nothing sent. However the fetch ends,
+//! `CloseFetch` comes once and before anything else may use its blocks.
 //!
 //! `Unpin` is the last action of every hand-over and comes exactly once, when no transfer reads the
 //! blocks any more. A peer that is dead or asleep cannot strand them: without credit, a finished
@@ -22,9 +32,14 @@
 //! zero, so at most the window and one extent are on the way, and an extent larger than the window is
 //! not stuck.
 
+mod fetching;
+#[cfg(test)]
+mod tests;
+
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use super::fetch::{FetchEnd, FetchPlan, FetchReceiver};
 use crate::sampling::SampledToken;
 use crate::timeline::NodeTimeline;
 use crate::wire::{ExtentId, NodeError, PrefillEvent};
@@ -42,7 +57,9 @@ pub struct PrefillLimits {
 /// Where a hand-over stands; the drawing is at the top of this file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PrefillState {
-    /// Admitted: blocks are held, no token was scheduled yet.
+    /// Admitted: blocks are held, a prefix is landing in them.
+    Fetching,
+    /// Blocks are held, no token was scheduled yet.
     Queued,
     /// The engine works on it; extents are written.
     Computing,
@@ -61,6 +78,21 @@ pub enum PrefillState {
 pub enum PrefillAction {
     /// Send this on the control stream.
     Send(PrefillEvent),
+    /// Draw a [`Generation`](crate::ids::Generation), open the landing of these tokens under it, and send
+    /// [`PrefillEvent::Fetch`].
+    OpenFetch(FetchPlan),
+    /// Close that landing: when this is done nothing is written into the blocks any more.
+    CloseFetch {
+        /// Leading tokens whose KV is here in every layer.
+        num_valid_tokens: u32,
+        /// How it ended, for logs, counters and the estimate of the bandwidth.
+        end: FetchEnd,
+    },
+    /// Let the engine compute from here on: it has waited with the blocks.
+    Compute {
+        /// Leading tokens whose KV is here in every layer, a multiple of the granule.
+        num_valid_tokens: u32,
+    },
     /// Read the extent's bytes from the pool and send them on a bulk stream; then call
     /// [`PrefillHandover::on_extent_ended`], once, whatever became of it.
     SendExtent {
@@ -81,6 +113,8 @@ pub enum PrefillAction {
 pub struct PrefillHandover {
     limits: PrefillLimits,
     state: PrefillState,
+    /// While `Fetching`.
+    fetch: Option<FetchReceiver>,
     waiting: VecDeque<(ExtentId, u64)>,
     num_in_flight: u32,
     /// Bytes that may still be sent; below zero by at most one extent.
@@ -105,6 +139,7 @@ impl PrefillHandover {
         let handover = Self {
             limits,
             state: PrefillState::Queued,
+            fetch: None,
             waiting: VecDeque::new(),
             num_in_flight: 0,
             credit_bytes: i64::try_from(credit_bytes).unwrap_or(i64::MAX),
@@ -137,10 +172,15 @@ impl PrefillHandover {
     /// The engine made steps while the prompt waits or computes. Call it a few times per second, so that
     /// the decode node can tell a long prompt from a hang; never from a timer alone.
     pub fn on_progress(&mut self, num_steps: u64, num_computed_tokens: u32) -> Vec<PrefillAction> {
+        let progress = PrefillAction::Send(PrefillEvent::Progress { num_steps, num_computed_tokens });
         match self.state {
-            PrefillState::Queued | PrefillState::Computing => {
-                vec![PrefillAction::Send(PrefillEvent::Progress { num_steps, num_computed_tokens })]
+            PrefillState::Fetching => {
+                // An engine that waits makes no steps; what has landed since is what moves.
+                let mut actions = self.send_owed_fetch_credit();
+                actions.push(progress);
+                actions
             }
+            PrefillState::Queued | PrefillState::Computing => vec![progress],
             _ => Vec::new(),
         }
     }
@@ -242,9 +282,12 @@ impl PrefillHandover {
     /// Time has passed.
     pub fn on_tick(&mut self, now: Duration) -> Vec<PrefillAction> {
         let mut actions = Vec::new();
+        let is_whole = now >= self.started_at.saturating_add(self.limits.total_timeout);
+        if let Some(failure) = self.fetch.as_ref().and_then(|fetch| fetch.is_overdue(now)).filter(|_| !is_whole) {
+            return self.on_fetch_failed(failure, now);
+        }
         if self.next_deadline().is_some_and(|deadline| now >= deadline) {
             let PrefillLimits { stall_timeout, total_timeout } = self.limits;
-            let is_whole = now >= self.started_at.saturating_add(total_timeout);
             let (phase, waited) = match self.state {
                 _ if is_whole => ("the prefill", total_timeout),
                 PrefillState::AwaitingReceived => ("waiting for the KV to be confirmed", stall_timeout),
@@ -262,6 +305,9 @@ impl PrefillHandover {
         }
         let whole = self.started_at.saturating_add(self.limits.total_timeout);
         let stall = self.progress_at.saturating_add(self.limits.stall_timeout);
+        if let Some(fetch) = &self.fetch {
+            return Some(whole.min(fetch.deadline()));
+        }
         Some(if self.is_waiting_for_peer() { whole.min(stall) } else { whole })
     }
 
@@ -298,6 +344,7 @@ impl PrefillHandover {
         if matches!(self.state, PrefillState::Stopping | PrefillState::Done) {
             return;
         }
+        self.close_fetch(FetchEnd::Abandoned, actions);
         actions.extend(error.map(|error| PrefillAction::Send(PrefillEvent::Failed(error))));
         self.waiting.clear();
         if self.num_in_flight > 0 {
@@ -313,6 +360,3 @@ impl PrefillHandover {
         actions.push(PrefillAction::Unpin);
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -51,7 +51,7 @@ impl Scheduler {
         }
         let num_pool_tokens = limits.num_blocks * limits.block_size;
         let num_tokens_max = match new.work {
-            Work::PrefillOnly => num_tokens,
+            Work::PrefillOnly | Work::PrefillBehind { .. } => num_tokens,
             Work::Generate | Work::AwaitKv => {
                 (new.prompt_len + new.params.max_tokens as usize).min(limits.max_model_len).max(num_tokens + 1)
             }
@@ -60,7 +60,7 @@ impl Scheduler {
             let reason = "the KV cache is that small: raise --kv-cache-memory-bytes or lower max_tokens";
             return Err(AddError::TooLong { num_tokens: num_tokens_max, max_num_tokens: num_pool_tokens, reason });
         }
-        if new.work != Work::PrefillOnly {
+        if !new.work.is_prefill_only() {
             let num_left = limits.num_blocks.saturating_sub(num_tokens.div_ceil(limits.block_size));
             let max_num_choices = limits.max_num_seqs.min(num_left / limits.growth_blocks.max(1)).max(1);
             if new.choices.len() > max_num_choices {
@@ -128,7 +128,7 @@ impl Scheduler {
         let sequence = &self.sequences[&id];
         let num_blocks = sequence.tokens.len().div_ceil(self.limits.block_size);
         match sequence.work {
-            Work::PrefillOnly => num_blocks,
+            Work::PrefillOnly | Work::PrefillBehind { .. } => num_blocks,
             Work::Generate | Work::AwaitKv => {
                 let wanted = num_blocks + self.limits.growth_blocks.max(1) * sequence.choices.len();
                 wanted.min(self.limits.num_blocks)
@@ -158,7 +158,7 @@ impl Scheduler {
         } else {
             sequence.num_computed_tokens = num_hit_tokens;
             sequence.num_cached_tokens = num_hit_tokens;
-            let is_awaiting = sequence.work == Work::AwaitKv;
+            let is_awaiting = sequence.work.awaits_kv(num_hit_tokens);
             sequence.become_state(if is_awaiting { SequenceState::AwaitingKv } else { SequenceState::Computing });
             let event = SequenceEvent::Admitted { num_cached_tokens: num_hit_tokens, blocks: sequence.blocks.clone() };
             step.events.push((id, event));

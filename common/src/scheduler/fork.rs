@@ -12,13 +12,13 @@
 use crate::ids::{ChoiceIndex, SequenceId};
 use crate::sampling::SampledToken;
 use crate::scheduler::{GroupEvent, Scheduler, SequenceEvent};
-use crate::sequence::{InFlight, Sequence, SequenceState, Work};
+use crate::sequence::{InFlight, Sequence, SequenceState};
 
 impl Scheduler {
     pub(super) fn on_drawn(&mut self, id: SequenceId, drawn: Vec<SampledToken>, events: &mut Vec<GroupEvent>) {
         let sequence = self.sequences.get_mut(&id).expect("a sampled sequence is known");
         debug_assert_eq!(drawn.len(), sequence.choices.len(), "one token per choice is drawn");
-        if sequence.work == Work::PrefillOnly {
+        if sequence.work.is_prefill_only() {
             events.push((sequence.group, SequenceEvent::FirstTokens(drawn)));
             sequence.become_state(SequenceState::Held);
             self.running.remove(&(sequence.arrival, id));

@@ -261,6 +261,12 @@ impl Scheduler {
         self.num_preemptions
     }
 
+    /// Prompt tokens that running sequences have yet to compute: what a sequence that joins them waits for.
+    pub fn num_running_prompt_tokens(&self) -> usize {
+        let running = self.running.iter().map(|(_, id)| &self.sequences[id]);
+        running.filter(|sequence| !sequence.is_decoding()).map(Sequence::num_uncomputed_tokens).sum()
+    }
+
     /// For routing.
     pub fn load(&self, num_steps: u64) -> NodeLoad {
         let queued = self.sequences.values().map(|s| s.num_uncomputed_tokens() as u64).sum();

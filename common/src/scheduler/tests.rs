@@ -334,6 +334,31 @@ fn prefill_only_holds_its_blocks_until_released() {
 }
 
 #[test]
+fn prefill_behind_a_held_prefix_waits_with_its_blocks_and_computes_what_did_not_land() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(9, 60);
+    let group = engine.add(&text, 1, 9, Work::PrefillBehind { num_held_tokens: 48 });
+    engine.run();
+    assert_eq!((engine.num_computed, engine.scheduler.block_counts().referenced), (0, 4), "it waits and holds");
+    assert_eq!(engine.scheduler.num_running_prompt_tokens(), 0, "nobody waits for it");
+    engine.land(group, 32);
+    engine.scheduler.on_compute_locally(group, 32, None);
+    assert_eq!(engine.scheduler.num_running_prompt_tokens(), 28);
+    engine.run();
+    assert_eq!(engine.num_computed, 28);
+    assert_eq!(engine.first_tokens[&group][0].id, expected(&text, ChoiceIndex(0), 1)[0]);
+    engine.scheduler.cancel(group);
+
+    // What has landed is in the cache, so the next one has as much as the other node and does not wait.
+    let group = engine.add(&text, 1, 9, Work::PrefillBehind { num_held_tokens: 48 });
+    engine.run();
+    assert_eq!(engine.num_computed, 28 + 12);
+    assert_eq!(engine.first_tokens[&group][0].id, expected(&text, ChoiceIndex(0), 1)[0]);
+    engine.scheduler.cancel(group);
+    engine.assert_clean();
+}
+
+#[test]
 fn awaiting_sequence_joins_when_its_kv_is_complete() {
     let mut engine = ModelEngine::new(limits());
     let text = prompt(8, 40);

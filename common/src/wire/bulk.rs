@@ -65,7 +65,7 @@ pub struct ExtentHeader {
 /// A header that is not one.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "a bulk stream begins with {found:02x?}, expected the extent header \"TKV1\": the other end is not a Tandem prefill node of this version"
+    "a bulk stream begins with {found:02x?}, expected the extent header \"TKV1\": the other end is not a Tandem node of this version"
 )]
 pub struct InvalidExtentHeader {
     /// The first bytes found.

@@ -154,10 +154,15 @@ mod tests {
             num_held_tokens: 0,
             credit_bytes: 1 << 20,
             deadline: Duration::from_millis(1500),
+            local_rest: Some(Duration::from_millis(250)),
         };
+        let fetch =
+            PrefillEvent::Fetch { generation: Generation(6), first_token: 16, end_token: 320, credit_bytes: 1 << 20 };
         let got = [
             hex(&encode(&Open::Generate(Box::new(generate()))).unwrap()),
             hex(&encode(&Open::Prefill(Box::new(prefill))).unwrap()),
+            hex(&encode(&fetch).unwrap()),
+            hex(&encode(&PrefillControl::FetchStopped).unwrap()),
         ];
         let expected = include_str!("vectors.txt").lines().collect::<Vec<_>>();
         assert_eq!(got.iter().map(String::as_str).collect::<Vec<_>>(), expected);

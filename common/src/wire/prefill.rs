@@ -39,6 +39,9 @@ pub struct Prefill {
     pub credit_bytes: u64,
     /// Time left for this phase.
     pub deadline: Duration,
+    /// What computing the rest behind `num_held_tokens` would cost the decode node itself, if it offers to:
+    /// only then may the answer be [`PrefillEvent::Declined`].
+    pub local_rest: Option<Duration>,
 }
 
 /// From the decode node, after [`Prefill`].
@@ -51,10 +54,13 @@ pub enum PrefillControl {
     },
     /// Every extent is verified: unpin.
     Received,
+    /// What [`PrefillEvent::Fetch`] asked for cannot be sent, or no more of it.
+    FetchStopped,
 }
 
-/// From the prefill node: `Progress`... while the prompt waits in its queue; then `Busy` and nothing else, or
-/// `Accepted`, `Progress`..., `FirstTokens`, `Sent`; `Failed` may end it at any point.
+/// From the prefill node: `Progress`... while the prompt waits in its queue; then `Busy` or `Declined` and
+/// nothing else, or `Accepted`, `Progress`..., `FirstTokens`, `Sent`; `Failed` may end it at any point. Behind
+/// `Accepted` there may be one fetch: `Fetch`, `FetchCredit`..., `FetchEnded`.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum PrefillEvent {
     /// Not now. Nothing is held.
@@ -90,4 +96,24 @@ pub enum PrefillEvent {
     },
     /// Ended without finishing.
     Failed(NodeError),
+    /// The decode node's own way, [`Prefill::local_rest`], is cheaper. Nothing is held.
+    Declined,
+    /// Send the KV of `first_token..end_token`, which the decode node holds, on the bulk connection.
+    Fetch {
+        /// The reservation at the prefill node; the extents carry it back.
+        generation: Generation,
+        /// A multiple of the granule.
+        first_token: u32,
+        /// A multiple of the granule, at most [`Prefill::num_held_tokens`].
+        end_token: u32,
+        /// Payload bytes that may be sent before the first `FetchCredit`.
+        credit_bytes: u64,
+    },
+    /// This many payload bytes more of what is fetched may be sent.
+    FetchCredit {
+        /// Bytes.
+        bytes: u64,
+    },
+    /// What is fetched is complete, or no longer wanted: send no more of it.
+    FetchEnded,
 }

@@ -1,5 +1,6 @@
 //! The nodes of a hand-over in one process, a proxy's end of the fabric, and what each of them holds.
-#![allow(unreachable_pub)]
+// Each test file uses its part.
+#![allow(dead_code, unreachable_pub)]
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -28,6 +29,7 @@ use kv_connector::transfer::{
 };
 use kv_connector::{ClusterCa, ControlReceiver, ControlSender, Fabric, FabricAccounting, FabricConfig, Link};
 use prefill_node::PrefillNode;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -92,14 +94,14 @@ impl Counters {
         })
     }
 
-    /// Values above zero of one node's counter, by the reason it is labelled with.
-    fn by_reason(&self, name: &str, node: &str) -> BTreeMap<String, u64> {
+    /// Values above zero of one node's counter, by the label that tells them apart.
+    fn by_label(&self, name: &str, node: &str, told_by: &str) -> BTreeMap<String, u64> {
         let mut found = BTreeMap::new();
         for (key, value) in self.0.lock().unwrap().iter().filter(|(key, _)| key.name() == name) {
             let label = |name: &str| key.labels().find(|label| label.key() == name).map(|label| label.value());
             let value = value.load(Ordering::SeqCst);
             if label("node") == Some(node) && value > 0 {
-                found.insert(label("reason").unwrap_or_default().to_string(), value);
+                found.insert(label(told_by).unwrap_or_default().to_string(), value);
             }
         }
         found
@@ -128,10 +130,13 @@ pub struct Shape {
     pub faults: Option<FaultPlan>,
     /// Extents from this token on never arrive.
     pub drops_from: Option<u32>,
+    /// Put around the way from the decode node, on which prefill nodes fetch.
+    pub decode_layer: Option<TransportLayer>,
     pub prefill_step_time: Duration,
     pub decode_step_time: Duration,
     pub decode_blocks: usize,
     pub first_prefill_waiting_max: usize,
+    pub prefill: PrefillArgs,
     pub decode: DecodeArgs,
 }
 
@@ -140,10 +145,18 @@ impl Default for Shape {
         Self {
             faults: None,
             drops_from: None,
+            decode_layer: None,
             prefill_step_time: Duration::ZERO,
             decode_step_time: Duration::ZERO,
             decode_blocks: 512,
             first_prefill_waiting_max: 64,
+            prefill: PrefillArgs {
+                transfer_stall_timeout: Duration::from_secs(10),
+                fetch_stall_timeout: Duration::from_secs(2),
+                fetch_credit_bytes: 32 << 20,
+                fetch_bytes_per_second: None,
+                prefill_tokens_per_second: None,
+            },
             decode: DecodeArgs {
                 prefill_timeout: Duration::from_secs(60),
                 prefill_accept_timeout: Duration::from_secs(5),
@@ -152,6 +165,8 @@ impl Default for Shape {
                 growth_window_blocks: 2,
                 local_prefill_tokens: 64,
                 local_rest_max_tokens: 0,
+                local_offer_max_tokens: 0,
+                local_prefill_tokens_per_second: None,
             },
         }
     }
@@ -180,6 +195,40 @@ impl Transport for Dropping {
     }
 }
 
+/// Lets extents begin and not end, and tells when the first one has begun.
+struct Holding {
+    inner: Arc<dyn Transport>,
+    has_begun: Arc<Notify>,
+}
+
+impl Transport for Holding {
+    fn name(&self) -> &'static str {
+        "holding"
+    }
+
+    fn send<'a>(&'a self, _: &'a ExtentHeader, _: Payload, _: ExtentEnd) -> SendFuture<'a> {
+        self.has_begun.notify_one();
+        Box::pin(std::future::pending())
+    }
+
+    fn is_closed(&self) -> bool {
+        self.inner.is_closed()
+    }
+}
+
+/// Ways on the first `num_connections` of which nothing ever arrives, and what tells that something was to leave.
+pub fn holding(num_connections: u64) -> (TransportLayer, Arc<Notify>) {
+    let (has_begun, num_made) = (Arc::new(Notify::new()), AtomicU64::new(0));
+    let told = has_begun.clone();
+    let layer = move |inner| -> Arc<dyn Transport> {
+        if num_made.fetch_add(1, Ordering::SeqCst) >= num_connections {
+            return inner;
+        }
+        Arc::new(Holding { inner, has_begun: has_begun.clone() })
+    };
+    (Arc::new(layer), told)
+}
+
 type Injected = Arc<Mutex<Vec<Arc<FaultyTransport>>>>;
 
 /// A [`FaultyTransport`] that the test can still ask what it has done.
@@ -203,7 +252,12 @@ pub struct Running<N> {
 impl<N> Running<N> {
     /// Sum of one of its counters.
     pub fn counter(&self, name: &str) -> u64 {
-        Counters::of_process().by_reason(name, &self.name).values().sum()
+        self.counters(name, "").values().sum()
+    }
+
+    /// Values above zero of one of its counters, by this label.
+    pub fn counters(&self, name: &str, label: &str) -> BTreeMap<String, u64> {
+        Counters::of_process().by_label(name, &self.name, label)
     }
 }
 
@@ -269,7 +323,7 @@ impl Cluster {
             let name = format!("prefill-{index}-of-{number}");
             let num_waiting_max = if index == 0 { shape.first_prefill_waiting_max } else { 64 };
             let engine = engine(&name, Role::PrefillNode, 512, num_waiting_max, shape.prefill_step_time);
-            let mut config = config(&ca, &name, Role::PrefillNode);
+            let mut config = self::config(&ca, &name, Role::PrefillNode);
             if let Some(plan) = shape.faults {
                 let plan = FaultPlan { seed: plan.seed * 2 + index, ..plan };
                 config.transport_layer = Some(faulty(plan, injected.clone()));
@@ -278,21 +332,23 @@ impl Cluster {
                 config.transport_layer = Some(Arc::new(move |inner| Arc::new(Dropping { inner, from })));
             }
             let fabric = Fabric::bind(config).unwrap();
-            let args = PrefillArgs { transfer_stall_timeout: Duration::from_secs(10) };
-            let node = Arc::new(PrefillNode::new(engine.clone(), fabric.clone(), presence(&engine), args));
+            let node = PrefillNode::new(engine.clone(), fabric.clone(), presence(&engine), shape.prefill.clone());
+            let node = Arc::new(node);
             let serving = node.clone();
             let serving = tokio::spawn(async move { serving.serve().await });
             prefills.push(Running { fabric, engine, name, node, serving });
         }
         let name = format!("decode-of-{number}");
         let engine = engine(&name, Role::DecodeNode, shape.decode_blocks, 64, shape.decode_step_time);
-        let fabric = Fabric::bind(config(&ca, &name, Role::DecodeNode)).unwrap();
+        let mut config = self::config(&ca, &name, Role::DecodeNode);
+        config.transport_layer = shape.decode_layer;
+        let fabric = Fabric::bind(config).unwrap();
         let node = Arc::new(DecodeNode::new(engine.clone(), fabric.clone(), presence(&engine), shape.decode));
         let serving = node.clone();
         let serving = tokio::spawn(async move { serving.serve().await });
         let decode = Running { fabric, engine, name, node, serving };
 
-        let proxy = Fabric::bind(config(&ca, &format!("proxy-of-{number}"), Role::Proxy)).unwrap();
+        let proxy = Fabric::bind(self::config(&ca, &format!("proxy-of-{number}"), Role::Proxy)).unwrap();
         let link = soon("the decode node is linked", proxy.dial(decode.fabric.local_addr(), Role::DecodeNode, None));
         let link = link.await.unwrap();
         let peer = |node: &Running<PrefillNode>| Peer { node: node_id(&node.name), control: node.fabric.local_addr() };
@@ -344,12 +400,22 @@ impl Cluster {
         sum
     }
 
+    /// How often the prefill nodes took each way to a prefix that the decode node holds.
+    pub fn prefix_choices(&self) -> BTreeMap<String, u64> {
+        sum(self.prefills.iter().map(|node| node.counters("tandem_prefix_choices_total", "choice")))
+    }
+
+    /// Fetches that were given up, by the reason.
+    pub fn failed_fetches(&self) -> BTreeMap<String, u64> {
+        sum(self.prefills.iter().map(|node| node.counters("tandem_prefix_fetches_failed_total", "reason")))
+    }
+
     pub fn refused_extents(&self) -> BTreeMap<String, u64> {
-        Counters::of_process().by_reason("tandem_refused_extents_total", &self.decode.name)
+        self.decode.counters("tandem_refused_extents_total", "reason")
     }
 
     pub fn lost_candidates(&self) -> BTreeMap<String, u64> {
-        Counters::of_process().by_reason("tandem_prefill_candidates_lost_total", &self.decode.name)
+        self.decode.counters("tandem_prefill_candidates_lost_total", "reason")
     }
 
     pub async fn ask(&self, generate: &Generate) -> Answer {
@@ -383,14 +449,22 @@ impl Cluster {
 
     /// Waits until no node holds anything for any request.
     pub async fn is_clean(&self) {
+        self.prefills_are_clean().await;
         eventually(|| {
-            for node in &self.prefills {
-                let num_requests = node.node.num_requests();
-                holds_nothing(&node.name, &node.fabric, &node.engine, num_requests, 0)?;
-            }
             let decode = &self.decode;
             let num_watches = self.watches.len();
             holds_nothing(&decode.name, &decode.fabric, &decode.engine, decode.node.num_requests(), num_watches)
+        })
+        .await;
+    }
+
+    /// Waits until no prefill node holds anything for any request.
+    pub async fn prefills_are_clean(&self) {
+        eventually(|| {
+            let holds_nothing = |node: &Running<PrefillNode>| {
+                holds_nothing(&node.name, &node.fabric, &node.engine, node.node.num_requests(), 0)
+            };
+            self.prefills.iter().try_for_each(holds_nothing)
         })
         .await;
     }
@@ -420,6 +494,14 @@ impl Cluster {
         let status = self.decode.engine.status();
         assert_eq!(status.borrow().load.num_queued_tokens, 0);
     }
+}
+
+fn sum(counters: impl Iterator<Item = BTreeMap<String, u64>>) -> BTreeMap<String, u64> {
+    let mut sums = BTreeMap::new();
+    for (label, value) in counters.flatten() {
+        *sums.entry(label).or_default() += value;
+    }
+    sums
 }
 
 fn holds_nothing(

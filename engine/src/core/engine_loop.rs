@@ -15,7 +15,9 @@ use std::sync::Arc;
 use std::sync::mpsc::{self as std_mpsc, TryRecvError};
 use std::time::{Duration, Instant};
 
+use common::content::GRANULE_TOKENS;
 use common::ids::SequenceId;
+use common::rate::Rate;
 use common::scheduler::{DrawnToken, GroupEvent, ScheduledStep, Scheduler, SchedulerLimits, SequenceEvent};
 use metrics::{Counter, Gauge, Label};
 use tokio::sync::{mpsc, watch};
@@ -71,6 +73,7 @@ pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result
         decode_step_time: Duration::ZERO,
         last_done_at: Instant::now(),
         num_steps: 0,
+        prefill_rate: Rate::default(),
         gauges: EngineMetrics::new(&options),
     };
     std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
@@ -102,6 +105,7 @@ struct Engine {
     decode_step_time: Duration,
     last_done_at: Instant,
     num_steps: u64,
+    prefill_rate: Rate,
     gauges: EngineMetrics,
 }
 
@@ -263,8 +267,15 @@ impl Engine {
         let output = self.runner.wait(oldest.ticket)?;
         let started_at = oldest.submitted_at.max(self.last_done_at);
         self.last_done_at = Instant::now();
+        let step_time = self.last_done_at - started_at;
         if oldest.only_decodes() {
-            self.decode_step_time = self.last_done_at - started_at;
+            self.decode_step_time = step_time;
+        }
+        // Less than a granule is a decode token, or an end that says little.
+        let chunks = oldest.step.spans.iter().map(|span| span.num_tokens).filter(|num| *num >= GRANULE_TOKENS);
+        let num_prompt_tokens: usize = chunks.sum();
+        if num_prompt_tokens > 0 {
+            self.prefill_rate.observe(num_prompt_tokens as f64, step_time);
         }
         self.spare_plans.push(output.plan);
         self.num_steps += 1;
@@ -333,7 +344,14 @@ impl Engine {
         let blocks = self.scheduler.block_counts();
         let load = self.scheduler.load(self.num_steps);
         self.gauges.show(&load, &blocks, self.scheduler.num_preemptions());
-        self.status.send_replace(EngineStatus { load, blocks, is_idle: self.scheduler.is_idle(), failure: None });
+        self.status.send_replace(EngineStatus {
+            load,
+            blocks,
+            num_running_prompt_tokens: self.scheduler.num_running_prompt_tokens() as u64,
+            prefill_tokens_per_second: self.prefill_rate.per_second(),
+            is_idle: self.scheduler.is_idle(),
+            failure: None,
+        });
     }
 }
 

@@ -101,6 +101,10 @@ pub struct EngineStatus {
     pub load: NodeLoad,
     /// Blocks by state.
     pub blocks: BlockCounts,
+    /// Prompt tokens that the running sequences have yet to compute.
+    pub num_running_prompt_tokens: u64,
+    /// How fast prompts were computed lately, beside whatever else was in their steps; `None` before the first.
+    pub prefill_tokens_per_second: Option<f64>,
     /// Sequences known, in any state.
     pub is_idle: bool,
     /// Set once the engine failed; it takes nothing any more.

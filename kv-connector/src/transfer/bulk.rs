@@ -1,4 +1,4 @@
-//! Bulk connections: who sends extents to whom, and over which transport.
+//! Bulk connections: who sends extents to whom, in which direction, and over which transport.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -59,7 +59,14 @@ pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
     /// The memory that peers may read KV in.
     shared_memory: Option<Arc<dyn KvMemory>>,
-    senders: DashMap<(NodeId, Epoch), (usize, BulkSender)>,
+    senders: DashMap<(NodeId, Epoch), Entry>,
+}
+
+struct Entry {
+    connection: usize,
+    sender: BulkSender,
+    /// Whether what comes over the connection is read.
+    is_receiving: bool,
 }
 
 impl BulkSenders {
@@ -67,32 +74,49 @@ impl BulkSenders {
         Self { layer, shared_memory, senders: DashMap::new() }
     }
 
-    /// A newer connection of the same life takes the place of an older one.
-    pub(crate) fn insert(&self, peer: &Hello, connection: &Connection, ledger: &Arc<Ledger>) -> Arc<PeerTransport> {
-        let peer_transport = Arc::new(PeerTransport {
-            quic: QuicTransport { connection: connection.clone(), ledger: ledger.clone() },
-            shared_memory: self.shared_memory.clone(),
-            is_attached: AtomicBool::new(false),
-        });
-        let transport: Arc<dyn Transport> = peer_transport.clone();
-        let transport = match &self.layer {
+    /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
+    pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
+        self.sender(PeerTransport::new(connection, ledger, None))
+    }
+
+    /// Through what the tests have put around it.
+    fn sender(&self, transport: Arc<dyn Transport>) -> BulkSender {
+        BulkSender::new(match &self.layer {
             Some(layer) => layer(transport),
             None => transport,
-        };
+        })
+    }
+
+    /// A newer connection of the same life takes the place of an older one.
+    pub(crate) fn insert(
+        &self,
+        peer: &Hello,
+        connection: &Connection,
+        ledger: &Arc<Ledger>,
+        is_receiving: bool,
+    ) -> Arc<PeerTransport> {
         // A connection that broke during its hello was never removed.
-        self.senders.retain(|_, (_, sender)| !sender.is_closed());
-        self.senders.insert((peer.node.clone(), peer.epoch), (connection.stable_id(), BulkSender::new(transport)));
-        peer_transport
+        self.senders.retain(|_, entry| !entry.sender.is_closed());
+        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
+        let sender = self.sender(transport.clone());
+        let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
+        self.senders.insert((peer.node.clone(), peer.epoch), entry);
+        transport
     }
 
     pub(crate) fn remove(&self, peer: &Hello, connection: &Connection) {
         let key = (peer.node.clone(), peer.epoch);
-        self.senders.remove_if(&key, |_, (id, _)| *id == connection.stable_id());
+        self.senders.remove_if(&key, |_, entry| entry.connection == connection.stable_id());
     }
 
     pub(crate) fn find(&self, node: &NodeId, epoch: Epoch) -> Option<BulkSender> {
         let entry = self.senders.get(&(node.clone(), epoch))?;
-        (!entry.1.is_closed()).then(|| entry.1.clone())
+        (!entry.sender.is_closed()).then(|| entry.sender.clone())
+    }
+
+    pub(crate) fn is_receiving(&self, node: &NodeId, epoch: Epoch) -> bool {
+        let entry = self.senders.get(&(node.clone(), epoch));
+        entry.is_some_and(|entry| entry.is_receiving && !entry.sender.is_closed())
     }
 }
 
@@ -105,6 +129,11 @@ pub(crate) struct PeerTransport {
 }
 
 impl PeerTransport {
+    fn new(connection: &Connection, ledger: &Arc<Ledger>, shared_memory: Option<Arc<dyn KvMemory>>) -> Arc<Self> {
+        let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
+        Arc::new(Self { quic, shared_memory, is_attached: AtomicBool::new(false) })
+    }
+
     /// The receiver has mapped the pool.
     pub(super) fn on_attached(&self) {
         self.is_attached.store(true, Ordering::SeqCst);
@@ -150,6 +179,7 @@ impl Transport for PeerTransport {
 pub struct BulkReceiver {
     connection: Connection,
     carrier: Carrier,
+    sender: BulkSender,
 }
 
 impl Drop for BulkReceiver {
@@ -171,6 +201,7 @@ pub(crate) struct ReceiveContext {
 impl BulkReceiver {
     pub(crate) fn start(
         connection: Connection,
+        sender: BulkSender,
         context: ReceiveContext,
         held: (Held, OwnedSemaphorePermit),
         tasks: &TaskTracker,
@@ -185,12 +216,17 @@ impl BulkReceiver {
             tracing::debug!(remote = %accepting.remote_address(), %reason, "a bulk connection ended");
             drop(held);
         });
-        Self { connection, carrier }
+        Self { connection, sender, carrier }
     }
 
     /// Name of the transport that KV comes over: `quic` or `shm`.
     pub fn transport_name(&self) -> &'static str {
         self.carrier.as_str()
+    }
+
+    /// The way back: extents for the node at the other end, over the same connection.
+    pub fn sender(&self) -> &BulkSender {
+        &self.sender
     }
 
     /// Whether the connection is gone.
@@ -212,7 +248,12 @@ enum Incoming {
     Runs(quinn::SendStream, quinn::RecvStream),
 }
 
-async fn receive(connection: &Connection, context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
+/// Takes in what comes over a bulk connection until it ends; says how it ended.
+pub(crate) async fn receive(
+    connection: &Connection,
+    context: &Arc<ReceiveContext>,
+    tasks: &TaskTracker,
+) -> CloseReason {
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");

@@ -11,6 +11,9 @@
 //!                                                  Arriving::finish()           digest right: verified
 //! ```
 //!
+//! The other direction is the same with the roles exchanged: a prefill node opens a landing in its fabric's zone,
+//! and the decode node sends through [`BulkReceiver::sender`], over the same connection.
+//!
 //! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
 //! before its extents are verified; the digest decides whether it counts.
 //!

@@ -133,6 +133,7 @@ pub fn prefill(request: u128) -> Open {
         num_held_tokens: 0,
         credit_bytes: 1 << 20,
         deadline: SOON,
+        local_rest: None,
     }))
 }
 

@@ -14,6 +14,10 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
 use super::{Cluster, LOOPBACK, node, soon};
 
+/// Version 1 as it is on the wire: control and bulk connections.
+pub const ALPN_CONTROL: &[u8] = b"tandem/1";
+pub const ALPN_BULK: &[u8] = b"tandem-bulk/1";
+
 /// Certificate and key of a node of the cluster, for use without a fabric.
 pub struct Raw {
     roots: Arc<rustls::RootCertStore>,

@@ -3,10 +3,10 @@
 use std::time::Duration;
 
 use super::super::AskIndex;
-use crate::ids::NodeId;
+use crate::ids::{Generation, NodeId};
 use crate::sampling::{FinishReason, SampledToken};
 use crate::timeline::NodeTimeline;
-use crate::wire::{NodeError, PrefillControl};
+use crate::wire::{ExtentId, NodeError, PrefillControl};
 
 /// What the shell must do, in order, each finished before the next.
 #[derive(Debug, Clone, PartialEq)]
@@ -26,9 +26,33 @@ pub enum DecodeAction {
         ask: AskIndex,
         /// For the message: a multiple of the granule, less than the number of tokens.
         num_held_tokens: u32,
+        /// Whether the message says what the rest would cost here.
+        is_local_offered: bool,
         /// For the message.
         credit_bytes: u64,
     },
+    /// Find the way to the candidate and call [`on_fetch_opened`](super::DecodeHandover::on_fetch_opened) with
+    /// the extents of these tokens, which are held and pinned.
+    OpenFetch {
+        /// The ask whose candidate wants them.
+        ask: AskIndex,
+        /// The candidate's reservation.
+        generation: Generation,
+        /// From here.
+        first_token: u32,
+        /// To here.
+        end_token: u32,
+    },
+    /// Send this extent of the prefix that was opened last; call
+    /// [`on_fetch_extent_lost`](super::DecodeHandover::on_fetch_extent_lost) if that fails.
+    SendExtent {
+        /// Which.
+        extent: ExtentId,
+        /// Its size.
+        num_bytes: u64,
+    },
+    /// Give up the extents of that prefix which are on the way: when this is done none reads the blocks.
+    StopFetch,
     /// Send this on the stream of the present ask.
     Send(PrefillControl),
     /// Send these to the proxy: they are the first tokens of the choices. Once per hand-over.

@@ -1,7 +1,9 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::ids::Generation;
 use crate::sampling::FinishReason;
+use crate::wire::ExtentId;
 
 const SECOND: Duration = Duration::from_secs(1);
 
@@ -24,6 +26,12 @@ enum Input {
     RefusedExtent,
     StreamLost,
     StaleLoss,
+    Declined,
+    Fetch,
+    FetchBeyond,
+    FetchCredit,
+    FetchEnded,
+    FetchExtentLost,
     Cancel,
     Deadline,
     WholeDeadline,
@@ -31,7 +39,7 @@ enum Input {
 
 use Input::*;
 
-const INPUTS: [Input; 19] = [
+const INPUTS: [Input; 25] = [
     LinkReady,
     LinkFailed,
     Busy,
@@ -48,6 +56,12 @@ const INPUTS: [Input; 19] = [
     RefusedExtent,
     StreamLost,
     StaleLoss,
+    Declined,
+    Fetch,
+    FetchBeyond,
+    FetchCredit,
+    FetchEnded,
+    FetchExtentLost,
     Cancel,
     Deadline,
     WholeDeadline,
@@ -62,6 +76,7 @@ fn limits() -> DecodeLimits {
         total_timeout: 60 * SECOND,
         credit_window_bytes: 400,
         num_local_tokens_max: 0,
+        num_offered_tokens_max: 0,
     }
 }
 
@@ -125,6 +140,20 @@ impl Driver {
             LastExtent => handover.on_extent_verified(ask, 60, 100, true, now),
             RefusedExtent => handover.on_extent_refused(ask, now),
             StreamLost => handover.on_stream_lost(ask, now),
+            Declined => handover.on_event(ask, PrefillEvent::Declined, now),
+            Fetch => {
+                // The shell opens what is asked for.
+                let mut actions = handover.on_event(ask, fetch(0, handover.num_announced_tokens), now);
+                if matches!(actions.last(), Some(DecodeAction::OpenFetch { .. })) {
+                    let extents = (0..3).map(|layer| (held_extent(layer), 100)).collect();
+                    actions.extend(handover.on_fetch_opened(ask, Some(extents)));
+                }
+                actions
+            }
+            FetchBeyond => handover.on_event(ask, fetch(0, handover.num_announced_tokens + 16), now),
+            FetchCredit => handover.on_event(ask, PrefillEvent::FetchCredit { bytes: 100 }, now),
+            FetchEnded => handover.on_event(ask, PrefillEvent::FetchEnded, now),
+            FetchExtentLost => handover.on_fetch_extent_lost(ask),
             StaleLoss => handover.on_stream_lost(AskIndex(ask.0.wrapping_sub(1)), now),
             Cancel => handover.on_cancel(),
             Deadline => {
@@ -139,8 +168,27 @@ impl Driver {
     }
 }
 
+/// Credit for one and a half extents.
+fn fetch(first_token: u32, end_token: u32) -> PrefillEvent {
+    PrefillEvent::Fetch { generation: Generation(3), first_token, end_token, credit_bytes: 150 }
+}
+
+fn held_extent(layer: u16) -> ExtentId {
+    ExtentId { group: 0, layer, plane_mask: 3, first_head: 0, num_heads: 2, first_token: 0, num_tokens: 48 }
+}
+
 fn after(inputs: &[Input]) -> Driver {
-    let (mut driver, _) = Driver::new(request(2), limits());
+    after_with(request(2), limits(), inputs)
+}
+
+/// 48 of 100 tokens are held, and the rest is offered.
+fn after_holding(inputs: &[Input]) -> Driver {
+    let limits = DecodeLimits { num_offered_tokens_max: 60, ..limits() };
+    after_with(DecodeRequest { num_held_tokens: 48, ..request(2) }, limits, inputs)
+}
+
+fn after_with(request: DecodeRequest, limits: DecodeLimits, inputs: &[Input]) -> Driver {
+    let (mut driver, _) = Driver::new(request, limits);
     for &input in inputs {
         driver.feed(input);
     }
@@ -154,7 +202,10 @@ fn words(actions: &[DecodeAction]) -> String {
             format!("Ask({candidate}, #{}, holds {num_held_tokens})", ask.0)
         }
         DecodeAction::Send(PrefillControl::Credit { bytes }) => format!("Credit({bytes})"),
-        DecodeAction::Send(PrefillControl::Received) => "Received".into(),
+        DecodeAction::Send(control) => format!("{control:?}"),
+        DecodeAction::OpenFetch { first_token, end_token, .. } => format!("OpenFetch({first_token}..{end_token})"),
+        DecodeAction::SendExtent { extent, .. } => format!("SendExtent({})", extent.layer),
+        DecodeAction::StopFetch => "StopFetch".into(),
         DecodeAction::DeliverFirstTokens { .. } => "DeliverFirstTokens".into(),
         DecodeAction::CloseLanding => "CloseLanding".into(),
         DecodeAction::ResetStream => "ResetStream".into(),
@@ -170,12 +221,16 @@ fn words(actions: &[DecodeAction]) -> String {
 /// The whole table: every state, every input. A change here is a change of the protocol.
 #[test]
 fn transitions_match_the_committed_table() {
-    let states: [(&str, &[Input]); 8] = [
+    let states: [(&str, &[Input]); 12] = [
         ("Linking", &[]),
         ("Asked", &[LinkReady]),
         ("Landing", &[LinkReady, Accepted, Extent]),
         ("Landing with #1", &[LinkReady, Accepted, Extent, FirstTokens]),
         ("AwaitingToken", &[LinkReady, Accepted, LastExtent]),
+        ("Holding, Asked with an offer", &[LinkReady]),
+        ("Holding, Landing", &[LinkReady, Accepted]),
+        ("Holding, Landing, sends the held prefix", &[LinkReady, Accepted, Fetch]),
+        ("Holding, Landing, has sent it", &[LinkReady, Accepted, Fetch, FetchEnded]),
         ("Joined", &[LinkReady, Accepted, FirstTokens, LastExtent]),
         ("Local", &[LinkFailed, LinkFailed]),
         ("Released", &[Cancel]),
@@ -185,7 +240,7 @@ fn transitions_match_the_committed_table() {
         table += &format!("{name}\n");
         let mut ignored = Vec::new();
         for input in INPUTS {
-            let mut driver = after(inputs);
+            let mut driver = if name.starts_with("Holding") { after_holding(inputs) } else { after(inputs) };
             let before = driver.handover.state();
             let actions = driver.feed(input);
             let state = driver.handover.state();
@@ -245,6 +300,67 @@ fn small_rest_is_prefilled_locally() {
     driver.feed(LinkReady);
     driver.feed(Extent);
     assert!(words(&driver.feed(StreamLost)).ends_with("CandidateLost(p0, stream_lost), PrefillLocally(from 40)"));
+}
+
+#[test]
+fn candidate_that_declines_is_no_loss_and_may_only_where_it_was_offered() {
+    let mut driver = after_holding(&[LinkReady]);
+    assert_eq!(words(&driver.feed(Declined)), "ResetStream, CloseLanding, PrefillLocally(from 48)");
+    let mut driver = after_with(DecodeRequest { num_held_tokens: 32, ..request(2) }, limits(), &[LinkReady]);
+    assert!(words(&driver.feed(Declined)).contains("CandidateLost(p0, protocol), Link(p1)"));
+}
+
+#[test]
+fn rest_is_offered_up_to_the_limit() {
+    for (num_held_tokens, is_offered) in [(32, false), (48, true), (96, true)] {
+        let limits = DecodeLimits { num_offered_tokens_max: 52, ..limits() };
+        let (mut driver, _) = Driver::new(DecodeRequest { num_held_tokens, ..request(1) }, limits);
+        let actions = driver.feed(LinkReady);
+        let DecodeAction::Ask { is_local_offered, .. } = &actions[0] else { panic!("{actions:?}") };
+        assert_eq!(*is_local_offered, is_offered, "{num_held_tokens} of 100 held");
+    }
+}
+
+#[test]
+fn prefix_leaves_as_credit_allows_and_credit_is_progress() {
+    let mut driver = after_holding(&[LinkReady, Accepted]);
+    assert_eq!(words(&driver.feed(Fetch)), "OpenFetch(0..48), SendExtent(0), SendExtent(1)");
+    driver.now = SECOND;
+    assert_eq!(words(&driver.feed(FetchCredit)), "SendExtent(2)");
+    assert_eq!(driver.handover.next_deadline(), Some(3 * SECOND));
+    driver.now = 2 * SECOND;
+    assert_eq!(words(&driver.feed(FetchEnded)), "StopFetch");
+    assert_eq!(driver.handover.next_deadline(), Some(4 * SECOND));
+}
+
+#[test]
+fn prefix_that_cannot_be_sent_is_not_waited_for() {
+    let mut driver = after_holding(&[LinkReady, Accepted]);
+    let ask = driver.handover.ask().unwrap();
+    driver.handover.on_event(ask, fetch(0, 48), SECOND);
+    assert_eq!(words(&driver.handover.on_fetch_opened(ask, None)), "StopFetch, FetchStopped");
+    assert_eq!(words(&driver.feed(FetchCredit)), "", "it was on its way");
+    assert_eq!(words(&driver.feed(FetchEnded)), "");
+}
+
+#[test]
+fn candidate_that_waits_for_what_is_sent_here_is_given_up_after_the_fetch_only() {
+    let mut driver = after_holding(&[LinkReady, Accepted, Fetch]);
+    assert_eq!(words(&driver.feed(Deadline)), "StopFetch, FetchStopped");
+    assert_eq!(driver.handover.next_deadline(), Some(4 * SECOND));
+    assert_eq!(words(&driver.feed(Deadline)), "ResetStream, CloseLanding, CandidateLost(p0, no_progress), Link(p1)");
+}
+
+#[test]
+fn only_what_was_announced_is_sent_and_only_once() {
+    for (first, end) in [(0, 64), (48, 48), (32, 16), (8, 48), (0, 40), (0, u32::MAX)] {
+        let mut driver = after_holding(&[LinkReady, Accepted]);
+        let ask = driver.handover.ask().unwrap();
+        let actions = driver.handover.on_event(ask, fetch(first, end), SECOND);
+        assert!(words(&actions).contains("CandidateLost(p0, protocol)"), "{first}..{end}: {}", words(&actions));
+    }
+    let mut driver = after_holding(&[LinkReady, Accepted, Fetch, FetchEnded]);
+    assert!(words(&driver.feed(Fetch)).contains("CandidateLost(p0, protocol)"));
 }
 
 #[test]
@@ -350,6 +466,7 @@ struct Rules {
     has_ended: bool,
     is_landing_open: bool,
     is_stream_open: bool,
+    is_prefix_read: bool,
     failed: bool,
 }
 
@@ -365,6 +482,15 @@ impl Rules {
                 (self.is_landing_open, self.is_stream_open) = (true, true);
             }
             DecodeAction::Send(_) => assert!(self.is_stream_open),
+            DecodeAction::OpenFetch { end_token, .. } => {
+                assert!(self.is_stream_open && !self.is_prefix_read && *end_token < 100);
+                self.is_prefix_read = true;
+            }
+            DecodeAction::SendExtent { .. } => assert!(self.is_prefix_read),
+            DecodeAction::StopFetch => {
+                assert!(self.is_prefix_read);
+                self.is_prefix_read = false;
+            }
             DecodeAction::DeliverFirstTokens { .. } => self.num_deliveries += 1,
             DecodeAction::CloseLanding => {
                 assert!(self.is_landing_open);
@@ -390,6 +516,7 @@ impl Rules {
                 self.has_ended = true;
             }
         }
+        assert!(!self.has_ended || !self.is_prefix_read, "the blocks are read by a transfer");
         assert!(self.num_deliveries <= 1, "first tokens were delivered twice");
     }
 }
@@ -398,9 +525,12 @@ proptest! {
     #[test]
     fn any_order_of_events_delivers_once_and_ends_once(
         num_candidates in 0usize..4,
+        num_held_tokens in 0u32..100,
         inputs in prop::collection::vec(prop::sample::select(&INPUTS[..]), 0..40),
     ) {
-        let (mut driver, actions) = Driver::new(request(num_candidates), limits());
+        let request = DecodeRequest { num_held_tokens, ..request(num_candidates) };
+        let limits = DecodeLimits { num_offered_tokens_max: 50, ..limits() };
+        let (mut driver, actions) = Driver::new(request, limits);
         let mut rules = Rules::default();
         actions.iter().for_each(|action| rules.check(action));
         for input in inputs {

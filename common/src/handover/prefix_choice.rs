@@ -1,0 +1,226 @@
+//! How a prefill node comes by a prefix that the decode node holds and that it lacks itself: the cheapest of
+//! three ways, as expected times.
+//!
+//! ```text
+//! tokens      0        cached           held              end
+//!             |---------|----------------|-----------------|
+//! recompute             | ahead, then all of it computed   |
+//! fetch                 |~ bytes, while ~| then the rest   |
+//!                         those ahead compute
+//! local                                  | the decode node's own estimate
+//! ```
+//!
+//! What a way costs behind the prompt (KV of the rest to the decode node) is left out: it overlaps with the
+//! computation, and the local way alone is without it. Figures are measured or set by an operator; a wrong
+//! one costs time, never a token. A further source (a tier, a peer) would be one more way with a cost here.
+
+use std::time::Duration;
+
+/// Another way than recomputing must cost at most this share of the best one before it: near ties move no
+/// bytes and disturb no decode node.
+const WORTH_IT: f64 = 0.8;
+
+/// How fast a node is expected to compute prompts before it has computed one.
+pub const UNMEASURED_PREFILL_TOKENS_PER_SECOND: f64 = 2000.0;
+/// How fast KV is expected to come from a node before any has.
+pub const UNMEASURED_FETCH_BYTES_PER_SECOND: f64 = 500e6;
+
+/// What is known when a prompt is admitted.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PrefixCosts {
+    /// Tokens of the prompt.
+    pub num_tokens: u32,
+    /// Leading tokens whose KV is here.
+    pub num_cached_tokens: u32,
+    /// Leading tokens whose KV the decode node holds.
+    pub num_held_tokens: u32,
+    /// Prompt tokens that are computed here before this prompt's.
+    pub num_tokens_ahead: u64,
+    /// How fast prompts are computed here.
+    pub prefill_tokens_per_second: f64,
+    /// KV of one token in all layers.
+    pub kv_bytes_per_token: u64,
+    /// How fast KV comes from the decode node; `None` if it cannot.
+    pub fetch_bytes_per_second: Option<f64>,
+    /// To the decode node and back.
+    pub round_trip: Duration,
+    /// What the rest behind its own prefix would cost the decode node, if it offers to compute it.
+    pub local_rest: Option<Duration>,
+}
+
+/// What is done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum PrefixChoice {
+    /// Compute everything behind the own prefix.
+    Recompute,
+    /// Have the decode node send what it holds, and compute the rest.
+    Fetch,
+    /// Leave the rest to the decode node.
+    Local,
+}
+
+impl PrefixChoice {
+    /// The value of the metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            PrefixChoice::Recompute => "recompute",
+            PrefixChoice::Fetch => "fetch",
+            PrefixChoice::Local => "local",
+        }
+    }
+}
+
+impl PrefixCosts {
+    /// Until token #1 if everything behind the own prefix is computed here.
+    pub fn recompute(&self) -> Duration {
+        self.compute(self.num_tokens_ahead) + self.compute(u64::from(self.num_tokens - self.num_cached_tokens))
+    }
+
+    /// Until token #1 if the decode node's prefix is fetched; those ahead are computed meanwhile.
+    pub fn fetch(&self) -> Option<Duration> {
+        let num_bytes = u64::from(self.num_lacking_tokens()) * self.kv_bytes_per_token;
+        let transfer = time_for(num_bytes as f64, self.fetch_bytes_per_second?).saturating_add(self.round_trip);
+        let rest = self.compute(u64::from(self.num_tokens - self.num_held_tokens));
+        Some(transfer.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
+    }
+
+    /// Until token #1 if the decode node is told to go on alone.
+    pub fn local(&self) -> Option<Duration> {
+        Some(self.local_rest?.saturating_add(self.round_trip / 2))
+    }
+
+    /// The cheapest way. `None` if the decode node holds nothing that is lacking here.
+    ///
+    /// # Panics
+    /// If more tokens are cached or held than there are.
+    pub fn choose(&self) -> Option<PrefixChoice> {
+        assert!(
+            self.num_cached_tokens.max(self.num_held_tokens) < self.num_tokens,
+            "a hit never covers the last token"
+        );
+        if self.num_lacking_tokens() == 0 {
+            return None;
+        }
+        let mut best = (PrefixChoice::Recompute, self.recompute());
+        for (choice, cost) in [(PrefixChoice::Fetch, self.fetch()), (PrefixChoice::Local, self.local())] {
+            if let Some(cost) = cost.filter(|cost| cost.as_secs_f64() <= best.1.as_secs_f64() * WORTH_IT) {
+                best = (choice, cost);
+            }
+        }
+        Some(best.0)
+    }
+
+    /// What computing the prefix itself would take: a fetch that is slower is not waited for.
+    pub fn recompute_prefix(&self) -> Duration {
+        self.compute(u64::from(self.num_lacking_tokens()))
+    }
+
+    fn num_lacking_tokens(&self) -> u32 {
+        self.num_held_tokens.saturating_sub(self.num_cached_tokens)
+    }
+
+    fn compute(&self, num_tokens: u64) -> Duration {
+        // Far below what overflows when a few are added, and longer than anybody waits.
+        time_for(num_tokens as f64, self.prefill_tokens_per_second)
+    }
+}
+
+/// At most a year; so long too if the speed is zero, or none.
+fn time_for(amount: f64, per_second: f64) -> Duration {
+    const YEAR_SECONDS: f64 = 365.0 * 24.0 * 60.0 * 60.0;
+    Duration::from_secs_f64(if per_second > 0.0 { (amount / per_second).min(YEAR_SECONDS) } else { YEAR_SECONDS })
+}
+
+/// What computing `num_tokens` behind `num_tokens_ahead` takes at this speed: a decode node's offer.
+pub fn expected_prefill(num_tokens: u64, num_tokens_ahead: u64, tokens_per_second: f64) -> Duration {
+    time_for(num_tokens.saturating_add(num_tokens_ahead) as f64, tokens_per_second)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: Duration = Duration::from_millis(1);
+
+    /// 1000 tokens, 100 of them cached, 900 held; recomputing takes 900 ms, the rest alone 100 ms.
+    fn costs() -> PrefixCosts {
+        PrefixCosts {
+            num_tokens: 1000,
+            num_cached_tokens: 100,
+            num_held_tokens: 900,
+            num_tokens_ahead: 0,
+            prefill_tokens_per_second: 1000.0,
+            kv_bytes_per_token: 1000,
+            fetch_bytes_per_second: None,
+            round_trip: Duration::ZERO,
+            local_rest: None,
+        }
+    }
+
+    fn fetching(bytes_per_second: f64) -> PrefixCosts {
+        PrefixCosts { fetch_bytes_per_second: Some(bytes_per_second), ..costs() }
+    }
+
+    #[test]
+    fn each_way_costs_what_the_drawing_says() {
+        let costs = PrefixCosts { local_rest: Some(70 * MS), round_trip: 10 * MS, ..fetching(8e6) };
+        assert_eq!(costs.recompute(), 900 * MS);
+        assert_eq!(costs.fetch(), Some((100 + 10 + 100) * MS));
+        assert_eq!(costs.local(), Some(75 * MS));
+        assert_eq!(costs.recompute_prefix(), 800 * MS);
+        let behind = PrefixCosts { num_tokens_ahead: 500, ..costs };
+        assert_eq!(behind.recompute(), 1400 * MS);
+        assert_eq!(behind.fetch(), Some(600 * MS), "the bytes come while those ahead are computed");
+        assert_eq!(behind.local(), costs.local(), "its queue is not ours");
+    }
+
+    #[test]
+    fn cheapest_is_chosen() {
+        let choose = |fetch: Option<f64>, local: Option<u64>| {
+            let local_rest = local.map(Duration::from_millis);
+            PrefixCosts { fetch_bytes_per_second: fetch, local_rest, ..costs() }.choose()
+        };
+        assert_eq!(choose(None, None), Some(PrefixChoice::Recompute));
+        assert_eq!(choose(Some(8e6), None), Some(PrefixChoice::Fetch));
+        assert_eq!(choose(None, Some(100)), Some(PrefixChoice::Local));
+        assert_eq!(choose(Some(8e6), Some(100)), Some(PrefixChoice::Local), "100 ms against 200");
+        assert_eq!(choose(Some(8e6), Some(500)), Some(PrefixChoice::Fetch), "500 ms against 200");
+        assert_eq!(choose(Some(1e6), Some(2000)), Some(PrefixChoice::Recompute), "900 ms against 900 and 2000");
+    }
+
+    #[test]
+    fn near_ties_stay_with_what_moves_fewer_bytes() {
+        // 620 ms of transfer and 100 of compute are just 80 % of 900.
+        assert_eq!(fetching(800e3 / 0.62).choose(), Some(PrefixChoice::Fetch));
+        assert_eq!(fetching(800e3 / 0.63).choose(), Some(PrefixChoice::Recompute));
+        let local = |millis| PrefixCosts { local_rest: Some(millis * MS), ..fetching(8e6) };
+        assert_eq!(local(160).choose(), Some(PrefixChoice::Local));
+        assert_eq!(local(161).choose(), Some(PrefixChoice::Fetch));
+    }
+
+    #[test]
+    fn long_queue_here_speaks_for_the_decode_node() {
+        let costs = PrefixCosts { local_rest: Some(1500 * MS), ..costs() };
+        assert_eq!(costs.choose(), Some(PrefixChoice::Recompute));
+        assert_eq!(PrefixCosts { num_tokens_ahead: 4000, ..costs }.choose(), Some(PrefixChoice::Local));
+    }
+
+    #[test]
+    fn nothing_is_chosen_where_nothing_is_lacking() {
+        let equal = PrefixCosts { num_cached_tokens: 900, local_rest: Some(Duration::ZERO), ..fetching(1e12) };
+        assert_eq!(equal.choose(), None);
+        assert_eq!(PrefixCosts { num_cached_tokens: 960, ..equal }.choose(), None);
+    }
+
+    #[test]
+    fn absurd_figures_neither_panic_nor_win() {
+        for absurd in [0.0, -1.0, f64::NAN, f64::NEG_INFINITY] {
+            let slow = PrefixCosts { prefill_tokens_per_second: absurd, num_tokens_ahead: u64::MAX, ..costs() };
+            assert_eq!(slow.choose(), Some(PrefixChoice::Recompute), "{absurd}");
+            assert_eq!(fetching(absurd).choose(), Some(PrefixChoice::Recompute), "{absurd}");
+            assert!(expected_prefill(u64::MAX, u64::MAX, absurd) > Duration::from_secs(1 << 20));
+        }
+        let local = PrefixCosts { local_rest: Some(Duration::MAX), round_trip: Duration::MAX, ..fetching(1e12) };
+        assert_eq!(local.choose(), Some(PrefixChoice::Recompute));
+    }
+}
