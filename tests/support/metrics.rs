@@ -62,9 +62,10 @@ impl Scrape {
         self.find(name, labels).map(|sample| sample.value).sum()
     }
 
-    /// Bytes of KV that were verified on arrival, over `quic` and over `shm`.
+    /// Bytes of KV that were verified on arrival at decode nodes, over `quic` and over `shm`. What prefill nodes
+    /// fetch is not among them: it always takes `quic`.
     pub(crate) fn kv_bytes_by_transport(&self) -> [f64; 2] {
-        let verified = |transport| [("direction", "verified"), ("transport", transport)];
+        let verified = |transport| [("role", "decode-node"), ("direction", "verified"), ("transport", transport)];
         ["quic", "shm"].map(|transport| self.sum("tandem_fabric_extent_bytes_total", &verified(transport)))
     }
 
