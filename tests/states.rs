@@ -110,14 +110,59 @@ async fn round(
     (answers.into_iter().map(|answer| answer.unwrap()).collect(), is_seen)
 }
 
+/// As [`shape`], but every prefill node lacks the beginnings that the decode nodes have cached, and fetches them
+/// in small pieces.
+fn fetching_shape() -> Shape {
+    let mut shape = shape();
+    shape.prefill.extend(["--no-enable-prefix-caching", "--prefill-tokens-per-second", "1"]);
+    shape.prefill.extend(["--fetch-bytes-per-second", "1TB", "--fetch-credit-bytes", "4KiB"]);
+    shape.decode.extend(["--local-offer-max-tokens", "0"]);
+    shape.proxy.extend(["--local-prefill-max-tokens", "700"]);
+    shape
+}
+
+/// Requests with prompts of 900 tokens and more.
+fn requests(seed: Seed, purpose: u64) -> Vec<Value> {
+    let mut rng = seed.stream(purpose);
+    let request = |index: usize| {
+        let prompt = corpus::prompt(&mut rng, 900 + 50 * index);
+        if index % 2 == 0 { corpus::greedy(&prompt, 40) } else { corpus::sampled(&mut rng, &prompt, 40) }
+    };
+    (0..6).map(request).collect()
+}
+
+/// Has both decode nodes compute the beginning of every prompt themselves: of two requests that come one after
+/// the other to idle nodes, each node gets one.
+async fn prime(cluster: &Cluster, requests: &[Value], salt: &str) {
+    for body in requests {
+        let beginning = &body["prompt"].as_array().expect("prompts are tokens")[..690];
+        let body = json!({"model": body["model"], "prompt": beginning, "max_tokens": 1, "cache_salt": salt});
+        for _ in 0..2 {
+            cluster.api.complete(&body).await;
+        }
+    }
+}
+
+async fn texts_survive_fetches(kind: Blow, purpose: u64) {
+    let requests = requests(Seed::draw(), purpose);
+    let mut cluster = Cluster::start(fetching_shape()).await;
+    prime(&cluster, &requests, "undisturbed").await;
+    let (expected, _) = round(&mut cluster, &requests, "undisturbed", None).await;
+    let fetched = cluster.metrics().await.by_label("tandem_prefix_choices_total", "choice");
+    assert_eq!(fetched, [("fetch".to_string(), requests.len() as f64)].into());
+    for index in 0..4 {
+        let (salt, is_own) = (format!("fetch {index}"), index % 2 == 0);
+        prime(&cluster, &requests, &salt).await;
+        let blow = (kind, ("prefill-node", "state=Fetching"), is_own);
+        let (answers, is_seen) = round(&mut cluster, &requests, &salt, Some(blow)).await;
+        assert!(is_seen, "round {index}: nothing was fetched");
+        assert_eq!(answers, expected, "{kind:?} during a fetch, at the node that fetches: {is_own}");
+    }
+    cluster.shut_down().await;
+}
+
 async fn texts_survive(kind: Blow, purpose: u64) {
-    let mut rng = Seed::draw().stream(purpose);
-    let requests: Vec<Value> = (0..6)
-        .map(|index| {
-            let prompt = corpus::prompt(&mut rng, 900 + 50 * index);
-            if index % 2 == 0 { corpus::greedy(&prompt, 40) } else { corpus::sampled(&mut rng, &prompt, 40) }
-        })
-        .collect();
+    let requests = requests(Seed::draw(), purpose);
     let mut cluster = Cluster::start(shape()).await;
     let (expected, _) = round(&mut cluster, &requests, "undisturbed", None).await;
     let [quic, shm] = cluster.node_metrics().await.kv_bytes_by_transport();
@@ -145,4 +190,14 @@ async fn texts_survive_a_kill_at_each_state_of_a_hand_over() {
 #[tokio::test(flavor = "multi_thread")]
 async fn texts_survive_a_freeze_at_each_state_of_a_hand_over() {
     texts_survive(Blow::Freeze, 21).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_survive_a_kill_during_a_fetch() {
+    texts_survive_fetches(Blow::Kill, 22).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn texts_survive_a_freeze_during_a_fetch() {
+    texts_survive_fetches(Blow::Freeze, 23).await;
 }
