@@ -25,7 +25,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "KEY", value_delimiter = ',', hide_default_value = true, value_parser = parse_api_key)]
     pub api_key: Vec<String>,
 
-    /// Origin whose web pages may call the endpoint (CORS), such as https://chat.example.org; repeat it for
+    /// Origin whose web pages may call the endpoint (CORS), with its scheme, as in `https://chat.example.org`; repeat it for
     /// several, `*` for all. Default: none may.
     ///
     /// A page that a user of this machine opens could otherwise use the endpoint with their network's rights.
