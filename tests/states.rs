@@ -126,7 +126,7 @@ fn requests(seed: Seed, purpose: u64) -> Vec<Value> {
     let mut rng = seed.stream(purpose);
     let request = |index: usize| {
         let prompt = corpus::prompt(&mut rng, 900 + 50 * index);
-        if index % 2 == 0 { corpus::greedy(&prompt, 40) } else { corpus::sampled(&mut rng, &prompt, 40) }
+        if index.is_multiple_of(2) { corpus::greedy(&prompt, 40) } else { corpus::sampled(&mut rng, &prompt, 40) }
     };
     (0..6).map(request).collect()
 }

@@ -1,0 +1,141 @@
+//! How fast KV moves between two processes: every transport against blocking TCP and a plain copy.
+//!
+//! ```text
+//! this process (decode node's part)                       a process per row (prefill node's part)
+//!   dial, mutual TLS, bulk connection  ─────────────────>  Fabric over a pool full of noise
+//!   reserve, Prefill                   ─────────────────>  seal (digest) and send, extents in a window
+//!   land, verify the digest            <═════ KV ════════
+//! ```
+//!
+//! The path is the nodes' own: [`ExtentSource`](kv_connector::transfer::ExtentSource), `BulkSender`, landing
+//! zone, digests on both sides. What is missing is the engine. Rows are measured in turn, round after round, so
+//! that drift of the machine hits all of them alike; figures are medians over the rounds.
+//!
+//! 1. `workload`: shapes and messages that both ends agree on.
+//! 2. `sender`, `receiver`: the two processes.
+//! 3. `baseline`: TCP and memcpy.
+//! 4. `report`: the table.
+
+mod baseline;
+mod cpu_time;
+mod receiver;
+mod report;
+mod sender;
+mod workload;
+
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::{Context, bail};
+use clap::{Args, ValueEnum};
+
+pub use report::Report;
+
+/// What is measured.
+#[derive(Debug, Args)]
+pub struct TransferBenchArgs {
+    /// Transports to measure.
+    #[arg(long, value_enum, value_delimiter = ',', value_name = "TRANSPORTS", default_values_t = [Transport::Quic, Transport::Shm])]
+    pub transports: Vec<Transport>,
+    /// Tokens of an extent; one token is 1 KiB here (4 KV heads of 64 in bf16, one layer), at most 1024.
+    #[arg(long, value_name = "TOKENS", value_delimiter = ',', default_value = "64,256,1024")]
+    pub extent_tokens: Vec<usize>,
+    /// KV of one request, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub request_mib: u32,
+    /// Extents on the way at once.
+    #[arg(long, value_name = "EXTENTS", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=256))]
+    pub window: u32,
+    /// Rounds over all rows; each figure is the median of its rounds.
+    #[arg(long, value_name = "ROUNDS", default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// Requests of one extent each, for the latency of every round.
+    #[arg(long, value_name = "REQUESTS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    pub num_single: u32,
+    /// Cores for the receiver and the senders, which are pinned with taskset. Without it, and without two cores,
+    /// nothing is pinned.
+    #[arg(long, value_name = "CORES", value_delimiter = ',', default_value = "0,1")]
+    pub cores: Vec<usize>,
+}
+
+/// A way that KV may take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Transport {
+    /// Between any two nodes.
+    Quic,
+    /// Between two processes of one host.
+    Shm,
+}
+
+impl Transport {
+    fn as_str(self) -> &'static str {
+        match self {
+            Transport::Quic => "quic",
+            Transport::Shm => "shm",
+        }
+    }
+}
+
+/// The other process; started by `transfer`, not by people.
+#[derive(Debug, Args)]
+pub struct TransferSenderArgs {
+    /// Where certificate and key are.
+    #[arg(long)]
+    pub identity: PathBuf,
+    /// Tokens per extent.
+    #[arg(long)]
+    pub extent_tokens: usize,
+    /// Tokens of the largest request.
+    #[arg(long)]
+    pub num_tokens: usize,
+    /// Extents on the way at once.
+    #[arg(long)]
+    pub window: usize,
+    /// Whether the pool may be read by the receiver.
+    #[arg(long)]
+    pub is_shared: bool,
+}
+
+/// Runs the measurement.
+///
+/// # Errors
+/// If a process cannot be started or a transfer fails; also if a transport that was asked for is not what the
+/// nodes agreed on.
+pub fn run(args: &TransferBenchArgs) -> anyhow::Result<Report> {
+    for tokens in &args.extent_tokens {
+        if !(16..=1024).contains(tokens) || !tokens.is_multiple_of(16) {
+            bail!("--extent-tokens {tokens} is not supported: use a multiple of 16 up to 1024");
+        }
+        let held = workload::num_tokens(args.request_mib);
+        if *tokens > held {
+            let mib = args.request_mib;
+            bail!(
+                "--request-mib {mib} holds {held} tokens, less than an extent of {tokens}: raise it or lower --extent-tokens"
+            );
+        }
+    }
+    let pinned = pin(&args.cores);
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    runtime.block_on(receiver::measure(args, pinned))
+}
+
+/// Runs the other process until its standard input ends.
+///
+/// # Errors
+/// If the fabric cannot be started.
+pub fn run_sender(args: &TransferSenderArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    runtime.block_on(sender::serve(args))
+}
+
+/// Pins this process to the first core; the second, for the senders, if that worked.
+fn pin(cores: &[usize]) -> Option<usize> {
+    let [own, senders] = *cores else { return None };
+    let available = std::thread::available_parallelism().map_or(1, usize::from);
+    if own == senders || own.max(senders) >= available {
+        return None;
+    }
+    let pid = std::process::id().to_string();
+    let pinned = Command::new("taskset").args(["-apc", &own.to_string(), &pid]).output();
+    pinned.is_ok_and(|output| output.status.success()).then_some(senders)
+}

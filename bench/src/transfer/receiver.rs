@@ -1,0 +1,218 @@
+//! The decode node's part, and the clock.
+
+use std::io::{BufRead, BufReader};
+use std::net::{Ipv4Addr, SocketAddr};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use common::content::ContentChain;
+use common::ids::Role;
+use common::tokens::Token;
+use common::wire::Open;
+use engine::pool::KvPool;
+use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan, LandingZone};
+use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
+
+use super::report::{Report, Row};
+use super::{TransferBenchArgs, Transport, baseline, cpu_time, workload};
+
+/// One row: a process that sends, and the connections to it.
+struct Pair {
+    transport: Transport,
+    extent_tokens: usize,
+    link: Link,
+    _bulk: BulkReceiver,
+    process: SenderProcess,
+    row: Row,
+}
+
+/// Ends with this value: its standard input is closed, and it is waited for.
+struct SenderProcess(Child);
+
+impl Drop for SenderProcess {
+    fn drop(&mut self) {
+        drop(self.0.stdin.take());
+        // It leaves by itself then; one that does not is not worth an error.
+        let _ = self.0.wait();
+    }
+}
+
+/// Where KV lands, over and over in the same blocks.
+struct Landings {
+    zone: LandingZone,
+    pool: Arc<KvPool>,
+    tokens: Vec<Token>,
+    chain: ContentChain,
+    number: u64,
+}
+
+/// Measures every row in every round.
+pub(super) async fn measure(args: &TransferBenchArgs, sender_core: Option<usize>) -> anyhow::Result<Report> {
+    let ca = ClusterCa::generate()?;
+    let dir = std::env::temp_dir().join(format!("tandem-transfer-bench-{}", std::process::id()));
+    ca.issue(Role::PrefillNode, &workload::node("sender"))?.save(&dir)?;
+    std::fs::write(dir.join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
+    let measured = measure_in(args, sender_core, &ca, &dir).await;
+    std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
+    measured
+}
+
+async fn measure_in(
+    args: &TransferBenchArgs,
+    sender_core: Option<usize>,
+    ca: &ClusterCa,
+    dir: &std::path::Path,
+) -> anyhow::Result<Report> {
+    let num_tokens = workload::num_tokens(args.request_mib);
+    let identity = ca.issue(Role::DecodeNode, &workload::node("receiver"))?;
+    let hello = workload::hello("receiver", Role::DecodeNode, num_tokens);
+    let mut config = FabricConfig::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, hello);
+    config.is_reading_shared_pools = true;
+    let fabric = Fabric::bind(config)?;
+    let num_blocks = workload::num_blocks(num_tokens);
+    let pool = Arc::new(KvPool::new(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks)?);
+    let tokens = workload::tokens(num_tokens);
+    let chain = workload::chain(&tokens);
+    let mut landings = Landings { zone: fabric.landing_zone(), pool, tokens, chain, number: 0 };
+
+    let mut pairs = Vec::new();
+    let mut tcp = None;
+    for transport in &args.transports {
+        for extent_tokens in &args.extent_tokens {
+            let (process, addr, tcp_addr) = start_sender(args, *transport, *extent_tokens, sender_core, dir)?;
+            let link = fabric.dial(addr, Role::PrefillNode, None).await?;
+            let bulk = fabric.connect_bulk(&link, &landings.zone).await?;
+            let (found, expected) = (bulk.transport_name(), transport.as_str());
+            ensure!(
+                found == expected,
+                "KV comes over {found}, expected {expected}: the two processes did not agree on it"
+            );
+            tcp = Some(baseline::Tcp::connect(tcp_addr)?);
+            let row = Row::new(format!("{expected}, {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024));
+            pairs.push(Pair { transport: *transport, extent_tokens: *extent_tokens, link, _bulk: bulk, process, row });
+        }
+    }
+    let mut tcp = tcp.context("no transport was asked for")?;
+    let last = pairs.last().context("no extent size was asked for")?.process.0.id();
+    let num_bytes = args.request_mib as usize * (1 << 20);
+    let mut memcpy = baseline::Memcpy::new(num_bytes);
+    let (mut tcp_row, mut memcpy_row) = (Row::new("TCP, blocking".to_string()), Row::new("memcpy".to_string()));
+    for pair in &pairs {
+        landings.request(pair, num_tokens).await?; // the first touches every page
+    }
+    memcpy.copy();
+    tcp.receive(num_bytes)?;
+    for round in 0..args.rounds {
+        eprint!("\rround {} of {}", round + 1, args.rounds);
+        for pair in &mut pairs {
+            let cpu = Cpu::now(pair.process.0.id())?;
+            let took = landings.request(pair, num_tokens).await?;
+            pair.row.observe(num_bytes, took, cpu.since(pair.process.0.id())?);
+            for _ in 0..args.num_single {
+                pair.row.observe_single(landings.request(pair, pair.extent_tokens).await?);
+            }
+        }
+        let cpu = Cpu::now(last)?;
+        let took = tcp.receive(num_bytes)?;
+        tcp_row.observe(num_bytes, took, cpu.since(last)?);
+        let cpu = Cpu::now(last)?;
+        let took = memcpy.copy();
+        memcpy_row.observe(num_bytes, took, cpu.since(last)?);
+    }
+    eprintln!();
+    let rows = pairs.iter().map(|pair| pair.row.clone()).chain([tcp_row, memcpy_row]).collect();
+    drop(pairs);
+    fabric.close().await;
+    Ok(Report::new(rows, sender_core.is_some()))
+}
+
+fn start_sender(
+    args: &TransferBenchArgs,
+    transport: Transport,
+    extent_tokens: usize,
+    core: Option<usize>,
+    dir: &std::path::Path,
+) -> anyhow::Result<(SenderProcess, SocketAddr, SocketAddr)> {
+    let program = std::env::current_exe().context("find this program")?;
+    let mut command = match core {
+        Some(core) => {
+            let mut command = Command::new("taskset");
+            command.args(["-c", &core.to_string()]).arg(&program);
+            command
+        }
+        None => Command::new(&program),
+    };
+    // The same program may be `tandem`, whose first word is the role.
+    if program.file_stem().is_some_and(|name| name == "tandem") {
+        command.arg("bench");
+    }
+    command.arg("transfer-sender").arg("--identity").arg(dir);
+    command.arg("--extent-tokens").arg(extent_tokens.to_string());
+    command.arg("--num-tokens").arg(workload::num_tokens(args.request_mib).to_string());
+    command.arg("--window").arg(args.window.to_string());
+    if transport == Transport::Shm {
+        command.arg("--is-shared");
+    }
+    let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
+    let mut process = SenderProcess(spawned.context("start the process that sends")?);
+    let stdout = process.0.stdout.take().context("the pipe that was asked for is there")?;
+    let mut line = String::new();
+    BufReader::new(stdout).read_line(&mut line).context("read where the sender listens")?;
+    let Some((fabric, tcp)) = line.trim().split_once(' ') else {
+        bail!("the process that sends did not start: it said {line:?}");
+    };
+    Ok((process, fabric.parse().context("the fabric's address")?, tcp.parse().context("the TCP address")?))
+}
+
+impl Landings {
+    /// From asking to the last extent verified.
+    async fn request(&mut self, pair: &Pair, num_tokens: usize) -> anyhow::Result<Duration> {
+        self.number += 1;
+        let prefill = workload::prefill(self.number, &self.tokens[..num_tokens]);
+        let plan = LandingPlan {
+            request: prefill.request,
+            attempt: prefill.attempt,
+            generation: prefill.generation,
+            blocks: workload::blocks(num_tokens),
+            chain: self.chain.clone(),
+            tokens: self.tokens[..num_tokens].to_vec(),
+            first_token: 0,
+            num_tokens,
+            kv_spec: workload::kv_spec(),
+            memory: self.pool.clone(),
+        };
+        let open = Open::Prefill(Box::new(prefill));
+        let (_landing, mut landed) = self.zone.open(plan);
+        let started_at = Instant::now();
+        let landing = async {
+            let _stream = pair.link.open(&open).await.context("ask for KV")?;
+            loop {
+                match landed.recv().await.context("the landing ended")? {
+                    LandingEvent::ExtentVerified { is_complete: true, .. } => return Ok(started_at.elapsed()),
+                    LandingEvent::ExtentVerified { .. } => {}
+                    LandingEvent::ExtentRefused { reason } => {
+                        bail!("{}: an extent was refused: {reason:?}", pair.transport.as_str())
+                    }
+                }
+            }
+        };
+        tokio::time::timeout(workload::DEADLINE, landing).await.context("the KV did not arrive in time")?
+    }
+}
+
+/// CPU time of both processes so far.
+struct Cpu(Duration);
+
+impl Cpu {
+    fn now(sender: u32) -> anyhow::Result<Self> {
+        let both = cpu_time::of(std::process::id()).zip(cpu_time::of(sender));
+        let (ours, theirs) = both.context("read CPU times from /proc")?;
+        Ok(Self(ours + theirs))
+    }
+
+    fn since(&self, sender: u32) -> anyhow::Result<Duration> {
+        Ok(Self::now(sender)?.0.saturating_sub(self.0))
+    }
+}

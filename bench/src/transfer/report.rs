@@ -1,0 +1,121 @@
+//! The table of a transfer benchmark.
+
+use std::fmt;
+use std::time::Duration;
+
+/// What was seen of one row, over all rounds.
+#[derive(Debug, Clone)]
+pub(super) struct Row {
+    name: String,
+    /// Bytes per second of each round.
+    rates: Vec<f64>,
+    num_bytes: f64,
+    cpu: Duration,
+    singles: Vec<Duration>,
+}
+
+impl Row {
+    pub(super) fn new(name: String) -> Self {
+        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: Duration::ZERO, singles: Vec::new() }
+    }
+
+    pub(super) fn observe(&mut self, num_bytes: usize, took: Duration, cpu: Duration) {
+        self.rates.push(num_bytes as f64 / took.as_secs_f64());
+        self.num_bytes += num_bytes as f64;
+        self.cpu += cpu;
+    }
+
+    pub(super) fn observe_single(&mut self, took: Duration) {
+        self.singles.push(took);
+    }
+
+    /// Median of the rounds, bytes per second.
+    fn rate(&self) -> f64 {
+        let mut rates = self.rates.clone();
+        rates.sort_by(f64::total_cmp);
+        rates.get(rates.len() / 2).copied().unwrap_or_default()
+    }
+
+    /// CPU seconds of both processes per GB.
+    fn cpu_per_gb(&self) -> f64 {
+        self.cpu.as_secs_f64() / (self.num_bytes / 1e9)
+    }
+
+    fn single_at(&self, share: f64) -> Option<Duration> {
+        let mut singles = self.singles.clone();
+        singles.sort();
+        let last = singles.len().checked_sub(1)?;
+        Some(singles[(last as f64 * share).round() as usize])
+    }
+}
+
+/// GB/s of each row, held against TCP and memcpy of the same rounds.
+#[derive(Debug)]
+pub struct Report {
+    rows: Vec<Row>,
+    is_pinned: bool,
+}
+
+impl Report {
+    /// The last two rows are TCP and memcpy.
+    pub(super) fn new(rows: Vec<Row>, is_pinned: bool) -> Self {
+        Self { rows, is_pinned }
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let pinned = if self.is_pinned { "one core each" } else { "not pinned to cores" };
+        writeln!(f, "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP and memcpy")?;
+        writeln!(
+            f,
+            "{:<20} {:>8} {:>8} {:>8} {:>10} {:>22}",
+            "", "GB/s", "of TCP", "of copy", "CPU s/GB", "4 extents p50/p99, us"
+        )?;
+        let [.., tcp, memcpy] = &self.rows[..] else { return Ok(()) };
+        for row in &self.rows {
+            let (tcp, memcpy) = (row.rate() / tcp.rate(), row.rate() / memcpy.rate());
+            write!(
+                f,
+                "{:<20} {:>8.2} {tcp:>8.2} {memcpy:>8.2} {:>10.2}",
+                row.name,
+                row.rate() / 1e9,
+                row.cpu_per_gb()
+            )?;
+            match row.single_at(0.5).zip(row.single_at(0.99)) {
+                Some((p50, p99)) => {
+                    let both = format!("{} / {}", p50.as_micros(), p99.as_micros());
+                    writeln!(f, " {both:>22}")?;
+                }
+                None => writeln!(f)?,
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_medians_and_sums_of_what_was_observed() {
+        let mut row = Row::new("quic".to_string());
+        for (millis, cpu) in [(100, 10), (50, 20), (200, 30)] {
+            row.observe(100_000_000, Duration::from_millis(millis), Duration::from_millis(cpu));
+        }
+        assert!((row.rate() - 1e9).abs() < 1.0);
+        assert!((row.cpu_per_gb() - 0.2).abs() < 1e-9);
+        (1..=101).for_each(|micros| row.observe_single(Duration::from_micros(micros)));
+        assert_eq!(row.single_at(0.5), Some(Duration::from_micros(51)));
+        assert_eq!(row.single_at(0.99), Some(Duration::from_micros(100)));
+        let mut tcp = Row::new("TCP, blocking".to_string());
+        tcp.observe(100_000_000, Duration::from_millis(50), Duration::ZERO);
+        let text = Report::new(vec![row, tcp.clone(), tcp], true).to_string();
+        let line = text.lines().find(|line| line.starts_with("quic")).unwrap_or_default();
+        assert_eq!(
+            line.split_whitespace().collect::<Vec<_>>(),
+            ["quic", "1.00", "0.50", "0.50", "0.20", "51", "/", "100"]
+        );
+    }
+}

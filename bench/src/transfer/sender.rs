@@ -1,0 +1,138 @@
+//! The prefill node's part: a pool full of noise, sent to whoever asks.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::sync::Arc;
+
+use anyhow::Context;
+use common::ids::Role;
+use common::kv_memory::KvMemory;
+use common::wire::{Open, Prefill, PrefillEvent};
+use engine::pool::{KvPool, PoolMemory};
+use kv_connector::certs::Identity;
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, SharedPool};
+use kv_connector::{Fabric, FabricConfig, IncomingStream};
+use tokio::task::JoinSet;
+
+use super::{TransferSenderArgs, workload};
+
+/// Bytes per write of the TCP baseline.
+const TCP_WRITE_BYTES: usize = 1 << 20;
+
+/// Says where it listens (one line: fabric, TCP), then serves until standard input ends.
+pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
+    let identity = Identity::load_from_dir(&args.identity, &workload::node("sender"))?;
+    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let hello = workload::hello("sender", Role::PrefillNode, args.num_tokens);
+    let memory = if args.is_shared { PoolMemory::Shareable } else { PoolMemory::Private };
+    let num_blocks = workload::num_blocks(args.num_tokens);
+    let pool = Arc::new(KvPool::with_memory(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks, memory)?);
+    fill(&pool, args.num_tokens);
+    let mut config = FabricConfig::new(loopback, identity, hello);
+    config.bulk_listen = Some(loopback);
+    if let Some((file, num_bytes)) = pool.shared_file() {
+        let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);
+        config.shared_pool = Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 });
+    }
+    let fabric = Fabric::bind(config)?;
+    let tcp = TcpListener::bind(loopback).context("listen for the TCP baseline")?;
+    println!("{} {}", fabric.local_addr(), tcp.local_addr().context("ask for the TCP port")?);
+    std::io::stdout().flush().context("tell the receiver")?;
+    std::thread::spawn(move || serve_tcp(&tcp));
+
+    let ended = tokio::task::spawn_blocking(|| {
+        // Until the other end of the pipe is gone.
+        let _ = std::io::stdin().read_to_end(&mut Vec::new());
+    });
+    tokio::pin!(ended);
+    let tokens = workload::tokens(args.num_tokens);
+    let chain = workload::chain(&tokens);
+    loop {
+        let stream = tokio::select! {
+            _ = &mut ended => break,
+            stream = fabric.accept() => stream,
+        };
+        let Some(IncomingStream { peer, open: Open::Prefill(prefill), mut sender, .. }) = stream else { continue };
+        let bulk = fabric.bulk_to(&peer.node, peer.epoch).context("the receiver has no bulk connection")?;
+        let Prefill { request, attempt, generation, .. } = *prefill;
+        let source = ExtentSource {
+            memory: pool.clone(),
+            kv_spec: workload::kv_spec(),
+            blocks: workload::blocks(args.num_tokens).into(),
+            chain: chain.clone(),
+            request: ExtentRequest { epoch: peer.epoch, request, attempt, generation },
+        };
+        let (num_extents, num_bytes) = send_all(args, &source, &bulk, &prefill).await;
+        // A receiver that has gone has nobody to be told.
+        if sender.send(&PrefillEvent::Sent { num_extents, num_bytes }).await.is_ok() {
+            sender.finish();
+        }
+    }
+    fabric.close().await;
+    Ok(())
+}
+
+/// Layer by layer, `window` extents at a time. What is refused or lost the receiver notices.
+async fn send_all(
+    args: &TransferSenderArgs,
+    source: &ExtentSource,
+    bulk: &BulkSender,
+    prefill: &Prefill,
+) -> (u32, u64) {
+    let tokens = &prefill.tokens.0;
+    let mut sends = JoinSet::new();
+    let (mut num_extents, mut num_bytes_sent) = (0, 0);
+    for layer in 0..workload::NUM_LAYERS {
+        for first in (0..tokens.len()).step_by(args.extent_tokens) {
+            let end = tokens.len().min(first + args.extent_tokens);
+            for (extent, num_bytes) in source.extents(layer, first, end) {
+                if sends.len() == args.window {
+                    sends.join_next().await;
+                }
+                let (header, payload) = source.seal(tokens, extent);
+                let bulk = bulk.clone();
+                sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
+                // On one thread: what was sealed leaves before the next one is.
+                tokio::task::yield_now().await;
+                num_extents += 1;
+                num_bytes_sent += num_bytes;
+            }
+        }
+    }
+    sends.join_all().await;
+    (num_extents, num_bytes_sent)
+}
+
+/// Noise: pages that exist, and nothing that compresses.
+fn fill(pool: &KvPool, num_tokens: usize) {
+    let blocks = workload::blocks(num_tokens);
+    let mut noise = vec![0; pool.extent_bytes(workload::BLOCK_SIZE / 16)];
+    let mut state = 1u64;
+    for layer in 0..workload::NUM_LAYERS {
+        for block in &blocks {
+            for chunk in noise.chunks_exact_mut(8) {
+                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                chunk.copy_from_slice(&state.to_le_bytes());
+            }
+            KvMemory::write_at(pool, layer, std::slice::from_ref(block), 0, 0, &noise);
+        }
+    }
+}
+
+/// Sends as many bytes as each 8-byte question asks for.
+fn serve_tcp(listener: &TcpListener) {
+    let buffer = vec![0x5a; TCP_WRITE_BYTES];
+    while let Ok((mut stream, _)) = listener.accept() {
+        let mut question = [0; 8];
+        while stream.read_exact(&mut question).is_ok() {
+            let mut left = u64::from_le_bytes(question) as usize;
+            while left > 0 {
+                let count = left.min(buffer.len());
+                if stream.write_all(&buffer[..count]).is_err() {
+                    break;
+                }
+                left -= count;
+            }
+        }
+    }
+}

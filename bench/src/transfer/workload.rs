@@ -1,0 +1,82 @@
+//! What both processes must agree on without telling each other.
+
+use std::time::Duration;
+
+use common::content::{ChainRoot, ContentChain};
+use common::ids::{Attempt, BlockId, ChoiceIndex, Epoch, Generation, NodeId, RequestId, Role};
+use common::kv_spec::{KvDtype, KvSpec};
+use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
+use common::sampling::SamplingParams;
+use common::tokens::Token;
+use common::wire::{Hello, Prefill};
+
+pub(super) const NUM_LAYERS: u32 = 4;
+/// K and V of one token in one layer: 4 heads of 64 in bf16.
+pub(super) const TOKEN_BYTES: usize = 1024;
+pub(super) const BLOCK_SIZE: usize = 32;
+/// A request is never waited for longer.
+pub(super) const DEADLINE: Duration = Duration::from_secs(60);
+
+pub(super) fn kv_spec() -> KvSpec {
+    KvSpec::uniform(NUM_LAYERS, 4, 64, KvDtype::Bf16, None)
+}
+
+/// Tokens whose KV over all layers is `mib` large.
+pub(super) fn num_tokens(mib: u32) -> usize {
+    mib as usize * (1 << 20) / (NUM_LAYERS as usize * TOKEN_BYTES)
+}
+
+pub(super) fn num_blocks(num_tokens: usize) -> usize {
+    num_tokens.div_ceil(BLOCK_SIZE)
+}
+
+pub(super) fn blocks(num_tokens: usize) -> Vec<BlockId> {
+    (0..num_blocks(num_tokens) as u32).map(BlockId).collect()
+}
+
+pub(super) fn node(name: &str) -> NodeId {
+    NodeId::new(name).expect("the names here are valid")
+}
+
+pub(super) fn hello(name: &str, role: Role, num_tokens: usize) -> Hello {
+    let model = ModelInfo {
+        identity: ModelIdentity([7; 32]),
+        numerics: NumericsId("transfer-bench".to_string()),
+        representation: Representation("bf16".to_string()),
+        kv_spec: kv_spec(),
+        vocab_size: 1 << 16,
+        max_model_len: num_tokens as u32 + 1,
+        block_size: BLOCK_SIZE as u32,
+        num_blocks: num_blocks(num_tokens) as u32,
+    };
+    Hello { node: node(name), role, epoch: Epoch(1), model: Some(model), bulk_port: None }
+}
+
+/// The tokens of every request; content does not matter to a transfer.
+pub(super) fn tokens(num_tokens: usize) -> Vec<Token> {
+    (0..num_tokens as u32).map(|index| index % 50_000).collect()
+}
+
+pub(super) fn chain(tokens: &[Token]) -> ContentChain {
+    let mut chain = ContentChain::new(&ChainRoot::of_model(ModelIdentity([7; 32])));
+    chain.extend(tokens);
+    chain
+}
+
+/// Asks for the KV of `tokens`.
+pub(super) fn prefill(number: u64, tokens: &[Token]) -> Prefill {
+    Prefill {
+        request: RequestId(u128::from(number)),
+        attempt: Attempt(1),
+        generation: Generation(number),
+        tokens: tokens.to_vec().into(),
+        prompt_len: tokens.len() as u32,
+        choices: vec![ChoiceIndex(0)],
+        params: SamplingParams::greedy(1),
+        salt: Vec::new(),
+        num_held_tokens: 0,
+        credit_bytes: u64::MAX,
+        deadline: DEADLINE,
+        local_rest: None,
+    }
+}

@@ -1,0 +1,35 @@
+//! The benchmarks as a user runs them: small, for their shape and not for their figures.
+#![allow(clippy::unwrap_used)]
+
+use std::process::Command;
+
+#[test]
+fn transfer_measures_every_transport() {
+    let args = ["bench", "transfer", "--rounds", "1", "--request-mib", "4", "--num-single", "3", "--cores", "0"];
+    let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
+    let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{table}{log}");
+    assert!(table.starts_with("two processes, not pinned to cores"), "{table}");
+    for row in ["quic, 64 KiB", "quic, 1024 KiB", "shm, 64 KiB", "shm, 1024 KiB", "TCP, blocking", "memcpy"] {
+        let line = table.lines().find_map(|line| line.strip_prefix(row)).unwrap_or_else(|| panic!("no {row}: {table}"));
+        let rate: f64 = line.split_whitespace().next().unwrap().parse().unwrap();
+        assert!(rate > 0.0, "{row}: {line}");
+    }
+}
+
+#[test]
+fn extents_that_cannot_be_are_refused_in_words() {
+    let cases = [
+        (["--extent-tokens", "0"], "use a multiple of 16 up to 1024"),
+        (["--extent-tokens", "17"], "use a multiple of 16 up to 1024"),
+        (["--extent-tokens", "2048"], "use a multiple of 16 up to 1024"),
+        (["--request-mib", "3"], "holds 768 tokens, less than an extent of 1024"),
+    ];
+    for (flags, reason) in cases {
+        let args = [&["bench", "transfer"][..], &flags].concat();
+        let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
+        assert!(!output.status.success());
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(said.contains(reason), "{said}");
+    }
+}
