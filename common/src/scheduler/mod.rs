@@ -87,7 +87,7 @@ pub enum SequenceEvent {
         /// Set with the last one.
         finish: Option<FinishReason>,
     },
-    /// All choices finished; nothing is held any more.
+    /// All choices finished. What a step in flight still computes with is given back when it is done.
     Finished,
 }
 

@@ -85,7 +85,7 @@ pub enum EngineEvent {
         /// Set with the last one.
         finish: Option<FinishReason>,
     },
-    /// All choices finished; nothing is held.
+    /// All choices finished; at the end of the step in flight nothing is held.
     Finished,
     /// The engine is not able to go on.
     Failed {
