@@ -88,7 +88,8 @@ async fn max_concurrency_is_reached_and_not_exceeded() {
     let seen_most = most.clone();
     let endpoint = ScriptedEndpoint::start(move |_| {
         seen_most.fetch_max(in_progress.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-        let begin = [Step::Meet(three.clone()), Step::Leave(in_progress.clone())];
+        let begin =
+            [Step::Meet(three.clone()), Step::Delay(Duration::from_millis(20)), Step::Leave(in_progress.clone())];
         begin.into_iter().chain(two_tokens()).collect()
     })
     .await;
@@ -97,7 +98,8 @@ async fn max_concurrency_is_reached_and_not_exceeded() {
     assert_eq!(most.load(Ordering::SeqCst), 3);
     let wait = report.summary.concurrency_wait.unwrap();
     assert_eq!(wait.percentile(0.0), 0.0, "the first had places");
-    assert!(wait.max() > 0.0, "others waited");
+    // The other threes waited for one, two and three answers of 20 ms, each of the three in turn.
+    assert!(wait.max() >= 60.0 && wait.mean() >= (20.0 + 40.0 + 60.0) / 4.0, "{wait:?}");
 }
 
 #[tokio::test]

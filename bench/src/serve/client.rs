@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use anyhow::Context;
+use reqwest::Url;
 use reqwest::header::{AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use reqwest::redirect::Policy;
 use serde_json::json;
@@ -37,6 +39,7 @@ pub struct Endpoint {
 #[derive(Debug)]
 pub struct Client {
     http: reqwest::Client,
+    url: Url,
     endpoint: Endpoint,
     authorization: Option<HeaderValue>,
 }
@@ -62,17 +65,22 @@ impl Client {
     /// A client that goes straight to the endpoint: a proxy of the environment would be part of the figures.
     ///
     /// # Errors
-    /// If the API key is no header value, or TLS cannot be set up.
+    /// If the address, the request ids or the API key cannot be sent, or TLS cannot be set up.
     pub fn new(endpoint: Endpoint) -> anyhow::Result<Self> {
+        let url = Url::parse(&endpoint.url).with_context(|| format!("\"{}\" is no address", endpoint.url))?;
+        let is_http = ["http", "https"].contains(&url.scheme()) && url.has_host();
+        anyhow::ensure!(is_http, "\"{url}\" is no address of HTTP: expected http:// or https://");
+        HeaderValue::from_str(&endpoint.request_id_prefix).context("--request-id-prefix is no header value")?;
         // Whoever installed one before has the same.
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let bearer = |key: &String| HeaderValue::from_str(&format!("Bearer {key}"));
-        let mut authorization = endpoint.api_key.as_ref().map(bearer).transpose()?;
+        let mut authorization =
+            endpoint.api_key.as_ref().map(bearer).transpose().context("OPENAI_API_KEY is no header value")?;
         if let Some(value) = &mut authorization {
             value.set_sensitive(true);
         }
         let http = reqwest::Client::builder().no_proxy().redirect(Policy::none()).build()?;
-        Ok(Self { http, endpoint, authorization })
+        Ok(Self { http, url, endpoint, authorization })
     }
 
     /// Prepares what costs time, before it is due.
@@ -105,7 +113,7 @@ impl Client {
         let Ready { request_id, body, num_prompt_tokens, max_tokens } = ready;
         let mut request = self
             .http
-            .post(&self.endpoint.url)
+            .post(self.url.clone())
             .header(CONTENT_TYPE, "application/json")
             .header("x-request-id", request_id)
             .body(body);
@@ -153,4 +161,32 @@ async fn answer(request: reqwest::RequestBuilder, max_tokens: usize, start: Inst
 fn told(error: &reqwest::Error) -> String {
     let causes = std::iter::successors(std::error::Error::source(error), |cause| cause.source());
     causes.fold(error.to_string(), |told, cause| format!("{told}: {cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_cannot_be_sent_is_told_before_the_run() {
+        let right = Endpoint {
+            url: "http://127.0.0.1:1/v1/completions".into(),
+            model: "m".into(),
+            ignore_eos: false,
+            request_id_prefix: "bench-".into(),
+            api_key: None,
+            request_timeout: Duration::from_secs(1),
+        };
+        assert!(Client::new(right.clone()).is_ok());
+        for (wrong, expected) in [
+            (Endpoint { url: "http://127.0.0.1:1:/v1".into(), ..right.clone() }, "no address"),
+            (Endpoint { url: "127.0.0.1:1/v1".into(), ..right.clone() }, "no address"),
+            (Endpoint { url: "ftp://h/v1".into(), ..right.clone() }, "http://"),
+            (Endpoint { request_id_prefix: "a\nb".into(), ..right.clone() }, "--request-id-prefix"),
+            (Endpoint { api_key: Some("a\nb".into()), ..right.clone() }, "OPENAI_API_KEY"),
+        ] {
+            let reason = Client::new(wrong).map(|_| ()).expect_err(expected).to_string();
+            assert!(reason.contains(expected), "{reason}");
+        }
+    }
 }

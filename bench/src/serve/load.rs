@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use indicatif::ProgressBar;
-use tokio::sync::Semaphore;
+use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -16,7 +16,8 @@ use super::workload::{Phase, Workload};
 /// records of all, in any order. `progress` is moved by each that ends.
 ///
 /// Without `max_concurrency` the loop is open: nothing waits for an answer. With it, a request that finds no
-/// place waits, in order, and its record tells how long.
+/// place waits, in order, and its record tells how long. A place is the time since which it is free, so what
+/// the generator is late is not taken for a wait, nor a wait for lateness.
 pub async fn run(
     client: Arc<Client>,
     workload: &Workload,
@@ -25,24 +26,26 @@ pub async fn run(
     max_concurrency: Option<usize>,
     progress: &ProgressBar,
 ) -> Vec<RequestRecord> {
-    let places = Arc::new(Semaphore::new(max_concurrency.unwrap_or(Semaphore::MAX_PERMITS)));
+    let (give_back, mut places) = mpsc::unbounded_channel();
+    for _ in 0..max_concurrency.unwrap_or(0).min(schedule.len()) {
+        give_back.send(Duration::ZERO).expect("the receiver lives as long as this function");
+    }
     let mut requests = JoinSet::new();
     let start = Instant::now();
     for (index, scheduled) in schedule.iter().copied().enumerate() {
         let ready = client.ready(phase, index, &workload.ask(phase, index));
         tokio::time::sleep_until(start + scheduled).await;
-        let (place, due) = match places.clone().try_acquire_owned() {
-            Ok(place) => (place, scheduled),
-            Err(_) => {
-                let place = places.clone().acquire_owned().await.expect("nobody closes the semaphore");
-                (place, start.elapsed().max(scheduled))
-            }
+        let free_since = match max_concurrency {
+            Some(_) => places.recv().await.expect("this function holds a sender"),
+            None => Duration::ZERO,
         };
-        let (client, progress) = (client.clone(), progress.clone());
+        let slot = Slot { start, scheduled, due: scheduled.max(free_since) };
+        let (client, progress, give_back) = (client.clone(), progress.clone(), give_back.clone());
         requests.spawn(async move {
-            let record = client.send(ready, Slot { start, scheduled, due }).await;
-            drop(place);
+            let record = client.send(ready, slot).await;
             progress.inc(1);
+            // After the last request was sent nobody wants a place.
+            let _ = give_back.send(record.ended);
             record
         });
     }

@@ -64,7 +64,7 @@ pub fn run(args: ServeArgs, provenance: Provenance) -> anyhow::Result<Report> {
 /// # Errors
 /// If a warm-up fails or no request is answered.
 pub async fn measure(args: ServeArgs, provenance: Provenance, api_key: Option<String>) -> anyhow::Result<Report> {
-    let client = Arc::new(Client::new(args.endpoint(api_key)).context("set up the HTTP client")?);
+    let client = Arc::new(Client::new(args.endpoint(api_key))?);
     let (workload, max_concurrency) = (args.workload(), args.max_concurrency);
     let hidden = ProgressBar::hidden();
     let warmups = vec![Duration::ZERO; args.num_warmups];
