@@ -17,6 +17,9 @@ use clap::Parser;
 use support::{ScriptedEndpoint, Step, end, head, token};
 use tokio::sync::Barrier;
 
+/// For runs of at most seconds.
+const DEADLINE: Duration = Duration::from_secs(60);
+
 #[derive(Parser)]
 struct Command {
     #[command(flatten)]
@@ -27,7 +30,8 @@ async fn try_bench(endpoint: &ScriptedEndpoint, flags: &str) -> anyhow::Result<R
     let line = format!("serve --model m --base-url {} --random-input-len 16 {flags}", endpoint.base_url);
     let args = Command::try_parse_from(line.split_whitespace())?.args;
     let provenance = Provenance { command: line, commit: None, cpu_model: None, num_cores: None };
-    measure(args, provenance, None).await
+    let run = measure(args, provenance, None);
+    tokio::time::timeout(DEADLINE, run).await.expect("the generator waits for what cannot come")
 }
 
 async fn bench(endpoint: &ScriptedEndpoint, flags: &str) -> Report {

@@ -11,7 +11,7 @@ const LINE_BYTES_MAX: usize = 1 << 20;
 /// Events beyond one per token asked for: ends, usage, empty ones.
 const SPARE_EVENTS: usize = 64;
 
-/// Reads one answer. Memory is bounded by the tokens asked for and [`LINE_BYTES_MAX`].
+/// Reads one answer. Memory is bounded by the tokens asked for and one line of 1 MiB.
 #[derive(Debug)]
 pub struct AnswerStream {
     line: Vec<u8>,
