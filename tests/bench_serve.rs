@@ -36,9 +36,9 @@ async fn a_load_is_answered_and_its_result_is_written() {
     assert!(result["command"].as_str().unwrap().starts_with("tandem bench serve --model models/tiny"), "{result}");
     assert!(result["machine"]["num_cores"].as_u64() > Some(0), "{result}");
 
+    cluster.settle().await;
     // What the generator counted is what the endpoint counted, the two warm-ups apart.
     let served = cluster.metrics().await.sum("tandem_generation_tokens_total", &[]) as u64;
     assert!((2 * 9..=2 * 15).contains(&(served - total("total_output_tokens"))), "{served} tokens were served");
-    cluster.settle().await;
     cluster.shut_down().await;
 }
