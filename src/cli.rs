@@ -18,7 +18,7 @@ Commands:
   prefill-node  Computes prompts
   decode-node   Generates tokens
   certs         Makes the cluster's CA and certificates
-  bench         Measures
+  bench         Measures the engine, or any endpoint under load
 
 `tandem COMMAND --help` explains each command's options.
 ";
@@ -64,7 +64,10 @@ pub fn run() -> ExitCode {
             Ok(()) => ExitCode::SUCCESS,
             Err(error) => fail(&error),
         },
-        "bench" => bench::run(args),
+        "bench" => {
+            raise_file_limit();
+            bench::run(args)
+        }
         other => {
             eprintln!("tandem: \"{other}\" is not a command.\n\n{OVERVIEW}");
             ExitCode::from(2)
@@ -127,7 +130,7 @@ fn run_role<T: Parser, F: Future<Output = anyhow::Result<()>>>(
     }
 }
 
-/// Each client connection is a file: the soft limit is often 1024, fewer than the proxy takes.
+/// Each client connection is a file: the soft limit is often 1024, fewer than the proxy takes or a load opens.
 fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);

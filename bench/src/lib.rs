@@ -1,21 +1,27 @@
-//! Measuring, always on the paths that nodes run.
+//! Measuring: the engine alone, KV between two processes, and any OpenAI-compatible endpoint under load.
 //!
 //! `tandem bench engine` drives the engine loop, scheduler, pool and runner of a node, without a network, and
 //! prints prompt tokens per second and decode tokens per second at several batch sizes. `tandem bench transfer`
-//! moves KV between two processes over each transport and holds it against TCP and a plain copy. Load
-//! generation over HTTP, sweeps and reports are not here yet.
+//! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
+//! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
+//! throughput and goodput. Trace replay, sweeps and the search for settings are not here yet.
 //!
 //! 1. [`engine_bench`]: the engine.
 //! 2. [`transfer`]: the fabric.
+//! 3. [`serve`]: the load generator.
 #![forbid(unsafe_code)]
 
 pub mod engine_bench;
+pub mod serve;
 pub mod transfer;
 
 use std::ffi::OsString;
+use std::fmt;
 use std::process::ExitCode;
 
 use clap::Parser;
+
+use serve::provenance::Provenance;
 
 /// Measures Tandem.
 #[derive(Debug, Parser)]
@@ -28,18 +34,24 @@ enum Args {
     /// The other process of `transfer`, which starts it itself.
     #[command(hide = true)]
     TransferSender(transfer::TransferSenderArgs),
+    /// Latency, throughput and goodput of an OpenAI-compatible endpoint under load.
+    Serve(serve::ServeArgs),
 }
 
 /// Runs `bench` with the given arguments (the first is the program's name).
 pub fn run(args: Vec<OsString>) -> ExitCode {
-    let report = match Args::parse_from(args) {
-        Args::Engine(args) => engine_bench::run(&args).map(|report| report.to_string()),
-        Args::Transfer(args) => transfer::run(&args).map(|report| report.to_string()),
-        Args::TransferSender(args) => transfer::run_sender(&args).map(|()| String::new()),
-    };
+    match Args::parse_from(&args) {
+        Args::Engine(engine) => told(engine_bench::run(&engine)),
+        Args::Transfer(transfer) => told(transfer::run(&transfer)),
+        Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
+        Args::Serve(serve) => told(serve::run(serve, Provenance::of_process(&args))),
+    }
+}
+
+fn told(report: anyhow::Result<impl fmt::Display>) -> ExitCode {
     match report {
         Ok(report) => {
-            print!("{report}");
+            println!("{}", report.to_string().trim_end());
             ExitCode::SUCCESS
         }
         Err(error) => {

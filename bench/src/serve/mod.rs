@@ -1,0 +1,89 @@
+//! A load generator for any endpoint that speaks OpenAI's `/v1/completions`: `tandem bench serve`.
+//!
+//! Prompts, lengths and send times are drawn in advance from a seed; requests are sent at those times
+//! whatever became of the ones before, so that a stall of the endpoint is measured by every request that
+//! meets it and not hidden by requests that were never sent. `docs/bench.md` defines every figure.
+//!
+//! It does not generate chats, replay traces, share prefixes or search for settings, and it starts no
+//! endpoint.
+//!
+//! 1. [`args`]: the flags. [`workload`] and [`arrivals`]: what is sent and when, from the seed.
+//! 2. [`load`] sends by the schedule; [`client`] is one request; [`answer_stream`] reads its answer.
+//! 3. [`record`]: what one request did. [`statistics`], [`slo`], [`summary`]: the figures.
+//! 4. [`report`]: as a table and JSON, with its [`provenance`].
+pub mod answer_stream;
+pub mod args;
+pub mod arrivals;
+pub mod client;
+pub mod load;
+pub mod provenance;
+pub mod record;
+pub mod report;
+pub mod slo;
+pub mod statistics;
+pub mod summary;
+pub mod workload;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use indicatif::{ProgressBar, ProgressStyle};
+
+pub use args::ServeArgs;
+use client::Client;
+use provenance::Provenance;
+use report::Report;
+use summary::Summary;
+use workload::Phase;
+
+/// Runs the load and writes the result, if that was asked for.
+///
+/// # Errors
+/// If the settings are wrong, a warm-up fails, no request is answered, or the result cannot be written.
+pub fn run(args: ServeArgs, provenance: Provenance) -> anyhow::Result<Report> {
+    args.validate()?;
+    if let Some(folder) = args.save_result.as_deref().and_then(Path::parent) {
+        // Told before the run, not after it.
+        let is_there = folder.as_os_str().is_empty() || folder.is_dir();
+        anyhow::ensure!(is_there, "--save-result: the folder {} does not exist", folder.display());
+    }
+    let api_key = std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    let report = runtime.block_on(measure(args, provenance, api_key))?;
+    if let Some(path) = &report.args.save_result {
+        let text = format!("{:#}\n", report.to_json());
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(report)
+}
+
+/// Warms up, then measures.
+///
+/// # Errors
+/// If a warm-up fails or no request is answered.
+pub async fn measure(args: ServeArgs, provenance: Provenance, api_key: Option<String>) -> anyhow::Result<Report> {
+    let client = Arc::new(Client::new(args.endpoint(api_key))?);
+    let (workload, max_concurrency) = (args.workload(), args.max_concurrency);
+    let hidden = ProgressBar::hidden();
+    let warmups = vec![Duration::ZERO; args.num_warmups];
+    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, max_concurrency, &hidden).await;
+    if let Some(failure) = warmups.into_iter().find_map(|record| record.outcome.err()) {
+        return Err(anyhow::Error::new(failure).context("a warm-up request failed"));
+    }
+    let schedule = args.arrivals().schedule(args.num_prompts, args.seed);
+    let progress = ProgressBar::new(args.num_prompts as u64).with_style(
+        ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
+            .expect("the template is right"),
+    );
+    let records = load::run(client, &workload, Phase::Measured, &schedule, max_concurrency, &progress).await;
+    progress.finish_and_clear();
+    let summary = Summary::new(&records, &args.goodput);
+    if summary.completed == 0 {
+        let kinds = summary.errors.iter().map(|(kind, (num, first))| format!("{num} {kind} ({first})"));
+        let kinds: Vec<String> = kinds.collect();
+        anyhow::bail!("none of {} requests was answered: {}", records.len(), kinds.join(", "));
+    }
+    Ok(Report { args, provenance, summary })
+}
