@@ -103,7 +103,7 @@ pub struct FabricArgs {
     /// Ways that KV may take from prefill to decode nodes: quic, or quic,shm.
     ///
     /// With shm at both ends, a decode node on the same host (and in the same network namespace, as the same
-    /// user) reads KV where it lies in the prefill node's memory, with one copy and no encryption; any other
+    /// user) reads KV where it lies in the prefill node's memory, in one pass and without encryption; any other
     /// pair of nodes uses quic. Nodes joined by shm are one trust domain: each decode node can read the whole
     /// KV pool of the prefill node. The pool of a prefill node with shm is in huge pages only if
     /// /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise. quic alone turns shm off.

@@ -16,7 +16,8 @@
 //!   the blocks may change again  <───────── taken ──  digest right: verified
 //! ```
 //!
-//! The sender hashes its blocks and moves nothing; the receiver copies once, into its own reserved blocks.
+//! The sender hashes its blocks and moves nothing; the receiver takes it in one pass, by way of a
+//! slice that stays in its cache, into its own reserved blocks.
 //!
 //! **One trust domain.** Who is attached can read the sender's whole pool, the KV of every request. Both ends
 //! hold certificates of one cluster, are the same user on the same host, and were told so by their operator
