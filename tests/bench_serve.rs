@@ -1,8 +1,6 @@
 //! `tandem bench serve` against `tandem up`: two processes, the real protocol.
 #![allow(clippy::unwrap_used)]
 
-// It offers more than one load needs.
-#[allow(unused_imports)]
 mod support;
 
 use serde_json::Value;

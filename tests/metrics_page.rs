@@ -1,8 +1,6 @@
 //! `docs/metrics.md` and what a running `tandem up` exports are the same list.
 #![allow(clippy::unwrap_used)]
 
-// It offers more than one list needs.
-#[allow(unused_imports)]
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet};

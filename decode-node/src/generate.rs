@@ -56,7 +56,8 @@ pub(crate) struct Admitted {
 /// Serves one `Generate` stream to its end.
 pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: ControlSender, receiver: ControlReceiver) {
     let counted = node.metrics.count_request();
-    let outcome = run(&node, &generate, &mut sender).await;
+    let deadline = Deadline::now() + generate.deadline.min(DEADLINE_MAX);
+    let outcome = run(&node, &generate, &mut sender, deadline).await;
     let last = match outcome {
         Ok(timeline) => {
             node.metrics.observe(&timeline);
@@ -89,16 +90,25 @@ pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: Contr
         }
     };
     // Everything the request held is given back by now; a proxy that is gone needs no answer.
-    if sender.send(&last).await.is_ok() {
-        sender.finish();
-        // A node that drains closes its connections when its requests have ended, and what the proxy does not
-        // have by then is lost. It resolves when the proxy has all, stops the stream, or is gone.
-        sender.stopped().await;
-    }
+    let telling = async {
+        if sender.send(&last).await.is_ok() {
+            sender.finish();
+            // A node that drains closes its connections when its requests have ended, and what the proxy does
+            // not have by then is lost. It resolves when the proxy has all, stops the stream, or is gone.
+            sender.stopped().await;
+        }
+    };
+    // A proxy that lives and does not read is waited for no longer than the request had.
+    let _ = tokio::time::timeout_at(deadline, telling).await;
     drop((receiver, counted));
 }
 
-async fn run(node: &Arc<Node>, generate: &Generate, sender: &mut ControlSender) -> Result<NodeTimeline, End> {
+async fn run(
+    node: &Arc<Node>,
+    generate: &Generate,
+    sender: &mut ControlSender,
+    deadline: Deadline,
+) -> Result<NodeTimeline, End> {
     check(generate, node.engine.model().vocab_size).map_err(End::Failed)?;
     if node.is_draining() {
         return Err(End::Failed(NodeError::Draining));
@@ -117,7 +127,6 @@ async fn run(node: &Arc<Node>, generate: &Generate, sender: &mut ControlSender) 
         work: if is_split { Work::AwaitKv } else { Work::Generate },
     };
     let sequence = node.engine.submit(sequence, usize::MAX).ok_or_else(engine_stopped)?;
-    let deadline = Deadline::now() + generate.deadline.min(DEADLINE_MAX);
     let timeline = NodeTimeline { is_local_prefill: !is_split, ..NodeTimeline::default() };
     let mut ongoing = Ongoing {
         node,

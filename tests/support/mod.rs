@@ -9,7 +9,7 @@
 //! 2. [`client`]: requests and streams. [`corpus`]: requests of every kind with prompts of every length.
 //! 3. [`metrics`]: what a process says about itself. [`accounting`]: what it must say when it is idle.
 //! 4. [`seed`]: every random choice comes from one number. [`wait`]: waiting for a fact with a deadline.
-#![allow(dead_code, reason = "each test file uses a part of it")]
+#![allow(dead_code, unused_imports, reason = "each test file uses a part of it")]
 
 pub(crate) mod accounting;
 pub(crate) mod client;

@@ -26,6 +26,7 @@ pub async fn run(
     max_concurrency: Option<usize>,
     progress: &ProgressBar,
 ) -> Vec<RequestRecord> {
+    // Never holds more than one entry for each request.
     let (give_back, mut places) = mpsc::unbounded_channel();
     for _ in 0..max_concurrency.unwrap_or(0).min(schedule.len()) {
         give_back.send(Duration::ZERO).expect("the receiver lives as long as this function");

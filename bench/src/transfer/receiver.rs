@@ -28,13 +28,13 @@ struct Pair {
     row: Row,
 }
 
-/// Ends with this value: its standard input is closed, and it is waited for.
+/// Killed with this value: it has nothing to put in order.
 struct SenderProcess(Child);
 
 impl Drop for SenderProcess {
     fn drop(&mut self) {
-        drop(self.0.stdin.take());
-        // It leaves by itself then; one that does not is not worth an error.
+        // Fails if it has ended by itself.
+        let _ = self.0.kill();
         let _ = self.0.wait();
     }
 }

@@ -52,7 +52,8 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
             _ = &mut ended => break,
             stream = fabric.accept() => stream,
         };
-        let Some(IncomingStream { peer, open: Open::Prefill(prefill), mut sender, .. }) = stream else { continue };
+        let Some(IncomingStream { peer, open, mut sender, .. }) = stream else { break };
+        let Open::Prefill(prefill) = open else { continue };
         let bulk = fabric.bulk_to(&peer.node, peer.epoch).context("the receiver has no bulk connection")?;
         let Prefill { request, attempt, generation, .. } = *prefill;
         let source = ExtentSource {
