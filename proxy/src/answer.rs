@@ -7,6 +7,7 @@
 use std::sync::Arc;
 
 use common::sampling::{FinishReason, SampledToken};
+use common::timeline::NodeTimeline;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -36,6 +37,8 @@ pub enum AnswerEvent {
     Done {
         /// What it took.
         usage: Usage,
+        /// Where the time went on the nodes.
+        timeline: NodeTimeline,
     },
 }
 
@@ -74,6 +77,8 @@ struct ChoiceText {
     detokenizer: Detokenizer,
     stop: StopStrings,
     num_tokens: u32,
+    /// Of them, those that a piece has brought.
+    num_tokens_passed: u32,
     logprobs: Vec<TokenLogprob>,
     first_at: Option<Instant>,
     last_at: Option<Instant>,
@@ -119,7 +124,7 @@ pub async fn run_answer(mut dispatch: Dispatch, plan: AnswerPlan, events: mpsc::
                     e2e_ms = plan.arrived.elapsed().as_secs_f64() * 1e3,
                     "answered"
                 );
-                (Ok(AnswerEvent::Done { usage }), true)
+                (Ok(AnswerEvent::Done { usage, timeline }), true)
             }
             Ok(None) => return,
             Err(error) => (Err(error), true),
@@ -152,6 +157,7 @@ impl Answer {
             detokenizer: Detokenizer::new(plan.tokenizer.clone(), &plan.prompt, plan.skip_special_tokens),
             stop: StopStrings::new(&plan.stop, plan.include_stop_string),
             num_tokens: 0,
+            num_tokens_passed: 0,
             logprobs: Vec::new(),
             first_at: None,
             last_at: None,
@@ -197,7 +203,9 @@ impl Answer {
         if text.is_empty() && finish.is_none() {
             return None; // its log probabilities go with the text it becomes part of
         }
-        Some(Piece { text, logprobs: std::mem::take(&mut choice.logprobs), finish })
+        let num_tokens = u64::from(choice.num_tokens - choice.num_tokens_passed);
+        choice.num_tokens_passed = choice.num_tokens;
+        Some(Piece { text, num_tokens, logprobs: std::mem::take(&mut choice.logprobs), finish })
     }
 
     fn clock_token(&mut self, choice: usize) {

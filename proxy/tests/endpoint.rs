@@ -65,6 +65,39 @@ async fn chat_stream_has_role_text_finish_usage_and_done() {
 }
 
 #[tokio::test]
+async fn a_stream_tells_the_tokens_of_each_chunk_and_where_the_time_went() {
+    let endpoint = Endpoint::answering(TEXT).await;
+    let options = json!({"include_usage": true, "continuous_usage_stats": true, "include_timeline": true});
+    let request = chat(json!({"stream": true, "stream_options": options, "n": 2}));
+    let chunks = endpoint.post_stream("/v1/chat/completions", &request).await;
+    let [chunks @ .., last, done] = chunks.as_slice() else { panic!() };
+    assert_eq!(done, "[DONE]");
+    let num_prompt_tokens = &last["usage"]["prompt_tokens"];
+    for choice in 0..2 {
+        let of_choice = chunks.iter().filter(|chunk| chunk["choices"][0]["index"] == choice);
+        let told: Vec<u64> = of_choice
+            .inspect(|chunk| assert_eq!(&chunk["usage"]["prompt_tokens"], num_prompt_tokens))
+            .map(|chunk| chunk["usage"]["completion_tokens"].as_u64().unwrap())
+            .collect();
+        // The role brings none, a word one, a character of several tokens all of them at once, the end one.
+        assert_eq!(told[..2], [0, 1]);
+        let steps: Vec<u64> = told.windows(2).map(|pair| pair[1] - pair[0]).collect();
+        assert!(steps.iter().all(|step| *step >= 1) && steps.iter().any(|step| *step > 1), "{told:?}");
+        assert_eq!(*told.last().unwrap(), tokens_of(TEXT).len() as u64 + 1);
+    }
+    let [timeline] = last["timelines"].as_array().unwrap().as_slice() else { panic!("{last}") };
+    for phase in ["queue_ms", "prefill_ms", "transfer_ms", "handover_ms", "first_gap_ms", "fetch_ms"] {
+        assert!(timeline[phase].is_number(), "{phase} of {timeline}");
+    }
+    endpoint.assert_idle().await;
+    // As in vLLM, they mean nothing without a usage.
+    let options = json!({"continuous_usage_stats": true, "include_timeline": true});
+    let request = chat(json!({"stream": true, "stream_options": options}));
+    let chunks = endpoint.post_stream("/v1/chat/completions", &request).await;
+    assert!(chunks.iter().all(|chunk| chunk.get("usage").is_none() && chunk.get("timelines").is_none()));
+}
+
+#[tokio::test]
 async fn completions_take_text_lists_and_tokens() {
     let endpoint = Endpoint::answering("one two").await;
     for prompt in [json!("a"), json!([5, 6, 7])] {

@@ -102,15 +102,17 @@ async fn answer(
         endpoint: request.endpoint,
         has_logprobs: request.sampling.logprobs.is_some(),
         skip_special_tokens: request.skip_special_tokens,
-        include_usage: request.include_usage,
+        stream_options: request.stream_options,
     };
     let num_prompts = prompts.len();
+    let prompt_lens: Vec<u64> = prompts.iter().map(|prompt| prompt.request.prompt.len() as u64).collect();
     let prompt_texts: Vec<String> = prompts.iter().filter_map(|prompt| prompt.text.clone()).collect();
     let events = match start(app, &request, prompts, arrived) {
         Ok(events) => events,
         Err(error) => return Err((error, slot)),
     };
-    let answering = Answering { app: app.clone(), shape, prompt_texts, num_prompts, n: request.n as usize, events };
+    let n = request.n as usize;
+    let answering = Answering { app: app.clone(), shape, prompt_texts, prompt_lens, num_prompts, n, events };
     if request.stream {
         sse::respond(answering, slot).await
     } else {
@@ -160,6 +162,8 @@ pub(super) struct Answering {
     pub(super) shape: AnswerShape,
     /// For `echo`; empty without it.
     pub(super) prompt_texts: Vec<String>,
+    /// Tokens of each prompt.
+    pub(super) prompt_lens: Vec<u64>,
     pub(super) num_prompts: usize,
     pub(super) n: usize,
     pub(super) events: mpsc::Receiver<Result<AnswerEvent, ApiError>>,
@@ -185,7 +189,7 @@ impl Answering {
                     whole.logprobs.extend(piece.logprobs);
                     whole.finish = piece.finish;
                 }
-                AnswerEvent::Done { usage: of_prompt } => {
+                AnswerEvent::Done { usage: of_prompt, timeline: _ } => {
                     add_usage(&mut usage, of_prompt);
                     num_done += 1;
                 }

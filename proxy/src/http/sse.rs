@@ -11,6 +11,7 @@ use std::time::Duration;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
+use common::timeline::NodeTimeline;
 
 use super::app::Slot;
 use super::generate::{Answering, add_usage};
@@ -37,7 +38,9 @@ pub(super) async fn respond(mut answering: Answering, slot: Slot) -> Result<Resp
         chunks: VecDeque::new(),
         begun: vec![false; num_choices],
         text_offsets: vec![TextOffset::default(); num_choices],
+        num_tokens: vec![0; num_choices],
         usage: Usage::default(),
+        timelines: Vec::new(),
         num_done: 0,
         is_over: false,
     };
@@ -61,7 +64,11 @@ struct ChunkStream {
     begun: Vec<bool>,
     /// Where each choice's text goes on.
     text_offsets: Vec<TextOffset>,
+    /// Tokens of each choice so far.
+    num_tokens: Vec<u64>,
     usage: Usage,
+    /// Of the prompts that are done, one each.
+    timelines: Vec<NodeTimeline>,
     num_done: usize,
     is_over: bool,
 }
@@ -86,12 +93,14 @@ impl ChunkStream {
         match event {
             AnswerEvent::Started => {}
             AnswerEvent::Piece { choice, piece } => self.on_piece(choice, &piece),
-            AnswerEvent::Done { usage } => {
+            AnswerEvent::Done { usage, timeline } => {
                 add_usage(&mut self.usage, usage);
+                self.timelines.push(timeline);
                 self.num_done += 1;
                 if self.num_done == self.answering.num_prompts {
-                    if self.answering.shape.include_usage {
-                        self.chunks.push_back(self.answering.shape.usage_chunk(self.usage));
+                    let shape = &self.answering.shape;
+                    if shape.stream_options.include_usage {
+                        self.chunks.push_back(shape.usage_chunk(self.usage, &self.timelines));
                     }
                     self.chunks.push_back("[DONE]".into());
                     self.is_over = true;
@@ -104,22 +113,31 @@ impl ChunkStream {
     fn on_piece(&mut self, choice: usize, piece: &Piece) {
         let shape = &self.answering.shape;
         let tokenizer = &self.answering.app.text.tokenizer;
+        let mut so_far = Usage {
+            prompt_tokens: self.answering.prompt_lens[choice / self.answering.n],
+            completion_tokens: self.num_tokens[choice],
+            cached_tokens: 0,
+        };
         if !std::mem::replace(&mut self.begun[choice], true) {
             match shape.endpoint {
-                Endpoint::Chat => self.chunks.push_back(shape.role_chunk(choice)),
+                Endpoint::Chat => self.chunks.push_back(shape.role_chunk(choice, so_far)),
                 Endpoint::Completions { .. } => {
                     if let Some(prompt) = self.answering.prompt_texts.get(choice / self.answering.n) {
                         let echoed = Piece { text: prompt.clone(), ..Piece::default() };
-                        self.chunks.push_back(shape.text_chunk(choice, &echoed, &mut TextOffset::default(), tokenizer));
+                        let text_offset = &mut TextOffset::default();
+                        self.chunks.push_back(shape.text_chunk(choice, &echoed, so_far, text_offset, tokenizer));
                     }
                 }
             }
         }
+        self.num_tokens[choice] += piece.num_tokens;
+        so_far.completion_tokens = self.num_tokens[choice];
         if !piece.text.is_empty() || !piece.logprobs.is_empty() {
-            self.chunks.push_back(shape.text_chunk(choice, piece, &mut self.text_offsets[choice], tokenizer));
+            let text_offset = &mut self.text_offsets[choice];
+            self.chunks.push_back(shape.text_chunk(choice, piece, so_far, text_offset, tokenizer));
         }
         if let Some(finish) = piece.finish {
-            self.chunks.push_back(shape.finish_chunk(choice, finish));
+            self.chunks.push_back(shape.finish_chunk(choice, finish, so_far));
         }
     }
 

@@ -1,10 +1,13 @@
 //! Answers in OpenAI's shapes: whole bodies, and the chunks of a stream.
 
+use std::time::Duration;
+
+use common::timeline::NodeTimeline;
 use common::tokens::Token;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::request::Endpoint;
+use super::request::{Endpoint, StreamOptions};
 use crate::text::Tokenizer;
 
 /// Tokens read and written by one request.
@@ -19,14 +22,20 @@ pub struct Usage {
 }
 
 impl Usage {
-    /// OpenAI's `usage` object.
-    pub fn to_json(self) -> Value {
+    /// Without the details, which are only known at the end.
+    fn counts(self) -> Value {
         json!({
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         })
+    }
+
+    /// OpenAI's `usage` object.
+    pub fn to_json(self) -> Value {
+        let mut usage = self.counts();
+        usage["prompt_tokens_details"] = json!({"cached_tokens": self.cached_tokens});
+        usage
     }
 }
 
@@ -65,6 +74,8 @@ pub struct TokenLogprob {
 pub struct Piece {
     /// Its text.
     pub text: String,
+    /// Tokens generated since the piece before, shown or not.
+    pub num_tokens: u64,
     /// Its tokens with their log probabilities, if they were asked for.
     pub logprobs: Vec<TokenLogprob>,
     /// Set with the last piece.
@@ -86,8 +97,8 @@ pub struct AnswerShape {
     pub has_logprobs: bool,
     /// Whether special tokens take no place in the text.
     pub skip_special_tokens: bool,
-    /// Whether chunks carry `"usage": null` because one with the usage will follow.
-    pub include_usage: bool,
+    /// What a stream carries beside the answer.
+    pub stream_options: StreamOptions,
 }
 
 #[derive(Serialize)]
@@ -121,20 +132,26 @@ struct Delta<'a> {
 }
 
 impl AnswerShape {
-    fn chunk(&self, choice: ChunkChoice<'_>) -> String {
+    fn chunk(&self, choice: ChunkChoice<'_>, so_far: Usage) -> String {
         let object = match self.endpoint {
             Endpoint::Chat => "chat.completion.chunk",
             Endpoint::Completions { .. } => "text_completion",
         };
-        let usage = self.include_usage.then_some(Value::Null);
+        let usage = match self.stream_options {
+            StreamOptions { include_usage: false, .. } => None,
+            StreamOptions { continuous_usage_stats: true, .. } => Some(so_far.counts()),
+            StreamOptions { .. } => Some(Value::Null),
+        };
         let chunk = Chunk { id: &self.id, object, created: self.created, model: &self.model, choices: [choice], usage };
         serde_json::to_string(&chunk).expect("strings and numbers are always JSON")
     }
 
-    /// The first chunk of a chat answer: who speaks.
-    pub fn role_chunk(&self, index: usize) -> String {
+    /// The first chunk of a chat answer: who speaks. `so_far` of this and the others is the usage of their
+    /// choice.
+    pub fn role_chunk(&self, index: usize, so_far: Usage) -> String {
         let delta = Delta { role: Some("assistant"), content: Some("") };
-        self.chunk(ChunkChoice { index, delta: Some(delta), text: None, logprobs: None, finish_reason: None })
+        let choice = ChunkChoice { index, delta: Some(delta), text: None, logprobs: None, finish_reason: None };
+        self.chunk(choice, so_far)
     }
 
     /// A chunk with the next text of an answer, whose tokens go on at `text_offset`.
@@ -142,6 +159,7 @@ impl AnswerShape {
         &self,
         index: usize,
         piece: &Piece,
+        so_far: Usage,
         text_offset: &mut TextOffset,
         tokenizer: &Tokenizer,
     ) -> String {
@@ -155,27 +173,32 @@ impl AnswerShape {
                 ChunkChoice { index, delta: None, text: Some(&piece.text), logprobs, finish_reason: None }
             }
         };
-        self.chunk(choice)
+        self.chunk(choice, so_far)
     }
 
     /// The last chunk of an answer.
-    pub fn finish_chunk(&self, index: usize, finish: Finish) -> String {
+    pub fn finish_chunk(&self, index: usize, finish: Finish, so_far: Usage) -> String {
         let (delta, text) = match self.endpoint {
             Endpoint::Chat => (Some(Delta::default()), None),
             Endpoint::Completions { .. } => (None, Some("")),
         };
-        self.chunk(ChunkChoice { index, delta, text, logprobs: None, finish_reason: Some(finish.as_str()) })
+        let finish_reason = Some(finish.as_str());
+        self.chunk(ChunkChoice { index, delta, text, logprobs: None, finish_reason }, so_far)
     }
 
-    /// The chunk behind all others, with the usage and no choice.
-    pub fn usage_chunk(&self, usage: Usage) -> String {
+    /// The chunk behind all others, with the usage and no choice. `timelines` are those of the prompts, in
+    /// the order in which they were done.
+    pub fn usage_chunk(&self, usage: Usage, timelines: &[NodeTimeline]) -> String {
         let object = match self.endpoint {
             Endpoint::Chat => "chat.completion.chunk",
             Endpoint::Completions { .. } => "text_completion",
         };
-        json!({"id": self.id, "object": object, "created": self.created, "model": self.model, "choices": [],
-            "usage": usage.to_json()})
-        .to_string()
+        let mut chunk = json!({"id": self.id, "object": object, "created": self.created, "model": self.model,
+            "choices": [], "usage": usage.to_json()});
+        if self.stream_options.include_timeline {
+            chunk["timelines"] = timelines.iter().map(timeline_json).collect();
+        }
+        chunk.to_string()
     }
 
     /// The body of an answer that is not streamed; `choices` in the order of their index.
@@ -293,6 +316,22 @@ impl TextOffset {
             }
         }
     }
+}
+
+/// Where the time of one prompt went on the nodes, in milliseconds.
+fn timeline_json(timeline: &NodeTimeline) -> Value {
+    let ms = |span: Duration| span.as_secs_f64() * 1e3;
+    json!({
+        "queue_ms": ms(timeline.queue),
+        "prefill_ms": ms(timeline.prefill),
+        "transfer_ms": ms(timeline.transfer),
+        "handover_ms": ms(timeline.handover),
+        "first_gap_ms": ms(timeline.first_gap),
+        "fetch_ms": ms(timeline.fetch),
+        "fetched_tokens": timeline.num_fetched_tokens,
+        "transferred_bytes": timeline.transferred_bytes,
+        "is_local_prefill": timeline.is_local_prefill,
+    })
 }
 
 /// A token as a key: its text, or `bytes:\xe4\xbd` where it is only part of a character.

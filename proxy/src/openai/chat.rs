@@ -27,7 +27,7 @@ pub fn parse_chat(body: &Value) -> Result<ValidatedRequest, ApiError> {
         }
     }
     sampling.logprobs = parse_logprobs(&fields)?;
-    let (stream, include_usage) = parse_stream(&fields)?;
+    let (stream, stream_options) = parse_stream(&fields)?;
     Ok(ValidatedRequest {
         model: fields.string("model")?.map(str::to_string),
         endpoint: Endpoint::Chat,
@@ -38,7 +38,7 @@ pub fn parse_chat(body: &Value) -> Result<ValidatedRequest, ApiError> {
         include_stop_string: fields.boolean("include_stop_str_in_output", false)?,
         skip_special_tokens: fields.boolean("skip_special_tokens", true)?,
         stream,
-        include_usage,
+        stream_options,
         cache_salt: parse_cache_salt(&fields)?,
     })
 }
@@ -257,6 +257,7 @@ mod tests {
             (json!({"logprobs": true, "top_logprobs": 21}), "top_logprobs"),
             (json!({"logprobs": 3}), "logprobs"),
             (json!({"stream_options": {"include_usage": true}}), "stream_options"),
+            (json!({"stream": true, "stream_options": {"include_timeline": 1}}), "stream_options.include_timeline"),
             (json!({"tool_choice": "required"}), "tool_choice"),
             (json!({"tools": [{"type": "function"}]}), "tools[0].function"),
             (json!({"model": 3}), "model"),

@@ -35,7 +35,7 @@ pub fn parse_completions(body: &Value) -> Result<ValidatedRequest, ApiError> {
             "echo with logprobs is not supported: prompt tokens have no logprobs here",
         ));
     }
-    let (stream, include_usage) = parse_stream(&fields)?;
+    let (stream, stream_options) = parse_stream(&fields)?;
     Ok(ValidatedRequest {
         model: fields.string("model")?.map(str::to_string),
         endpoint: Endpoint::Completions { echo },
@@ -46,7 +46,7 @@ pub fn parse_completions(body: &Value) -> Result<ValidatedRequest, ApiError> {
         include_stop_string: fields.boolean("include_stop_str_in_output", false)?,
         skip_special_tokens: fields.boolean("skip_special_tokens", true)?,
         stream,
-        include_usage,
+        stream_options,
         cache_salt: parse_cache_salt(&fields)?,
     })
 }

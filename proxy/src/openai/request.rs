@@ -33,10 +33,22 @@ pub struct ValidatedRequest {
     pub skip_special_tokens: bool,
     /// Answer as server-sent events.
     pub stream: bool,
-    /// End the stream with a chunk that carries the usage.
-    pub include_usage: bool,
+    /// What a stream says beside the answer.
+    pub stream_options: StreamOptions,
     /// Tenant salt from the client.
     pub cache_salt: Option<String>,
+}
+
+/// What a stream says beside the answer: OpenAI's `include_usage`, and two options of inference servers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct StreamOptions {
+    /// End the stream with a chunk that carries the usage.
+    pub include_usage: bool,
+    /// With [`include_usage`](Self::include_usage): every chunk carries the usage of its choice so far, so
+    /// that a client knows how many tokens a chunk brings (vLLM's name).
+    pub continuous_usage_stats: bool,
+    /// With [`include_usage`](Self::include_usage): that chunk also says where the time went on the nodes.
+    pub include_timeline: bool,
 }
 
 /// The two ways to ask.

@@ -5,7 +5,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::fields::Fields;
-use super::request::{N_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, SamplingRequest};
+use super::request::{N_MAX, STOP_STRING_BYTES_MAX, STOP_STRINGS_MAX, SamplingRequest, StreamOptions};
 
 /// Longest `cache_salt`.
 const SALT_BYTES_MAX: usize = 1024;
@@ -111,18 +111,21 @@ pub fn parse_stop(fields: &Fields<'_>) -> Result<Vec<String>, ApiError> {
     Ok(items)
 }
 
-/// `stream` and `stream_options.include_usage`.
+/// `stream` and `stream_options`.
 ///
 /// # Errors
 /// Wrong types, or options without a stream.
-pub fn parse_stream(fields: &Fields<'_>) -> Result<(bool, bool), ApiError> {
+pub fn parse_stream(fields: &Fields<'_>) -> Result<(bool, StreamOptions), ApiError> {
     let stream = fields.boolean("stream", false)?;
-    let Some(options) = fields.value("stream_options") else { return Ok((stream, false)) };
+    let Some(options) = fields.value("stream_options") else { return Ok((stream, StreamOptions::default())) };
     if !stream {
         return Err(ApiError::invalid("stream_options", "stream_options is only allowed when stream is true"));
     }
     let options = Fields::at("stream_options", options)?;
-    Ok((stream, options.boolean("include_usage", false)?))
+    let include_usage = options.boolean("include_usage", false)?;
+    let continuous_usage_stats = options.boolean("continuous_usage_stats", false)? && include_usage;
+    let include_timeline = options.boolean("include_timeline", false)? && include_usage;
+    Ok((stream, StreamOptions { include_usage, continuous_usage_stats, include_timeline }))
 }
 
 /// `cache_salt`: a non-empty string.
