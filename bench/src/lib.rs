@@ -4,15 +4,23 @@
 //! prints prompt tokens per second and decode tokens per second at several batch sizes. `tandem bench transfer`
 //! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
-//! throughput and goodput. Trace replay, sweeps and the search for settings are not here yet.
+//! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `sweep` over every
+//! combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
 //!
 //! 1. [`engine_bench`]: the engine.
 //! 2. [`transfer`]: the fabric.
-//! 3. [`serve`]: the load generator.
+//! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
+//! 4. [`setup`], [`compare`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
 #![forbid(unsafe_code)]
 
+pub mod compare;
 pub mod engine_bench;
+pub mod mock;
+pub mod ratio;
+pub mod report;
 pub mod serve;
+pub mod setup;
+pub mod sweep;
 pub mod transfer;
 
 use std::ffi::OsString;
@@ -35,7 +43,15 @@ enum Args {
     #[command(hide = true)]
     TransferSender(transfer::TransferSenderArgs),
     /// Latency, throughput and goodput of an OpenAI-compatible endpoint under load.
-    Serve(serve::ServeArgs),
+    Serve(Box<serve::ServeArgs>),
+    /// Several set-ups under the same loads in turn, as ratios with confidence intervals.
+    Compare(compare::CompareArgs),
+    /// Every combination of flags of client and server; goes on where it was cut off.
+    Sweep(sweep::SweepArgs),
+    /// One self-contained HTML page of results that serve, compare or sweep have written.
+    Report(report::ReportArgs),
+    /// An endpoint that answers at exact, scripted times, to validate load generators.
+    Mock(mock::MockArgs),
 }
 
 /// Runs `bench` with the given arguments (the first is the program's name).
@@ -44,7 +60,11 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Engine(engine) => told(engine_bench::run(&engine)),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
-        Args::Serve(serve) => told(serve::run(serve, Provenance::of_process(&args))),
+        Args::Serve(serve) => told(serve::run(*serve, Provenance::of_process(&args))),
+        Args::Compare(compare) => told(compare::run(&compare, Provenance::of_process(&args))),
+        Args::Sweep(sweep) => told(sweep::run(&sweep, Provenance::of_process(&args))),
+        Args::Report(report) => told(report::run(&report)),
+        Args::Mock(mock) => told(mock::run(&mock)),
     }
 }
 

@@ -78,7 +78,8 @@ async fn an_open_loop_waits_for_no_answer() {
     let flags = "--num-prompts 40 --random-output-len 2 --request-rate 400 --burstiness 0.5 --seed 4";
     let report = bench(&endpoint, flags).await;
     assert_eq!(report.summary.completed, 40);
-    let last = report.args.arrivals().schedule(40, 4)[39];
+    let workload = report.args.workload().unwrap().0;
+    let last = report.args.arrivals(&workload).schedule(40, 4)[39];
     assert!(report.summary.duration >= last, "the last was sent before its time");
     let mean = |samples: &Option<Samples>| samples.as_ref().unwrap().mean();
     assert!(mean(&report.summary.scheduled_ttft) >= mean(&report.summary.latencies[&Metric::Ttft]));
@@ -121,7 +122,7 @@ async fn errors_are_counted_by_kind() {
     let report = bench(&endpoint, flags).await;
     let result = report.to_json();
     let expected = serde_json::json!({"broken_stream": 2, "connection": 1, "status_429": 1, "timeout": 1});
-    assert_eq!(result["errors"], expected);
+    assert_eq!(result["errors_by_kind"], expected);
     assert_eq!((&result["completed"], &result["failed"]), (&3.into(), &5.into()));
     assert_eq!(report.summary.errors["status_429"].1, "the endpoint answered 429: busy");
     // What failed has missed its objective: three good ones in the whole time.
@@ -201,4 +202,115 @@ async fn a_result_has_vllms_keys() {
     assert!(result["machine"].is_object());
     let few = bench(&endpoint, "--num-prompts 1 --random-output-len 2 --percentile-metrics ttft").await.to_json();
     assert!(few["p99_ttft_ms"].is_number() && few.get("p99_itl_ms").is_none());
+}
+
+/// A file beside the test that is gone with it.
+struct File(std::path::PathBuf);
+
+impl File {
+    fn new(name: &str, text: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("tandem-{}-{name}", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+/// A chat answer of one token, as two events: the role, then the text with the count of tokens.
+fn chat_answer(text: &str) -> Vec<Step> {
+    let role = r#"{"choices":[{"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":{"completion_tokens":0}}"#;
+    let usage = r#""usage":{"prompt_tokens":9,"completion_tokens":1}"#;
+    let text = format!(r#"{{"choices":[{{"delta":{{"content":"{text}"}},"finish_reason":"stop"}}],{usage}}}"#);
+    vec![head(), Step::Write(format!("data: {role}\n\ndata: {text}\n\ndata: [DONE]\n\n"))]
+}
+
+#[tokio::test]
+async fn a_conversation_goes_on_with_the_answers_that_were_given() {
+    let endpoint = ScriptedEndpoint::start(|request| chat_answer(&format!("answer to {}", request.request_id))).await;
+    let turn = |text: &str| format!(r#"{{"from":"human","value":"{text}"}},{{"from":"gpt","value":"recorded"}}"#);
+    let text = format!(r#"[{{"conversations":[{},{},{}]}}]"#, turn("one"), turn("two"), turn("three"));
+    let file = File::new("sharegpt.json", &text);
+    let path = file.0.display();
+    let flags = "--backend openai-chat --dataset-name sharegpt --multi-turn --think-time 0.02 --sharegpt-output-len 5";
+    let report = bench(&endpoint, &format!("{flags} --dataset-path {path}")).await;
+    assert_eq!((report.summary.completed, report.summary.num_itl_spread), (3, 0));
+    let seen = endpoint.seen();
+    let ids: Vec<&str> = seen.iter().map(|seen| seen.request_id.as_str()).collect();
+    assert_eq!(ids, ["bench-0", "bench-0.1", "bench-0.2"]);
+    let said: Vec<&str> =
+        seen[2].body["messages"].as_array().unwrap().iter().map(|one| one["content"].as_str().unwrap()).collect();
+    assert_eq!(said, ["one", "answer to bench-0", "two", "answer to bench-0.1", "three"]);
+    assert_eq!(seen[2].body["max_completion_tokens"], 5);
+    assert_eq!(seen[2].body["stream_options"]["continuous_usage_stats"], true);
+    // Two times to think, which are nobody's latency.
+    assert!(report.summary.duration >= Duration::from_millis(40));
+    assert_eq!(report.summary.concurrency_wait.unwrap().max(), 0.0);
+}
+
+#[tokio::test]
+async fn answers_are_checked_against_the_tasks() {
+    let endpoint = ScriptedEndpoint::start(|_| chat_answer(" four ")).await;
+    let task = |answer: &str| {
+        format!("{{\"messages\":[{{\"role\":\"user\",\"content\":\"2+2?\"}}],\"answer\":\"{answer}\"}}\n")
+    };
+    let file = File::new("tasks.jsonl", &[task("four"), task("five"), task("four")].concat());
+    let flags =
+        format!("--backend openai-chat --dataset-name tasks --dataset-path {} --openai-strict", file.0.display());
+    let report = bench(&endpoint, &flags).await;
+    assert_eq!(report.summary.checked, Some((3, 2)));
+    let result = report.to_json();
+    assert_eq!((&result["num_checked"], &result["num_right"]), (&3.into(), &2.into()));
+    // OpenAI's own endpoint refuses what it does not know.
+    assert_eq!(endpoint.seen()[0].body["stream_options"], serde_json::json!({"include_usage": true}));
+    let reason = try_bench(&endpoint, &format!("{flags} --num-prompts 4")).await.unwrap_err().to_string();
+    assert!(reason.contains("--num-prompts is 4, but the file has 3"), "{reason}");
+}
+
+#[tokio::test]
+async fn a_trace_is_sent_when_it_says_with_its_shared_prefixes() {
+    let endpoint = ScriptedEndpoint::start(|_| two_tokens()).await;
+    let row = |ms: u32, hashes: &str| {
+        format!("{{\"timestamp\":{ms},\"input_length\":1024,\"output_length\":32,\"hash_ids\":[{hashes}]}}\n")
+    };
+    let file = File::new("trace.jsonl", &[row(0, "0,1"), row(60, "0,2"), row(60, "0,1")].concat());
+    let flags = "--dataset-name mooncake --trace-timestamps --trace-jitter 0 --trace-length-divisor 16";
+    let report = bench(&endpoint, &format!("{flags} --dataset-path {} --save-detailed", file.0.display())).await;
+    assert_eq!(report.summary.completed, 3);
+    assert!(report.summary.duration >= Duration::from_millis(60));
+    let seen = endpoint.seen();
+    let tokens = |index: usize| seen[index].body["prompt"].as_array().unwrap().clone();
+    assert_eq!(tokens(0).len(), 64);
+    assert_eq!(tokens(0), tokens(2));
+    assert_eq!(tokens(0)[..32], tokens(1)[..32]);
+    assert_ne!(tokens(0)[32..], tokens(1)[32..]);
+    assert_eq!(seen[0].body["max_tokens"], 2);
+    let result = report.to_json();
+    let requests = result["requests"].as_array().unwrap();
+    assert_eq!(requests.iter().map(|one| one["scheduled_ms"].as_f64().unwrap()).collect::<Vec<_>>(), [0.0, 60.0, 60.0]);
+    assert!(requests.iter().all(|one| one["first_ms"].as_f64() >= one["sent_ms"].as_f64()));
+    assert_eq!(result["output_lens"], serde_json::json!([2, 2, 2]));
+    assert_eq!(result["ttfts"].as_array().unwrap().len(), 3);
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_closes_its_connection_and_is_nobodys_error() {
+    // Nothing comes behind the second token: whoever does not leave waits for the time limit.
+    let endpoint = ScriptedEndpoint::start(|request| match request.request_id.as_str() {
+        "bench-warmup-0" => two_tokens(),
+        _ => vec![head(), token(), token(), Step::Hang],
+    })
+    .await;
+    let flags = "--num-prompts 40 --random-output-len 2 --num-warmups 1 --request-timeout 3 --seed 1 --cancel-fraction";
+    let reason = try_bench(&endpoint, &format!("{flags} 1")).await.unwrap_err().to_string();
+    assert_eq!(reason, "none of 40 requests was answered: all were left by the generator");
+    let reason = try_bench(&endpoint, &format!("{flags} 0.5")).await.unwrap_err().to_string();
+    let num_stayed = reason.strip_prefix("none of 40 requests was answered: ").and_then(|rest| rest.split_once(' '));
+    let (num_stayed, kind) = num_stayed.unwrap_or_else(|| panic!("{reason}"));
+    assert!(kind.starts_with("timeout") && !kind.contains("cancelled"), "{reason}");
+    assert!((8..=32).contains(&num_stayed.parse::<usize>().unwrap()), "{reason}");
 }

@@ -4,12 +4,14 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use super::record::{Answer, Failure, TokenEvent};
+use super::record::{Answer, Failure, Phases, TokenEvent};
 
 /// A line longer than this is no event of a completion.
 const LINE_BYTES_MAX: usize = 1 << 20;
 /// Events beyond one per token asked for: ends, usage, empty ones.
 const SPARE_EVENTS: usize = 64;
+/// Text beyond this for each token asked for is no answer of so many tokens.
+const TEXT_BYTES_PER_TOKEN_MAX: usize = 1024;
 
 /// Reads one answer. Memory is bounded by the tokens asked for and one line of 1 MiB.
 #[derive(Debug)]
@@ -21,12 +23,13 @@ pub struct AnswerStream {
     num_tokens_told: Option<u64>,
     first: Option<Duration>,
     is_done: bool,
+    keeps_text: bool,
     answer: Answer,
 }
 
 impl AnswerStream {
-    /// Of a request for `max_tokens`.
-    pub fn new(max_tokens: usize) -> Self {
+    /// Of a request for `max_tokens`; `keeps_text` if somebody wants to read it.
+    pub fn new(max_tokens: usize, keeps_text: bool) -> Self {
         Self {
             line: Vec::new(),
             num_events: 0,
@@ -34,6 +37,7 @@ impl AnswerStream {
             num_tokens_told: Some(0),
             first: None,
             is_done: false,
+            keeps_text,
             answer: Answer::default(),
         }
     }
@@ -57,6 +61,11 @@ impl AnswerStream {
             }
         }
         Ok(self.is_done)
+    }
+
+    /// Tokens so far: an event that does not tell counts as one.
+    pub fn num_tokens(&self) -> u64 {
+        self.num_tokens_told.unwrap_or(self.answer.events.len() as u64)
     }
 
     /// The answer, at the end of the body.
@@ -92,28 +101,65 @@ impl AnswerStream {
         if let Some(choice) = event["choices"].get(0) {
             self.first.get_or_insert(at);
             self.answer.last = at;
-            self.on_choice(at, choice, num_output_tokens);
+            self.on_choice(at, choice, num_output_tokens)?;
         }
         self.answer.num_output_tokens = num_output_tokens.or(self.answer.num_output_tokens);
-        self.answer.num_prompt_tokens = event["usage"]["prompt_tokens"].as_u64().or(self.answer.num_prompt_tokens);
+        let usage = &event["usage"];
+        self.answer.num_prompt_tokens = usage["prompt_tokens"].as_u64().or(self.answer.num_prompt_tokens);
+        let num_cached_tokens = usage["prompt_tokens_details"]["cached_tokens"].as_u64();
+        self.answer.num_cached_tokens = num_cached_tokens.or(self.answer.num_cached_tokens);
+        self.answer.phases = phases(&event["timelines"][0]).or(self.answer.phases);
         Ok(())
     }
 
     /// How many tokens came is said by `token_ids`, or by a usage in every event (its increase).
-    fn on_choice(&mut self, at: Duration, choice: &Value, num_output_tokens: Option<u64>) {
+    fn on_choice(&mut self, at: Duration, choice: &Value, num_output_tokens: Option<u64>) -> Result<(), Failure> {
+        let delta = &choice["delta"];
+        let text = choice["text"].as_str().or(delta["content"].as_str()).unwrap_or_default();
+        if self.keeps_text {
+            let bytes_max = (self.num_tokens_max as usize).saturating_add(SPARE_EVENTS) * TEXT_BYTES_PER_TOKEN_MAX;
+            if self.answer.text.len() + text.len() > bytes_max {
+                return Err(broken(format!("more text than {} tokens can be", self.num_tokens_max)));
+            }
+            self.answer.text.push_str(text);
+        }
         let by_ids = choice["token_ids"].as_array().map(|ids| ids.len() as u64);
         let by_usage = || num_output_tokens.zip(self.num_tokens_told).map(|(now, before)| now.saturating_sub(before));
         let num_tokens = by_ids.or_else(by_usage);
         let has_tokens = match num_tokens {
             Some(num_tokens) => num_tokens > 0,
             // An empty text without an end is a token that shows nothing yet; with an end it is the end alone.
-            None => choice["text"].as_str().is_some_and(|text| !text.is_empty()) || choice["finish_reason"].is_null(),
+            None if delta.is_null() => !text.is_empty() || choice["finish_reason"].is_null(),
+            // A chat begins with a role alone, which is no token.
+            None => {
+                ["content", "reasoning_content", "reasoning", "tool_calls"].iter().any(|part| is_there(&delta[part]))
+            }
         };
         if has_tokens {
             self.num_tokens_told = self.num_tokens_told.zip(num_tokens).map(|(told, more)| told + more);
             self.answer.events.push(TokenEvent { at, num_tokens });
         }
+        Ok(())
     }
+}
+
+fn is_there(part: &Value) -> bool {
+    match part {
+        Value::String(text) => !text.is_empty(),
+        Value::Array(items) => !items.is_empty(),
+        _ => false,
+    }
+}
+
+fn phases(timeline: &Value) -> Option<Phases> {
+    let ms = |key: &str| timeline[key].as_f64();
+    Some(Phases {
+        queue_ms: ms("queue_ms")?,
+        prefill_ms: ms("prefill_ms")?,
+        transfer_ms: ms("transfer_ms")?,
+        handover_ms: ms("handover_ms")?,
+        first_gap_ms: ms("first_gap_ms")?,
+    })
 }
 
 fn broken(reason: String) -> Failure {
@@ -130,7 +176,7 @@ mod tests {
     }
 
     fn read(max_tokens: usize, parts: &[(u64, &str)]) -> Result<Answer, Failure> {
-        let mut stream = AnswerStream::new(max_tokens);
+        let mut stream = AnswerStream::new(max_tokens, true);
         for (ms, bytes) in parts {
             stream.on_bytes(at(*ms), bytes.as_bytes())?;
         }
@@ -169,6 +215,21 @@ mod tests {
             "data: {\"choices\":[{\"text\":\"\",\"finish_reason\":\"stop\"}],\"usage\":{\"completion_tokens\":2}}\n";
         let answer = read(2, &[(1, A), (2, A), (3, end), (4, DONE)]).unwrap();
         assert_eq!((times(&answer), answer.num_output_tokens), (vec![(1, None), (2, None)], Some(2)));
+    }
+
+    #[test]
+    fn a_chat_has_deltas_and_its_role_is_no_token() {
+        let delta = |delta: &str| format!("data: {{\"choices\":[{{\"delta\":{delta},\"finish_reason\":null}}]}}\n");
+        let (role, text) = (delta(r#"{"role":"assistant","content":""}"#), delta(r#"{"content":"hi "}"#));
+        let (thought, call) = (delta(r#"{"reasoning_content":"hm"}"#), delta(r#"{"tool_calls":[{"index":0}]}"#));
+        let last = "data: {\"choices\":[],\"usage\":{\"completion_tokens\":3,\
+                    \"prompt_tokens_details\":{\"cached_tokens\":16}},\"timelines\":[{\"queue_ms\":1.5,\
+                    \"prefill_ms\":2,\"transfer_ms\":3,\"handover_ms\":4,\"first_gap_ms\":5}]}\n";
+        let parts = [(1, &*role), (1, &*text), (2, &*thought), (4, &*call), (5, last), (5, DONE)];
+        let answer = read(3, &parts).unwrap();
+        assert_eq!(times(&answer), [(1, None), (2, None), (4, None)]);
+        assert_eq!((answer.text.as_str(), answer.num_cached_tokens), ("hi ", Some(16)));
+        assert_eq!(answer.phases.unwrap().named().map(|(_, ms)| ms), [1.5, 2.0, 3.0, 4.0, 5.0]);
     }
 
     #[test]

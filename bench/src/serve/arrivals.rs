@@ -13,33 +13,77 @@ pub const BURSTINESS_RANGE: std::ops::RangeInclusive<f64> = 0.01..=10_000.0;
 pub const REQUEST_RATE_RANGE: std::ops::RangeInclusive<f64> = 1e-3..=1e6;
 
 /// How requests arrive.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Arrivals {
     /// All at the start.
     AtOnce,
     /// With independent gaps of a gamma distribution: its mean is `1 / request_rate`, its shape `burstiness`,
     /// so the variance of a gap is `1 / (request_rate² burstiness)`. A shape of 1 is a Poisson process,
     /// below 1 is burstier, above 1 more even.
+    ///
+    /// A burstiness of infinity has no randomness left: the gaps are constant.
     Gamma {
-        /// Mean requests per second, within [`REQUEST_RATE_RANGE`].
-        request_rate: f64,
-        /// Within [`BURSTINESS_RANGE`].
+        /// Mean requests per second.
+        rate: Rate,
+        /// Within [`BURSTINESS_RANGE`], or infinite.
         burstiness: f64,
     },
+    /// When a trace says.
+    Trace(Vec<Duration>),
+}
+
+/// Requests per second over the course of a run, each within [`REQUEST_RATE_RANGE`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Rate {
+    /// The same all the time.
+    Constant(f64),
+    /// From one to another, in even steps from request to request.
+    Linear {
+        /// At the first request.
+        start: f64,
+        /// At the last.
+        end: f64,
+    },
+    /// From one to another, in even factors from request to request.
+    Exponential {
+        /// At the first request.
+        start: f64,
+        /// At the last.
+        end: f64,
+    },
+}
+
+impl Rate {
+    /// When `progress` (0 to 1) of the requests were sent.
+    fn at(self, progress: f64) -> f64 {
+        match self {
+            Self::Constant(rate) => rate,
+            Self::Linear { start, end } => start + (end - start) * progress,
+            Self::Exponential { start, end } => start * (end / start).powf(progress),
+        }
+    }
 }
 
 impl Arrivals {
     /// The send times of `num_requests`, counted from the start of the run, in ascending order. The first
-    /// request, too, waits for a gap, as in vLLM.
-    pub fn schedule(self, num_requests: usize, seed: u64) -> Vec<Duration> {
-        let Self::Gamma { request_rate, burstiness } = self else { return vec![Duration::ZERO; num_requests] };
-        let gaps = Gamma::new(burstiness, 1.0 / (request_rate * burstiness))
-            .expect("shape and scale are positive and finite within the stated ranges");
+    /// request, too, waits for a gap, as in vLLM. A trace has no more requests than it has times.
+    pub fn schedule(&self, num_requests: usize, seed: u64) -> Vec<Duration> {
+        let (rate, burstiness) = match self {
+            Self::AtOnce => return vec![Duration::ZERO; num_requests],
+            Self::Trace(times) => return times.iter().copied().take(num_requests).collect(),
+            Self::Gamma { rate, burstiness } => (rate, burstiness),
+        };
+        // Gaps of mean 1, stretched to the rate of the moment.
+        let gaps = burstiness.is_finite().then(|| {
+            Gamma::new(*burstiness, 1.0 / burstiness)
+                .expect("shape and scale are positive and finite within the stated range")
+        });
         let mut rng = StdRng::seed_from_u64(seed);
         let mut seconds = 0.0;
         (0..num_requests)
-            .map(|_| {
-                seconds += gaps.sample(&mut rng);
+            .map(|index| {
+                let gap = gaps.as_ref().map_or(1.0, |gaps| gaps.sample(&mut rng));
+                seconds += gap / rate.at(index as f64 / (num_requests - 1).max(1) as f64);
                 Duration::from_secs_f64(seconds)
             })
             .collect()
@@ -54,7 +98,7 @@ mod tests {
     const NUM: usize = 20_000;
 
     fn gamma(burstiness: f64) -> Arrivals {
-        Arrivals::Gamma { request_rate: 8.0, burstiness }
+        Arrivals::Gamma { rate: Rate::Constant(8.0), burstiness }
     }
 
     /// Mean and variance of the gaps.
@@ -99,8 +143,27 @@ mod tests {
     fn the_ends_of_the_ranges_can_be_drawn() {
         for request_rate in [*REQUEST_RATE_RANGE.start(), *REQUEST_RATE_RANGE.end()] {
             for burstiness in [*BURSTINESS_RANGE.start(), *BURSTINESS_RANGE.end()] {
-                assert_eq!(Arrivals::Gamma { request_rate, burstiness }.schedule(1000, 0).len(), 1000);
+                let arrivals = Arrivals::Gamma { rate: Rate::Constant(request_rate), burstiness };
+                assert_eq!(arrivals.schedule(1000, 0).len(), 1000);
             }
         }
+    }
+
+    #[test]
+    fn constant_gaps_and_ramps_are_exact() {
+        let seconds = |rate| -> Vec<f64> {
+            let arrivals = Arrivals::Gamma { rate, burstiness: f64::INFINITY };
+            arrivals.schedule(3, 9).iter().map(Duration::as_secs_f64).collect()
+        };
+        assert_eq!(seconds(Rate::Constant(4.0)), [0.25, 0.5, 0.75]);
+        // Rates of 1, 2.5, 4 and of 1, 2, 4.
+        assert_eq!(seconds(Rate::Linear { start: 1.0, end: 4.0 }), [1.0, 1.4, 1.65]);
+        assert_eq!(seconds(Rate::Exponential { start: 1.0, end: 4.0 }), [1.0, 1.5, 1.75]);
+        let trace = Arrivals::Trace(vec![at(5), at(7), at(9)]);
+        assert_eq!(trace.schedule(2, 0), [at(5), at(7)]);
+    }
+
+    fn at(seconds: u64) -> Duration {
+        Duration::from_secs(seconds)
     }
 }

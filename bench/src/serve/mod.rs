@@ -1,20 +1,20 @@
-//! A load generator for any endpoint that speaks OpenAI's `/v1/completions`: `tandem bench serve`.
+//! A load generator for any endpoint that speaks OpenAI's completions or chats: `tandem bench serve`.
 //!
-//! Prompts, lengths and send times are drawn in advance from a seed; requests are sent at those times
-//! whatever became of the ones before, so that a stall of the endpoint is measured by every request that
+//! Prompts, lengths and send times are drawn from a seed or read from a file in advance; sessions begin at those
+//! times whatever became of the ones before, so that a stall of the endpoint is measured by every request that
 //! meets it and not hidden by requests that were never sent. `docs/bench.md` defines every figure.
 //!
-//! It does not generate chats, replay traces, share prefixes or search for settings, and it starts no
-//! endpoint.
+//! It does not search for settings, and it starts no endpoint.
 //!
 //! 1. [`args`]: the flags. [`workload`] and [`arrivals`]: what is sent and when, from the seed.
 //! 2. [`load`] sends by the schedule; [`client`] is one request; [`answer_stream`] reads its answer.
 //! 3. [`record`]: what one request did. [`statistics`], [`slo`], [`summary`]: the figures.
-//! 4. [`report`]: as a table and JSON, with its [`provenance`].
+//! 4. [`report`], `detail`: as a table and JSON, with its [`provenance`].
 pub mod answer_stream;
 pub mod args;
 pub mod arrivals;
 pub mod client;
+mod detail;
 pub mod load;
 pub mod provenance;
 pub mod record;
@@ -65,25 +65,27 @@ pub fn run(args: ServeArgs, provenance: Provenance) -> anyhow::Result<Report> {
 /// If a warm-up fails or no request is answered.
 pub async fn measure(args: ServeArgs, provenance: Provenance, api_key: Option<String>) -> anyhow::Result<Report> {
     let client = Arc::new(Client::new(args.endpoint(api_key))?);
-    let (workload, max_concurrency) = (args.workload(), args.max_concurrency);
+    let (workload, num_sessions) = args.workload()?;
+    let pace = args.pace();
     let hidden = ProgressBar::hidden();
     let warmups = vec![Duration::ZERO; args.num_warmups];
-    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, max_concurrency, &hidden).await;
+    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, pace, &hidden).await;
     if let Some(failure) = warmups.into_iter().find_map(|record| record.outcome.err()) {
         return Err(anyhow::Error::new(failure).context("a warm-up request failed"));
     }
-    let schedule = args.arrivals().schedule(args.num_prompts, args.seed);
-    let progress = ProgressBar::new(args.num_prompts as u64).with_style(
+    let schedule = args.arrivals(&workload).schedule(num_sessions, args.seed);
+    let progress = ProgressBar::new(num_sessions as u64).with_style(
         ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
             .expect("the template is right"),
     );
-    let records = load::run(client, &workload, Phase::Measured, &schedule, max_concurrency, &progress).await;
+    let records = load::run(client, &workload, Phase::Measured, &schedule, pace, &progress).await;
     progress.finish_and_clear();
     let summary = Summary::new(&records, &args.goodput);
     if summary.completed == 0 {
         let kinds = summary.errors.iter().map(|(kind, (num, first))| format!("{num} {kind} ({first})"));
         let kinds: Vec<String> = kinds.collect();
-        anyhow::bail!("none of {} requests was answered: {}", records.len(), kinds.join(", "));
+        let why = if kinds.is_empty() { "all were left by the generator".into() } else { kinds.join(", ") };
+        anyhow::bail!("none of {} requests was answered: {why}", records.len());
     }
-    Ok(Report { args, provenance, summary })
+    Ok(Report { args, provenance, summary, records })
 }

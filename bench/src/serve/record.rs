@@ -15,8 +15,14 @@ pub struct RequestRecord {
     pub sent: Duration,
     /// When its answer was complete, or it failed.
     pub ended: Duration,
-    /// Tokens of the prompt that was drawn.
-    pub num_prompt_tokens: u64,
+    /// Which session it belongs to.
+    pub session: usize,
+    /// Which of its turns it is.
+    pub turn: usize,
+    /// Tokens of the prompt that was drawn; of a text, unknown here.
+    pub num_prompt_tokens: Option<u64>,
+    /// Whether the answer is the one that was expected, where that is known.
+    pub is_right: Option<bool>,
     /// The answer.
     pub outcome: Result<Answer, Failure>,
 }
@@ -34,6 +40,40 @@ pub struct Answer {
     pub num_prompt_tokens: Option<u64>,
     /// Generated tokens, as the endpoint counted them.
     pub num_output_tokens: Option<u64>,
+    /// Of the prompt's, those whose KV was held, as the endpoint counted them.
+    pub num_cached_tokens: Option<u64>,
+    /// What the endpoint says of its own phases (Tandem's `timelines`).
+    pub phases: Option<Phases>,
+    /// Its text, where somebody wants to know it.
+    pub text: String,
+}
+
+/// Where the time of a request went at the endpoint, in milliseconds, by the endpoint's own clocks.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+pub struct Phases {
+    /// Until the first prompt token was scheduled.
+    pub queue_ms: f64,
+    /// From there to token #1.
+    pub prefill_ms: f64,
+    /// From the first KV byte received to the last one verified.
+    pub transfer_ms: f64,
+    /// From token #1 at the decode node to the sequence in the running batch.
+    pub handover_ms: f64,
+    /// From token #1 to token #2.
+    pub first_gap_ms: f64,
+}
+
+impl Phases {
+    /// Names and values, in the order in which they happen.
+    pub fn named(&self) -> [(&'static str, f64); 5] {
+        [
+            ("queue", self.queue_ms),
+            ("prefill", self.prefill_ms),
+            ("transfer", self.transfer_ms),
+            ("handover", self.handover_ms),
+            ("first_gap", self.first_gap_ms),
+        ]
+    }
 }
 
 /// An event that brought tokens.
@@ -65,6 +105,9 @@ pub enum Failure {
     /// An answer began and did not come to its end.
     #[error("the answer broke off: {0}")]
     BrokenStream(String),
+    /// The generator itself left, as `--cancel-fraction` wants it: nobody's fault.
+    #[error("left after {0} tokens")]
+    Cancelled(u64),
 }
 
 impl Failure {
@@ -75,6 +118,7 @@ impl Failure {
             Self::Connection(_) => "connection".into(),
             Self::Timeout(_) => "timeout".into(),
             Self::BrokenStream(_) => "broken_stream".into(),
+            Self::Cancelled(_) => "cancelled".into(),
         }
     }
 }
@@ -190,7 +234,10 @@ mod tests {
             due: at(95),
             sent: at(100),
             ended: answer.last,
-            num_prompt_tokens: 8,
+            session: 0,
+            turn: 0,
+            num_prompt_tokens: Some(8),
+            is_right: None,
             outcome: Ok(answer),
         }
     }
@@ -199,7 +246,7 @@ mod tests {
         let events: Vec<_> =
             events.iter().map(|(ms, num_tokens)| TokenEvent { at: at(*ms), num_tokens: *num_tokens }).collect();
         let (first, last) = (events[0].at, events[events.len() - 1].at);
-        Answer { first, last, events, num_prompt_tokens: None, num_output_tokens }
+        Answer { first, last, events, num_output_tokens, ..Answer::default() }
     }
 
     #[test]
@@ -269,6 +316,7 @@ mod tests {
             (Failure::Connection("refused".into()), "connection"),
             (Failure::Timeout(at(5)), "timeout"),
             (Failure::BrokenStream("no [DONE]".into()), "broken_stream"),
+            (Failure::Cancelled(3), "cancelled"),
         ];
         for (failure, kind) in kinds {
             assert_eq!(failure.kind(), kind);

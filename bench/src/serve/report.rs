@@ -5,8 +5,10 @@ use std::fmt;
 use serde_json::{Map, Value, json};
 
 use super::args::ServeArgs;
+use super::detail;
 use super::provenance::Provenance;
-use super::slo::Metric;
+use super::record::RequestRecord;
+use super::slo::{Metric, Objective};
 use super::statistics::Samples;
 use super::summary::Summary;
 
@@ -19,6 +21,8 @@ pub struct Report {
     pub provenance: Provenance,
     /// What was found.
     pub summary: Summary,
+    /// Every request.
+    pub records: Vec<RequestRecord>,
 }
 
 /// `99`, `99.9`
@@ -38,25 +42,30 @@ fn metric_title(metric: Metric) -> &'static str {
 impl Report {
     /// The result. A latency without a sample is `null`.
     pub fn to_json(&self) -> Value {
-        let Self { args, provenance, summary } = self;
+        let Self { args, provenance, summary, records } = self;
         let rate = args.request_rate.0;
         let errors: Map<String, Value> =
             summary.errors.iter().map(|(kind, (num, _))| (kind.clone(), json!(num))).collect();
         let mut result = json!({
             "model_id": args.model,
-            "num_prompts": args.num_prompts,
+            "num_prompts": records.len(),
             "request_rate": if rate.is_finite() { json!(rate) } else { json!("inf") },
-            "burstiness": args.burstiness,
+            "burstiness": if args.burstiness.is_finite() { json!(args.burstiness) } else { json!("inf") },
             "max_concurrency": args.max_concurrency,
             "seed": args.seed,
             "duration": summary.duration.as_secs_f64(),
             "completed": summary.completed,
             "failed": summary.failed,
-            "errors": errors,
+            "cancelled": summary.cancelled,
+            "errors_by_kind": errors,
             "total_input_tokens": summary.total_input_tokens,
             "total_output_tokens": summary.total_output_tokens,
             "request_throughput": summary.request_throughput(),
             "request_goodput": summary.request_goodput,
+            "slo_attainment": summary.slo_attainment,
+            "total_cached_tokens": summary.total_cached_tokens,
+            "num_checked": summary.checked.map(|(num, _)| num),
+            "num_right": summary.checked.map(|(_, num_right)| num_right),
             "output_throughput": summary.output_throughput(),
             "total_token_throughput": summary.total_token_throughput(),
             "num_itl_spread": summary.num_itl_spread,
@@ -77,6 +86,16 @@ impl Report {
             fields.insert(format!("p99_{name}_ms"), json!(samples.map(|samples| samples.percentile(99.0))));
             fields.insert(format!("max_{name}_ms"), json!(samples.map(Samples::max)));
         }
+        for (objective, share) in &summary.attainment {
+            let name = format!("{}_attainment", objective.metric.as_str());
+            fields.insert(name, json!(share));
+        }
+        for (name, samples) in &summary.phases {
+            add_samples(fields, name, Some(samples), percents);
+        }
+        if args.save_detailed {
+            detail::add(fields, records);
+        }
         if let Value::Object(provenance) = provenance.to_json() {
             fields.extend(provenance);
         }
@@ -96,18 +115,32 @@ fn add_samples(fields: &mut Map<String, Value>, name: &str, samples: Option<&Sam
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { args, provenance, summary } = self;
+        let Self { args, provenance, summary, .. } = self;
         writeln!(f, "{:<44}{:>12}", "Requests answered", summary.completed)?;
+        if summary.cancelled > 0 {
+            writeln!(f, "{:<44}{:>12}", "Requests left by the generator", summary.cancelled)?;
+        }
         writeln!(f, "{:<44}{:>12}", "Requests failed", summary.failed)?;
         for (kind, (num, first)) in &summary.errors {
             writeln!(f, "  {kind:<42}{num:>12}   {first}")?;
         }
         writeln!(f, "{:<44}{:>12.3}", "Duration (s)", summary.duration.as_secs_f64())?;
         writeln!(f, "{:<44}{:>12}", "Prompt tokens", summary.total_input_tokens)?;
+        if let Some(cached) = summary.total_cached_tokens {
+            writeln!(f, "{:<44}{:>12}", "  of them cached", cached)?;
+        }
         writeln!(f, "{:<44}{:>12}", "Generated tokens", summary.total_output_tokens)?;
+        if let Some((num, num_right)) = summary.checked {
+            writeln!(f, "{:<44}{:>12}", format!("Right answers, of {num}"), num_right)?;
+        }
         writeln!(f, "{:<44}{:>12.3}", "Requests per second", summary.request_throughput())?;
         if let Some(goodput) = summary.request_goodput {
             writeln!(f, "{:<44}{goodput:>12.3}", "Goodput (requests per second)")?;
+        }
+        for (objective, share) in &summary.attainment {
+            let Objective { metric, limit_ms } = objective;
+            let title = format!("  {} within {limit_ms} ms (%)", metric.as_str().to_uppercase());
+            writeln!(f, "{title:<44}{:>12.2}", share * 100.0)?;
         }
         writeln!(f, "{:<44}{:>12.2}", "Generated tokens per second", summary.output_throughput())?;
         writeln!(f, "{:<44}{:>12.2}", "All tokens per second", summary.total_token_throughput())?;
@@ -125,8 +158,10 @@ impl fmt::Display for Report {
                 ("E2EL from the scheduled time", &summary.scheduled_e2el),
                 ("Schedule lag of the generator", &summary.schedule_lag),
                 ("Wait for a place (--max-concurrency)", &summary.concurrency_wait),
-            ]);
-        for (title, samples) in rows {
+            ])
+            .map(|(title, samples)| (title.to_string(), samples.as_ref()));
+        let phases = summary.phases.iter().map(|(name, samples)| (format!("At the endpoint: {name}"), Some(samples)));
+        for (title, samples) in rows.chain(phases) {
             write!(f, "{title:<44}")?;
             let Some(samples) = samples else {
                 writeln!(f, "{:>12}", "none")?;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::record::{Latencies, RequestRecord, ms};
+use super::record::{Failure, Latencies, RequestRecord, ms};
 use super::slo::{Metric, Objective};
 use super::statistics::Samples;
 
@@ -15,6 +15,8 @@ const LAG_P99_MAX_MS: f64 = 10.0;
 pub struct Summary {
     /// Requests that were answered to the end.
     pub completed: usize,
+    /// Requests that the generator left, as it was asked to: in no other figure.
+    pub cancelled: usize,
     /// All others.
     pub failed: usize,
     /// Failures by kind: how many, and what the first said.
@@ -25,8 +27,18 @@ pub struct Summary {
     pub total_input_tokens: u64,
     /// Generated tokens of answered requests.
     pub total_output_tokens: u64,
+    /// Of the prompt tokens, those whose KV was held; `None` if the endpoint never says.
+    pub total_cached_tokens: Option<u64>,
+    /// Answers that were checked, and those that were right.
+    pub checked: Option<(usize, usize)>,
     /// Requests per second that met every objective, if there are any.
     pub request_goodput: Option<f64>,
+    /// Share of the requests that met each objective, and all of them; failed ones met none.
+    pub attainment: Vec<(Objective, f64)>,
+    /// The same for all objectives together.
+    pub slo_attainment: Option<f64>,
+    /// The endpoint's own phases, where it tells them.
+    pub phases: BTreeMap<&'static str, Samples>,
     /// By metric, in milliseconds, counted from the moment a request was sent; `None` without a sample.
     pub latencies: BTreeMap<Metric, Option<Samples>>,
     /// TTFT counted from the scheduled time.
@@ -45,7 +57,10 @@ impl Summary {
     /// The figures of `records`.
     pub fn new(records: &[RequestRecord], objectives: &[Objective]) -> Self {
         let mut errors: BTreeMap<String, (usize, String)> = BTreeMap::new();
-        for failure in records.iter().filter_map(|record| record.outcome.as_ref().err()) {
+        let is_cancelled = |record: &&RequestRecord| matches!(record.outcome, Err(Failure::Cancelled(_)));
+        let cancelled = records.iter().filter(is_cancelled).count();
+        let num_kept = records.len() - cancelled;
+        for failure in records.iter().filter(|r| !is_cancelled(r)).filter_map(|record| record.outcome.as_ref().err()) {
             errors.entry(failure.kind()).or_insert_with(|| (0, failure.to_string())).0 += 1;
         }
         let answers = || records.iter().filter_map(|record| Some((record, record.outcome.as_ref().ok()?)));
@@ -60,14 +75,28 @@ impl Summary {
             Metric::Itl => Samples::new(answered.iter().flat_map(|found| found.itl_ms.iter().copied()).collect()),
             Metric::E2el => of(|found| found.e2el_ms),
         };
+        let share = |count: usize| if num_kept == 0 { 0.0 } else { count as f64 / num_kept as f64 };
+        let num_met = |one: &Objective| answered.iter().filter(|found| one.is_met(found)).count();
+        let is_right: Vec<bool> = records.iter().filter_map(|record| record.is_right).collect();
+        let mut phases: BTreeMap<&'static str, Vec<f64>> = BTreeMap::new();
+        for (name, ms) in answers().filter_map(|(_, answer)| answer.phases).flat_map(|phases| phases.named()) {
+            phases.entry(name).or_default().push(ms);
+        }
+        let cached: Vec<u64> = answers().filter_map(|(_, answer)| answer.num_cached_tokens).collect();
         let num_good = answered.iter().filter(|found| objectives.iter().all(|one| one.is_met(found))).count();
         Self {
             completed: answered.len(),
-            failed: records.len() - answered.len(),
+            cancelled,
+            failed: num_kept - answered.len(),
             errors,
             duration,
-            total_input_tokens: answers().map(|(r, a)| a.num_prompt_tokens.unwrap_or(r.num_prompt_tokens)).sum(),
+            total_input_tokens: answers().filter_map(|(r, a)| a.num_prompt_tokens.or(r.num_prompt_tokens)).sum(),
             total_output_tokens: answers().map(|(_, answer)| answer.num_tokens()).sum(),
+            total_cached_tokens: (!cached.is_empty()).then(|| cached.iter().sum()),
+            checked: (!is_right.is_empty()).then(|| (is_right.len(), is_right.iter().filter(|right| **right).count())),
+            attainment: objectives.iter().map(|one| (*one, share(num_met(one)))).collect(),
+            slo_attainment: (!objectives.is_empty()).then(|| share(num_good)),
+            phases: phases.into_iter().filter_map(|(name, ms)| Some((name, Samples::new(ms)?))).collect(),
             request_goodput: (!objectives.is_empty()).then(|| per_second(num_good as f64, duration)),
             latencies: Metric::ALL.into_iter().map(|metric| (metric, samples(metric))).collect(),
             scheduled_ttft: of(|found| found.scheduled_ttft_ms),
@@ -122,7 +151,7 @@ fn per_second(count: f64, duration: Duration) -> f64 {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
-    use super::super::record::{Answer, Failure, TokenEvent};
+    use super::super::record::{Answer, Phases, TokenEvent};
     use super::*;
 
     const fn at(ms: u64) -> Duration {
@@ -135,13 +164,17 @@ mod tests {
         let events: Vec<_> = tokens.iter().map(|ms| TokenEvent { at: at(sent + ms), num_tokens: None }).collect();
         let (first, last) = (events[0].at, events[events.len() - 1].at);
         let num_output_tokens = Some(tokens.len() as u64);
-        let answer = Answer { first, last, events, num_prompt_tokens: Some(11), num_output_tokens };
+        let num_prompt_tokens = Some(11);
+        let answer = Answer { first, last, events, num_prompt_tokens, num_output_tokens, ..Answer::default() };
         RequestRecord {
             scheduled: at(from),
             due: at(from),
             sent: at(sent),
             ended: last,
-            num_prompt_tokens: 10,
+            session: 0,
+            turn: 0,
+            num_prompt_tokens: Some(10),
+            is_right: None,
             outcome: Ok(answer),
         }
     }
@@ -198,6 +231,35 @@ mod tests {
         assert_eq!(goodput(&["ttft:150"]), Some(0.5));
         assert_eq!(goodput(&["ttft:200", "itl:59"]), Some(0.5));
         assert_eq!(goodput(&["ttft:150", "tpot:9"]), Some(0.0));
+        let found = Summary::new(&run(), &objectives(&["ttft:200", "itl:59"]));
+        assert_eq!(found.attainment.iter().map(|(_, share)| *share).collect::<Vec<_>>(), [0.4, 0.2]);
+        assert_eq!(found.slo_attainment, Some(0.2));
+    }
+
+    #[test]
+    fn what_the_generator_left_is_in_no_figure_but_its_own() {
+        let mut records = run();
+        records.push(failed(Failure::Cancelled(3)));
+        let (with, without) = (Summary::new(&records, &objectives(&["ttft:150"])), Summary::new(&run(), &[]));
+        assert_eq!((with.completed, with.failed, with.cancelled), (2, 3, 1));
+        assert_eq!((with.slo_attainment, with.errors), (Some(0.2), without.errors));
+        assert_eq!(with.latencies, without.latencies);
+    }
+
+    #[test]
+    fn right_answers_cached_tokens_and_phases_are_those_that_were_told() {
+        let found = Summary::new(&run(), &[]);
+        assert_eq!((found.checked, found.total_cached_tokens, found.phases.len()), (None, None, 0));
+        let mut records = run();
+        for (record, (is_right, cached)) in records.iter_mut().zip([(true, 16), (false, 32)]) {
+            record.is_right = Some(is_right);
+            let answer = record.outcome.as_mut().unwrap();
+            answer.num_cached_tokens = Some(cached);
+            answer.phases = Some(Phases { prefill_ms: cached as f64, ..Phases::default() });
+        }
+        let found = Summary::new(&records, &[]);
+        assert_eq!((found.checked, found.total_cached_tokens), (Some((2, 1)), Some(48)));
+        assert_eq!(Some(found.phases["prefill"].clone()), Samples::new(vec![16.0, 32.0]));
     }
 
     #[test]

@@ -1,0 +1,231 @@
+//! Two set-ups or more under the same loads, in turn: `tandem bench compare`.
+//!
+//! Machines drift, so nothing measured at one time is held against something measured at another: each seed is a
+//! round in which every set-up gets the same load, beginning with another one each time. A figure of a set-up
+//! over the first one's is a ratio within a round; what is told is the geometric mean of those ratios and its
+//! 95 % confidence interval over the rounds.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::{Args, Parser};
+use serde_json::{Map, Value, json};
+
+use crate::ratio::Ratio;
+use crate::serve::provenance::Provenance;
+use crate::serve::report::Report;
+use crate::serve::{ServeArgs, measure};
+use crate::setup::server::Server;
+use crate::setup::{self, Setup};
+
+/// Figures that are compared where a run has them.
+const FIGURES: [&str; 18] = [
+    "mean_ttft_ms",
+    "median_ttft_ms",
+    "p99_ttft_ms",
+    "mean_itl_ms",
+    "median_itl_ms",
+    "p99_itl_ms",
+    "mean_tpot_ms",
+    "p99_tpot_ms",
+    "mean_e2el_ms",
+    "p99_e2el_ms",
+    "median_first_gap_ms",
+    "p99_first_gap_ms",
+    "request_throughput",
+    "output_throughput",
+    "request_goodput",
+    "slo_attainment",
+    CPU_PER_1K,
+    RESIDENT,
+];
+const CPU_PER_1K: &str = "server_cpu_s_per_1k_output_tokens";
+const RESIDENT: &str = "server_resident_mib";
+
+/// What is compared.
+#[derive(Debug, Clone, Args)]
+pub struct CompareArgs {
+    /// The set-ups: a TOML file of [[setup]] tables with name, base_url, and perhaps start (a command and its
+    /// flags), env, flags (of bench serve) and ready_seconds. Ratios are to the first.
+    #[arg(long, value_name = "PATH")]
+    pub setups: PathBuf,
+    /// Rounds. Their seeds are --seed of the flags behind --, and the numbers behind it.
+    #[arg(long, value_name = "ROUNDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
+    pub num_seeds: u64,
+    /// Leave a set-up with a start command running until the end, instead of starting it for each round: caches
+    /// stay warm, and all set-ups are there at the same time.
+    #[arg(long)]
+    pub keep_running: bool,
+    /// Write all results as JSON.
+    #[arg(long, value_name = "PATH")]
+    pub save_result: Option<PathBuf>,
+    /// Flags of bench serve, for all set-ups, behind --.
+    #[arg(last = true, value_name = "FLAGS OF BENCH SERVE")]
+    pub serve_flags: Vec<String>,
+}
+
+/// `bench serve`'s flags, parsed as its command does.
+#[derive(Debug, Parser)]
+#[command(name = "serve")]
+struct Serve {
+    #[command(flatten)]
+    args: ServeArgs,
+}
+
+/// Ratios of all set-ups to the first.
+#[derive(Debug)]
+pub struct Comparison {
+    names: Vec<String>,
+    /// By round, then by set-up.
+    rounds: Vec<Vec<Value>>,
+    provenance: Provenance,
+}
+
+/// The flags of one run of a set-up.
+///
+/// # Errors
+/// If they are no flags of `bench serve`.
+pub(crate) fn serve_args(setup: &Setup, flags: &[String]) -> anyhow::Result<ServeArgs> {
+    let base = ["serve", "--base-url", &setup.base_url].map(str::to_string);
+    let all = base.into_iter().chain(setup.flags.iter().cloned()).chain(flags.iter().cloned());
+    let args = Serve::try_parse_from(all).map_err(|error| anyhow::anyhow!("{}: {error}", setup.name))?.args;
+    args.validate().with_context(|| format!("the flags of {}", setup.name))?;
+    Ok(args)
+}
+
+/// One run against a server that is there, as `bench serve` would write it, with what the server took.
+pub(crate) async fn measure_setup(server: &Server, args: ServeArgs, provenance: Provenance) -> anyhow::Result<Value> {
+    let api_key = std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty());
+    let before = server.usage();
+    let report: Report = measure(args, provenance, api_key).await?;
+    let mut result = report.to_json();
+    if let (Some(before), Some(after)) = (before, server.usage()) {
+        let cpu_seconds = after.cpu_seconds - before.cpu_seconds;
+        let tokens = report.summary.total_output_tokens.max(1) as f64;
+        result["server_cpu_s"] = json!(cpu_seconds);
+        result[CPU_PER_1K] = json!(cpu_seconds / tokens * 1e3);
+        result[RESIDENT] = json!(after.resident_bytes as f64 / f64::from(1 << 20));
+    }
+    Ok(result)
+}
+
+/// Runs all rounds.
+///
+/// # Errors
+/// If the set-ups or flags are wrong, a server does not come up, or a run answers nothing.
+pub fn run(args: &CompareArgs, provenance: Provenance) -> anyhow::Result<Comparison> {
+    let setups = setup::read(&args.setups)?;
+    anyhow::ensure!(setups.len() >= 2, "{} has one set-up, expected at least two", args.setups.display());
+    let all_flags: Vec<ServeArgs> =
+        setups.iter().map(|setup| serve_args(setup, &args.serve_flags)).collect::<anyhow::Result<_>>()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
+    let comparison = runtime.block_on(compare(args, &setups, &all_flags, provenance))?;
+    if let Some(path) = &args.save_result {
+        let text = format!("{:#}\n", comparison.to_json());
+        std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(comparison)
+}
+
+async fn compare(
+    args: &CompareArgs,
+    setups: &[Setup],
+    all_flags: &[ServeArgs],
+    provenance: Provenance,
+) -> anyhow::Result<Comparison> {
+    let mut kept: Vec<Option<Server>> = setups.iter().map(|_| None).collect();
+    let mut rounds = Vec::new();
+    for round in 0..args.num_seeds {
+        let mut results = vec![Value::Null; setups.len()];
+        for place in 0..setups.len() {
+            let index = (place + round as usize) % setups.len();
+            let (setup, flags) = (&setups[index], &all_flags[index]);
+            eprintln!("round {} of {}: {}", round + 1, args.num_seeds, setup.name);
+            let server = match kept[index].take() {
+                Some(server) => server,
+                None => Server::start(setup, &[]).await?,
+            };
+            let flags = ServeArgs { seed: flags.seed + round, ..flags.clone() };
+            let result = measure_setup(&server, flags, provenance.clone()).await;
+            results[index] = result.with_context(|| format!("round {} of {}", round + 1, setup.name))?;
+            if args.keep_running {
+                kept[index] = Some(server);
+            } else {
+                server.stop().await;
+            }
+        }
+        rounds.push(results);
+    }
+    for server in kept.into_iter().flatten() {
+        server.stop().await;
+    }
+    let names = setups.iter().map(|setup| setup.name.clone()).collect();
+    Ok(Comparison { names, rounds, provenance })
+}
+
+impl Comparison {
+    /// Of a figure, every set-up's values by round; `None` if a run does not have it.
+    fn values(&self, figure: &str) -> Option<Vec<Vec<f64>>> {
+        let of = |index: usize| self.rounds.iter().map(|round| round[index][figure].as_f64()).collect();
+        (0..self.names.len()).map(of).collect()
+    }
+
+    /// By figure, each set-up's ratio to the first.
+    fn ratios(&self) -> BTreeMap<&'static str, Vec<Option<Ratio>>> {
+        let of = |figure: &'static str| {
+            let values = self.values(figure)?;
+            let ratios = values.iter().map(|one| Ratio::of_rounds(one, &values[0])).collect();
+            Some((figure, ratios))
+        };
+        FIGURES.into_iter().filter_map(of).collect()
+    }
+
+    /// Ratios and every run.
+    pub fn to_json(&self) -> Value {
+        let mut ratios = Map::new();
+        for (figure, of_setups) in self.ratios() {
+            let by_name = self.names.iter().zip(of_setups).skip(1);
+            let by_name: Map<String, Value> =
+                by_name.map(|(name, ratio)| (name.clone(), ratio.map_or(Value::Null, Ratio::to_json))).collect();
+            ratios.insert(figure.into(), by_name.into());
+        }
+        let mut result = json!({"setups": self.names, "ratios_to_first": ratios, "rounds": self.rounds});
+        if let (Value::Object(fields), Value::Object(provenance)) = (&mut result, self.provenance.to_json()) {
+            fields.extend(provenance);
+        }
+        result
+    }
+}
+
+impl fmt::Display for Comparison {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "Means over {} rounds; ratios to {} with their 95 % interval.\n",
+            self.rounds.len(),
+            self.names[0]
+        )?;
+        write!(f, "{:<36}{:>14}", "", self.names[0])?;
+        for name in &self.names[1..] {
+            write!(f, "{name:>14}{:>26}", "ratio")?;
+        }
+        writeln!(f)?;
+        let ratios = self.ratios();
+        for figure in FIGURES {
+            let (Some(values), Some(ratios)) = (self.values(figure), ratios.get(figure)) else { continue };
+            write!(f, "{figure:<36}")?;
+            for (index, (values, ratio)) in values.iter().zip(ratios).enumerate() {
+                write!(f, "{:>14.3}", values.iter().sum::<f64>() / values.len() as f64)?;
+                match ratio {
+                    _ if index == 0 => {}
+                    Some(ratio) => write!(f, "{:>26}", ratio.to_string())?,
+                    None => write!(f, "{:>26}", "none")?,
+                }
+            }
+            writeln!(f)?;
+        }
+        write!(f, "\n{}", self.provenance.command)
+    }
+}

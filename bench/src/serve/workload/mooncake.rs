@@ -1,0 +1,214 @@
+//! Traces in Mooncake's format: when requests came, how long they were, and which of their blocks were the
+//! same. Nothing of their content is known, so a block's tokens are drawn from its hash: equal hashes become
+//! equal tokens, and the structure of shared prefixes is kept.
+
+use std::time::Duration;
+
+use anyhow::Context;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::Value;
+
+use super::Session;
+
+/// Tokens that a hash of the published traces stands for.
+pub const BLOCK_TOKENS: usize = 512;
+/// A prompt of a trace is not longer.
+const INPUT_LEN_MAX: u64 = 10_000_000;
+
+/// One request of a trace.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TraceRow {
+    /// When it came, counted from the trace's beginning.
+    pub timestamp: Duration,
+    /// Tokens of its prompt.
+    pub input_len: usize,
+    /// Tokens that were generated.
+    pub output_len: usize,
+    /// Its blocks of [`BLOCK_TOKENS`] tokens, the partial last one included.
+    pub hash_ids: Vec<u64>,
+}
+
+/// How a trace is bent to what can be run: all of it is part of the result.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct TraceScale {
+    /// Lengths, and the tokens of a block, are divided by it; it divides [`BLOCK_TOKENS`].
+    pub length_divisor: usize,
+    /// Times are multiplied by it.
+    pub time_scale: f64,
+    /// Each time gets a random part of it added before that: the published times are rounded to 3 s.
+    pub jitter: Duration,
+}
+
+/// A trace that is ready to be replayed.
+#[derive(Debug, Clone)]
+pub struct MooncakeTrace {
+    /// In the order in which they are sent.
+    rows: Vec<TraceRow>,
+    length_divisor: usize,
+    vocab_size: u32,
+    seed: u64,
+}
+
+impl MooncakeTrace {
+    /// The first `num_rows_max` rows of a trace.
+    ///
+    /// # Errors
+    /// As [`parse`].
+    pub fn parse(
+        text: &str,
+        num_rows_max: usize,
+        scale: TraceScale,
+        vocab_size: u32,
+        seed: u64,
+    ) -> anyhow::Result<Self> {
+        Ok(Self::new(parse(text, num_rows_max)?, scale, vocab_size, seed))
+    }
+
+    fn new(mut rows: Vec<TraceRow>, scale: TraceScale, vocab_size: u32, seed: u64) -> Self {
+        let mut rng = StdRng::seed_from_u64(seed);
+        for row in &mut rows {
+            let jittered = row.timestamp.as_secs_f64() + scale.jitter.as_secs_f64() * rng.random::<f64>();
+            row.timestamp = Duration::from_secs_f64(jittered * scale.time_scale);
+            row.input_len = row.input_len.div_ceil(scale.length_divisor);
+            row.output_len = row.output_len.div_ceil(scale.length_divisor);
+        }
+        // Rows of one rounded time have no order of their own.
+        rows.sort_by_key(|row| row.timestamp);
+        Self { rows, length_divisor: scale.length_divisor, vocab_size, seed }
+    }
+
+    /// Rows that are replayed.
+    pub fn num_rows(&self) -> usize {
+        self.rows.len()
+    }
+
+    /// When each is sent.
+    pub fn times(&self) -> Vec<Duration> {
+        self.rows.iter().map(|row| row.timestamp).collect()
+    }
+
+    /// Row `index` as a request.
+    pub fn session(&self, index: usize) -> Session {
+        let row = &self.rows[index];
+        let block_tokens = BLOCK_TOKENS / self.length_divisor;
+        let mut tokens = Vec::with_capacity(row.hash_ids.len() * block_tokens);
+        for hash in &row.hash_ids {
+            let mut rng = StdRng::seed_from_u64(self.seed.rotate_left(32) ^ hash);
+            tokens.extend((0..block_tokens).map(|_| rng.random_range(0..self.vocab_size)));
+        }
+        tokens.truncate(row.input_len);
+        Session::of_tokens(tokens, row.output_len)
+    }
+}
+
+/// Rows of a trace, one JSON object a line.
+///
+/// # Errors
+/// With the number of the line that is wrong.
+pub fn parse(text: &str, num_rows_max: usize) -> anyhow::Result<Vec<TraceRow>> {
+    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).take(num_rows_max);
+    let rows: Vec<TraceRow> = lines
+        .map(|(number, line)| parse_row(line).with_context(|| format!("line {}", number + 1)))
+        .collect::<anyhow::Result<_>>()?;
+    anyhow::ensure!(!rows.is_empty(), "there is no row");
+    Ok(rows)
+}
+
+fn parse_row(line: &str) -> anyhow::Result<TraceRow> {
+    let row: Value = serde_json::from_str(line).context("it is no JSON object")?;
+    let number = |key: &str| row[key].as_u64().with_context(|| format!("{key} is {}, expected a number", row[key]));
+    let hash_ids = row["hash_ids"].as_array().context("hash_ids is no list")?;
+    let hash_ids: Option<Vec<u64>> = hash_ids.iter().map(Value::as_u64).collect();
+    let (input_len, output_len) = (number("input_length")?, number("output_length")?);
+    anyhow::ensure!(
+        (1..=INPUT_LEN_MAX).contains(&input_len) && (1..=INPUT_LEN_MAX).contains(&output_len),
+        "input_length is {input_len} and output_length {output_len}, expected 1 to {INPUT_LEN_MAX}"
+    );
+    let row = TraceRow {
+        timestamp: Duration::from_millis(number("timestamp")?.min(u64::from(u32::MAX))),
+        input_len: input_len as usize,
+        output_len: output_len as usize,
+        hash_ids: hash_ids.context("hash_ids has something that is no number")?,
+    };
+    let expected = row.input_len.div_ceil(BLOCK_TOKENS);
+    anyhow::ensure!(
+        row.hash_ids.len() == expected,
+        "hash_ids has {} entries, expected {expected} for {input_len} tokens in blocks of {BLOCK_TOKENS}",
+        row.hash_ids.len()
+    );
+    Ok(row)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::super::Prompt;
+    use super::*;
+
+    const ROWS: &str = r#"{"timestamp": 3000, "input_length": 1030, "output_length": 50, "hash_ids": [0, 7, 8]}
+{"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [0]}
+
+{"timestamp": 3000, "input_length": 1500, "output_length": 33, "hash_ids": [0, 7, 9]}
+"#;
+    const AS_IT_IS: TraceScale = TraceScale { length_divisor: 1, time_scale: 1.0, jitter: Duration::ZERO };
+
+    fn trace(scale: TraceScale) -> MooncakeTrace {
+        MooncakeTrace::new(parse(ROWS, 10).unwrap(), scale, 512, 3)
+    }
+
+    fn request(trace: &MooncakeTrace, index: usize) -> (Vec<u32>, usize) {
+        let turn = trace.session(index).turns.remove(0);
+        let Prompt::Tokens(tokens) = turn.prompt else { panic!("a trace has tokens") };
+        (tokens, turn.max_tokens)
+    }
+
+    #[test]
+    fn equal_hashes_are_equal_tokens() {
+        let trace = trace(AS_IT_IS);
+        assert_eq!(trace.times(), [0, 3, 3].map(Duration::from_secs));
+        let (short, long, other) = (request(&trace, 0), request(&trace, 1), request(&trace, 2));
+        assert_eq!((short.0.len(), long.0.len(), other.0.len()), (512, 1030, 1500));
+        assert_eq!((short.1, long.1, other.1), (1, 50, 33));
+        assert_eq!(long.0[..512], short.0);
+        assert_eq!(long.0[..1024], other.0[..1024]);
+        assert_ne!(long.0[1024..], other.0[1024..1030]);
+        assert_ne!(long.0[..512], long.0[512..1024]);
+    }
+
+    #[test]
+    fn lengths_are_divided_and_shared_prefixes_stay_shared() {
+        let trace = trace(TraceScale { length_divisor: 16, ..AS_IT_IS });
+        let (long, other) = (request(&trace, 1), request(&trace, 2));
+        assert_eq!((long.0.len(), other.0.len()), (65, 94));
+        assert_eq!((long.1, other.1), (4, 3));
+        assert_eq!(long.0[..64], other.0[..64]);
+        assert_ne!(long.0[64], other.0[64]);
+    }
+
+    #[test]
+    fn times_are_jittered_within_their_bound_and_scaled() {
+        let trace = trace(TraceScale { time_scale: 0.5, jitter: Duration::from_secs(3), ..AS_IT_IS });
+        let times = trace.times();
+        assert!(times.is_sorted());
+        assert!(times[0] < Duration::from_millis(1500), "{times:?}");
+        assert!(times[1..].iter().all(|at| (1.5..3.0).contains(&at.as_secs_f64())), "{times:?}");
+    }
+
+    #[test]
+    fn a_wrong_row_is_named_by_its_line() {
+        for (row, expected) in [
+            ("{", "no JSON"),
+            (r#"{"timestamp": 0, "input_length": 5, "output_length": 1}"#, "hash_ids"),
+            (r#"{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}"#, "expected 1 to"),
+            (r#"{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}"#, "expected 2"),
+            (r#"{"timestamp": -1, "input_length": 5, "output_length": 1, "hash_ids": [1]}"#, "timestamp"),
+        ] {
+            let text = format!("{}\n{row}\n", ROWS.lines().next().unwrap());
+            let reason = format!("{:#}", parse(&text, 10).unwrap_err());
+            assert!(reason.contains("line 2") && reason.contains(expected), "{reason}");
+        }
+        assert!(parse("\n", 10).is_err());
+        assert_eq!(parse(ROWS, 2).unwrap().len(), 2);
+    }
+}
