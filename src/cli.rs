@@ -19,6 +19,7 @@ Commands:
   decode-node   Generates tokens
   certs         Makes the cluster's CA and certificates
   bench         Measures the engine, or any endpoint under load
+  model         Writes checkpoints of random weights to measure with
 
 `tandem COMMAND --help` explains each command's options.
 ";
@@ -68,6 +69,7 @@ pub fn run() -> ExitCode {
             raise_file_limit();
             bench::run(args)
         }
+        "model" => bench::run_model(args),
         other => {
             eprintln!("tandem: \"{other}\" is not a command.\n\n{OVERVIEW}");
             ExitCode::from(2)

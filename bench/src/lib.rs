@@ -8,6 +8,7 @@
 //! combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
 //!
 //! 1. [`engine_bench`]: the engine.
+//!    [`random_checkpoint`]: models to measure with.
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
@@ -16,6 +17,7 @@
 pub mod compare;
 pub mod engine_bench;
 pub mod mock;
+pub mod random_checkpoint;
 pub mod ratio;
 pub mod report;
 pub mod serve;
@@ -66,6 +68,11 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Report(report) => told(report::run(&report)),
         Args::Mock(mock) => told(mock::run(&mock)),
     }
+}
+
+/// Runs `model` with the given arguments (the first is the program's name).
+pub fn run_model(args: Vec<OsString>) -> ExitCode {
+    told(random_checkpoint::run(&random_checkpoint::ModelArgs::parse_from(args)))
 }
 
 fn told(report: anyhow::Result<impl fmt::Display>) -> ExitCode {

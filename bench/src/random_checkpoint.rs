@@ -1,0 +1,246 @@
+//! Checkpoints of random weights in the shapes that benchmarks use: `tandem model random`.
+//!
+//! What such a model says is noise; how long it takes to say it is what a trained one of its shape takes. The
+//! weights are a function of the seed. The tokenizer is that of `models/tiny` with names for the further tokens.
+
+use std::fmt;
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use half::bf16;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use serde_json::{Map, Value, json};
+
+const TOKENIZER: &str = include_str!("../../models/tiny/tokenizer.json");
+const TOKENIZER_CONFIG: &str = include_str!("../../models/tiny/tokenizer_config.json");
+const CHAT_TEMPLATE: &str = include_str!("../../models/tiny/chat_template.jinja");
+
+/// Checkpoints for benchmarks.
+#[derive(Debug, Parser)]
+#[command(name = "model", version)]
+pub struct ModelArgs {
+    #[command(subcommand)]
+    command: ModelCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum ModelCommand {
+    /// Writes a Hugging Face folder of random bf16 weights.
+    Random(RandomArgs),
+}
+
+#[derive(Debug, Args)]
+struct RandomArgs {
+    /// Which shape: tiny (0.9 million parameters), s (28 million) or m (1.1 billion).
+    #[arg(value_enum)]
+    shape: ShapeName,
+    /// The folder; made if it is not there.
+    #[arg(value_name = "FOLDER")]
+    folder: PathBuf,
+    /// The weights are a function of it.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum ShapeName {
+    Tiny,
+    S,
+    M,
+}
+
+/// The numbers of a Llama.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    hidden: usize,
+    layers: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    ffn: usize,
+    vocab: usize,
+}
+
+impl ShapeName {
+    fn shape(self) -> Shape {
+        let [hidden, layers, heads, kv_heads, head_dim, ffn, vocab] = match self {
+            Self::Tiny => [128, 4, 4, 2, 32, 352, 512],
+            Self::S => [512, 8, 8, 4, 64, 1408, 4096],
+            Self::M => [2048, 16, 32, 8, 64, 8192, 32_000],
+        };
+        Shape { hidden, layers, heads, kv_heads, head_dim, ffn, vocab }
+    }
+}
+
+/// A tensor of the file; `rows` of one are a norm's weights, which are all 1.
+struct Tensor {
+    name: String,
+    rows: usize,
+    columns: usize,
+}
+
+impl Shape {
+    fn tensors(&self) -> Vec<Tensor> {
+        let Self { hidden, heads, kv_heads, head_dim, ffn, vocab, .. } = *self;
+        let tensor = |name: String, rows: usize, columns: usize| Tensor { name, rows, columns };
+        let mut tensors = vec![tensor("model.embed_tokens.weight".into(), vocab, hidden)];
+        for layer in 0..self.layers {
+            let of = |name: &str, rows: usize, columns: usize| {
+                tensor(format!("model.layers.{layer}.{name}.weight"), rows, columns)
+            };
+            tensors.extend([
+                of("input_layernorm", 1, hidden),
+                of("self_attn.q_proj", heads * head_dim, hidden),
+                of("self_attn.k_proj", kv_heads * head_dim, hidden),
+                of("self_attn.v_proj", kv_heads * head_dim, hidden),
+                of("self_attn.o_proj", hidden, heads * head_dim),
+                of("post_attention_layernorm", 1, hidden),
+                of("mlp.gate_proj", ffn, hidden),
+                of("mlp.up_proj", ffn, hidden),
+                of("mlp.down_proj", hidden, ffn),
+            ]);
+        }
+        tensors.push(tensor("model.norm.weight".into(), 1, hidden));
+        tensors.push(tensor("lm_head.weight".into(), vocab, hidden));
+        tensors
+    }
+
+    fn config(&self) -> Value {
+        json!({
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": self.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate_size": self.ffn,
+            "vocab_size": self.vocab,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 500_000.0,
+            "max_position_embeddings": 131_072,
+            "tie_word_embeddings": false,
+            "attention_bias": false,
+            "mlp_bias": false,
+            "bos_token_id": 0,
+            "eos_token_id": 1,
+            "torch_dtype": "bfloat16",
+        })
+    }
+}
+
+/// What was written.
+#[derive(Debug)]
+pub struct Written {
+    folder: PathBuf,
+    num_parameters: usize,
+}
+
+impl fmt::Display for Written {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let millions = self.num_parameters as f64 / 1e6;
+        write!(f, "{} has {millions:.1} million random bf16 parameters", self.folder.display())
+    }
+}
+
+/// Runs `tandem model`.
+///
+/// # Errors
+/// If the folder cannot be written.
+pub fn run(args: &ModelArgs) -> anyhow::Result<Written> {
+    let ModelCommand::Random(RandomArgs { shape, folder, seed }) = &args.command;
+    write(shape.shape(), folder, *seed).with_context(|| format!("write the checkpoint {}", folder.display()))
+}
+
+fn write(shape: Shape, folder: &Path, seed: u64) -> anyhow::Result<Written> {
+    std::fs::create_dir_all(folder)?;
+    let tensors = shape.tensors();
+    write_weights(&folder.join("model.safetensors"), &tensors, seed)?;
+    let text = |value: &Value| format!("{value:#}\n");
+    std::fs::write(folder.join("config.json"), text(&shape.config()))?;
+    std::fs::write(folder.join("generation_config.json"), text(&json!({"bos_token_id": 0, "eos_token_id": [1]})))?;
+    std::fs::write(folder.join("tokenizer.json"), text(&tokenizer(shape.vocab)?))?;
+    std::fs::write(folder.join("tokenizer_config.json"), TOKENIZER_CONFIG)?;
+    std::fs::write(folder.join("chat_template.jinja"), CHAT_TEMPLATE)?;
+    let num_parameters = tensors.iter().map(|tensor| tensor.rows * tensor.columns).sum();
+    Ok(Written { folder: folder.to_path_buf(), num_parameters })
+}
+
+/// The safetensors format: the header's length, the header, then the tensors behind each other.
+fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<()> {
+    let mut header = Map::new();
+    let mut offset = 0;
+    for Tensor { name, rows, columns } in tensors {
+        let end = offset + 2 * rows * columns;
+        let shape = if *rows == 1 { json!([columns]) } else { json!([rows, columns]) };
+        header.insert(name.clone(), json!({"dtype": "BF16", "shape": shape, "data_offsets": [offset, end]}));
+        offset = end;
+    }
+    let mut header = Value::Object(header).to_string();
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    let mut file = BufWriter::new(std::fs::File::create(path)?);
+    file.write_all(&(header.len() as u64).to_le_bytes())?;
+    file.write_all(header.as_bytes())?;
+    for (number, tensor) in tensors.iter().enumerate() {
+        let mut rng = StdRng::seed_from_u64(seed.rotate_left(32) ^ number as u64);
+        // Evenly drawn with the variance that keeps that of a projection's input.
+        let bound = (3.0 / tensor.columns as f32).sqrt();
+        let mut row = Vec::with_capacity(2 * tensor.columns);
+        for _ in 0..tensor.rows {
+            row.clear();
+            for _ in 0..tensor.columns {
+                let weight = if tensor.rows == 1 { 1.0 } else { rng.random_range(-bound..bound) };
+                row.extend_from_slice(&bf16::from_f32(weight).to_le_bytes());
+            }
+            file.write_all(&row)?;
+        }
+    }
+    file.flush()?;
+    Ok(())
+}
+
+/// The tokenizer of `models/tiny` with `vocab` tokens: the further ones have names that no text is cut into.
+fn tokenizer(vocab: usize) -> anyhow::Result<Value> {
+    let mut tokenizer: Value = serde_json::from_str(TOKENIZER).context("read the tokenizer of models/tiny")?;
+    let known =
+        tokenizer["model"]["vocab"].as_object_mut().context("the tokenizer of models/tiny has no vocabulary")?;
+    for id in known.len()..vocab {
+        known.insert(format!("t{id}"), id.into());
+    }
+    Ok(tokenizer)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_have_the_parameters_they_are_said_to_have() {
+        let millions = |shape: ShapeName| {
+            let tensors = shape.shape().tensors();
+            (tensors.iter().map(|tensor| tensor.rows * tensor.columns).sum::<usize>() as f64 / 1e5).round() / 10.0
+        };
+        assert_eq!([ShapeName::Tiny, ShapeName::S, ShapeName::M].map(millions), [0.9, 27.8, 1104.2]);
+    }
+
+    #[test]
+    fn a_written_checkpoint_can_be_opened_and_is_that_of_its_seed() {
+        let folder = std::env::temp_dir().join(format!("tandem-random-{}", std::process::id()));
+        let written = |seed| {
+            write(ShapeName::Tiny.shape(), &folder, seed).unwrap();
+            std::fs::read(folder.join("model.safetensors")).unwrap()
+        };
+        let first = written(1);
+        assert_eq!(first, written(1));
+        assert_ne!(first, written(2));
+        engine::spec::ModelSpec::read(&folder).unwrap();
+        engine::checkpoint::Checkpoint::open(&folder).unwrap();
+        assert_eq!(tokenizer(4096).unwrap()["model"]["vocab"].as_object().unwrap().len(), 4096);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
