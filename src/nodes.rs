@@ -201,7 +201,8 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     let limits = scheduler_limits(&engine, &role, &info);
     let options = EngineOptions { limits, role: role.role().as_str(), node: node.to_string() };
     let blocks = Arc::new(BlockFeed::default());
-    let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone())).context("start the engine's thread")?;
+    let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
+        .context("start the engine's thread")?;
     let hello = Hello {
         node: node.clone(),
         role: role.role(),

@@ -77,9 +77,7 @@ impl BlockEvent {
                 num_tokens: block.tokens.len() as u32,
                 tokens: if with_tokens { block.tokens.to_vec().into() } else { PackedTokens::default() },
             },
-            block_events::BlockEvent::Removed { medium, key } => {
-                BlockEvent::Removed { medium: *medium, key: *key }
-            }
+            block_events::BlockEvent::Removed { medium, key } => BlockEvent::Removed { medium: *medium, key: *key },
             block_events::BlockEvent::Cleared { medium } => BlockEvent::Cleared { medium: *medium },
         }
     }
