@@ -19,6 +19,7 @@ use engine::core::{EngineHandle, EngineOptions};
 use engine::cpu_runner::CpuRunner;
 use engine::model::Model;
 use engine::pool::{KvPool, PoolMemory};
+use kv_connector::block_feed::BlockFeed;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::transfer::SharedPool;
@@ -199,7 +200,9 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     let info = engine::runner::Runner::model(&runner).clone();
     let limits = scheduler_limits(&engine, &role, &info);
     let options = EngineOptions { limits, role: role.role().as_str(), node: node.to_string() };
-    let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;
+    let blocks = Arc::new(BlockFeed::default());
+    let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
+        .context("start the engine's thread")?;
     let hello = Hello {
         node: node.clone(),
         role: role.role(),
@@ -215,7 +218,7 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     config.is_reading_shared_pools = is_sharing;
     let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;
     let status = engine.status();
-    let presence = NodePresence::new(move || status.borrow().load);
+    let presence = NodePresence::new(move || status.borrow().load).with_blocks(blocks);
     let role = match role {
         RoleArgs::Prefill(args) => {
             let node = PrefillNode::new(engine.clone(), fabric.clone(), presence.clone(), args);

@@ -16,6 +16,7 @@
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
+use crate::block_events::BlockJournal;
 use crate::content::{ContentKey, ContentName};
 use crate::ids::BlockId;
 
@@ -37,6 +38,8 @@ pub struct BlockManager {
     lru: BTreeMap<u64, BlockId>,
     clock: u64,
     num_evictions: u64,
+    /// What was named and forgotten, for those who listen.
+    pub(crate) journal: BlockJournal,
 }
 
 /// How many blocks are in which state.
@@ -62,6 +65,7 @@ impl BlockManager {
             lru: BTreeMap::new(),
             clock: 0,
             num_evictions: 0,
+            journal: BlockJournal::default(),
         }
     }
 
@@ -132,6 +136,7 @@ impl BlockManager {
     fn forget_name(&mut self, id: BlockId) {
         if let Some(name) = self.blocks[id.0 as usize].name.take() {
             self.by_key.remove(&name.key);
+            self.journal.on_removed(name.key);
         }
     }
 
@@ -159,13 +164,15 @@ impl BlockManager {
     }
 
     /// Names a referenced block whose content is complete and final. If other bytes are already known
-    /// under that key, they stay the ones that are found and this block remains nameless.
-    pub fn publish(&mut self, id: BlockId, name: ContentName) {
+    /// under that key, they stay the ones that are found and this block remains nameless. Whether it was named.
+    pub fn publish(&mut self, id: BlockId, name: ContentName) -> bool {
         debug_assert!(self.blocks[id.0 as usize].ref_count > 0, "only a held block can be published");
-        if self.blocks[id.0 as usize].name.is_none() && !self.by_key.contains_key(&name.key) {
+        let is_named = self.blocks[id.0 as usize].name.is_none() && !self.by_key.contains_key(&name.key);
+        if is_named {
             self.by_key.insert(name.key, id);
             self.blocks[id.0 as usize].name = Some(name);
         }
+        is_named
     }
 
     /// Makes every cached block free.
@@ -173,6 +180,9 @@ impl BlockManager {
         while let Some((_, id)) = self.lru.pop_first() {
             self.forget_name(id);
             self.free.push_back(id);
+        }
+        if self.by_key.is_empty() {
+            self.journal.on_cleared();
         }
     }
 

@@ -177,6 +177,16 @@ fn child_digest(secret: &[u8; 32], parent: PrefixDigest, tokens: &[Token], extra
     PrefixDigest(*hasher.finalize().as_bytes())
 }
 
+/// Keys of the full granules of `tokens`, without their digests: for whoever only looks for hints.
+pub fn granule_keys(root: &ChainRoot, tokens: &[Token]) -> Vec<ContentKey> {
+    let mut parent = root.key();
+    let keys = tokens.chunks_exact(GRANULE_TOKENS).map(|granule| {
+        parent = child_key(parent, granule, &[]);
+        parent
+    });
+    keys.collect()
+}
+
 /// Lower-case hexadecimal text of `bytes`.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -214,6 +224,8 @@ mod tests {
             grown.extend(&tokens[..end]);
         }
         assert_eq!(whole.granules(), grown.granules());
+        let keys: Vec<_> = whole.granules().iter().map(|name| name.key).collect();
+        assert_eq!(granule_keys(&root(), &tokens), keys);
         assert_eq!(whole.granules().len(), 6);
         assert_eq!(
             whole.blocks(32).collect::<Vec<_>>(),

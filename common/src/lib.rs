@@ -17,12 +17,15 @@
 //! 4. [`sampling`]: how the next token is chosen, and when a sequence ends.
 //! 5. [`wire`]: the messages, and their bounded encoding.
 //! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
-//! 7. [`handover`]: reserve, grant, land, verify, cancel, resume.
-//! 8. [`timeline`], [`rate`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be
+//! 7. [`block_events`], [`block_log`]: what is told of a node's blocks, numbered and resumable.
+//! 8. [`handover`]: reserve, grant, land, verify, cancel, resume.
+//! 9. [`timeline`], [`rate`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be
 //!    set.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
+pub mod block_events;
+pub mod block_log;
 pub mod block_manager;
 pub mod config;
 pub mod content;

@@ -135,6 +135,9 @@ impl DecodeNode {
                     }
                 });
             }
+            Open::WatchBlocks(watch) => {
+                tokio::spawn(async move { node.presence.serve_blocks(node.fabric.hello().epoch, watch, sender).await });
+            }
             // The fabric lets nobody open anything else here.
             other => tracing::warn!(peer = %peer.node, "refused a stream that is not for a decode node: {other:?}"),
         }

@@ -44,6 +44,7 @@ pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
     match (accepter, open) {
         (_, Open::Hello(_)) => false,
         (Role::DecodeNode, Open::Generate(_) | Open::Watch(_)) => role == Role::Proxy,
+        (Role::DecodeNode | Role::PrefillNode, Open::WatchBlocks(_)) => role == Role::Proxy,
         (Role::PrefillNode, Open::Prefill(_)) => role == Role::DecodeNode,
         (Role::PrefillNode, Open::Watch(_)) => role != Role::PrefillNode,
         (Role::Proxy, Open::Register(register)) => {
@@ -252,7 +253,7 @@ async fn welcome(
 mod tests {
     use super::*;
     use common::ids::{Epoch, NodeId};
-    use common::wire::{Peer, Register, Watch};
+    use common::wire::{Peer, Register, Watch, WatchBlocks};
 
     const ROLES: [Role; 3] = [Role::Proxy, Role::PrefillNode, Role::DecodeNode];
 
@@ -270,6 +271,12 @@ mod tests {
         let expected =
             [(Role::Proxy, Role::PrefillNode), (Role::Proxy, Role::DecodeNode), (Role::DecodeNode, Role::PrefillNode)];
         assert_eq!(allowed(&Open::Watch(Watch {})), expected);
+    }
+
+    #[test]
+    fn only_proxies_hear_what_nodes_hold() {
+        let watch = Open::WatchBlocks(WatchBlocks { after: None, with_tokens: false });
+        assert_eq!(allowed(&watch), [(Role::Proxy, Role::PrefillNode), (Role::Proxy, Role::DecodeNode)]);
     }
 
     #[test]

@@ -19,13 +19,14 @@
 //! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
 //! 3. [`link`], [`stream`]: messages, and ends that mean something.
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
-//! 5. [`membership`], [`fencing`]: what nodes tell proxies, and newer attempts.
+//! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod accept;
 pub mod accounting;
+pub mod block_feed;
 pub mod certs;
 mod dial;
 pub mod fabric;

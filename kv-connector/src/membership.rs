@@ -4,10 +4,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::ids::Role;
-use common::wire::{NodeLoad, NodeState, NodeStatus, Open, Peer, Register};
+use common::ids::{Epoch, Role};
+use common::wire::{NodeLoad, NodeState, NodeStatus, Open, Peer, Register, WatchBlocks};
 use tokio::sync::watch;
 
+use crate::block_feed::BlockFeed;
 use crate::{ControlSender, Fabric};
 
 /// A watching proxy hears from a node at least this often.
@@ -20,12 +21,18 @@ const REGISTER_RETRY: Duration = Duration::from_millis(500);
 pub struct NodePresence {
     state: Arc<watch::Sender<NodeState>>,
     load: Arc<dyn Fn() -> NodeLoad + Send + Sync>,
+    blocks: Option<Arc<BlockFeed>>,
 }
 
 impl NodePresence {
     /// A ready node whose load is read from `load` when it is told.
     pub fn new(load: impl Fn() -> NodeLoad + Send + Sync + 'static) -> Self {
-        Self { state: Arc::new(watch::Sender::new(NodeState::Ready)), load: Arc::new(load) }
+        Self { state: Arc::new(watch::Sender::new(NodeState::Ready)), load: Arc::new(load), blocks: None }
+    }
+
+    /// The same, telling also what happens to its blocks.
+    pub fn with_blocks(self, blocks: Arc<BlockFeed>) -> Self {
+        Self { blocks: Some(blocks), ..self }
     }
 
     /// From now on the node takes nothing new; whoever watches hears it at once.
@@ -36,6 +43,15 @@ impl NodePresence {
     /// Whether [`drain`](Self::drain) was called.
     pub fn is_draining(&self) -> bool {
         *self.state.borrow() == NodeState::Draining
+    }
+
+    /// Tells one proxy what happens to the blocks of this node, in its life `epoch`; ends the stream if nothing
+    /// is told of them here. Returns when the proxy no longer listens.
+    pub async fn serve_blocks(&self, epoch: Epoch, watch: WatchBlocks, mut sender: ControlSender) {
+        match &self.blocks {
+            Some(blocks) => blocks.serve(epoch, watch, sender).await,
+            None => sender.finish(),
+        }
     }
 
     /// Tells one watching proxy: at once, on every change of state, and every 250 ms. Returns when it no

@@ -107,6 +107,9 @@ impl PrefillNode {
                 let presence = node.presence.clone();
                 tokio::spawn(async move { presence.serve_watch(sender).await });
             }
+            Open::WatchBlocks(watch) => {
+                tokio::spawn(async move { node.presence.serve_blocks(node.fabric.hello().epoch, watch, sender).await });
+            }
             // The fabric lets nobody open anything else here.
             other => tracing::warn!(peer = %peer.node, "refused a stream that is not for a prefill node: {other:?}"),
         }

@@ -2,7 +2,8 @@
 //!
 //! A request's way through it: [`http`] takes it in (id, key, slot, body) and has [`openai`] turn its JSON
 //! into a request that cannot be invalid; [`text`] renders the chat template and tokenizes, once;
-//! [`dispatch`] chooses a decode node by [`route`] over the view that [`cluster`] keeps, sends one
+//! [`dispatch`] chooses a decode node by [`route`] over the view that [`cluster`] keeps and what its nodes are
+//! believed to hold ([`index`]), sends one
 //! `Generate`, commits tokens in order, and goes on elsewhere when a node is lost; [`answer`] turns tokens
 //! back into text, applies stop strings and counts; [`http`] writes it out, whole or as server-sent events.
 //!
@@ -13,6 +14,7 @@
 //!
 //! | bound | at it |
 //! |---|---|
+//! | blocks in the index (`--block-index-max-blocks`) | left out, counted and logged |
 //! | requests in progress (`--max-concurrent-requests`) | 429, `Retry-After` |
 //! | body (`--max-body-bytes`) | 413 |
 //! | tokenizer runs at once: one per core | wait |
@@ -21,7 +23,7 @@
 //! | node losses per request, resumes per second | 500 and quarantine of the prompt; wait, then 503 |
 //! | time of a request (`--request-timeout`) | 504, or an error event in the stream |
 //!
-//! Reading order: [`openai`], [`text`], [`route`], [`cluster`], [`dispatch`], [`answer`], [`http`],
+//! Reading order: [`openai`], [`text`], [`route`], [`cluster`], [`index`], [`dispatch`], [`answer`], [`http`],
 //! [`metrics`], [`serve`](mod@serve).
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -30,6 +32,7 @@ pub mod answer;
 pub mod cluster;
 pub mod dispatch;
 pub mod http;
+pub mod index;
 pub mod metrics;
 pub mod openai;
 pub mod route;

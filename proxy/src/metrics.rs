@@ -93,11 +93,17 @@ fn describe() {
         ("tandem_requests_total", "Requests to the endpoint by HTTP status; 499: the client left"),
         ("tandem_node_losses_total", "Losses of a node under a request"),
         ("tandem_resumes_total", "Requests, or choices of them, that went on at another node"),
+        ("tandem_block_index_events_total", "Block events of nodes that were taken in"),
+        ("tandem_block_index_dropped_total", "Blocks of nodes that were left out of the index for want of room"),
+        ("tandem_block_index_restarts_total", "Times that a node's blocks were learnt from nothing"),
+        ("tandem_believed_cached_tokens_total", "Prompt tokens that the chosen node was believed to hold"),
+        ("tandem_believed_cached_error_tokens_total", "Difference between the cached tokens believed and told"),
         ("tandem_busy_total", "Times that a node said it was full"),
     ] {
         describe_counter!(name, help);
     }
     for (name, help) in [
+        ("tandem_block_index_blocks", "Blocks that are known to be held by some node"),
         ("vllm:num_requests_running", "Requests in progress at this proxy"),
         ("vllm:num_requests_waiting", "Requests that wait for their turn on decode nodes"),
         ("tandem_ready_nodes", "Nodes that can take requests"),
@@ -208,6 +214,48 @@ impl ProxyMetrics {
     /// A node was lost under a request.
     pub fn on_node_loss(&self, lost: &NodeId) {
         counter!("tandem_node_losses_total", self.with("lost_node", lost.to_string())).increment(1);
+    }
+
+    /// Blocks that the index knows.
+    pub fn set_index_blocks(&self, num_blocks: usize) {
+        gauge!("tandem_block_index_blocks", self.labels.clone()).set(num_blocks as f64);
+    }
+
+    /// The index took in events.
+    pub fn on_index_events(&self, num_events: u64) {
+        counter!("tandem_block_index_events_total", self.labels.clone()).increment(num_events);
+    }
+
+    /// The index left blocks out.
+    pub fn on_index_dropped(&self, num_blocks: u64) {
+        counter!("tandem_block_index_dropped_total", self.labels.clone()).increment(num_blocks);
+    }
+
+    /// The index learns a node's blocks from nothing.
+    pub fn on_index_restart(&self) {
+        counter!("tandem_block_index_restarts_total", self.labels.clone()).increment(1);
+    }
+
+    /// A request goes to a decode node, and perhaps a prefill node, that are believed to hold so much of it.
+    pub fn on_routed(&self, decode_tokens: usize, prefill_tokens: Option<usize>) {
+        let count = |role: &str, num_tokens: usize| {
+            counter!("tandem_believed_cached_tokens_total", self.with("node_role", role.into()))
+                .increment(num_tokens as u64);
+        };
+        count("decode-node", decode_tokens);
+        if let Some(num_tokens) = prefill_tokens {
+            count("prefill-node", num_tokens);
+        }
+    }
+
+    /// A node told how much of a prompt was cached, where so much was believed.
+    pub fn on_cached_told(&self, num_believed: usize, num_told: usize) {
+        let count = |direction: &str, num_tokens: usize| {
+            counter!("tandem_believed_cached_error_tokens_total", self.with("direction", direction.into()))
+                .increment(num_tokens as u64);
+        };
+        count("over", num_believed.saturating_sub(num_told));
+        count("under", num_told.saturating_sub(num_believed));
     }
 
     /// A request, or a choice of it, goes on elsewhere.

@@ -19,6 +19,7 @@ use crate::dispatch::{DispatchSettings, Dispatcher};
 use crate::http::app::Accounting;
 use crate::http::server::serve_http;
 use crate::http::{App, HttpSettings};
+use crate::index::BlockIndex;
 use crate::metrics::ProxyMetrics;
 use crate::text::ModelText;
 
@@ -36,6 +37,8 @@ pub struct ProxyConfig {
     pub http: HttpSettings,
     /// Routing and resuming.
     pub dispatch: DispatchSettings,
+    /// Blocks that the index of what nodes hold knows at most; 0: there is none.
+    pub block_index_max_blocks: usize,
     /// Prefill nodes to dial.
     pub prefill_nodes: Vec<HostPort>,
     /// Decode nodes to dial.
@@ -70,7 +73,9 @@ impl ProxyConfig {
                 max_losses: routing.max_resumes as usize,
                 retry_share: routing.retry_budget,
                 patience: PATIENCE,
+                request_weight_tokens: routing.request_weight_tokens as usize,
             },
+            block_index_max_blocks: routing.block_index_max_blocks as usize,
             prefill_nodes: Vec::new(),
             decode_nodes: Vec::new(),
             fabric_listen: (Ipv4Addr::LOCALHOST, 0).into(),
@@ -220,12 +225,13 @@ pub async fn serve(
     let http_addr = listener.local_addr().map_err(ServeError::Serve)?;
 
     let members = Arc::new(Members::new(text.tokenizer.vocab_size()));
+    let index = Arc::new(BlockIndex::new(config.block_index_max_blocks, metrics.clone()));
     let targets = [(Role::DecodeNode, &config.decode_nodes), (Role::PrefillNode, &config.prefill_nodes)]
         .into_iter()
         .flat_map(|(role, nodes)| nodes.iter().map(move |address| (role, address.clone())))
         .map(|(role, address)| Target { role, address, node: None })
         .collect();
-    let cluster = Arc::new(Cluster::start(fabric.clone(), members, targets, config.may_register));
+    let cluster = Arc::new(Cluster::start(fabric.clone(), members, index, targets, config.may_register));
     let dispatcher = Arc::new(Dispatcher::new(cluster.clone(), config.dispatch, metrics.clone()));
     let app = Arc::new(App::new(text, dispatcher, config.http, metrics, prometheus));
     tracing::info!(%http_addr, fabric_addr = %fabric.local_addr(), "proxy serves");

@@ -3,11 +3,13 @@
 
 mod support;
 
-use common::wire::NodeError;
-use proxy::dispatch::fake::Behaviour;
+use common::ids::{ChoiceIndex, Epoch, NodeId};
+use common::wire::{Generate, NodeError};
+use proxy::dispatch::fake::{Behaviour, FakeNodes, tiny_model_info};
 use proxy::http::HttpSettings;
+use proxy::route::HeldPrefixes;
 use serde_json::{Value, json};
-use support::{Endpoint, http_settings, tokens_of};
+use support::{EOS, Endpoint, http_settings, tokens_of};
 
 const TEXT: &str = "The river carries 你好 🙂 the morning light.";
 
@@ -421,4 +423,27 @@ async fn sampling_parameters_reach_the_node() {
     let (_, generate) = endpoint.nodes.calls().remove(1);
     assert!(generate.params.stop_token_ids.is_empty());
     assert_eq!(generate.params.seed, 1, "the configured seed");
+}
+
+#[tokio::test]
+async fn requests_go_where_their_prefix_is_and_elsewhere_if_that_node_is_lost() {
+    let mut held = HeldPrefixes::default();
+    held.add(&(NodeId::new("d2").unwrap(), Epoch(1)), 4);
+    let answer = tokens_of(TEXT);
+    let answer = move |_: ChoiceIndex, index: u32| answer.get(index as usize).copied();
+    let script = |call: usize, _: &NodeId, _: &Generate| match call {
+        4 => Behaviour::LoseAfter(2),
+        _ => Behaviour::Serve,
+    };
+    let nodes = FakeNodes::new(&["d0", "d1", "d2"], tiny_model_info(), EOS, answer, script).with_held(held);
+    let endpoint = Endpoint::over(nodes, http_settings()).await;
+    let prompt: Vec<u32> = (100..200).collect();
+    for _ in 0..5 {
+        let body = endpoint.post_ok("/v1/completions", &json!({"prompt": prompt})).await;
+        assert_eq!(body["choices"][0]["text"], TEXT);
+    }
+    let asked: Vec<String> = endpoint.nodes.calls().into_iter().map(|(node, _)| node.to_string()).collect();
+    assert_eq!(asked[..5], ["d2"; 5]);
+    assert!(asked.len() == 6 && asked[5] != "d2", "{asked:?}");
+    endpoint.assert_idle().await;
 }

@@ -51,13 +51,14 @@ pub(crate) fn held(scrape: &Scrape, total: &BTreeMap<String, f64>) -> Vec<String
     held
 }
 
-/// Control streams of an idle cluster whose proxy lists its nodes: the proxy watches each node, nothing else.
+/// Control streams of an idle cluster whose proxy lists its nodes: the proxy watches each node and its blocks,
+/// nothing else.
 pub(crate) fn streams_beyond_watches(scrape: &Scrape) -> Vec<String> {
     let open = |role: &str| scrape.by_node("tandem_fabric_streams", &[("traffic", "control"), ("role", role)]);
     let watched: Vec<(String, f64)> = open("prefill-node").into_iter().chain(open("decode-node")).collect();
-    let num_watched = watched.len() as f64;
-    let expected = watched.into_iter().map(|(node, num)| (node, num, 1.0));
-    let expected = expected.chain(open("proxy").into_iter().map(|(node, num)| (node, num, num_watched)));
+    let num_watches = 2.0 * watched.len() as f64;
+    let expected = watched.into_iter().map(|(node, num)| (node, num, 2.0));
+    let expected = expected.chain(open("proxy").into_iter().map(|(node, num)| (node, num, num_watches)));
     let is_wrong = expected.filter(|(_, num, expected)| num != expected);
     is_wrong.map(|(node, num, expected)| format!("{node}: {num} control streams, expected {expected}")).collect()
 }

@@ -85,6 +85,19 @@ pub struct RoutingArgs {
     #[arg(long, value_name = "NODES", default_value_t = 2, value_parser = parse_above_zero)]
     pub num_prefill_candidates: u32,
 
+    /// Blocks of all nodes that the proxy remembers, to send requests where their prefix is. 0: none.
+    ///
+    /// About 40 bytes each. Too few leave blocks out (tandem_block_index_dropped_total), and requests then
+    /// miss the nodes that hold them.
+    #[arg(long, value_name = "BLOCKS", default_value_t = 1_000_000, value_parser = parse_whole)]
+    pub block_index_max_blocks: u32,
+
+    /// What one request more on a decode node weighs, in prompt tokens that another one already holds.
+    ///
+    /// Lower sends more requests where their prefix is, higher spreads them more evenly.
+    #[arg(long, value_name = "TOKENS", default_value_t = 256, value_parser = parse_above_zero)]
+    pub request_weight_tokens: u32,
+
     /// Node losses that one request survives; at the next it fails with 500 and is not tried again.
     ///
     /// More tries save more requests from unlucky nodes; fewer keep a prompt that kills nodes from

@@ -30,7 +30,9 @@ mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
+use crate::block_events::{BlockEvent, Medium, StoredBlock};
 use crate::block_manager::{BlockCounts, BlockManager};
+use crate::content::GRANULE_TOKENS;
 use crate::ids::{BlockId, ChoiceIndex, SequenceId};
 use crate::sampling::{FinishReason, SampledToken};
 use crate::sequence::{NewSequence, Sequence, SequenceState};
@@ -228,8 +230,8 @@ impl Scheduler {
             return;
         };
         // The last token is computed in any case: its logits are what the next token is drawn from.
-        let last_granule = (sequence.tokens.len() - 1) / crate::content::GRANULE_TOKENS;
-        sequence.num_computed_tokens = num_valid_tokens.min(last_granule * crate::content::GRANULE_TOKENS);
+        let last_granule = (sequence.tokens.len() - 1) / GRANULE_TOKENS;
+        sequence.num_computed_tokens = num_valid_tokens.min(last_granule * GRANULE_TOKENS);
         sequence.delivered_first_tokens = first_tokens;
         sequence.become_state(SequenceState::Computing);
         self.running.insert((sequence.arrival, group));
@@ -285,6 +287,16 @@ impl Scheduler {
         self.blocks.clear_cached();
     }
 
+    /// From now on what happens to named blocks is noted for [`take_block_events`](Self::take_block_events).
+    pub fn note_block_events(&mut self) {
+        self.blocks.journal.turn_on();
+    }
+
+    /// What happened to named blocks since the last call, in order.
+    pub fn take_block_events(&mut self) -> Vec<BlockEvent> {
+        self.blocks.journal.take()
+    }
+
     /// Proves that the books balance.
     ///
     /// # Errors
@@ -324,11 +336,20 @@ impl Scheduler {
         }
         let sequence = self.sequences.get_mut(&id).expect("published sequences are known");
         sequence.chain.extend(&sequence.tokens);
-        let num_full = sequence.num_computed_tokens / self.limits.block_size;
-        let names = sequence.chain.blocks(self.limits.block_size);
+        let block_size = self.limits.block_size;
+        let num_full = sequence.num_computed_tokens / block_size;
         let unnamed = sequence.num_published_blocks;
-        for (block, name) in sequence.blocks.iter().zip(names).take(num_full).skip(unnamed) {
-            self.blocks.publish(*block, name);
+        for (index, name) in sequence.chain.blocks(block_size).enumerate().take(num_full).skip(unnamed) {
+            if self.blocks.publish(sequence.blocks[index], name) {
+                let positions = index * block_size..(index + 1) * block_size;
+                let parent = (positions.start / GRANULE_TOKENS).checked_sub(1);
+                self.blocks.journal.on_stored(|| StoredBlock {
+                    medium: Medium::Pool,
+                    key: name.key,
+                    parent: parent.map(|granule| sequence.chain.granules()[granule].key),
+                    tokens: sequence.tokens[positions].into(),
+                });
+            }
         }
         sequence.num_published_blocks = num_full.max(unnamed);
     }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 
 use super::*;
-use crate::content::ChainRoot;
+use crate::content::{ChainRoot, ContentChain, ContentKey};
 use crate::model::ModelIdentity;
 use crate::sampling::SamplingParams;
 use crate::sequence::Work;
@@ -82,12 +82,16 @@ struct ModelEngine {
     admitted: HashMap<SequenceId, (usize, Vec<BlockId>)>,
     first_tokens: HashMap<SequenceId, Vec<SampledToken>>,
     num_computed: usize,
+    /// What the block events amount to.
+    known: HashMap<ContentKey, StoredBlock>,
 }
 
 impl ModelEngine {
     fn new(limits: SchedulerLimits) -> Self {
+        let mut scheduler = Scheduler::new(limits);
+        scheduler.note_block_events();
         Self {
-            scheduler: Scheduler::new(limits),
+            scheduler,
             depth: 1,
             launched: VecDeque::new(),
             num_launched: 0,
@@ -99,6 +103,7 @@ impl ModelEngine {
             admitted: HashMap::new(),
             first_tokens: HashMap::new(),
             num_computed: 0,
+            known: HashMap::new(),
         }
     }
 
@@ -122,6 +127,38 @@ impl ModelEngine {
         for (source, destination) in self.scheduler.take_copies() {
             self.pool[destination.0 as usize] = self.pool[source.0 as usize].clone();
         }
+    }
+
+    fn hear_of_blocks(&mut self) {
+        for event in self.scheduler.take_block_events() {
+            match event {
+                BlockEvent::Stored(block) => assert_eq!(self.known.insert(block.key, block), None, "stored twice"),
+                BlockEvent::Removed { medium: Medium::Pool, key } => {
+                    assert!(self.known.remove(&key).is_some(), "removed and never stored");
+                }
+                BlockEvent::Cleared { medium: Medium::Pool } => self.known.clear(),
+                elsewhere => panic!("{elsewhere:?}"),
+            }
+        }
+    }
+
+    /// The events told exactly what can be found, and under which parent and for which tokens.
+    fn assert_blocks_are_told(&mut self, text: &[Token]) {
+        self.hear_of_blocks();
+        let block_size = self.scheduler.limits.block_size;
+        let root = ChainRoot::of_model(ModelIdentity([0; 32]));
+        let mut chain = ContentChain::new(&root);
+        chain.extend(text);
+        let found = self.scheduler.blocks.longest_prefix(chain.blocks(block_size)).len();
+        let mut parent = None;
+        let told = chain.blocks(block_size).enumerate().take_while(|(index, name)| {
+            let Some(block) = self.known.get(&name.key) else { return false };
+            assert_eq!(block.parent, parent.replace(name.key));
+            assert_eq!(*block.tokens, text[index * block_size..][..block_size]);
+            true
+        });
+        assert_eq!(told.count(), found);
+        assert_eq!(self.known.len(), self.scheduler.block_counts().cached, "nothing is referenced any more");
     }
 
     /// Fills the pipe and takes in its oldest step; false if nothing could be computed.
@@ -178,6 +215,7 @@ impl ModelEngine {
         let Some(Launched { step, drawn, .. }) = self.launched.pop_front() else { return false };
         let events = self.scheduler.on_step_done(&step, drawn.expect("all steps are computed"));
         self.take_in(events);
+        self.hear_of_blocks();
         self.scheduler.check_integrity().unwrap();
         true
     }
@@ -608,5 +646,10 @@ proptest! {
             }
         }
         engine.assert_clean();
+        for (_, text, ..) in &live {
+            engine.assert_blocks_are_told(text);
+        }
+        engine.scheduler.clear_cache();
+        engine.assert_blocks_are_told(&[]);
     }
 }

@@ -9,6 +9,7 @@
 //! Open::Generate   proxy:   (nothing)        decode:   GenerateEvent ...     one request; reset = cancel
 //! Open::Prefill    decode:  PrefillControl   prefill:  PrefillEvent ...      one hand-over; reset = cancel
 //! Open::Register   node:    (nothing)        proxy:    (nothing)             lease of a self-registering node
+//! Open::WatchBlocks proxy:  (nothing)        node:     BlockNews ...         for the life of the connection
 //! ```
 //!
 //! KV never travels here: it goes over the bulk connection as raw bytes behind [`bulk::ExtentHeader`],
@@ -17,6 +18,7 @@
 //! A frame is a `u32` little-endian length and that many bytes of `bincode` 2 (standard configuration)
 //! under a limit; this module is the only user of `bincode` (unmaintained, isolated here).
 
+pub mod blocks;
 pub mod bulk;
 pub mod generate;
 pub mod hello;
@@ -26,6 +28,7 @@ pub mod runs;
 use bincode::config;
 use bincode::{Decode, Encode};
 
+pub use blocks::{BlockCursor, BlockNews, WatchBlocks};
 pub use bulk::{ExtentHeader, ExtentId};
 pub use generate::{Generate, GenerateEvent, NodeError};
 pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Registration, Watch};
@@ -64,6 +67,8 @@ pub enum Open {
     Prefill(Box<Prefill>),
     /// Announce oneself to a proxy.
     Register(Register),
+    /// Follow which blocks a node holds.
+    WatchBlocks(WatchBlocks),
 }
 
 /// A frame that could not be written or read.
@@ -120,8 +125,9 @@ pub fn decode<M: Decode<()>>(bytes: &[u8]) -> Result<M, CodecError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::content::hex;
-    use crate::ids::{Attempt, ChoiceIndex, Generation, NodeId, RequestId};
+    use crate::block_events::Medium;
+    use crate::content::{ContentKey, hex};
+    use crate::ids::{Attempt, ChoiceIndex, Epoch, Generation, NodeId, RequestId};
     use crate::sampling::SamplingParams;
     use std::time::Duration;
 
@@ -158,11 +164,25 @@ mod tests {
         };
         let fetch =
             PrefillEvent::Fetch { generation: Generation(6), first_token: 16, end_token: 320, credit_bytes: 1 << 20 };
+        let cursor = BlockCursor { epoch: Epoch(9), number: 300 };
+        let watch_blocks = WatchBlocks { after: Some(cursor), with_tokens: true };
+        let stored = blocks::BlockEvent::Stored {
+            medium: Medium::Pool,
+            key: ContentKey(0x0123_4567_89ab_cdef_0123_4567_89ab_cdef),
+            parent: Some(ContentKey(1)),
+            num_tokens: 2,
+            tokens: vec![1, 300].into(),
+        };
+        let removed = blocks::BlockEvent::Removed { medium: Medium::Disk, key: ContentKey(2) };
+        let cleared = blocks::BlockEvent::Cleared { medium: Medium::Host };
+        let news = BlockNews { is_restart: true, events: vec![stored, removed, cleared], resume_at: Some(cursor) };
         let got = [
             hex(&encode(&Open::Generate(Box::new(generate()))).unwrap()),
             hex(&encode(&Open::Prefill(Box::new(prefill))).unwrap()),
             hex(&encode(&fetch).unwrap()),
             hex(&encode(&PrefillControl::FetchStopped).unwrap()),
+            hex(&encode(&Open::WatchBlocks(watch_blocks)).unwrap()),
+            hex(&encode(&news).unwrap()),
         ];
         let expected = include_str!("vectors.txt").lines().collect::<Vec<_>>();
         assert_eq!(got.iter().map(String::as_str).collect::<Vec<_>>(), expected);

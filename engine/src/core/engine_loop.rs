@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{self as std_mpsc, TryRecvError};
 use std::time::{Duration, Instant};
 
+use common::block_events::BlockSink;
 use common::content::GRANULE_TOKENS;
 use common::ids::SequenceId;
 use common::rate::Rate;
@@ -50,6 +51,18 @@ pub struct EngineOptions {
 /// # Errors
 /// If the operating system refuses a thread.
 pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result<EngineHandle> {
+    start_reporting(runner, options, None)
+}
+
+/// [`start`], and tells `blocks` after each step what happened to named blocks of the pool.
+///
+/// # Errors
+/// If the operating system refuses a thread.
+pub fn start_reporting(
+    runner: Box<dyn Runner>,
+    options: EngineOptions,
+    blocks: Option<Arc<dyn BlockSink>>,
+) -> std::io::Result<EngineHandle> {
     let (inbox, commands) = std_mpsc::channel();
     let (status_sender, status) = watch::channel(EngineStatus { is_idle: true, ..EngineStatus::default() });
     let handle = EngineHandle {
@@ -59,8 +72,13 @@ pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result
         pool: runner.pool().clone(),
         next_ticket: Arc::default(),
     };
+    let mut scheduler = Scheduler::new(options.limits);
+    if blocks.is_some() {
+        scheduler.note_block_events();
+    }
     let engine = Engine {
-        scheduler: Scheduler::new(options.limits),
+        scheduler,
+        blocks,
         runner,
         commands,
         status: status_sender,
@@ -90,6 +108,7 @@ struct Request {
 
 struct Engine {
     scheduler: Scheduler,
+    blocks: Option<Arc<dyn BlockSink>>,
     runner: Box<dyn Runner>,
     commands: std_mpsc::Receiver<Command>,
     status: watch::Sender<EngineStatus>,
@@ -162,6 +181,7 @@ impl Engine {
             let is_done = (!is_submitted || !self.may_submit()) && self.complete_step()?;
             is_busy = is_submitted || is_done || !self.in_flight.is_empty();
             self.publish_status();
+            self.report_blocks();
         }
     }
 
@@ -337,6 +357,14 @@ impl Engine {
             if is_last && let Some(request) = self.requests.remove(&group) {
                 self.groups.remove(&request.ticket);
             }
+        }
+    }
+
+    fn report_blocks(&mut self) {
+        let Some(blocks) = &self.blocks else { return };
+        let events = self.scheduler.take_block_events();
+        if !events.is_empty() {
+            blocks.on_blocks(events);
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use common::content::ContentKey;
 use common::wire::{Generate, GenerateEvent, Open};
 use futures::StreamExt;
 use kv_connector::{ControlReceiver, ControlSender, Fabric, Link};
@@ -12,26 +13,36 @@ use super::follow::{Target, follow};
 use super::members::Members;
 use super::registration::accept_registrations;
 use crate::dispatch::{GenerateStream, NodeLost, Nodes};
-use crate::route::{ClusterView, NodeView};
+use crate::index::BlockIndex;
+use crate::route::{ClusterView, HeldPrefixes, NodeView};
 
 /// The nodes that the proxy knows, and the tasks that follow them. They end when it is dropped.
 pub struct Cluster {
     members: Arc<Members>,
+    index: Arc<BlockIndex>,
     stop: CancellationToken,
     tasks: TaskTracker,
 }
 
 impl Cluster {
     /// Follows `targets`, and nodes that register if they may.
-    pub fn start(fabric: Fabric, members: Arc<Members>, targets: Vec<Target>, may_register: bool) -> Self {
+    pub fn start(
+        fabric: Fabric,
+        members: Arc<Members>,
+        index: Arc<BlockIndex>,
+        targets: Vec<Target>,
+        may_register: bool,
+    ) -> Self {
         let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
         for target in targets {
-            let following = follow(fabric.clone(), members.clone(), target);
+            let following = follow(fabric.clone(), members.clone(), index.clone(), target);
             let stop = stop.clone();
             tasks.spawn(async move { stop.run_until_cancelled(following).await });
         }
-        tasks.spawn(accept_registrations(fabric, members.clone(), tasks.clone(), stop.clone(), may_register));
-        Self { members, stop, tasks }
+        let accepting =
+            accept_registrations(fabric, members.clone(), index.clone(), tasks.clone(), stop.clone(), may_register);
+        tasks.spawn(accepting);
+        Self { members, index, stop, tasks }
     }
 
     /// The table of nodes.
@@ -56,6 +67,13 @@ impl Drop for Cluster {
 impl Nodes for Cluster {
     fn view(&self) -> Arc<ClusterView> {
         self.members.view()
+    }
+
+    fn held_prefixes(&self, keys: &dyn Fn() -> Vec<ContentKey>) -> HeldPrefixes {
+        if self.index.num_blocks() == 0 {
+            return HeldPrefixes::default();
+        }
+        self.index.held_prefixes(&keys())
     }
 
     fn generate(&self, node: &NodeView, request: Generate) -> GenerateStream {

@@ -9,8 +9,10 @@ use common::ids::{NodeId, Role};
 use common::wire::{NodeState, NodeStatus, Open, Watch};
 use kv_connector::{ControlReceiver, ControlSender, Fabric, Link};
 
+use super::follow_blocks::BlockFollower;
 use super::members::{Members, Refused};
 use super::step_watch::StepWatch;
+use crate::index::BlockIndex;
 
 /// First and longest pause between two tries.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
@@ -19,6 +21,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(1);
 const PAUSE_REFUSED: Duration = Duration::from_secs(5);
 /// A node tells its status every 250 ms; one that is silent for this long on a live connection is stuck.
 const SILENT_AFTER: Duration = Duration::from_secs(5);
+
+/// What a node told of its blocks is kept for this long once it is lost: it may be the network that is.
+const REMEMBERED_FOR: Duration = Duration::from_secs(30);
 
 /// A node to follow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -43,11 +48,13 @@ enum Interrupted {
 }
 
 /// Follows a node until the task is dropped. Each kind of trouble is logged once, not at every try.
-pub async fn follow(fabric: Fabric, members: Arc<Members>, target: Target) {
+pub async fn follow(fabric: Fabric, members: Arc<Members>, index: Arc<BlockIndex>, target: Target) {
+    let mut blocks = BlockFollower::new(index);
+    let mut linked_last = Instant::now();
     let mut pause = PAUSE_MIN;
     let mut last_trouble = String::new();
     loop {
-        let interrupted = follow_once(&fabric, &members, &target).await;
+        let interrupted = follow_once(&fabric, &members, &mut blocks, &target).await;
         let trouble = interrupted.to_string();
         match &interrupted {
             Interrupted::Refused(_) if trouble != last_trouble => {
@@ -62,6 +69,11 @@ pub async fn follow(fabric: Fabric, members: Arc<Members>, target: Target) {
             _ => {}
         }
         last_trouble = trouble;
+        if let Interrupted::Lost(_) = interrupted {
+            linked_last = Instant::now();
+        } else if linked_last.elapsed() > REMEMBERED_FOR {
+            blocks.forget().await;
+        }
         pause = match interrupted {
             Interrupted::Refused(_) => PAUSE_REFUSED,
             Interrupted::Lost(_) => PAUSE_MIN,
@@ -71,7 +83,12 @@ pub async fn follow(fabric: Fabric, members: Arc<Members>, target: Target) {
     }
 }
 
-async fn follow_once(fabric: &Fabric, members: &Arc<Members>, target: &Target) -> Interrupted {
+async fn follow_once(
+    fabric: &Fabric,
+    members: &Arc<Members>,
+    blocks: &mut BlockFollower,
+    target: &Target,
+) -> Interrupted {
     let link = match dial(fabric, target).await {
         Ok(link) => link,
         Err(reason) => return Interrupted::NotReached(reason),
@@ -89,6 +106,7 @@ async fn follow_once(fabric: &Fabric, members: &Arc<Members>, target: &Target) -
         interrupted = hear(members, &link, receiver) => interrupted,
         reason = tell(members, link.peer().role, sender) => Interrupted::Lost(reason),
         reason = link.closed() => Interrupted::Lost(reason.to_string()),
+        never = blocks.follow(&link) => match never {},
     }
 }
 

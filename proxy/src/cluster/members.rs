@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::ids::{NodeId, Role};
@@ -72,6 +72,7 @@ struct Member {
     status: NodeStatus,
     is_stuck: bool,
     num_open: Arc<AtomicUsize>,
+    num_sent_tokens: Arc<AtomicU64>,
 }
 
 impl Members {
@@ -123,8 +124,11 @@ impl Members {
             table.model.clone_from(&hello.model);
         }
         let life = (hello.node.clone(), hello.epoch);
-        let num_open = table.members.get(&life).map(|member| member.num_open.clone()).unwrap_or_default();
-        let member = Member { hello: hello.clone(), addr, link: link.cloned(), status, is_stuck, num_open };
+        let known = table.members.get(&life);
+        let num_open = known.map(|member| member.num_open.clone()).unwrap_or_default();
+        let num_sent_tokens = known.map(|member| member.num_sent_tokens.clone()).unwrap_or_default();
+        let (hello, link) = (hello.clone(), link.cloned());
+        let member = Member { hello, addr, link, status, is_stuck, num_open, num_sent_tokens };
         table.members.insert(life, member);
         self.publish(&table);
         Ok(())
@@ -177,6 +181,7 @@ impl Members {
                 epoch: life.1,
                 load: member.status.load,
                 num_open: member.num_open.clone(),
+                num_sent_tokens: member.num_sent_tokens.clone(),
             };
             match member.hello.role {
                 Role::DecodeNode => {

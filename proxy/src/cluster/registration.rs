@@ -10,6 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use super::follow::{Target, follow};
 use super::members::Members;
+use crate::index::BlockIndex;
 
 /// Nodes registered at a time.
 const REGISTERED_MAX: usize = 1024;
@@ -18,6 +19,7 @@ const REGISTERED_MAX: usize = 1024;
 pub async fn accept_registrations(
     fabric: Fabric,
     members: Arc<Members>,
+    index: Arc<BlockIndex>,
     tasks: TaskTracker,
     stop: CancellationToken,
     is_allowed: bool,
@@ -44,7 +46,7 @@ pub async fn accept_registrations(
         };
         let target = target_of(register, incoming.remote.ip());
         tracing::info!(node = %register.peer.node, role = %register.role, address = %target.address, "node registered");
-        let following = follow(fabric.clone(), members.clone(), target);
+        let following = follow(fabric.clone(), members.clone(), index.clone(), target);
         let stop = stop.clone();
         tasks.spawn(async move {
             let node = incoming.peer.node.clone();

@@ -30,6 +30,8 @@ pub struct DispatchSettings {
     pub retry_share: f64,
     /// How long a request that has tokens already waits for a node to go on with.
     pub patience: Duration,
+    /// What one request more on a decode node weighs against prompt tokens that another one holds.
+    pub request_weight_tokens: usize,
 }
 
 /// The proxy's part that outlives requests.

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use common::content::ContentKey;
 use common::ids::{ChoiceIndex, Epoch, NodeId};
 use common::kv_spec::{KvDtype, KvSpec};
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
@@ -19,7 +20,7 @@ use futures::StreamExt;
 use tokio::sync::watch;
 
 use super::nodes::{GenerateStream, NodeLost, Nodes};
-use crate::route::{ClusterView, NodeView};
+use crate::route::{ClusterView, HeldPrefixes, NodeView};
 
 /// What a node with the shape of the repository's small checkpoint says of its model.
 pub fn tiny_model_info() -> ModelInfo {
@@ -64,6 +65,7 @@ pub struct FakeNodes {
     answer: Arc<Answer>,
     eos: Token,
     num_cached_tokens: u32,
+    held: HeldPrefixes,
     calls: Mutex<Vec<(NodeId, Generate)>>,
     seen: Arc<Seen>,
 }
@@ -90,6 +92,7 @@ impl FakeNodes {
             epoch: Epoch(1),
             load: NodeLoad { num_available_blocks: 100, num_blocks: 100, ..NodeLoad::default() },
             num_open: Arc::default(),
+            num_sent_tokens: Arc::default(),
         };
         let view = ClusterView { decode: names.iter().map(node).collect(), prefill: Vec::new(), model: Some(model) };
         let seen = Seen { num_tokens: AtomicU64::new(0), num_cancelled: watch::Sender::new(0) };
@@ -99,6 +102,7 @@ impl FakeNodes {
             answer: Arc::new(answer),
             eos,
             num_cached_tokens: 0,
+            held: HeldPrefixes::default(),
             calls: Mutex::default(),
             seen: Arc::new(seen),
         }
@@ -107,6 +111,12 @@ impl FakeNodes {
     /// Reports this many cached prompt tokens.
     pub fn with_cached_tokens(mut self, num_cached_tokens: u32) -> Self {
         self.num_cached_tokens = num_cached_tokens;
+        self
+    }
+
+    /// Is believed to hold this of every prompt.
+    pub fn with_held(mut self, held: HeldPrefixes) -> Self {
+        self.held = held;
         self
     }
 
@@ -135,6 +145,10 @@ impl FakeNodes {
 impl Nodes for FakeNodes {
     fn view(&self) -> Arc<ClusterView> {
         self.view.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn held_prefixes(&self, _keys: &dyn Fn() -> Vec<ContentKey>) -> HeldPrefixes {
+        self.held.clone()
     }
 
     fn generate(&self, node: &NodeView, request: Generate) -> GenerateStream {

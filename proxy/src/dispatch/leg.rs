@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::task::Poll;
 
 use common::timeline::NodeTimeline;
@@ -20,6 +20,10 @@ pub(super) struct Leg {
     pub(super) events: GenerateStream,
     /// What the node said of the time up to token #1.
     pub(super) started: Option<NodeTimeline>,
+    /// Prompt tokens that the nodes it went to were believed to hold.
+    pub(super) num_believed_tokens: usize,
+    /// Until the prompt is computed.
+    pub(super) sent: Option<SentTokens>,
     pub(super) _open: OpenStream,
 }
 
@@ -48,6 +52,25 @@ impl Drop for OpenStream {
         for counter in &self.counters {
             counter.fetch_sub(1, Ordering::Relaxed);
         }
+    }
+}
+
+/// Counts prompt tokens that were sent to a prefill node to be computed.
+pub(super) struct SentTokens {
+    counter: Arc<AtomicU64>,
+    num_tokens: u64,
+}
+
+impl SentTokens {
+    pub(super) fn new(counter: Arc<AtomicU64>, num_tokens: u64) -> Self {
+        counter.fetch_add(num_tokens, Ordering::Relaxed);
+        Self { counter, num_tokens }
+    }
+}
+
+impl Drop for SentTokens {
+    fn drop(&mut self) {
+        self.counter.fetch_sub(self.num_tokens, Ordering::Relaxed);
     }
 }
 

@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use common::content::ContentKey;
 use common::wire::{Generate, GenerateEvent};
 use futures::stream::BoxStream;
 
-use crate::route::{ClusterView, NodeView};
+use crate::route::{ClusterView, HeldPrefixes, NodeView};
 
 /// A node that does not answer any more.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -26,6 +27,9 @@ pub type GenerateStream = BoxStream<'static, Result<GenerateEvent, NodeLost>>;
 pub trait Nodes: Send + Sync + 'static {
     /// Those that are ready, at this moment.
     fn view(&self) -> Arc<ClusterView>;
+
+    /// How much each node is believed to hold of a prompt whose granules have the keys that `keys` makes.
+    fn held_prefixes(&self, keys: &dyn Fn() -> Vec<ContentKey>) -> HeldPrefixes;
 
     /// Opens a stream to a node of the view.
     fn generate(&self, node: &NodeView, request: Generate) -> GenerateStream;

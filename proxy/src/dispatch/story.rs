@@ -13,20 +13,22 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use common::ids::{Attempt, ChoiceIndex};
+use common::content::{ChainRoot, ContentKey, granule_keys};
+use common::ids::{Attempt, ChoiceIndex, NodeId};
 use common::sampling::{FinishReason, SampledToken};
 use common::timeline::NodeTimeline;
+use common::tokens::Token;
 use common::wire::{Generate, GenerateEvent, NodeError};
 use rand::Rng;
 use tokio::time::Instant;
 
 use super::choice::Choice;
 use super::dispatcher::{DispatchEvent, DispatchRequest, Dispatcher, lock};
-use super::leg::{Leg, OpenStream, WaitingLeg, next_event};
+use super::leg::{Leg, OpenStream, SentTokens, WaitingLeg, next_event};
 use super::nodes::NodeLost;
 use super::quarantine::Fingerprint;
 use crate::openai::{ApiError, ErrorKind};
-use crate::route::{NodeLife, pick_decode_node, pick_prefill_nodes};
+use crate::route::{ClusterView, NodeLife, PromptDemand, pick_decode_node, pick_prefill_nodes};
 
 /// Shortest pause before a resume; it doubles with every loss of the request.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -161,21 +163,40 @@ impl Dispatch {
         let view = dispatcher.nodes.view();
         let turn = dispatcher.turn.fetch_add(1, Ordering::Relaxed);
         let avoided: HashSet<NodeLife> = self.excluded.union(&self.busy).cloned().collect();
-        let Some(node) = pick_decode_node(&view, &avoided, turn) else { return self.on_no_node(choices) };
-        self.stranded_since = None;
         let mut tokens = self.request.prompt.clone();
         if let [only] = choices.as_slice() {
             tokens.extend_from_slice(self.choices[*only].committed());
         }
+        let held = dispatcher.nodes.held_prefixes(&|| self.granule_keys(&view, &tokens));
+        let demand = PromptDemand { num_tokens: tokens.len(), held };
+        let picked = pick_decode_node(&view, &avoided, &demand, settings.request_weight_tokens, turn);
+        let Some(node) = picked else { return self.on_no_node(choices) };
+        self.stranded_since = None;
         let prefill_candidates = pick_prefill_nodes(
             &view,
-            tokens.len(),
+            &demand,
             settings.local_prefill_max_tokens,
             settings.num_prefill_candidates,
             turn,
         );
         self.attempt += 1;
-        tracing::debug!(node = %node.node, attempt = self.attempt, num_tokens = tokens.len(), ?prefill_candidates, "generate");
+        let prefill = prefill_candidates.first().copied();
+        let held_at_decode = demand.num_held_tokens(node);
+        let held_at_prefill = prefill.map(|node| demand.num_held_tokens(node));
+        let num_believed_tokens = held_at_decode.max(held_at_prefill.unwrap_or(0));
+        dispatcher.metrics.on_routed(held_at_decode, held_at_prefill);
+        let sent =
+            prefill.map(|node| SentTokens::new(node.num_sent_tokens.clone(), demand.num_missing_tokens(node) as u64));
+        let prefill_candidates: Vec<NodeId> = prefill_candidates.into_iter().map(|node| node.node.clone()).collect();
+        tracing::debug!(
+            node = %node.node,
+            attempt = self.attempt,
+            num_tokens = tokens.len(),
+            ?prefill_candidates,
+            held_at_decode,
+            held_at_prefill,
+            "generate"
+        );
         let generate = Generate {
             request: self.request.id,
             attempt: Attempt(self.attempt),
@@ -189,8 +210,16 @@ impl Dispatch {
         };
         let open = OpenStream::new([node.num_open.clone(), dispatcher.num_streams.clone()]);
         let events = dispatcher.nodes.generate(node, generate);
-        self.legs.push(Leg { life: node.life(), choices, events, started: None, _open: open });
+        let life = node.life();
+        self.legs.push(Leg { life, choices, events, started: None, num_believed_tokens, sent, _open: open });
         Ok(())
+    }
+
+    /// What the content of `tokens` is called. The last token is left out: a hit never covers it.
+    fn granule_keys(&self, view: &ClusterView, tokens: &[Token]) -> Vec<ContentKey> {
+        let Some(model) = &view.model else { return Vec::new() };
+        let root = ChainRoot { salt: self.request.salt.clone(), ..ChainRoot::of_model(model.identity) };
+        granule_keys(&root, &tokens[..tokens.len().saturating_sub(1)])
     }
 
     /// Nobody is left to ask: the client is told, unless it has tokens already and a node may come back.
@@ -234,7 +263,14 @@ impl Dispatch {
                 let is_first = !std::mem::replace(&mut self.is_accepted, true);
                 return Ok(is_first.then_some(DispatchEvent::Accepted));
             }
-            Some(Ok(GenerateEvent::Started { timeline })) => self.legs[leg].started = Some(timeline),
+            Some(Ok(GenerateEvent::Started { timeline })) => {
+                let leg = &mut self.legs[leg];
+                leg.sent = None;
+                let num_told = timeline.num_cached_tokens as usize;
+                if leg.started.replace(timeline).is_none() {
+                    self.dispatcher.metrics.on_cached_told(leg.num_believed_tokens, num_told);
+                }
+            }
             Some(Ok(GenerateEvent::Token { choice, index, token, finish })) => {
                 return Ok(self.on_token(leg, choice, index, token, finish));
             }

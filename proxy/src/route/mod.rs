@@ -3,8 +3,10 @@
 //! Nodes are the authority on their own admission, so this only has to be good, not exact: a node that
 //! is full says `Busy` and the next one is asked.
 
+pub mod held;
 pub mod policy;
 pub mod view;
 
-pub use policy::{pick_decode_node, pick_prefill_nodes};
+pub use held::HeldPrefixes;
+pub use policy::{PromptDemand, pick_decode_node, pick_prefill_nodes};
 pub use view::{ClusterView, NodeLife, NodeView};

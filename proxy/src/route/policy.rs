@@ -1,16 +1,50 @@
-//! Least loaded first.
+//! Where a request costs least, in tokens: what waits there already, and what it lacks there.
+//!
+//! A prefix that a node holds is worth the tokens that need not be computed (prefill) or sent (decode), and no
+//! more. So a popular prefix draws requests to the node that holds it until what waits there outweighs it; then
+//! the next one goes elsewhere, which holds it from then on, too.
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
 
-use common::ids::NodeId;
-
+use super::held::HeldPrefixes;
 use super::view::{ClusterView, NodeLife, NodeView};
 
-/// The decode node for a request: fewest requests, then most available blocks. Nodes of equal rank take
-/// turns by `turn`. `None` if there is none outside `excluded`.
-pub fn pick_decode_node<'a>(view: &'a ClusterView, excluded: &HashSet<NodeLife>, turn: usize) -> Option<&'a NodeView> {
-    let rank = |node: &NodeView| (node.num_requests(), Reverse(node.load.num_available_blocks));
+/// A prompt to be placed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PromptDemand {
+    /// Its length.
+    pub num_tokens: usize,
+    /// What nodes are believed to hold of it.
+    pub held: HeldPrefixes,
+}
+
+impl PromptDemand {
+    /// Leading tokens that the node is believed to hold. At least the last one is not: it is always computed.
+    pub fn num_held_tokens(&self, node: &NodeView) -> usize {
+        self.held.num_tokens(&node.life()).min(self.num_tokens.saturating_sub(1))
+    }
+
+    /// Tokens that the node lacks.
+    pub fn num_missing_tokens(&self, node: &NodeView) -> usize {
+        self.num_tokens - self.num_held_tokens(node)
+    }
+}
+
+/// The decode node for a request: the least of its requests, each weighing `request_weight_tokens`, and the
+/// tokens whose KV it lacks; then most available blocks. Nodes of equal rank take turns by `turn`. `None` if
+/// there is none outside `excluded`.
+pub fn pick_decode_node<'a>(
+    view: &'a ClusterView,
+    excluded: &HashSet<NodeLife>,
+    demand: &PromptDemand,
+    request_weight_tokens: usize,
+    turn: usize,
+) -> Option<&'a NodeView> {
+    let rank = |node: &NodeView| {
+        let waiting = node.num_requests().saturating_mul(request_weight_tokens);
+        (waiting.saturating_add(demand.num_missing_tokens(node)), Reverse(node.load.num_available_blocks))
+    };
     // Ranked once: other requests open and end while this one looks.
     let candidates = view.decode.iter().filter(|node| !excluded.contains(&node.life()));
     let candidates: Vec<_> = candidates.map(|node| (rank(node), node)).collect();
@@ -20,31 +54,38 @@ pub fn pick_decode_node<'a>(view: &'a ClusterView, excluded: &HashSet<NodeLife>,
     Some(equals[turn % equals.len()])
 }
 
-/// Prefill nodes to propose, best first: fewest queued tokens, then fewest requests; nodes of equal rank
-/// take turns. None for a prompt of at most `local_max` tokens: its hand-over would cost more than it saves.
-pub fn pick_prefill_nodes(
-    view: &ClusterView,
-    num_tokens: usize,
+/// Prefill nodes to propose, best first: fewest tokens until the prompt is computed, those queued and those
+/// missing; then fewest requests; nodes of equal rank take turns. None for a prompt of at most `local_max`
+/// tokens: its hand-over would cost more than it saves.
+pub fn pick_prefill_nodes<'a>(
+    view: &'a ClusterView,
+    demand: &PromptDemand,
     local_max: usize,
     num_max: usize,
     turn: usize,
-) -> Vec<NodeId> {
-    if num_tokens <= local_max || view.prefill.is_empty() {
+) -> Vec<&'a NodeView> {
+    if demand.num_tokens <= local_max || view.prefill.is_empty() {
         return Vec::new();
     }
     let start = turn % view.prefill.len();
     let mut candidates: Vec<&NodeView> = view.prefill[start..].iter().chain(&view.prefill[..start]).collect();
-    candidates.sort_by_cached_key(|node| (node.load.num_queued_tokens, node.num_requests()));
-    candidates.into_iter().take(num_max).map(|node| node.node.clone()).collect()
+    candidates.sort_by_cached_key(|node| {
+        let num_until_computed = node.num_queued_tokens().saturating_add(demand.num_missing_tokens(node) as u64);
+        (num_until_computed, node.num_requests())
+    });
+    candidates.truncate(num_max);
+    candidates
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::ids::Epoch;
+    use common::ids::{Epoch, NodeId};
     use common::wire::NodeLoad;
     use std::sync::Arc;
-    use std::sync::atomic::AtomicUsize;
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    const WEIGHT: usize = 256;
 
     fn node(name: &str, num_running: u32, num_open: usize, num_available_blocks: u32, queued: u64) -> NodeView {
         let load = NodeLoad { num_running, num_available_blocks, num_queued_tokens: queued, ..NodeLoad::default() };
@@ -53,11 +94,25 @@ mod tests {
             epoch: Epoch(1),
             load,
             num_open: Arc::new(AtomicUsize::new(num_open)),
+            num_sent_tokens: Arc::new(AtomicU64::new(0)),
         }
     }
 
     fn name(picked: Option<&NodeView>) -> Option<&str> {
         picked.map(|node| node.node.as_str())
+    }
+
+    /// A prompt of which these nodes hold so many granules.
+    fn demand(num_tokens: usize, held: &[(&str, usize)]) -> PromptDemand {
+        let mut prefixes = HeldPrefixes::default();
+        for (node, num_granules) in held {
+            prefixes.add(&(NodeId::new(*node).unwrap(), Epoch(1)), *num_granules);
+        }
+        PromptDemand { num_tokens, held: prefixes }
+    }
+
+    fn pick<'a>(view: &'a ClusterView, demand: &PromptDemand, turn: usize) -> Option<&'a str> {
+        name(pick_decode_node(view, &HashSet::new(), demand, WEIGHT, turn))
     }
 
     #[test]
@@ -66,18 +121,28 @@ mod tests {
             decode: vec![node("a", 3, 0, 9, 0), node("b", 1, 0, 4, 0), node("c", 1, 0, 7, 0), node("d", 1, 0, 7, 0)],
             ..ClusterView::default()
         };
-        let none = HashSet::new();
-        assert_eq!(name(pick_decode_node(&view, &none, 0)), Some("c"));
-        assert_eq!(name(pick_decode_node(&view, &none, 1)), Some("d"));
+        let demand = demand(1000, &[]);
+        assert_eq!(pick(&view, &demand, 0), Some("c"));
+        assert_eq!(pick(&view, &demand, 1), Some("d"));
         let excluded: HashSet<NodeLife> = ["b", "c", "d"].map(|n| (NodeId::new(n).unwrap(), Epoch(1))).into();
-        assert_eq!(name(pick_decode_node(&view, &excluded, 0)), Some("a"));
-        assert!(pick_decode_node(&ClusterView::default(), &none, 0).is_none());
+        assert_eq!(name(pick_decode_node(&view, &excluded, &demand, WEIGHT, 0)), Some("a"));
+        assert!(pick(&ClusterView::default(), &demand, 0).is_none());
     }
 
     #[test]
     fn a_burst_does_not_all_go_to_the_node_that_was_idle_a_moment_ago() {
         let view = ClusterView { decode: vec![node("a", 0, 5, 9, 0), node("b", 2, 2, 9, 0)], ..ClusterView::default() };
-        assert_eq!(name(pick_decode_node(&view, &HashSet::new(), 0)), Some("b"));
+        assert_eq!(pick(&view, &demand(9, &[]), 0), Some("b"));
+    }
+
+    #[test]
+    fn decode_node_with_the_prefix_is_picked_until_its_requests_outweigh_it() {
+        let held = demand(2000, &[("a", 64)]); // 1,024 tokens: four requests
+        for (num_more, expected) in [(0, "a"), (3, "a"), (5, "b")] {
+            let decode = vec![node("a", num_more, 0, 9, 0), node("b", 0, 0, 9, 0)];
+            let view = ClusterView { decode, ..ClusterView::default() };
+            assert_eq!(pick(&view, &held, 0), Some(expected), "{num_more} requests more");
+        }
     }
 
     #[test]
@@ -86,12 +151,47 @@ mod tests {
             prefill: vec![node("a", 0, 0, 0, 900), node("b", 0, 0, 0, 10), node("c", 0, 0, 0, 10)],
             ..ClusterView::default()
         };
-        let names = |num_tokens, num_max, turn| -> Vec<String> {
-            let picked = pick_prefill_nodes(&view, num_tokens, 64, num_max, turn);
-            picked.iter().map(|id| id.to_string()).collect()
+        let names = |num_tokens, num_max, turn| -> Vec<&str> {
+            let picked = pick_prefill_nodes(&view, &demand(num_tokens, &[]), 64, num_max, turn);
+            picked.into_iter().map(|node| node.node.as_str()).collect()
         };
         assert_eq!(names(65, 2, 0), ["b", "c"]);
         assert_eq!(names(65, 3, 2), ["c", "b", "a"]);
         assert!(names(64, 2, 0).is_empty());
+    }
+
+    #[test]
+    fn prefill_node_with_the_prefix_is_worth_as_long_a_queue_as_it_saves() {
+        let held = demand(2000, &[("a", 64)]);
+        for (queued, expected) in [(0, "a"), (1000, "a"), (1100, "b")] {
+            let prefill = vec![node("b", 0, 0, 0, 0), node("a", 0, 0, 0, queued)];
+            let view = ClusterView { prefill, ..ClusterView::default() };
+            assert_eq!(pick_prefill_nodes(&view, &held, 64, 1, 0)[0].node.as_str(), expected, "{queued} queued");
+        }
+    }
+
+    #[test]
+    fn popular_prefix_spreads_over_the_nodes_in_a_burst_that_no_status_shows_yet() {
+        // 1,024 of 1,100 tokens are held by `a`; nobody's status changes meanwhile.
+        let held = demand(1100, &[("a", 64)]);
+        let prefill = vec![node("a", 0, 0, 0, 0), node("b", 0, 0, 0, 0), node("c", 0, 0, 0, 0)];
+        let decode = vec![node("a", 0, 0, 9, 0), node("b", 0, 0, 9, 0), node("c", 0, 0, 9, 0)];
+        let view = ClusterView { prefill, decode, model: None };
+        let (mut num_prefills, mut num_decodes) = ([0; 3], [0; 3]);
+        let position = |nodes: &[NodeView], of: &NodeView| nodes.iter().position(|n| n.node == of.node).unwrap();
+        for turn in 0..60 {
+            let picked = pick_prefill_nodes(&view, &held, 64, 1, turn)[0];
+            num_prefills[position(&view.prefill, picked)] += 1;
+            picked.num_sent_tokens.fetch_add(held.num_missing_tokens(picked) as u64, Ordering::Relaxed);
+            let picked = pick_decode_node(&view, &HashSet::new(), &held, WEIGHT, turn).unwrap();
+            num_decodes[position(&view.decode, picked)] += 1;
+            picked.num_open.fetch_add(1, Ordering::Relaxed);
+        }
+        // The others get as much work as the holder, which serves more requests with it.
+        let work: Vec<u64> = view.prefill.iter().map(NodeView::num_queued_tokens).collect();
+        assert!(work.iter().max().unwrap() - work.iter().min().unwrap() <= 1100, "{work:?}");
+        assert!(num_prefills[0] > num_prefills[1] && num_prefills[1] > 0, "{num_prefills:?}");
+        let most = num_decodes.iter().max().unwrap() - num_decodes.iter().min().unwrap();
+        assert!(most <= 5, "a prefix of four requests' weight shifts no more: {num_decodes:?}");
     }
 }

@@ -1,7 +1,7 @@
 //! What the proxy knows of the nodes at one moment.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use common::ids::{Epoch, NodeId};
 use common::model::ModelInfo;
@@ -18,6 +18,9 @@ pub struct NodeView {
     pub load: NodeLoad,
     /// Requests this proxy has open there: known at once, where `load` is a moment old.
     pub num_open: Arc<AtomicUsize>,
+    /// Prompt tokens that this proxy has sent there to be computed and that are not known to be: as early as
+    /// `num_open`.
+    pub num_sent_tokens: Arc<AtomicU64>,
 }
 
 /// One life of a node: what a failure is remembered of.
@@ -33,6 +36,11 @@ impl NodeView {
     pub fn num_requests(&self) -> usize {
         let told = (self.load.num_running as usize).saturating_add(self.load.num_waiting as usize);
         told.max(self.num_open.load(Ordering::Relaxed))
+    }
+
+    /// Prompt tokens to be computed there, as far as anyone knows by now.
+    pub fn num_queued_tokens(&self) -> u64 {
+        self.load.num_queued_tokens.max(self.num_sent_tokens.load(Ordering::Relaxed))
     }
 }
 

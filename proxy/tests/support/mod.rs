@@ -89,6 +89,7 @@ impl Endpoint {
             max_losses: 2,
             retry_share: 0.2,
             patience: Duration::from_millis(300),
+            request_weight_tokens: 256,
         };
         let dispatcher = Arc::new(Dispatcher::new(nodes.clone(), dispatch, metrics.clone()));
         let app = Arc::new(App::new(text, dispatcher, settings, metrics, prometheus));
