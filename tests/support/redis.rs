@@ -71,6 +71,13 @@ impl Redis {
         answer.trim_end().to_string()
     }
 
+    /// SIGSTOP: it keeps its connections and answers nothing.
+    #[allow(dead_code, reason = "each test file uses a part of it")]
+    pub(crate) fn freeze(&self) {
+        let status = Command::new("sh").args(["-c", &format!("kill -STOP {}", self.child.id())]).status();
+        assert!(status.expect("a shell can be run").success());
+    }
+
     /// SIGKILL.
     #[allow(dead_code, reason = "each test file uses a part of it")]
     pub(crate) fn kill(&mut self) {

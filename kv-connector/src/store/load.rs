@@ -4,11 +4,10 @@
 //! at a time, checked, and written in order by whoever polls it. Where it ends or is dropped, nothing is written
 //! any more, so the request that holds the blocks drops it before them, and no gate is needed.
 
-use std::ops::Range;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::content::ContentName;
+use common::content::{ContentName, GRANULE_TOKENS};
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use futures::{StreamExt, stream};
@@ -20,21 +19,39 @@ use super::tiered::{Lookup, TieredStore};
 /// Entries asked for at a time, however small they are.
 const NUM_ASKED_MAX: usize = 64;
 
+/// A prefix that the store holds, as it was found.
+#[derive(Debug, Clone, Default)]
+pub struct FoundPrefix {
+    /// Of its granules.
+    pub(super) names: Vec<ContentName>,
+    pub(super) lookup: Lookup,
+}
+
+impl FoundPrefix {
+    /// Leading tokens whose KV is there.
+    pub fn num_tokens(&self) -> usize {
+        self.names.len() * GRANULE_TOKENS
+    }
+}
+
+/// How a load is paced, and when it is given up.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadLimits {
+    /// Bytes that may be on their way for one load, one entry at least.
+    pub window_bytes: u64,
+    /// Longest wait for the next entry.
+    pub stall_timeout: Duration,
+}
+
 /// What is loaded where.
 pub struct LoadPlan {
-    /// Names of the prompt's granules from the first token on, at least up to the end of `granules`.
-    pub names: Vec<ContentName>,
-    /// Which of them.
-    pub granules: Range<usize>,
+    /// What the pool has already; a multiple of the granule.
+    pub first_token: usize,
     /// Block table of the sequence. Nobody else may use these blocks until the load has ended or is dropped.
     pub blocks: Arc<[BlockId]>,
     /// The pool.
     pub memory: Arc<dyn KvMemory>,
-    /// Bytes that may be on their way, at least one entry.
-    pub window_bytes: u64,
-    /// Longest wait for the next entry.
-    pub stall_timeout: Duration,
-    /// For all of it.
+    /// For all of it; a stall timeout at least.
     pub total_timeout: Duration,
 }
 
@@ -66,39 +83,41 @@ impl LoadEnd {
 /// What came of a load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Loaded {
-    /// Granules that are in their blocks in every layer, counted from the first of the plan.
-    pub num_granules: usize,
+    /// Leading tokens of the sequence whose KV is in its blocks in every layer.
+    pub num_tokens: usize,
     /// Why there are no more.
     pub end: LoadEnd,
     /// How long it took.
     pub took: Duration,
 }
 
-/// Loads; `on_granule` hears the number of granules that are there.
+/// Loads; `on_tokens` hears how many leading tokens are there.
 pub(super) async fn load(
     store: &TieredStore,
-    lookup: &Lookup,
+    found: &FoundPrefix,
     plan: LoadPlan,
-    mut on_granule: impl FnMut(usize),
+    limits: LoadLimits,
+    on_tokens: impl Fn(usize),
 ) -> Loaded {
     let started_at = Instant::now();
-    let first = plan.granules.start;
+    let first = plan.first_token / GRANULE_TOKENS;
     let entry_bytes = store.format().entry_bytes();
-    let num_asked = (plan.window_bytes as usize / entry_bytes).clamp(1, NUM_ASKED_MAX);
-    let names = plan.names[plan.granules.clone()].to_vec();
+    let num_asked = (limits.window_bytes as usize / entry_bytes).clamp(1, NUM_ASKED_MAX);
+    let total_timeout = plan.total_timeout.max(limits.stall_timeout);
+    let names = found.names.get(first..).unwrap_or_default().to_vec();
     let mut entries = stream::iter(names).map(|name| store.get(name)).buffered(num_asked);
-    let mut num_granules = 0;
+    let mut granule = first;
     let end = loop {
-        let left = plan.total_timeout.saturating_sub(started_at.elapsed());
-        if num_granules == plan.granules.len() {
+        if granule >= found.names.len() {
             break LoadEnd::Complete;
         }
-        let wait = plan.stall_timeout.min(left);
+        let left = total_timeout.saturating_sub(started_at.elapsed());
+        let wait = limits.stall_timeout.min(left);
         match tokio::time::timeout(wait, entries.next()).await {
             Ok(Some(Some(entry))) => {
-                place(&plan, first + num_granules, &entry);
-                num_granules += 1;
-                on_granule(num_granules);
+                place(&plan, granule, &entry);
+                granule += 1;
+                on_tokens(granule * GRANULE_TOKENS);
             }
             Ok(_) => break LoadEnd::Missing,
             Err(_) if wait < left => break LoadEnd::Stalled,
@@ -106,8 +125,8 @@ pub(super) async fn load(
         }
     };
     let took = started_at.elapsed();
-    store.on_loaded(lookup, first, num_granules * entry_bytes, took);
-    Loaded { num_granules, end, took }
+    store.on_loaded(&found.lookup, first, (granule - first) * entry_bytes, took);
+    Loaded { num_tokens: granule * GRANULE_TOKENS, end, took }
 }
 
 fn place(plan: &LoadPlan, granule: usize, entry: &Entry) {

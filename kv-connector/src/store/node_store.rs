@@ -4,20 +4,19 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::content::ContentName;
+use common::content::{ContentChain, ContentName, GRANULE_TOKENS};
 use metrics::Label;
 
 use super::disk::{DiskBackend, OpenDiskError};
 use super::entry::EntryFormat;
 use super::host::HostBackend;
-use super::load::{self, LoadPlan, Loaded};
+use super::load::{self, FoundPrefix, LoadLimits, LoadPlan, Loaded};
 use super::publish::{PinPrefix, Publisher};
 use super::remote::RemoteBackend;
 use super::remote_url::BadRemoteUrl;
 use super::store_metrics::UseMetrics;
 use super::tier::{Tier, TierKind};
-use super::tiered::{Lookup, TieredStore};
-use common::content::GRANULE_TOKENS;
+use super::tiered::TieredStore;
 
 /// A disk that takes longer for one entry is not worth asking.
 const DISK_TIMEOUT: Duration = Duration::from_secs(5);
@@ -43,6 +42,8 @@ pub struct StoreConfig {
     pub queue_bytes: u64,
     /// How fast entries are expected to come, instead of measuring it.
     pub bytes_per_second: Option<u64>,
+    /// Of each load.
+    pub load: LoadLimits,
 }
 
 /// A store that cannot be opened.
@@ -54,6 +55,14 @@ pub enum OpenStoreError {
     /// The shared storage.
     #[error(transparent)]
     Remote(#[from] BadRemoteUrl),
+    /// The queues.
+    #[error("--store-queue-bytes is {queue_bytes}, expected at least {num_bytes_min}: one entry of this model's KV")]
+    QueueTooSmall {
+        /// What was given.
+        queue_bytes: u64,
+        /// What is needed.
+        num_bytes_min: u64,
+    },
     /// The host tier.
     #[error("--store-host-bytes is {host_bytes}, expected 0 or at least {num_bytes_min}: one entry of this model's KV")]
     HostTooSmall {
@@ -68,6 +77,7 @@ pub enum OpenStoreError {
 pub struct NodeStore {
     store: Arc<TieredStore>,
     publisher: Publisher,
+    load_limits: LoadLimits,
     metrics: UseMetrics,
 }
 
@@ -104,16 +114,21 @@ impl NodeStore {
         if tiers.is_empty() {
             return Ok(None);
         }
+        let num_bytes_min = (format.entry_bytes() as u64).next_multiple_of(1024);
+        if config.queue_bytes < num_bytes_min {
+            return Err(OpenStoreError::QueueTooSmall { queue_bytes: config.queue_bytes, num_bytes_min });
+        }
         let bytes_per_second = config.bytes_per_second.map(|bytes| bytes as f64);
         let store = TieredStore::new(tiers, format, config.queue_bytes, bytes_per_second);
-        Ok(Some(Arc::new(Self::over(store, pool, labels))))
+        Ok(Some(Arc::new(Self::over(store, config.load, pool, labels))))
     }
 
     /// A node's store over tiers that are there already.
-    pub fn over(store: TieredStore, pool: Arc<dyn PinPrefix>, labels: Vec<Label>) -> Self {
+    pub fn over(store: TieredStore, load_limits: LoadLimits, pool: Arc<dyn PinPrefix>, labels: Vec<Label>) -> Self {
         let store = Arc::new(store);
-        let publisher = Publisher::start(store.clone(), pool);
-        Self { store, publisher, metrics: UseMetrics::new(labels) }
+        let metrics = UseMetrics::new(labels);
+        let publisher = Publisher::start(store.clone(), pool, metrics.publications.clone());
+        Self { store, publisher, load_limits, metrics }
     }
 
     /// The tiers.
@@ -121,28 +136,28 @@ impl NodeStore {
         &self.store
     }
 
-    /// Leading `names` that are held.
-    pub async fn look_up(&self, names: &[ContentName]) -> Lookup {
-        self.store.look_up(names).await
+    /// The longest prefix of `num_tokens` tokens that is held, never with the last token: its logits are needed.
+    pub async fn find(&self, chain: &ContentChain, num_tokens: usize) -> FoundPrefix {
+        let num_granules = (num_tokens.saturating_sub(1) / GRANULE_TOKENS).min(chain.granules().len());
+        let names = &chain.granules()[..num_granules];
+        let lookup = self.store.look_up(names).await;
+        FoundPrefix { names: names[..lookup.num_held()].to_vec(), lookup }
     }
 
-    /// What loading what `lookup` found is expected to take, from granule `first` on.
-    pub fn expected_load(&self, lookup: &Lookup, first: usize) -> Duration {
-        self.store.expected_load(lookup, first)
+    /// What loading what was found is expected to take, behind `first_token`.
+    pub fn expected_load(&self, found: &FoundPrefix, first_token: usize) -> Duration {
+        self.store.expected_load(&found.lookup, first_token / GRANULE_TOKENS)
     }
 
-    /// Loads KV into blocks; `on_granule` hears how many granules are there. Dropped, it stops: nothing is written
-    /// afterwards.
-    pub async fn load(&self, lookup: &Lookup, plan: LoadPlan, on_granule: impl FnMut(usize)) -> Loaded {
-        let loaded = load::load(&self.store, lookup, plan, on_granule).await;
-        let num_tokens = loaded.num_granules * GRANULE_TOKENS;
+    /// Loads KV into blocks; `on_tokens` hears how many leading tokens are there. Dropped, it stops: nothing is
+    /// written afterwards.
+    pub async fn load(&self, found: &FoundPrefix, plan: LoadPlan, on_tokens: impl Fn(usize)) -> Loaded {
+        let first_token = plan.first_token;
+        let loaded = load::load(&self.store, found, plan, self.load_limits, on_tokens).await;
+        let num_tokens = loaded.num_tokens.saturating_sub(first_token);
         self.metrics.count_load(loaded.end.as_str(), num_tokens, loaded.took);
-        tracing::info!(
-            num_tokens,
-            millis = loaded.took.as_secs_f64() * 1e3,
-            end = loaded.end.as_str(),
-            "prefix loaded"
-        );
+        let millis = loaded.took.as_secs_f64() * 1e3;
+        tracing::info!(num_tokens, millis, end = loaded.end.as_str(), "prefix loaded from the store");
         loaded
     }
 

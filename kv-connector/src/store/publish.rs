@@ -12,6 +12,7 @@ use std::sync::Arc;
 use common::content::ContentName;
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
+use metrics::Gauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use super::BlockStore;
@@ -45,6 +46,16 @@ pub struct PinnedKv {
 struct Publication {
     names: Vec<ContentName>,
     _waiting: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+/// Counts a publication until it is done.
+struct Counted(Gauge);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.0.decrement(1);
+    }
 }
 
 /// Publishes sequences. Its task ends with it.
@@ -52,23 +63,26 @@ pub(super) struct Publisher {
     sender: mpsc::UnboundedSender<Publication>,
     /// Bounds the channel.
     waiting: Arc<Semaphore>,
+    publications: Gauge,
 }
 
 impl Publisher {
-    pub(super) fn start(store: Arc<TieredStore>, pool: Arc<dyn PinPrefix>) -> Self {
+    pub(super) fn start(store: Arc<TieredStore>, pool: Arc<dyn PinPrefix>, publications: Gauge) -> Self {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Publication>();
         tokio::spawn(async move {
             while let Some(publication) = receiver.recv().await {
                 publish(&store, pool.as_ref(), &publication.names).await;
             }
         });
-        Self { sender, waiting: Arc::new(Semaphore::new(NUM_WAITING_MAX)) }
+        Self { sender, waiting: Arc::new(Semaphore::new(NUM_WAITING_MAX)), publications }
     }
 
     /// False if too many wait.
     pub(super) fn offer(&self, names: Vec<ContentName>) -> bool {
         let Ok(waiting) = self.waiting.clone().try_acquire_owned() else { return false };
-        self.sender.send(Publication { names, _waiting: waiting }).is_ok()
+        self.publications.increment(1);
+        let counted = Counted(self.publications.clone());
+        self.sender.send(Publication { names, _waiting: waiting, _counted: counted }).is_ok()
     }
 
     /// Resolves when everything that was offered before has been put.

@@ -96,8 +96,12 @@ impl TierMetrics {
         }
     }
 
-    pub(super) fn show_queue(&self, num_bytes: usize) {
-        self.queue_bytes.set(num_bytes as f64);
+    pub(super) fn on_queued(&self, num_bytes: usize) {
+        self.queue_bytes.increment(num_bytes as f64);
+    }
+
+    pub(super) fn on_unqueued(&self, num_bytes: usize) {
+        self.queue_bytes.decrement(num_bytes as f64);
     }
 
     fn count(&self, name: &'static str, label: &'static str, value: &'static str) {
@@ -113,6 +117,7 @@ pub(super) struct UseMetrics {
     loaded_tokens: Counter,
     load_seconds: Histogram,
     pub(super) dropped_publications: Counter,
+    pub(super) publications: Gauge,
 }
 
 impl UseMetrics {
@@ -127,10 +132,12 @@ impl UseMetrics {
             "tandem_store_dropped_publications_total",
             "Sequences whose KV was not offered to the store, which was busy with others"
         );
+        metrics::describe_gauge!("tandem_store_publications", "Sequences whose KV waits to be offered to the store");
         Self {
             loaded_tokens: metrics::counter!("tandem_store_loaded_tokens_total", labels.clone()),
             load_seconds: metrics::histogram!("tandem_store_load_seconds", labels.clone()),
             dropped_publications: metrics::counter!("tandem_store_dropped_publications_total", labels.clone()),
+            publications: metrics::gauge!("tandem_store_publications", labels.clone()),
             labels,
         }
     }

@@ -37,14 +37,15 @@ impl WriteQueue {
         let num_units = (num_bytes_max / UNIT_BYTES as u64).clamp(1, u64::from(u32::MAX >> 3)) as u32;
         let room = Arc::new(Semaphore::new(num_units as usize));
         let writing = {
-            let (tier, room) = (tier.clone(), room.clone());
+            let tier = tier.clone();
             let writes = stream::poll_fn(move |context| receiver.poll_recv(context));
             writes.for_each_concurrent(NUM_WRITERS, move |write| {
-                let (tier, room) = (tier.clone(), room.clone());
+                let tier = tier.clone();
                 async move {
+                    let num_bytes = write.entry.bytes().len();
                     tier.put(write.name, write.entry.clone()).await;
                     drop(write);
-                    tier.metrics().show_queue((num_units as usize - room.available_permits()) * UNIT_BYTES);
+                    tier.metrics().on_unqueued(num_bytes);
                     tier.show_usage();
                 }
             })
@@ -60,7 +61,7 @@ impl WriteQueue {
             self.tier.metrics().count_dropped("queue_full");
             return false;
         };
-        self.tier.metrics().show_queue((self.num_units as usize - self.room.available_permits()) * UNIT_BYTES);
+        self.tier.metrics().on_queued(entry.bytes().len());
         // The task lives as long as this does.
         self.sender.send(Write { name, entry, _room: room }).is_ok()
     }
