@@ -118,6 +118,8 @@ pub(super) async fn load(
                 place(&plan, granule, &entry);
                 granule += 1;
                 on_tokens(granule * GRANULE_TOKENS);
+                // Checking and copying takes time, and entries in memory never make this wait.
+                tokio::task::yield_now().await;
             }
             Ok(_) => break LoadEnd::Missing,
             Err(_) if wait < left => break LoadEnd::Stalled,

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use common::content::ContentName;
 use common::rate::Rate;
+use tokio::time::Instant;
 
 use super::BlockStore;
 use super::backend::StoreFuture;
@@ -19,6 +20,8 @@ use super::write_queue::WriteQueue;
 
 /// Names asked for together.
 const NUM_ASKED: usize = 32;
+/// Longest that a prompt waits to learn what is held of it; what is known by then counts.
+const LOOKUP_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// The tiers that a node has.
 pub struct TieredStore {
@@ -77,6 +80,7 @@ impl TieredStore {
     /// Leading names that are held. What is found may be gone when it is asked for.
     pub async fn look_up(&self, names: &[ContentName]) -> Lookup {
         let mut lookup = Lookup::default();
+        let deadline = Instant::now() + LOOKUP_TIMEOUT;
         while lookup.num_held() < names.len() {
             let rest = &names[lookup.num_held()..];
             if let Some(tier) = self.tiers.iter().position(|placed| placed.tier.is_known_to_hold(rest[0]) == Some(true))
@@ -89,7 +93,8 @@ impl TieredStore {
             let mut num_found = 0;
             for (index, placed) in self.tiers.iter().enumerate() {
                 if placed.tier.is_known_to_hold(rest[0]).is_none() {
-                    num_found = placed.tier.num_held(window).await;
+                    let asked = tokio::time::timeout_at(deadline, placed.tier.num_held(window)).await;
+                    num_found = asked.unwrap_or(0);
                     lookup.tiers.extend(std::iter::repeat_n(index, num_found));
                 }
                 if num_found > 0 {
