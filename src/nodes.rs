@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::config::{
     DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvTransport, LogArgs, ModelArgs, PrefillArgs,
-    PrefillNodeArgs, WeightsArgs,
+    PrefillNodeArgs, StoreArgs, WeightsArgs,
 };
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
@@ -22,11 +22,15 @@ use engine::pool::{KvPool, PoolMemory};
 use kv_connector::block_feed::BlockFeed;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
+use kv_connector::store::NodeStore;
 use kv_connector::transfer::SharedPool;
 use kv_connector::{Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
-use crate::{admin, shutdown, telemetry};
+use crate::{admin, shutdown, store, telemetry};
+
+/// What a node that stops waits for its store to be written out.
+const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Settings of the engine that only one of the two roles has.
 #[derive(Debug, Clone)]
@@ -63,6 +67,8 @@ pub struct NodeSetup {
     pub engine: EngineArgs,
     /// Longest sequence, if shorter than the model's.
     pub max_model_len: Option<u32>,
+    /// Where it keeps KV beyond its pool.
+    pub store: StoreArgs,
     /// Its role.
     pub role: RoleArgs,
 }
@@ -73,6 +79,7 @@ pub struct RunningNode {
     fabric: Fabric,
     presence: NodePresence,
     engine: EngineHandle,
+    store: Option<Arc<NodeStore>>,
     role: RunningRole,
 }
 
@@ -86,8 +93,8 @@ enum RunningRole {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
-    let PrefillNodeArgs { model, weights, engine, fabric, bulk_port, prefill, log, .. } = args;
-    run_node(model, weights, engine, fabric, bulk_port, RoleArgs::Prefill(prefill), log).await
+    let PrefillNodeArgs { model, weights, engine, fabric, bulk_port, prefill, store, log, .. } = args;
+    run_node(model, weights, engine, fabric, bulk_port, store, RoleArgs::Prefill(prefill), log).await
 }
 
 /// `tandem decode-node`
@@ -95,16 +102,18 @@ pub async fn run_prefill_node(args: PrefillNodeArgs) -> anyhow::Result<()> {
 /// # Errors
 /// If the node cannot start.
 pub async fn run_decode_node(args: DecodeNodeArgs) -> anyhow::Result<()> {
-    let DecodeNodeArgs { model, weights, engine, fabric, decode, log, .. } = args;
-    run_node(model, weights, engine, fabric, 0, RoleArgs::Decode(decode), log).await
+    let DecodeNodeArgs { model, weights, engine, fabric, decode, store, log, .. } = args;
+    run_node(model, weights, engine, fabric, 0, store, RoleArgs::Decode(decode), log).await
 }
 
+#[allow(clippy::too_many_arguments, reason = "each is one group of settings, taken apart by two callers")]
 async fn run_node(
     model: ModelArgs,
     weights: WeightsArgs,
     engine: EngineArgs,
     fabric: FabricArgs,
     bulk_port: u16,
+    store: StoreArgs,
     role: RoleArgs,
     log: LogArgs,
 ) -> anyhow::Result<()> {
@@ -126,6 +135,7 @@ async fn run_node(
         kv_transports: fabric.kv_transports.clone(),
         engine,
         max_model_len: weights.max_model_len,
+        store,
         role,
     };
     let node = start(loaded, setup).await?;
@@ -182,7 +192,7 @@ pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineA
 /// # Errors
 /// If the KV cache does not fit, the address is taken or the certificate is not usable.
 pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<RunningNode> {
-    let NodeSetup { node, identity, listen, bulk_port, kv_transports, engine, max_model_len, role } = setup;
+    let NodeSetup { node, identity, listen, bulk_port, kv_transports, engine, max_model_len, store, role } = setup;
     let is_sharing = kv_transports.contains(&KvTransport::Shm);
     // KV is read out of the pool of a prefill node; nobody else's is looked into.
     let memory = match role {
@@ -203,6 +213,8 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     let blocks = Arc::new(BlockFeed::default());
     let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
         .context("start the engine's thread")?;
+    let opened = store::open(&store, &node, role.role(), &engine).await;
+    let store = opened.with_context(|| format!("open the prefix-block store of {node}"))?;
     let hello = Hello {
         node: node.clone(),
         role: role.role(),
@@ -221,21 +233,23 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     let presence = NodePresence::new(move || status.borrow().load).with_blocks(blocks);
     let role = match role {
         RoleArgs::Prefill(args) => {
-            let node = PrefillNode::new(engine.clone(), fabric.clone(), presence.clone(), args);
+            let node =
+                PrefillNode::new(engine.clone(), fabric.clone(), presence.clone(), args).with_store(store.clone());
             let node = Arc::new(node);
             let serving = node.clone();
             tokio::spawn(async move { serving.serve().await });
             RunningRole::Prefill(node)
         }
         RoleArgs::Decode(args) => {
-            let node = DecodeNode::new(engine.clone(), fabric.clone(), presence.clone(), args);
+            let node =
+                DecodeNode::new(engine.clone(), fabric.clone(), presence.clone(), args).with_store(store.clone());
             let node = Arc::new(node);
             let serving = node.clone();
             tokio::spawn(async move { serving.serve().await });
             RunningRole::Decode(node)
         }
     };
-    Ok(RunningNode { name: node, fabric, presence, engine, role })
+    Ok(RunningNode { name: node, fabric, presence, engine, store, role })
 }
 
 /// What peers on this host may read KV in, if the pool is in memory that can be shared.
@@ -306,7 +320,7 @@ impl RunningNode {
         }
     }
 
-    /// Refuses new work, waits for the running requests, closes the fabric.
+    /// Refuses new work, waits for the running requests, closes the fabric, writes the store out.
     pub async fn drain(&self, timeout: Duration) {
         self.presence.drain();
         let is_finished = match &self.role {
@@ -317,6 +331,9 @@ impl RunningNode {
             tracing::warn!(node = %self.name, "the drain timed out; running requests move to other nodes");
         }
         self.fabric.close().await;
+        if let Some(store) = &self.store {
+            store.close(STORE_CLOSE_TIMEOUT).await;
+        }
         self.engine.shutdown();
         tracing::info!(node = %self.name, "drained");
     }

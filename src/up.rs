@@ -46,6 +46,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             kv_transports: args.kv_transports.clone(),
             engine: args.engine.clone(),
             max_model_len: args.weights.max_model_len,
+            store: args.store.clone(),
             role,
         };
         running.push(nodes::start(loaded.clone(), setup).await?);

@@ -58,6 +58,7 @@ async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
             kv_transports: args.kv_transports.clone(),
             engine,
             max_model_len: None,
+            store: args.store.clone(),
             role,
         };
         running.push(nodes::start(model.clone(), setup).await.unwrap());

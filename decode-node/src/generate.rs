@@ -1,4 +1,5 @@
-//! One request as a story: fence, admit, receive the prompt's KV, stream tokens.
+//! One request as a story: fence, admit, receive the prompt's KV or load what the store has of it, stream tokens,
+//! publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,11 +13,13 @@ use common::timeline::NodeTimeline;
 use common::wire::{Generate, GenerateEvent, NodeError};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
+use kv_connector::store::FoundPrefix;
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::time::Instant as Deadline;
 
 use crate::node::Node;
 use crate::receive;
+use crate::stored::{self, Generated};
 
 /// Asked again after this long; the engine's steps are of that order.
 const RETRY_AFTER: Duration = Duration::from_millis(100);
@@ -45,6 +48,7 @@ pub(crate) struct Ongoing<'a> {
     pub(crate) timeline: NodeTimeline,
     pub(crate) first_token_at: Option<Instant>,
     has_second_token: bool,
+    generated: &'a mut Generated,
 }
 
 /// The blocks a request was admitted with.
@@ -57,7 +61,11 @@ pub(crate) struct Admitted {
 pub(crate) async fn serve(node: Arc<Node>, generate: Generate, mut sender: ControlSender, receiver: ControlReceiver) {
     let counted = node.metrics.count_request();
     let deadline = Deadline::now() + generate.deadline.min(DEADLINE_MAX);
-    let outcome = run(&node, &generate, &mut sender, deadline).await;
+    let mut generated = Generated::default();
+    let outcome = run(&node, &generate, &mut sender, deadline, &mut generated).await;
+    if !matches!(outcome, Err(End::Busy)) {
+        generated.publish(&node, &generate);
+    }
     let last = match outcome {
         Ok(timeline) => {
             node.metrics.observe(&timeline);
@@ -108,6 +116,7 @@ async fn run(
     generate: &Generate,
     sender: &mut ControlSender,
     deadline: Deadline,
+    generated: &mut Generated,
 ) -> Result<NodeTimeline, End> {
     check(generate, node.engine.model().vocab_size).map_err(End::Failed)?;
     if node.is_draining() {
@@ -118,13 +127,16 @@ async fn run(
         .begin(generate.request, generate.attempt, &generate.choices)
         .ok_or(End::Failed(NodeError::Superseded))?;
     let is_split = !generate.prefill_candidates.is_empty();
+    // A prefill node looks for itself; what it finds comes with the rest.
+    let stored = if is_split { FoundPrefix::default() } else { stored::find(node, generate).await };
+    let is_awaiting = is_split || stored.num_tokens() > 0;
     let sequence = NewSequence {
         tokens: generate.tokens.0.clone(),
         prompt_len: generate.prompt_len as usize,
         choices: generate.choices.clone(),
         params: Arc::new(generate.params.clone()),
         root: ChainRoot { salt: generate.salt.clone(), ..ChainRoot::of_model(node.engine.model().identity) },
-        work: if is_split { Work::AwaitKv } else { Work::Generate },
+        work: if is_awaiting { Work::AwaitKv } else { Work::Generate },
     };
     let sequence = node.engine.submit(sequence, usize::MAX).ok_or_else(engine_stopped)?;
     let timeline = NodeTimeline { is_local_prefill: !is_split, ..NodeTimeline::default() };
@@ -138,14 +150,21 @@ async fn run(
         timeline,
         first_token_at: None,
         has_second_token: false,
+        generated,
     };
     let admitted = ongoing.await_admission().await?;
     if !is_split {
         node.metrics.count_local_prefill();
     }
     ongoing.tell(&GenerateEvent::Accepted).await?;
-    if is_split && receive::receive_kv(&mut ongoing, admitted).await? == receive::Received::Finished {
-        return Ok(ongoing.timeline);
+    if is_split {
+        if receive::receive_kv(&mut ongoing, admitted).await? == receive::Received::Finished {
+            return Ok(ongoing.timeline);
+        }
+    } else if is_awaiting {
+        let num_valid_tokens = stored::load(&mut ongoing, &admitted, &stored).await?;
+        ongoing.timeline.num_cached_tokens = num_valid_tokens as u32;
+        ongoing.sequence.compute_locally(num_valid_tokens, None);
     }
     ongoing.stream_tokens().await?;
     Ok(ongoing.timeline)
@@ -193,6 +212,7 @@ impl Ongoing<'_> {
         finish: Option<common::sampling::FinishReason>,
     ) -> Result<(), End> {
         let is_first_choice = choice == self.generate.choices[0];
+        self.generated.push(choice, token.id);
         match self.first_token_at {
             None => {
                 self.first_token_at = Some(Instant::now());

@@ -19,7 +19,8 @@
 //! 1. `generate`: one request as a story.
 //! 2. `receive`: the shell around the hand-over state machine.
 //! 3. `prefix_sends`: what a prefill node fetches from here.
-//! 4. `peers`: connections to prefill nodes.
+//! 4. `stored`: what the prefix-block store holds, and what is published to it.
+//! 5. `peers`: connections to prefill nodes.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -29,5 +30,6 @@ mod node_metrics;
 mod peers;
 mod prefix_sends;
 mod receive;
+mod stored;
 
 pub use node::DecodeNode;

@@ -13,6 +13,7 @@ use common::wire::{Directory, Generate, GenerateEvent, NodeError, Open};
 use engine::core::EngineHandle;
 use kv_connector::fencing::Fences;
 use kv_connector::membership::NodePresence;
+use kv_connector::store::NodeStore;
 use kv_connector::transfer::LandingZone;
 use kv_connector::{ControlReceiver, Fabric, IncomingStream};
 use tokio_util::task::TaskTracker;
@@ -36,6 +37,8 @@ pub(crate) struct Node {
     pub(crate) fences: Fences,
     pub(crate) args: DecodeArgs,
     pub(crate) metrics: NodeMetrics,
+    /// KV beyond the pool.
+    pub(crate) store: Option<Arc<NodeStore>>,
     presence: NodePresence,
     fabric: Fabric,
     generations: AtomicU64,
@@ -52,11 +55,15 @@ impl Node {
 
     /// What computing `num_tokens` more prompt tokens here would take, behind those that are being computed.
     pub(crate) fn expected_prefill(&self, num_tokens: u64) -> Duration {
-        let status = self.engine.status();
-        let status = status.borrow();
+        let num_tokens_ahead = self.engine.status().borrow().num_running_prompt_tokens;
+        expected_prefill(num_tokens, num_tokens_ahead, self.prefill_tokens_per_second())
+    }
+
+    /// How fast prompts are computed here, beside what decodes.
+    pub(crate) fn prefill_tokens_per_second(&self) -> f64 {
         let set = self.args.local_prefill_tokens_per_second.map(f64::from);
-        let speed = set.or(status.prefill_tokens_per_second).unwrap_or(UNMEASURED_PREFILL_TOKENS_PER_SECOND);
-        expected_prefill(num_tokens, status.num_running_prompt_tokens, speed)
+        let measured = || self.engine.status().borrow().prefill_tokens_per_second;
+        set.or_else(measured).unwrap_or(UNMEASURED_PREFILL_TOKENS_PER_SECOND)
     }
 
     pub(crate) fn content_chain(&self, generate: &Generate) -> ContentChain {
@@ -81,11 +88,19 @@ impl DecodeNode {
             fences: Fences::default(),
             args,
             metrics,
+            store: None,
             presence,
             fabric,
             generations: AtomicU64::new(1),
         };
         Self { node: Arc::new(node), tasks: TaskTracker::new() }
+    }
+
+    /// Loads from this store, and publishes to it. To be called before it serves.
+    pub fn with_store(mut self, store: Option<Arc<NodeStore>>) -> Self {
+        let node = Arc::get_mut(&mut self.node).expect("nobody else has the node before it serves");
+        node.store = store;
+        self
     }
 
     /// Requests that are being served.

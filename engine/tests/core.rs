@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::content::{ChainRoot, GRANULE_TOKENS};
+use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
 use common::ids::{BlockId, ChoiceIndex};
 use common::model::ModelInfo;
 use common::sampling::{FinishReason, SampledToken, SamplingParams};
@@ -729,4 +729,46 @@ async fn shutdown_fails_running_requests() {
     }
     assert!(engine.status().borrow().failure.is_some());
     assert_takes_nothing(&engine).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_pinned_prefix_stays_where_it_is_until_it_is_dropped() {
+    let engine = engine(limits(8));
+    let text = prompt(64, 3);
+    run(&engine, sequence(text.clone(), 1, SamplingParams::greedy(1), Work::Generate)).await;
+    let mut chain = ContentChain::new(&ChainRoot::of_model(engine.model().identity));
+    chain.extend(&text);
+    let pinned = soon("the pin", engine.pin_prefix(chain.granules().to_vec())).await.unwrap();
+    assert_eq!(pinned.blocks().len(), 4);
+    let read = |blocks: &[BlockId]| {
+        let mut bytes = vec![0; engine.pool().extent_bytes(4)];
+        engine.pool().read_granules(0, blocks, 0, 4, &mut bytes);
+        bytes
+    };
+    let before = read(pinned.blocks());
+    // Six blocks: more than the four that are left, so it waits; and two that go through meanwhile.
+    let mut waiting =
+        engine.submit(sequence(prompt(80, 4), 1, SamplingParams::greedy(1), Work::Generate), usize::MAX).unwrap();
+    let pinned_again = soon("the pin", engine.pin_prefix(chain.granules()[..1].to_vec())).await.unwrap();
+    assert_eq!(pinned_again.blocks(), &pinned.blocks()[..1]);
+    drop(pinned_again);
+    assert_eq!(waiting.try_next(), None);
+    assert_eq!(read(pinned.blocks()), before);
+    drop(pinned);
+    soon("the waiting one", waiting.next()).await.unwrap();
+    while soon("its end", waiting.next()).await != Some(EngineEvent::Finished) {}
+    drop(waiting);
+    // Asked for and left before the answer.
+    drop(engine.pin_prefix(chain.granules().to_vec()));
+    let _ = polled_once(engine.pin_prefix(chain.granules().to_vec())).await;
+    assert_nothing_left(&engine).await;
+}
+
+/// Polls a future once and drops it.
+async fn polled_once<T>(future: impl Future<Output = T>) -> Option<T> {
+    tokio::select! {
+        biased;
+        value = future => Some(value),
+        () = std::future::ready(()) => None,
+    }
 }

@@ -20,7 +20,8 @@
 //! 3. [`link`], [`stream`]: messages, and ends that mean something.
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
-//! 6. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
+//! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
+//! 7. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -37,6 +38,7 @@ pub mod link;
 pub mod membership;
 mod quiet;
 mod socket;
+pub mod store;
 pub mod stream;
 mod tls;
 pub mod transfer;

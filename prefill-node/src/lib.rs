@@ -14,9 +14,11 @@
 //! What it does not do: generate beyond token #1, choose decode nodes, dial them (they dial it).
 //!
 //! 1. `request`: one hand-over as a story.
-//! 2. `prefix`: a prefix that the decode node holds: fetch it, recompute it, or leave the rest to that node.
-//! 3. `estimates`: the figures behind that choice.
-//! 4. `node`: what requests share.
+//! 2. `prefix`: a prefix that the decode node or the store holds: fetch it, load it, recompute it, or leave the rest
+//!    to that node.
+//! 3. `stored`: the store's part in it.
+//! 4. `estimates`: the figures behind that choice.
+//! 5. `node`: what requests share.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -25,5 +27,6 @@ mod node;
 mod node_metrics;
 mod prefix;
 mod request;
+mod stored;
 
 pub use node::PrefillNode;

@@ -10,6 +10,7 @@ use common::wire::{NodeError, Open, PrefillEvent};
 use engine::core::EngineHandle;
 use kv_connector::fencing::Fences;
 use kv_connector::membership::NodePresence;
+use kv_connector::store::NodeStore;
 use kv_connector::{Fabric, IncomingStream};
 use tokio_util::task::TaskTracker;
 use tracing::Instrument;
@@ -31,6 +32,8 @@ pub(crate) struct Node {
     pub(crate) args: PrefillArgs,
     pub(crate) estimates: Estimates,
     pub(crate) metrics: NodeMetrics,
+    /// KV beyond the pool.
+    pub(crate) store: Option<Arc<NodeStore>>,
     presence: NodePresence,
     generations: AtomicU64,
 }
@@ -55,11 +58,19 @@ impl PrefillNode {
             estimates: Estimates::new(&args),
             metrics: NodeMetrics::new(fabric.hello().node.as_str()),
             args,
+            store: None,
             presence,
             generations: AtomicU64::new(1),
             fabric,
         };
         Self { node: Arc::new(node), tasks: TaskTracker::new() }
+    }
+
+    /// Loads from this store, and publishes to it. To be called before it serves.
+    pub fn with_store(mut self, store: Option<Arc<NodeStore>>) -> Self {
+        let node = Arc::get_mut(&mut self.node).expect("nobody else has the node before it serves");
+        node.store = store;
+        self
     }
 
     /// Hand-overs that are being served.

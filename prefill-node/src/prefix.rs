@@ -1,20 +1,22 @@
-//! A prefix that the decode node holds and this node lacks: which way is taken, and the fetch as the shell sees
-//! it. What it means is the business of [`common::handover`].
+//! A prefix that the decode node or the store holds and this node's pool lacks: which way is taken, and the fetch
+//! as the shell sees it. What it means is the business of [`common::handover`].
 
 use std::time::{Duration, Instant};
 
-use common::handover::{FetchEnd, FetchPlan, PrefixChoice, PrefixCosts};
+use common::handover::{FetchEnd, FetchPlan, PrefixChoice, PrefixCosts, StoredPrefix};
 use common::ids::NodeId;
 use common::wire::{Hello, Prefill, PrefillEvent};
+use kv_connector::store::FoundPrefix;
 use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingPlan};
 use tokio::sync::mpsc;
 
 use crate::node::Node;
 
-/// The chosen way, and for how long a fetch is worth waiting for.
+/// The chosen way, and for how long a fetch or a load is worth waiting for.
 pub(crate) struct Chosen {
     pub(crate) choice: PrefixChoice,
     pub(crate) fetch: FetchPlan,
+    pub(crate) load_timeout: Duration,
 }
 
 /// Chooses for a prompt that was admitted with `num_cached_tokens` found here. `None`: nothing is lacking, and
@@ -23,6 +25,7 @@ pub(crate) fn choose(
     node: &Node,
     peer: &Hello,
     prefill: &Prefill,
+    stored: &FoundPrefix,
     num_cached_tokens: u32,
     round_trip: Duration,
 ) -> Option<Chosen> {
@@ -39,16 +42,22 @@ pub(crate) fn choose(
         fetch_bytes_per_second: can_fetch.then(|| node.estimates.fetch_bytes_per_second(&peer.node, Instant::now())),
         round_trip,
         local_rest: prefill.local_rest,
+        stored: node.store.as_ref().map(|store| StoredPrefix {
+            num_tokens: stored.num_tokens() as u32,
+            load: store.expected_load(stored, num_cached_tokens as usize),
+        }),
     };
     let choice = costs.choose()?;
     tracing::info!(
         choice = choice.as_str(),
         cached = num_cached_tokens,
         held = prefill.num_held_tokens,
+        stored = stored.num_tokens(),
         recompute_ms = costs.recompute().as_secs_f64() * 1e3,
         fetch_ms = costs.fetch().map(|cost| cost.as_secs_f64() * 1e3),
+        store_ms = costs.store().map(|cost| cost.as_secs_f64() * 1e3),
         local_ms = costs.local().map(|cost| cost.as_secs_f64() * 1e3),
-        "the decode node holds a longer prefix"
+        "a longer prefix is held elsewhere"
     );
     node.metrics.count_prefix_choice(choice);
     let stall_timeout = node.args.fetch_stall_timeout;
@@ -59,7 +68,7 @@ pub(crate) fn choose(
         stall_timeout,
         total_timeout: costs.recompute_prefix().max(stall_timeout),
     };
-    Some(Chosen { choice, fetch })
+    Some(Chosen { choice, fetch, load_timeout: costs.recompute_stored() })
 }
 
 /// A fetch that is under way: the landing of its extents, and what has come of it.

@@ -1,5 +1,5 @@
-//! One hand-over as a story: queue, fetch what the decode node holds if that is best, compute, send each layer
-//! as it is written, wait until it is taken.
+//! One hand-over as a story: queue, load what the store or fetch what the decode node holds if that is best,
+//! compute, send each layer as it is written, wait until it is taken, publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,6 +12,7 @@ use common::timeline::NodeTimeline;
 use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
+use kv_connector::store::LoadPlan;
 use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::task::JoinSet;
@@ -19,6 +20,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::node::Node;
 use crate::prefix::{self, Fetching};
+use crate::stored;
 
 /// The decode node hears of the engine's steps this often while it waits.
 const PROGRESS_INTERVAL: Duration = Duration::from_millis(200);
@@ -69,6 +71,8 @@ struct Admitted {
     num_cached_tokens: usize,
     /// What is fetched before the engine computes.
     fetch: Option<FetchPlan>,
+    /// What was loaded from the store took so long; its tokens count as cached.
+    load: Duration,
     queue: Duration,
 }
 
@@ -90,13 +94,18 @@ async fn admit(
     let root = ChainRoot { salt: prefill.salt.clone(), ..ChainRoot::of_model(node.engine.model().identity) };
     let mut chain = ContentChain::new(&root);
     chain.extend(&prefill.tokens.0);
+    let stored = tokio::select! {
+        () = sender.stopped() => return Err(Refusal::Gone),
+        stored = stored::find(node, &chain, prefill.tokens.0.len()) => stored,
+    };
+    let num_held_tokens = stored.num_tokens().max(prefill.num_held_tokens as usize);
     let sequence = NewSequence {
         tokens: prefill.tokens.0.clone(),
         prompt_len: prefill.prompt_len as usize,
         choices: prefill.choices.clone(),
         params: Arc::new(prefill.params.clone()),
         root,
-        work: Work::PrefillBehind { num_held_tokens: prefill.num_held_tokens as usize },
+        work: Work::PrefillBehind { num_held_tokens },
     };
     let stopped = || Refusal::Failed(NodeError::Engine { reason: "it has stopped".to_string() });
     let mut sequence = node.engine.submit(sequence, prefill.num_held_tokens as usize).ok_or_else(stopped)?;
@@ -118,22 +127,37 @@ async fn admit(
     };
     match event {
         EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
-            let chosen = prefix::choose(node, peer, prefill, num_cached_tokens as u32, round_trip);
-            let fetch = match chosen.map(|chosen| (chosen.choice, chosen.fetch)) {
-                // The engine computes already.
-                None => None,
-                Some((PrefixChoice::Local, _)) => return Err(Refusal::Declined),
-                Some((PrefixChoice::Recompute, _)) => {
-                    sequence.compute_locally(num_cached_tokens, None);
-                    None
+            let (mut fetch, mut load, mut num_cached_tokens) = (None, Duration::ZERO, num_cached_tokens);
+            if let Some(chosen) = prefix::choose(node, peer, prefill, &stored, num_cached_tokens as u32, round_trip) {
+                match chosen.choice {
+                    PrefixChoice::Local => return Err(Refusal::Declined),
+                    PrefixChoice::Recompute => sequence.compute_locally(num_cached_tokens, None),
+                    PrefixChoice::Fetch => fetch = Some(chosen.fetch),
+                    PrefixChoice::Store => {
+                        let plan = LoadPlan {
+                            first_token: num_cached_tokens,
+                            blocks: blocks.clone(),
+                            memory: node.engine.pool().clone(),
+                            total_timeout: chosen.load_timeout,
+                        };
+                        // In this future, so that it has ended wherever the sequence, and its blocks, are dropped.
+                        let loading = stored::load(node, &stored, plan, sender, &mut progress);
+                        let loaded = tokio::select! {
+                            biased;
+                            () = fence.superseded() => return Err(Refusal::Failed(NodeError::Superseded)),
+                            () = &mut deadline => return Err(Refusal::Gone),
+                            loaded = loading => loaded.ok_or(Refusal::Gone)?,
+                        };
+                        (num_cached_tokens, load) = (loaded.num_tokens, loaded.took);
+                        sequence.compute_locally(num_cached_tokens, None);
+                    }
                 }
-                Some((PrefixChoice::Fetch, plan)) => Some(plan),
-            };
+            }
             let kv_spec = node.engine.model().kv_spec.clone();
             let Prefill { request, attempt, generation, .. } = *prefill;
             let request = ExtentRequest { epoch: peer.epoch, request, attempt, generation };
             let source = ExtentSource { memory: node.engine.pool().clone(), kv_spec, blocks, chain, request };
-            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, fetch, queue })
+            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, fetch, load, queue })
         }
         EngineEvent::Rejected(AddError::Full { .. }) => Err(Refusal::Busy),
         EngineEvent::Rejected(error) => Err(Refusal::Failed(NodeError::Invalid { reason: error.to_string() })),
@@ -325,7 +349,8 @@ impl HandOver<'_> {
                 self.written(machine, layer, first_token, first_token + num_tokens)
             }
             EngineEvent::FirstTokens { tokens, prefill } => {
-                let (num_fetched_tokens, fetch) = self.fetched;
+                let (num_fetched_tokens, fetched) = self.fetched;
+                let fetch = fetched + self.admitted.load;
                 let timeline = NodeTimeline {
                     queue: self.admitted.queue,
                     prefill: prefill.saturating_sub(fetch),
@@ -376,6 +401,8 @@ impl HandOver<'_> {
             }
             PrefillAction::StopExtents => self.sends.abort_all(),
             PrefillAction::Unpin => {
+                // While its blocks are still held: what is published is found in the pool by its content.
+                stored::publish(self.node, &self.admitted.source.chain);
                 self.sender.finish();
                 return true;
             }

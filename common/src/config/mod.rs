@@ -16,7 +16,7 @@
 //! Nothing here reads a file or the environment: [`parse`] takes the arguments and two lookups, so that
 //! tests pass maps. In reading order: [`layers`] (how the sources are laid over each other), [`misspelt`], [`values`]
 //! (sizes, durations, addresses), the groups of settings ([`model`], [`engine`], [`fabric`], [`endpoint`],
-//! [`handover`]), [`roles`] (which command has which groups).
+//! [`handover`], [`store`]), [`roles`] (which command has which groups).
 
 pub mod endpoint;
 pub mod engine;
@@ -26,6 +26,7 @@ pub mod layers;
 pub mod misspelt;
 pub mod model;
 pub mod roles;
+pub mod store;
 pub mod values;
 
 pub use endpoint::{HttpArgs, RoutingArgs};
@@ -36,6 +37,7 @@ pub use layers::{ConfigError, ConfigFileArgs, parse};
 pub use misspelt::{UnknownVariable, unknown_variables};
 pub use model::{Dtype, ModelArgs, WeightsArgs};
 pub use roles::{CertsArgs, DecodeNodeArgs, LogArgs, LogFormat, PrefillNodeArgs, ProxyArgs, UpArgs};
+pub use store::StoreArgs;
 pub use values::HostPort;
 
 /// Settings that are each in range but do not go together, or one that is missing.

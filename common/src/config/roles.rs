@@ -8,7 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
     ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvTransport,
-    ModelArgs, PrefillArgs, RoutingArgs, WeightsArgs,
+    ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 
@@ -59,6 +59,9 @@ pub struct PrefillNodeArgs {
     /// The sending end.
     #[command(flatten)]
     pub prefill: PrefillArgs,
+    /// KV beyond the pool.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -68,10 +71,11 @@ impl PrefillNodeArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine or the transports.
+    /// [`InvalidSettings`] of the engine, the transports or the store.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.fabric.kv_transports)?;
-        self.engine.validate()
+        self.engine.validate()?;
+        self.store.validate(&self.engine)
     }
 }
 
@@ -97,6 +101,9 @@ pub struct DecodeNodeArgs {
     /// The receiving end.
     #[command(flatten)]
     pub decode: DecodeArgs,
+    /// KV beyond the pool.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -106,10 +113,11 @@ impl DecodeNodeArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine, the transports or the hand-over.
+    /// [`InvalidSettings`] of the engine, the transports, the store or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.fabric.kv_transports)?;
         self.engine.validate()?;
+        self.store.validate(&self.engine)?;
         self.decode.validate()
     }
 }
@@ -225,6 +233,9 @@ pub struct UpArgs {
     /// The receiving end.
     #[command(flatten)]
     pub decode: DecodeArgs,
+    /// KV beyond the pool.
+    #[command(flatten)]
+    pub store: StoreArgs,
     /// Logs.
     #[command(flatten)]
     pub log: LogArgs,
@@ -234,10 +245,11 @@ impl UpArgs {
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] of the engine, the transports or the hand-over.
+    /// [`InvalidSettings`] of the engine, the transports, the store or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.kv_transports)?;
         self.engine.validate()?;
+        self.store.validate(&self.engine)?;
         self.decode.validate()
     }
 }

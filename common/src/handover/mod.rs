@@ -47,7 +47,7 @@ pub mod prefix_choice;
 pub use decode::{CandidateLoss, DecodeAction, DecodeHandover, DecodeLimits, DecodeRequest, DecodeState};
 pub use fetch::{FetchEnd, FetchFailure, FetchPlan};
 pub use prefill::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
-pub use prefix_choice::{PrefixChoice, PrefixCosts, expected_prefill};
+pub use prefix_choice::{PrefixChoice, PrefixCosts, StoredPrefix, expected_prefill};
 
 /// Which ask of one hand-over something belongs to, from 0. Each ask has its own stream and its own
 /// [`Generation`](crate::ids::Generation); the shell tags what arrives with the ask it arrived for, and

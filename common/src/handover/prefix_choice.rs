@@ -1,18 +1,18 @@
-//! How a prefill node comes by a prefix that the decode node holds and that it lacks itself: the cheapest of
-//! three ways, as expected times.
+//! How a node comes by a prefix that it lacks itself and that the decode node or the store holds: the cheapest of
+//! four ways, as expected times.
 //!
 //! ```text
-//! tokens      0        cached           held              end
+//! tokens      0        cached           held, stored      end
 //!             |---------|----------------|-----------------|
 //! recompute             | ahead, then all of it computed   |
-//! fetch                 |~ bytes, while ~| then the rest   |
+//! fetch, store          |~ bytes, while ~| then the rest   |
 //!                         those ahead compute
 //! local                                  | the decode node's own estimate
 //! ```
 //!
 //! What a way costs behind the prompt (KV of the rest to the decode node) is left out: it overlaps with the
 //! computation, and the local way alone is without it. Figures are measured or set by an operator; a wrong
-//! one costs time, never a token. A further source (a tier, a peer) would be one more way with a cost here.
+//! one costs time, never a token. A further source (a peer) would be one more way with a cost here.
 
 use std::time::Duration;
 
@@ -46,6 +46,17 @@ pub struct PrefixCosts {
     pub round_trip: Duration,
     /// What the rest behind its own prefix would cost the decode node, if it offers to compute it.
     pub local_rest: Option<Duration>,
+    /// What the store holds, if this node has one that holds something.
+    pub stored: Option<StoredPrefix>,
+}
+
+/// A prefix that the store holds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct StoredPrefix {
+    /// Leading tokens whose KV is there.
+    pub num_tokens: u32,
+    /// What loading those that are not in the pool is expected to take.
+    pub load: Duration,
 }
 
 /// What is done.
@@ -53,6 +64,8 @@ pub struct PrefixCosts {
 pub enum PrefixChoice {
     /// Compute everything behind the own prefix.
     Recompute,
+    /// Load what the store holds, and compute the rest.
+    Store,
     /// Have the decode node send what it holds, and compute the rest.
     Fetch,
     /// Leave the rest to the decode node.
@@ -64,6 +77,7 @@ impl PrefixChoice {
     pub fn as_str(self) -> &'static str {
         match self {
             PrefixChoice::Recompute => "recompute",
+            PrefixChoice::Store => "store",
             PrefixChoice::Fetch => "fetch",
             PrefixChoice::Local => "local",
         }
@@ -78,31 +92,49 @@ impl PrefixCosts {
 
     /// Until token #1 if the decode node's prefix is fetched; those ahead are computed meanwhile.
     pub fn fetch(&self) -> Option<Duration> {
+        if self.num_lacking_tokens() == 0 {
+            return None;
+        }
         let num_bytes = u64::from(self.num_lacking_tokens()) * self.kv_bytes_per_token;
         let transfer = time_for(num_bytes as f64, self.fetch_bytes_per_second?).saturating_add(self.round_trip);
         let rest = self.compute(u64::from(self.num_tokens - self.num_held_tokens));
         Some(transfer.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
     }
 
-    /// Until token #1 if the decode node is told to go on alone.
-    pub fn local(&self) -> Option<Duration> {
-        Some(self.local_rest?.saturating_add(self.round_trip / 2))
+    /// Until token #1 if what is stored is loaded; those ahead are computed meanwhile.
+    pub fn store(&self) -> Option<Duration> {
+        let StoredPrefix { num_tokens, load } =
+            self.stored.filter(|stored| stored.num_tokens > self.num_cached_tokens)?;
+        let rest = self.compute(u64::from(self.num_tokens - num_tokens));
+        Some(load.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
     }
 
-    /// The cheapest way. `None` if the decode node holds nothing that is lacking here.
-    ///
-    /// # Panics
-    /// If more tokens are cached or held than there are.
-    pub fn choose(&self) -> Option<PrefixChoice> {
-        assert!(
-            self.num_cached_tokens.max(self.num_held_tokens) < self.num_tokens,
-            "a hit never covers the last token"
-        );
+    /// Until token #1 if the decode node is told to go on alone.
+    pub fn local(&self) -> Option<Duration> {
         if self.num_lacking_tokens() == 0 {
             return None;
         }
+        Some(self.local_rest?.saturating_add(self.round_trip / 2))
+    }
+
+    /// The cheapest way. `None` if nobody holds anything that is lacking here.
+    ///
+    /// # Panics
+    /// If more tokens are cached, held or stored than there are.
+    pub fn choose(&self) -> Option<PrefixChoice> {
+        assert!(
+            self.num_cached_tokens.max(self.num_held_tokens).max(self.num_stored_tokens()) < self.num_tokens,
+            "a hit never covers the last token"
+        );
+        if self.num_lacking_tokens() == 0 && self.num_stored_tokens() <= self.num_cached_tokens {
+            return None;
+        }
         let mut best = (PrefixChoice::Recompute, self.recompute());
-        for (choice, cost) in [(PrefixChoice::Fetch, self.fetch()), (PrefixChoice::Local, self.local())] {
+        for (choice, cost) in [
+            (PrefixChoice::Store, self.store()),
+            (PrefixChoice::Fetch, self.fetch()),
+            (PrefixChoice::Local, self.local()),
+        ] {
             if let Some(cost) = cost.filter(|cost| cost.as_secs_f64() <= best.1.as_secs_f64() * WORTH_IT) {
                 best = (choice, cost);
             }
@@ -113,6 +145,15 @@ impl PrefixCosts {
     /// What computing the prefix itself would take: a fetch that is slower is not waited for.
     pub fn recompute_prefix(&self) -> Duration {
         self.compute(u64::from(self.num_lacking_tokens()))
+    }
+
+    /// The same of what the store has.
+    pub fn recompute_stored(&self) -> Duration {
+        self.compute(u64::from(self.num_stored_tokens().saturating_sub(self.num_cached_tokens)))
+    }
+
+    fn num_stored_tokens(&self) -> u32 {
+        self.stored.map_or(0, |stored| stored.num_tokens)
     }
 
     fn num_lacking_tokens(&self) -> u32 {
@@ -154,6 +195,7 @@ mod tests {
             fetch_bytes_per_second: None,
             round_trip: Duration::ZERO,
             local_rest: None,
+            stored: None,
         }
     }
 
@@ -186,6 +228,24 @@ mod tests {
         assert_eq!(choose(Some(8e6), Some(100)), Some(PrefixChoice::Local), "100 ms against 200");
         assert_eq!(choose(Some(8e6), Some(500)), Some(PrefixChoice::Fetch), "500 ms against 200");
         assert_eq!(choose(Some(1e6), Some(2000)), Some(PrefixChoice::Recompute), "900 ms against 900 and 2000");
+    }
+
+    #[test]
+    fn what_is_stored_is_one_more_way() {
+        let stored = |num_tokens, millis| Some(StoredPrefix { num_tokens, load: millis * MS });
+        let costs = PrefixCosts { stored: stored(800, 50), ..costs() };
+        assert_eq!(costs.store(), Some((50 + 200) * MS));
+        assert_eq!(costs.recompute_stored(), 700 * MS);
+        assert_eq!(PrefixCosts { num_tokens_ahead: 500, ..costs }.store(), Some((500 + 200) * MS));
+        assert_eq!(costs.choose(), Some(PrefixChoice::Store));
+        assert_eq!(PrefixCosts { stored: stored(800, 600), ..costs }.choose(), Some(PrefixChoice::Recompute));
+        let both = PrefixCosts { stored: stored(800, 50), ..fetching(8e6) };
+        assert_eq!(both.choose(), Some(PrefixChoice::Fetch), "200 ms against 250");
+        let near = PrefixCosts { stored: stored(880, 50), ..fetching(8e6) };
+        assert_eq!(near.choose(), Some(PrefixChoice::Store), "170 ms, and no other node is disturbed");
+        let alone = PrefixCosts { num_held_tokens: 0, local_rest: Some(MS), ..costs };
+        assert_eq!(alone.choose(), Some(PrefixChoice::Store), "the decode node holds nothing, and is not asked");
+        assert_eq!(PrefixCosts { stored: stored(100, 0), num_held_tokens: 0, ..costs }.choose(), None);
     }
 
     #[test]

@@ -24,6 +24,7 @@
 
 mod admission;
 mod fork;
+mod pins;
 mod step;
 #[cfg(test)]
 mod tests;
@@ -39,6 +40,7 @@ use crate::sequence::{NewSequence, Sequence, SequenceState};
 use crate::wire::NodeLoad;
 
 pub use admission::AddError;
+pub use pins::PinId;
 pub use step::{Park, ScheduledSpan, ScheduledStep, Unpark};
 
 /// What a scheduler may use.
@@ -130,6 +132,8 @@ pub struct Scheduler {
     groups: HashMap<SequenceId, Vec<SequenceId>>,
     /// Blocks of sequences that ended while steps in flight still compute with them.
     ending: HashMap<SequenceId, Ending>,
+    /// Blocks that are read outside of any sequence.
+    pins: HashMap<PinId, Vec<BlockId>>,
     num_steps_in_flight: usize,
     num_scheduled_steps: u64,
     copies: Vec<(BlockId, BlockId)>,
@@ -150,6 +154,7 @@ impl Scheduler {
             running: BTreeSet::new(),
             groups: HashMap::new(),
             ending: HashMap::new(),
+            pins: HashMap::new(),
             num_steps_in_flight: 0,
             num_scheduled_steps: 0,
             copies: Vec::new(),
@@ -312,7 +317,8 @@ impl Scheduler {
                 *held.entry(*id).or_default() += 1;
             }
         }
-        for id in self.ending.values().flat_map(|ending| &ending.blocks) {
+        let ending = self.ending.values().flat_map(|ending| &ending.blocks);
+        for id in ending.chain(self.pins.values().flatten()) {
             *held.entry(*id).or_default() += 1;
         }
         if self.num_steps_in_flight == 0 && !self.ending.is_empty() {
@@ -320,7 +326,7 @@ impl Scheduler {
         }
         let counts = self.blocks.counts();
         if held.len() != counts.referenced {
-            return Err(format!("sequences hold {} blocks, {} are referenced", held.len(), counts.referenced));
+            return Err(format!("sequences and pins hold {} blocks, {} are referenced", held.len(), counts.referenced));
         }
         let in_groups: usize = self.groups.values().map(Vec::len).sum();
         if in_groups != self.sequences.len() {

@@ -653,3 +653,31 @@ proptest! {
         engine.assert_blocks_are_told(&[]);
     }
 }
+
+#[test]
+fn pinned_blocks_are_not_given_away_until_they_are_unpinned() {
+    let mut engine = ModelEngine::new(SchedulerLimits { num_blocks: 4, ..limits() });
+    let text = prompt(1, 40);
+    engine.add(&text, 1, 1, Work::Generate);
+    engine.run();
+    let mut chain = crate::content::ContentChain::new(&new(&text, 1, 1, Work::Generate).root);
+    chain.extend(&text);
+    let scheduler = &mut engine.scheduler;
+    let blocks = scheduler.pin(PinId(1), chain.granules());
+    assert_eq!(blocks.len(), 2);
+    assert_eq!(scheduler.pin(PinId(2), &chain.granules()[..1]), blocks[..1]);
+    let forged = crate::content::ContentName { digest: crate::content::PrefixDigest([1; 32]), ..chain.granules()[0] };
+    assert_eq!(scheduler.pin(PinId(3), &[forged]), []);
+    assert_eq!(scheduler.block_counts().referenced, 2);
+    scheduler.check_integrity().unwrap();
+    // It needs all four.
+    engine.add(&prompt(2, 40), 1, 1, Work::Generate);
+    assert!(!engine.step());
+    engine.scheduler.unpin(PinId(1));
+    assert!(!engine.step(), "the other pin is still there, and one block is too few");
+    assert_eq!(engine.scheduler.block_counts().referenced, 1);
+    engine.scheduler.unpin(PinId(2));
+    engine.scheduler.unpin(PinId(2));
+    engine.run();
+    engine.assert_clean();
+}

@@ -227,6 +227,11 @@ impl Engine {
             }
             Command::Cancel { ticket } => self.cancel(ticket),
             Command::SetLimits(change) => self.scheduler.set_limits(change),
+            Command::Pin { pin, names, pinned } => {
+                // Whoever asked and left unpins by its drop.
+                let _ = pinned.send(self.scheduler.pin(pin, &names));
+            }
+            Command::Unpin { pin } => self.scheduler.unpin(pin),
             Command::ClearCache => self.scheduler.clear_cache(),
             Command::Shutdown => unreachable!("handled by the caller"),
         }

@@ -6,13 +6,14 @@ use std::sync::mpsc as std_mpsc;
 use std::time::Duration;
 
 use common::block_manager::BlockCounts;
+use common::content::ContentName;
 use common::ids::{BlockId, ChoiceIndex};
 use common::model::ModelInfo;
 use common::sampling::{FinishReason, SampledToken};
-use common::scheduler::{AddError, SchedulerLimits};
+use common::scheduler::{AddError, PinId, SchedulerLimits};
 use common::sequence::NewSequence;
 use common::wire::NodeLoad;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::pool::KvPool;
 
@@ -38,6 +39,10 @@ pub(super) enum Command {
     Cancel { ticket: RequestTicket },
     /// Change limits while running.
     SetLimits(Box<dyn FnOnce(&mut SchedulerLimits) + Send>),
+    /// Keep cached blocks from being given away while somebody reads them.
+    Pin { pin: PinId, names: Vec<ContentName>, pinned: oneshot::Sender<Vec<BlockId>> },
+    /// They have been read.
+    Unpin { pin: PinId },
     /// Forget unreferenced cached blocks.
     ClearCache,
     /// Stop the thread.
@@ -171,6 +176,18 @@ impl EngineHandle {
         let _ = self.inbox.send(Command::SetLimits(Box::new(change)));
     }
 
+    /// Keeps the leading blocks of the granules `names` that are in the pool where they are, until what is returned
+    /// is dropped. `None`: there are none, or the engine has stopped.
+    pub async fn pin_prefix(&self, names: Vec<ContentName>) -> Option<PinnedPrefix> {
+        let pin = PinId(self.next_ticket.fetch_add(1, Ordering::Relaxed));
+        let (sender, pinned) = oneshot::channel();
+        self.inbox.send(Command::Pin { pin, names, pinned: sender }).ok()?;
+        // From here on a drop undoes it, also while the answer is awaited.
+        let mut prefix = PinnedPrefix { blocks: Vec::new(), pin, inbox: self.inbox.clone() };
+        prefix.blocks = pinned.await.ok()?;
+        (!prefix.blocks.is_empty()).then_some(prefix)
+    }
+
     /// Forgets cached blocks that nobody holds.
     pub fn clear_cache(&self) {
         let _ = self.inbox.send(Command::ClearCache);
@@ -220,5 +237,27 @@ impl RequestHandle {
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         self.send(Command::Cancel { ticket: self.ticket });
+    }
+}
+
+/// Blocks of the pool that keep their content until this is dropped.
+#[derive(Debug)]
+pub struct PinnedPrefix {
+    blocks: Vec<BlockId>,
+    pin: PinId,
+    inbox: std_mpsc::Sender<Command>,
+}
+
+impl PinnedPrefix {
+    /// Their block table, from the first token on.
+    pub fn blocks(&self) -> &[BlockId] {
+        &self.blocks
+    }
+}
+
+impl Drop for PinnedPrefix {
+    fn drop(&mut self) {
+        // A stopped engine has no books any more.
+        let _ = self.inbox.send(Command::Unpin { pin: self.pin });
     }
 }

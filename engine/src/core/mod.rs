@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Dropping a [`RequestHandle`] cancels the request and unpins its blocks at the top of the next step;
-//! there is no other way to hold blocks. The queues are bounded: a request's event channel has room for
+//! beside it there is only [`PinnedPrefix`], which holds cached blocks while they are read. The queues are bounded: a request's event channel has room for
 //! every event the request can cause, and it sends at most a handful of commands.
 
 mod engine_loop;
@@ -18,4 +18,4 @@ mod parked;
 mod plan_builder;
 
 pub use engine_loop::{EngineOptions, start, start_reporting};
-pub use handle::{EngineEvent, EngineHandle, EngineStatus, RequestHandle};
+pub use handle::{EngineEvent, EngineHandle, EngineStatus, PinnedPrefix, RequestHandle};
