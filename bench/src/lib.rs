@@ -4,14 +4,21 @@
 //! prints prompt tokens per second and decode tokens per second at several batch sizes. `tandem bench transfer`
 //! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
-//! throughput and goodput. Trace replay, sweeps and the search for settings are not here yet.
+//! throughput and goodput. `tandem bench replay` counts the blocks of a trace that a pool finds under each eviction
+//! policy, `tandem bench index` how fast blocks are found and what that takes. Sweeps and the search for settings
+//! are not here yet.
 //!
 //! 1. [`engine_bench`]: the engine.
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator.
+//! 4. [`replay`]: eviction policies against the optimum.
+//! 5. [`index_bench`]: the index of blocks.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod engine_bench;
+pub mod index_bench;
+pub mod replay;
 pub mod serve;
 pub mod transfer;
 
@@ -36,6 +43,10 @@ enum Args {
     TransferSender(transfer::TransferSenderArgs),
     /// Latency, throughput and goodput of an OpenAI-compatible endpoint under load.
     Serve(serve::ServeArgs),
+    /// Blocks of a trace that a pool finds, by eviction policy and size, against the optimum.
+    Replay(replay::ReplayArgs),
+    /// Lookups in the index of a large pool, and its memory.
+    Index(index_bench::IndexBenchArgs),
 }
 
 /// Runs `bench` with the given arguments (the first is the program's name).
@@ -44,6 +55,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Engine(engine) => told(engine_bench::run(&engine)),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
+        Args::Replay(replay) => told(replay::run(&replay, Provenance::of_process(&args))),
+        Args::Index(index) => told(index_bench::run(&index, Provenance::of_process(&args))),
         Args::Serve(serve) => told(serve::run(serve, Provenance::of_process(&args))),
     }
 }

@@ -16,7 +16,7 @@
 //! 3. [`content`]: a block is known by its content.
 //! 4. [`sampling`]: how the next token is chosen, and when a sequence ends.
 //! 5. [`wire`]: the messages, and their bounded encoding.
-//! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
+//! 6. [`block_manager`], [`eviction`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
 //! 7. [`handover`]: reserve, grant, land, verify, cancel, resume.
 //! 8. [`timeline`], [`rate`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be
 //!    set.
@@ -26,6 +26,7 @@
 pub mod block_manager;
 pub mod config;
 pub mod content;
+pub mod eviction;
 pub mod handover;
 pub mod ids;
 pub mod kv_memory;
