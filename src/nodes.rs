@@ -276,6 +276,7 @@ fn scheduler_limits(engine: &EngineArgs, role: &RoleArgs, info: &ModelInfo) -> S
         // Parked sequences may keep as much in host memory as the pool itself has.
         max_num_parked_blocks: info.num_blocks as usize,
         is_prefix_caching: engine.has_prefix_caching(),
+        eviction_policy: engine.eviction_policy,
     }
 }
 

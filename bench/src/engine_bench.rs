@@ -85,6 +85,7 @@ pub fn run(args: &EngineBenchArgs) -> anyhow::Result<Report> {
         growth_blocks: 1,
         max_num_parked_blocks: 0,
         is_prefix_caching: false,
+        eviction_policy: common::eviction::EvictionPolicy::default(),
     };
     let options = EngineOptions { limits, role: "bench", node: "bench".to_string() };
     let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;

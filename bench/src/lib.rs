@@ -6,19 +6,25 @@
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
 //! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `sweep` over every
 //! combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
+//! `tandem bench replay` counts the blocks of a trace that a pool finds under each eviction policy, `tandem bench
+//! index` how fast blocks are found and what that takes.
 //!
 //! 1. [`engine_bench`]: the engine.
 //!    [`random_checkpoint`]: models to measure with.
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
+//! 5. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod compare;
 pub mod engine_bench;
+pub mod index_bench;
 pub mod mock;
 pub mod random_checkpoint;
 pub mod ratio;
+pub mod replay;
 pub mod report;
 pub mod serve;
 pub mod setup;
@@ -54,6 +60,10 @@ enum Args {
     Report(report::ReportArgs),
     /// An endpoint that answers at exact, scripted times, to validate load generators.
     Mock(mock::MockArgs),
+    /// Blocks of a trace that a pool finds, by eviction policy and size, against the optimum.
+    Replay(replay::ReplayArgs),
+    /// Lookups in the index of a large pool, and its memory.
+    Index(index_bench::IndexBenchArgs),
 }
 
 /// Runs `bench` with the given arguments (the first is the program's name).
@@ -67,6 +77,8 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Sweep(sweep) => told(sweep::run(&sweep, Provenance::of_process(&args))),
         Args::Report(report) => told(report::run(&report)),
         Args::Mock(mock) => told(mock::run(&mock)),
+        Args::Replay(replay) => told(replay::run(&replay, Provenance::of_process(&args))),
+        Args::Index(index) => told(index_bench::run(&index, Provenance::of_process(&args))),
     }
 }
 

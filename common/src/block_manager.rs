@@ -6,26 +6,60 @@
 //!            allocate                     release (no name)
 //!   free ───────────────> referenced ───────────────────────> free
 //!    ^                     ^      │ release (named)
-//!    │ evict (oldest)      │      v
+//!    │ evict               │      v
 //!    └──────────────────── cached          acquire (hit): cached -> referenced
 //! ```
 //!
 //! A block gets a name ([`BlockManager::publish`]) once it is full and its bytes are final; it keeps the
 //! name when released, until it is evicted. A hit compares the whole-prefix digest, not the key alone.
-//! A partial last block is private to its sequence: it has no name.
+//! A partial last block is private to its sequence: it has no name. Which cached block is evicted is up to
+//! the [`eviction`](crate::eviction) policy.
+//!
+//! The index from keys to blocks holds block ids alone; the key it compares is the one in the block, which
+//! has to be read for its digest anyway.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::VecDeque;
+use std::hash::{BuildHasher, RandomState};
+
+use hashbrown::HashTable;
 
 use crate::block_events::BlockJournal;
-use crate::content::{ContentKey, ContentName};
+use crate::content::{ContentKey, ContentName, PrefixDigest};
+use crate::eviction::{EvictionPolicy, Evictor};
 use crate::ids::BlockId;
 
-#[derive(Debug, Clone, Copy, Default)]
+/// 64 bytes, a cache line: name and state in one read.
+#[derive(Debug, Clone, Copy)]
 struct Block {
+    /// Meaningful while `is_named`.
+    name: ContentName,
     ref_count: u32,
-    name: Option<ContentName>,
-    /// Position in `lru`, meaningful while cached.
-    released_at: u64,
+    is_named: bool,
+}
+
+const NAMELESS: Block =
+    Block { name: ContentName { key: ContentKey(0), digest: PrefixDigest([0; 32]) }, ref_count: 0, is_named: false };
+
+/// Hashes keys, which are hashes already: one multiplication, under a secret of the process. Whoever can
+/// choose prompts can compute keys, and so could fill one bucket of the index with blocks of their own;
+/// without the secret they do not know which keys share a bucket.
+#[derive(Debug, Clone, Copy)]
+struct KeyHasher {
+    secret: [u64; 2],
+}
+
+impl KeyHasher {
+    fn new() -> Self {
+        let random = RandomState::new();
+        Self { secret: [random.hash_one(0u8), random.hash_one(1u8)] }
+    }
+
+    fn hash(self, key: ContentKey) -> u64 {
+        let low = key.0 as u64 ^ self.secret[0];
+        let high = (key.0 >> 64) as u64 ^ self.secret[1];
+        let product = u128::from(low) * u128::from(high);
+        product as u64 ^ (product >> 64) as u64
+    }
 }
 
 /// Books over the blocks of one pool. Touches no bytes.
@@ -33,10 +67,10 @@ struct Block {
 pub struct BlockManager {
     blocks: Vec<Block>,
     free: VecDeque<BlockId>,
-    by_key: HashMap<ContentKey, BlockId>,
-    /// Cached blocks by the time of their release, oldest first.
-    lru: BTreeMap<u64, BlockId>,
-    clock: u64,
+    by_key: HashTable<BlockId>,
+    hasher: KeyHasher,
+    /// Cached blocks.
+    evictor: Evictor,
     num_evictions: u64,
     /// What was named and forgotten, for those who listen.
     pub(crate) journal: BlockJournal,
@@ -56,14 +90,19 @@ pub struct BlockCounts {
 }
 
 impl BlockManager {
-    /// Books over `num_blocks` free blocks.
+    /// Books over `num_blocks` free blocks, under the default eviction policy.
     pub fn new(num_blocks: usize) -> Self {
+        Self::with_policy(num_blocks, EvictionPolicy::default())
+    }
+
+    /// Books over `num_blocks` free blocks.
+    pub fn with_policy(num_blocks: usize, policy: EvictionPolicy) -> Self {
         Self {
-            blocks: vec![Block::default(); num_blocks],
+            blocks: vec![NAMELESS; num_blocks],
             free: (0..num_blocks as u32).map(BlockId).collect(),
-            by_key: HashMap::new(),
-            lru: BTreeMap::new(),
-            clock: 0,
+            by_key: HashTable::new(),
+            hasher: KeyHasher::new(),
+            evictor: Evictor::new(policy, num_blocks),
             num_evictions: 0,
             journal: BlockJournal::default(),
         }
@@ -71,12 +110,12 @@ impl BlockManager {
 
     /// Blocks that [`allocate`](Self::allocate) could give now: free and cached ones.
     pub fn num_available(&self) -> usize {
-        self.free.len() + self.lru.len()
+        self.free.len() + self.evictor.len()
     }
 
     /// Blocks by state.
     pub fn counts(&self) -> BlockCounts {
-        let (free, cached) = (self.free.len(), self.lru.len());
+        let (free, cached) = (self.free.len(), self.evictor.len());
         BlockCounts { total: self.blocks.len(), free, cached, referenced: self.blocks.len() - free - cached }
     }
 
@@ -91,8 +130,13 @@ impl BlockManager {
     }
 
     fn lookup(&self, name: ContentName) -> Option<BlockId> {
-        let id = *self.by_key.get(&name.key)?;
-        (self.blocks[id.0 as usize].name == Some(name)).then_some(id)
+        let id = self.find(name.key)?;
+        (self.blocks[id.0 as usize].name.digest == name.digest).then_some(id)
+    }
+
+    /// The block under `key`, whatever its digest.
+    fn find(&self, key: ContentKey) -> Option<BlockId> {
+        self.by_key.find(self.hasher.hash(key), |id| self.blocks[id.0 as usize].name.key == key).copied()
     }
 
     /// Of `hits`, those that are cached now and would no longer be available to allocate once acquired.
@@ -105,14 +149,13 @@ impl BlockManager {
         for id in ids {
             let block = &mut self.blocks[id.0 as usize];
             if block.ref_count == 0 {
-                self.lru.remove(&block.released_at).expect("an unreferenced block with content is in the LRU list");
+                self.evictor.remove(*id);
             }
             block.ref_count += 1;
         }
     }
 
-    /// Takes `count` blocks with one reference each, evicting the least recently released cached blocks
-    /// if need be. All or nothing.
+    /// Takes `count` blocks with one reference each, evicting cached blocks if need be. All or nothing.
     pub fn allocate(&mut self, count: usize) -> Option<Vec<BlockId>> {
         if count > self.num_available() {
             return None;
@@ -122,7 +165,7 @@ impl BlockManager {
 
     fn allocate_one(&mut self) -> BlockId {
         let id = self.free.pop_front().unwrap_or_else(|| {
-            let (_, id) = self.lru.pop_first().expect("the caller checked that a block is available");
+            let id = self.evictor.pop().expect("the caller checked that a block is available");
             self.forget_name(id);
             self.num_evictions += 1;
             id
@@ -134,18 +177,26 @@ impl BlockManager {
     }
 
     fn forget_name(&mut self, id: BlockId) {
-        if let Some(name) = self.blocks[id.0 as usize].name.take() {
-            self.by_key.remove(&name.key);
-            self.journal.on_removed(name.key);
+        let block = &mut self.blocks[id.0 as usize];
+        if std::mem::take(&mut block.is_named) {
+            let key = block.name.key;
+            if let Ok(entry) = self.by_key.find_entry(self.hasher.hash(key), |other| *other == id) {
+                entry.remove();
+            }
+            self.evictor.forget(id, key);
+            self.journal.on_removed(key);
         }
     }
 
-    /// Gives one reference of each block back. The last blocks of the list become evictable first: a
-    /// prefix is worth more than what follows it.
+    /// Gives one reference of each block back: all blocks of a request, in the order of its chain. The last
+    /// blocks of the list become evictable first: a prefix is worth more than what follows it.
     ///
     /// # Panics
     /// If a block is not referenced: the caller released twice.
     pub fn release(&mut self, ids: &[BlockId]) {
+        let named = ids.iter().map(|id| (*id, &self.blocks[id.0 as usize])).filter(|(_, block)| block.is_named);
+        let named: Vec<_> = named.map(|(id, block)| (id, block.name.key)).collect();
+        self.evictor.on_request_end(&named);
         for id in ids.iter().rev() {
             let block = &mut self.blocks[id.0 as usize];
             assert!(block.ref_count > 0, "block {} was released twice", id.0);
@@ -153,10 +204,8 @@ impl BlockManager {
             if block.ref_count > 0 {
                 continue;
             }
-            if block.name.is_some() {
-                self.clock += 1;
-                block.released_at = self.clock;
-                self.lru.insert(self.clock, *id);
+            if block.is_named {
+                self.evictor.insert(*id);
             } else {
                 self.free.push_back(*id);
             }
@@ -167,17 +216,19 @@ impl BlockManager {
     /// under that key, they stay the ones that are found and this block remains nameless. Whether it was named.
     pub fn publish(&mut self, id: BlockId, name: ContentName) -> bool {
         debug_assert!(self.blocks[id.0 as usize].ref_count > 0, "only a held block can be published");
-        let is_named = self.blocks[id.0 as usize].name.is_none() && !self.by_key.contains_key(&name.key);
-        if is_named {
-            self.by_key.insert(name.key, id);
-            self.blocks[id.0 as usize].name = Some(name);
+        if self.blocks[id.0 as usize].is_named || self.find(name.key).is_some() {
+            return false;
         }
-        is_named
+        let block = &mut self.blocks[id.0 as usize];
+        (block.name, block.is_named) = (name, true);
+        let Self { blocks, by_key, hasher, .. } = self;
+        by_key.insert_unique(hasher.hash(name.key), id, |id| hasher.hash(blocks[id.0 as usize].name.key));
+        true
     }
 
     /// Makes every cached block free.
     pub fn clear_cached(&mut self) {
-        while let Some((_, id)) = self.lru.pop_first() {
+        while let Some(id) = self.evictor.pop() {
             self.forget_name(id);
             self.free.push_back(id);
         }
@@ -192,7 +243,8 @@ impl BlockManager {
     /// A sentence about the first contradiction.
     pub fn check_integrity(&self) -> Result<(), String> {
         let mut seen = vec![0u8; self.blocks.len()];
-        for id in self.free.iter().chain(self.lru.values()) {
+        let cached = self.evictor.blocks();
+        for id in self.free.iter().chain(&cached) {
             seen[id.0 as usize] += 1;
             if self.blocks[id.0 as usize].ref_count != 0 {
                 return Err(format!("block {} is listed as unused but has references", id.0));
@@ -206,30 +258,25 @@ impl BlockManager {
                     block.ref_count, seen[index]
                 ));
             }
-            if let Some(name) = block.name
-                && self.by_key.get(&name.key) != Some(&BlockId(index as u32))
-            {
+            if block.is_named && self.find(block.name.key) != Some(BlockId(index as u32)) {
                 return Err(format!("block {index} has a name that does not lead to it"));
             }
         }
-        for (stamp, id) in &self.lru {
-            let block = &self.blocks[id.0 as usize];
-            if block.name.is_none() || block.released_at != *stamp {
-                return Err(format!("block {} is cached without content or out of order", id.0));
-            }
+        if let Some(id) = cached.iter().find(|id| !self.blocks[id.0 as usize].is_named) {
+            return Err(format!("block {} is cached without content", id.0));
         }
-        let named = self.blocks.iter().filter(|block| block.name.is_some()).count();
+        let named = self.blocks.iter().filter(|block| block.is_named).count();
         if named != self.by_key.len() {
             return Err(format!("{named} blocks have names but {} names are known", self.by_key.len()));
         }
-        Ok(())
+        self.evictor.check_integrity()
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::content::PrefixDigest;
+    use clap::ValueEnum;
     use proptest::prelude::*;
 
     fn name(n: u8) -> ContentName {
@@ -271,13 +318,40 @@ mod tests {
 
     #[test]
     fn deepest_block_is_evicted_first() {
-        let mut manager = BlockManager::new(2);
-        let ids = manager.allocate(2).unwrap();
-        manager.publish(ids[0], name(1));
-        manager.publish(ids[1], name(2));
-        manager.release(&ids);
-        manager.allocate(1).unwrap();
-        assert_eq!(manager.longest_prefix([name(1), name(2)].into_iter()), [ids[0]]);
+        for policy in EvictionPolicy::value_variants() {
+            let mut manager = BlockManager::with_policy(2, *policy);
+            let ids = manager.allocate(2).unwrap();
+            manager.publish(ids[0], name(1));
+            manager.publish(ids[1], name(2));
+            manager.release(&ids);
+            manager.allocate(1).unwrap();
+            assert_eq!(manager.longest_prefix([name(1), name(2)].into_iter()), [ids[0]]);
+        }
+    }
+
+    #[test]
+    fn a_cached_block_is_given_away_even_if_what_follows_it_is_held() {
+        for policy in EvictionPolicy::value_variants() {
+            let mut manager = BlockManager::with_policy(3, *policy);
+            let first = manager.allocate(2).unwrap();
+            manager.publish(first[0], name(1));
+            manager.publish(first[1], name(2));
+            manager.release(&first);
+            manager.acquire(&first[1..]);
+            assert_eq!(manager.num_available(), 2);
+            let rest = manager.allocate(2).unwrap();
+            manager.check_integrity().unwrap();
+            manager.release(&rest);
+            manager.release(&first[1..]);
+            manager.clear_cached();
+            assert_eq!(manager.counts().free, 3);
+            manager.check_integrity().unwrap();
+        }
+    }
+
+    #[test]
+    fn a_block_is_a_cache_line() {
+        assert_eq!(std::mem::size_of::<Block>(), 64);
     }
 
     #[test]
@@ -289,10 +363,47 @@ mod tests {
         manager.release(&ids);
     }
 
+    /// A request for the path of `turns` down a binary tree of contents, one block per node.
+    fn path(turns: &[bool]) -> Vec<ContentName> {
+        let node = |node: u8, turn: &bool| Some(2 * node + 1 + u8::from(*turn));
+        turns.iter().scan(0u8, |at, turn| node(*at, turn).inspect(|next| *at = *next)).map(name).collect()
+    }
+
+    /// Runs one request to its end: finds, allocates, publishes, gives back. Returns the blocks it found.
+    fn serve(manager: &mut BlockManager, names: &[ContentName]) -> usize {
+        let hits = manager.longest_prefix(names.iter().copied());
+        manager.acquire(&hits);
+        let fresh = manager.allocate(names.len() - hits.len()).unwrap();
+        for (id, name) in fresh.iter().zip(&names[hits.len()..]) {
+            manager.publish(*id, *name);
+        }
+        manager.release(&[hits.clone(), fresh].concat());
+        hits.len()
+    }
+
     proptest! {
+        /// What could not be hit would take room for nothing: a prefix outlives what follows it.
         #[test]
-        fn books_balance_under_any_use(ops in prop::collection::vec((0u8..5, any::<u8>()), 0..400)) {
-            let mut manager = BlockManager::new(8);
+        fn whatever_is_cached_can_be_hit(
+            is_lru: bool,
+            num_blocks in 6usize..40,
+            paths in prop::collection::vec(prop::collection::vec(any::<bool>(), 1..=6), 1..200),
+        ) {
+            let policy = if is_lru { EvictionPolicy::Lru } else { EvictionPolicy::ReuseRate };
+            let mut manager = BlockManager::with_policy(num_blocks, policy);
+            for turns in paths {
+                serve(&mut manager, &path(&turns));
+                prop_assert_eq!(manager.check_integrity(), Ok(()));
+                for node in (1..127).map(name).filter(|name| manager.lookup(*name).is_some()) {
+                    let parent = (node.key.0 as u8 - 1) / 2;
+                    prop_assert!(parent == 0 || manager.lookup(name(parent)).is_some(), "{node:?} is stranded");
+                }
+            }
+        }
+        #[test]
+        fn books_balance_under_any_use(is_lru: bool, ops in prop::collection::vec((0u8..5, any::<u8>()), 0..400)) {
+            let policy = if is_lru { EvictionPolicy::Lru } else { EvictionPolicy::ReuseRate };
+            let mut manager = BlockManager::with_policy(8, policy);
             let mut held: Vec<Vec<BlockId>> = Vec::new();
             for (op, arg) in ops {
                 match op {

@@ -16,7 +16,7 @@
 //! 3. [`content`]: a block is known by its content.
 //! 4. [`sampling`]: how the next token is chosen, and when a sequence ends.
 //! 5. [`wire`]: the messages, and their bounded encoding.
-//! 6. [`block_manager`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
+//! 6. [`block_manager`], [`eviction`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
 //! 7. [`block_events`], [`block_log`]: what is told of a node's blocks, numbered and resumable.
 //! 8. [`handover`]: reserve, grant, land, verify, cancel, resume.
 //! 9. [`timeline`], [`rate`], [`shared_metrics`], [`config`]: what is measured, under which names, and what can be
@@ -29,6 +29,7 @@ pub mod block_log;
 pub mod block_manager;
 pub mod config;
 pub mod content;
+pub mod eviction;
 pub mod handover;
 pub mod ids;
 pub mod kv_memory;

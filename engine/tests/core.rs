@@ -51,6 +51,7 @@ fn limits(num_blocks: usize) -> SchedulerLimits {
         growth_blocks: 1,
         max_num_parked_blocks: num_blocks,
         is_prefix_caching: true,
+        eviction_policy: common::eviction::EvictionPolicy::default(),
     }
 }
 

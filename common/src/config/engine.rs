@@ -5,6 +5,7 @@ use clap::{ArgAction, Args};
 use super::InvalidSettings;
 use super::values::{parse_above_zero, parse_bytes_above_zero, parse_whole};
 use crate::content::GRANULE_TOKENS;
+use crate::eviction::EvictionPolicy;
 
 /// Settings of an engine; names and meaning are vLLM's where there is one.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -61,6 +62,13 @@ pub struct EngineArgs {
     /// Turns --enable-prefix-caching off.
     #[arg(long, hide = true, overrides_with = "enable_prefix_caching")]
     pub no_enable_prefix_caching: bool,
+
+    /// Which KV block that nobody holds is given up first when room is needed.
+    ///
+    /// reuse-rate learns from the requests which kinds of blocks come back and when; lru gives up the least
+    /// recently used.
+    #[arg(long, value_enum, value_name = "POLICY", default_value_t = EvictionPolicy::ReuseRate)]
+    pub eviction_policy: EvictionPolicy,
 
     /// Requests that may wait for their turn; one more is answered `Busy` at once.
     ///

@@ -34,6 +34,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use crate::block_events::{BlockEvent, Medium, StoredBlock};
 use crate::block_manager::{BlockCounts, BlockManager};
 use crate::content::GRANULE_TOKENS;
+use crate::eviction::EvictionPolicy;
 use crate::ids::{BlockId, ChoiceIndex, SequenceId};
 use crate::sampling::{FinishReason, SampledToken};
 use crate::sequence::{NewSequence, Sequence, SequenceState};
@@ -66,6 +67,8 @@ pub struct SchedulerLimits {
     pub max_num_parked_blocks: usize,
     /// Whether blocks are named and found again.
     pub is_prefix_caching: bool,
+    /// Which cached block is given away first.
+    pub eviction_policy: EvictionPolicy,
 }
 
 /// Something that happened to a sequence and that its request must hear.
@@ -147,7 +150,7 @@ impl Scheduler {
     pub fn new(limits: SchedulerLimits) -> Self {
         Self {
             limits,
-            blocks: BlockManager::new(limits.num_blocks),
+            blocks: BlockManager::with_policy(limits.num_blocks, limits.eviction_policy),
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             parked: BTreeSet::new(),
@@ -176,6 +179,7 @@ impl Scheduler {
         self.limits.block_size = fixed.block_size;
         self.limits.num_blocks = fixed.num_blocks;
         self.limits.max_model_len = fixed.max_model_len;
+        self.limits.eviction_policy = fixed.eviction_policy;
     }
 
     /// Puts a sequence into the queue.

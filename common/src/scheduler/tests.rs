@@ -25,6 +25,7 @@ fn limits() -> SchedulerLimits {
         growth_blocks: 1,
         max_num_parked_blocks: 8,
         is_prefix_caching: true,
+        eviction_policy: EvictionPolicy::default(),
     }
 }
 
@@ -579,12 +580,14 @@ proptest! {
         block_size in prop::sample::select(vec![16usize, 32]),
         max_num_parked_blocks in prop::sample::select(vec![0usize, 3, 100]),
         is_prefix_caching in any::<bool>(),
+        is_lru in any::<bool>(),
         budget in 24usize..100,
         depth in 1usize..=2,
         stop in prop::option::of(0u32..50),
     ) {
+        let eviction_policy = if is_lru { EvictionPolicy::Lru } else { EvictionPolicy::ReuseRate };
         let limits = SchedulerLimits {
-            block_size, num_blocks, max_num_parked_blocks, is_prefix_caching,
+            block_size, num_blocks, max_num_parked_blocks, is_prefix_caching, eviction_policy,
             max_num_batched_tokens: budget, max_num_prefill_tokens: budget / 2 + 8, ..limits()
         };
         let mut engine = ModelEngine { depth, ..ModelEngine::new(limits) };

@@ -291,6 +291,7 @@ fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, ste
         growth_blocks: 2,
         max_num_parked_blocks: num_blocks,
         is_prefix_caching: true,
+        eviction_policy: common::eviction::EvictionPolicy::default(),
     };
     let options = EngineOptions { limits, role: role.as_str(), node: name.to_string() };
     engine::core::start(Box::new(sim(num_blocks, step_time)), options).unwrap()
