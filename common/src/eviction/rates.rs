@@ -14,26 +14,30 @@
 //! again independently of each other, giving away the lowest would be the best one can do). Fresh blocks whose
 //! kind returns after minutes, if at all, can so be worth less than blocks whose time has nearly come.
 //!
-//! Few requests stand behind many blocks, so the counts of a class are noisy: the distribution of ages is
-//! drawn towards that of all classes together.
+//! The chance to be used again at an age is counted among the blocks that reached that age: younger ones have
+//! not had it yet. Few requests stand behind many blocks, so a class that was seen little is drawn towards all
+//! classes together.
+
+use std::collections::VecDeque;
 
 use super::reuse_rate::NUM_CLASSES;
 
 /// Ages are told apart in steps of a factor of the square root of 2, from 1/32 of a pool to 11 pools.
 pub(crate) const NUM_AGES: usize = 19;
-/// A class needs about this many uses before its own distribution of ages counts as much as that of all.
-const NUM_USES_TRUSTED: f64 = 1000.0;
-/// The same for the share of its blocks that are used again.
-const NUM_USES_SHARE: f64 = 16.0;
-/// Counts are halved when they reach this many pools, so that what is no longer true is forgotten.
+/// The chances of all classes count as this many blocks of each.
+const NUM_SHARED: f64 = 16.0;
+/// Counts are halved when the uses reach this many pools, so that what is no longer true is forgotten.
 const WINDOW_POOLS: usize = 64;
 const WINDOW_MIN: usize = 1 << 17;
 
 #[derive(Debug)]
 pub(crate) struct Rates {
-    num_uses: Vec<f64>,
-    /// `[NUM_CLASSES][NUM_AGES]`
-    num_reuses: Vec<[f64; NUM_AGES]>,
+    num_uses: [f64; NUM_CLASSES],
+    num_reuses: [[f64; NUM_AGES]; NUM_CLASSES],
+    /// `num_uses` as it was, newest first, one for each time as long as the shortest age. As many as it takes
+    /// to look back to the longest.
+    num_uses_before: VecDeque<[f64; NUM_CLASSES]>,
+    noted_at: u32,
     num_uses_total: usize,
     window: usize,
     /// Ages of class `i` end before `ages_end[i]`; the last has no end.
@@ -45,8 +49,10 @@ impl Rates {
         let pool = num_blocks.max(1) as f64;
         let end = |age: usize| (pool / 32.0 * 2f64.powf(age as f64 / 2.0)).ceil().min(f64::from(u32::MAX / 2)) as u32;
         Self {
-            num_uses: vec![0.0; NUM_CLASSES],
-            num_reuses: vec![[0.0; NUM_AGES]; NUM_CLASSES],
+            num_uses: [0.0; NUM_CLASSES],
+            num_reuses: [[0.0; NUM_AGES]; NUM_CLASSES],
+            num_uses_before: VecDeque::new(),
+            noted_at: 0,
             num_uses_total: 0,
             window: num_blocks.saturating_mul(WINDOW_POOLS).max(WINDOW_MIN),
             ages_end: std::array::from_fn(end),
@@ -58,13 +64,28 @@ impl Rates {
         self.ages_end.partition_point(|end| *end <= age).min(NUM_AGES - 1)
     }
 
+    /// The policy's clock, which wraps around, has come to `now`.
+    pub(crate) fn on_time(&mut self, now: u32) {
+        let num_kept = (self.age_begin(NUM_AGES - 1) / self.ages_end[0]) as usize + 1;
+        let num_missing = (now.wrapping_sub(self.noted_at) / self.ages_end[0]) as usize;
+        self.noted_at = self.noted_at.wrapping_add(num_missing as u32 * self.ages_end[0]);
+        for _ in 0..num_missing.min(num_kept) {
+            self.num_uses_before.push_front(self.num_uses);
+        }
+        self.num_uses_before.truncate(num_kept);
+    }
+
+    fn age_begin(&self, age: usize) -> u32 {
+        if age == 0 { 0 } else { self.ages_end[age - 1] }
+    }
+
     pub(crate) fn on_use(&mut self, class: u8) {
         self.num_uses[usize::from(class)] += 1.0;
         self.num_uses_total += 1;
         if self.num_uses_total >= self.window {
             self.num_uses_total /= 2;
             let counts = self.num_uses.iter_mut().chain(self.num_reuses.iter_mut().flatten());
-            counts.for_each(|count| *count /= 2.0);
+            counts.chain(self.num_uses_before.iter_mut().flatten()).for_each(|count| *count /= 2.0);
         }
     }
 
@@ -76,42 +97,49 @@ impl Rates {
 
     /// `index[class * NUM_AGES + age]`; all equal before anything was learnt.
     pub(crate) fn index(&self) -> Vec<f64> {
-        let mut pooled = [0.0; NUM_AGES];
-        for class in &self.num_reuses {
-            pooled.iter_mut().zip(class).for_each(|(sum, num)| *sum += num);
-        }
-        let num_reuses: f64 = pooled.iter().sum();
-        let share = num_reuses / self.num_uses.iter().sum::<f64>().max(1.0);
-        pooled.iter_mut().for_each(|num| *num /= num_reuses.max(1.0));
-        let classes = self.num_uses.iter().zip(&self.num_reuses);
-        classes.flat_map(|(uses, reuses)| self.index_of_class(*uses, reuses, &pooled, share)).collect()
+        let reached: Vec<[f64; NUM_AGES]> = (0..NUM_CLASSES).map(|class| self.num_reached(class)).collect();
+        let shared: [f64; NUM_AGES] = std::array::from_fn(|age| {
+            let num_reuses: f64 = self.num_reuses.iter().map(|class| class[age]).sum();
+            num_reuses / reached.iter().map(|class| class[age]).sum::<f64>().max(1.0)
+        });
+        let classes = self.num_reuses.iter().zip(&reached);
+        classes
+            .flat_map(|(reuses, reached)| {
+                let chance = |age: usize| (reuses[age] + NUM_SHARED * shared[age]) / (reached[age] + NUM_SHARED);
+                let chances: [f64; NUM_AGES] = std::array::from_fn(chance);
+                (0..NUM_AGES).map(move |age| self.best_rate(&chances, age))
+            })
+            .collect()
     }
 
-    fn index_of_class(&self, uses: f64, reuses: &[f64; NUM_AGES], pooled: &[f64; NUM_AGES], share: f64) -> Vec<f64> {
-        let own_share = (reuses.iter().sum::<f64>() + NUM_USES_SHARE * share) / (uses + NUM_USES_SHARE);
-        let trust = uses / (uses + NUM_USES_TRUSTED);
-        let reused: Vec<f64> = (0..NUM_AGES)
-            .map(|age| trust * reuses[age] / uses.max(1.0) + (1.0 - trust) * own_share * pooled[age])
-            .collect();
-        let mut left = 1.0;
-        let mut index = Vec::with_capacity(NUM_AGES);
-        for age in 0..NUM_AGES {
-            index.push(self.best_rate(&reused, age, left));
-            left = (left - reused[age]).max(1e-9);
-        }
-        index
+    /// Blocks of a class that were not used again before each age; never fewer than were used at it.
+    fn num_reached(&self, class: usize) -> [f64; NUM_AGES] {
+        let mut num_reused = 0.0;
+        std::array::from_fn(|age| {
+            let num_notes = (self.age_begin(age) / self.ages_end[0]) as usize;
+            let num_uses = match num_notes {
+                0 => self.num_uses[class],
+                notes => self.num_uses_before.get(notes - 1).map_or(0.0, |before| before[class]),
+            };
+            let num_reuses = self.num_reuses[class][age];
+            let reached = (num_uses - num_reused).max(num_reuses);
+            num_reused += num_reuses;
+            reached
+        })
     }
 
-    /// Over all times to keep a block from `age` on; `left`: the share of blocks that reach it.
-    fn best_rate(&self, reused: &[f64], age: usize, mut left: f64) -> f64 {
-        let (mut hits, mut time, mut best) = (0.0, 0.0, 0.0f64);
-        for (until, num) in reused.iter().enumerate().skip(age) {
-            let begin = if until == 0 { 0 } else { self.ages_end[until - 1] };
-            let width = f64::from(self.ages_end[until].saturating_sub(begin).max(1));
-            hits += num;
-            time += width * (left - num / 2.0).max(1e-9);
-            left = (left - num).max(0.0);
+    /// Over all times to keep a block from `age` on.
+    fn best_rate(&self, chances: &[f64], age: usize) -> f64 {
+        let (mut left, mut hits, mut time, mut best) = (1.0, 0.0, 0.0, 0.0f64);
+        for (until, chance) in chances.iter().enumerate().skip(age) {
+            let width = f64::from(self.ages_end[until].saturating_sub(self.age_begin(until)).max(1));
+            hits += left * chance;
+            time += left * width * (1.0 - chance / 2.0);
+            left *= 1.0 - chance;
             best = best.max(hits / time);
+            if left <= 0.0 {
+                break;
+            }
         }
         best
     }
@@ -139,6 +167,7 @@ mod tests {
             rates.on_use(1);
             rates.on_use(2);
         }
+        rates.on_time(100_000);
         for _ in 0..5_000 {
             rates.on_reuse(1, 1_000);
         }
@@ -147,6 +176,19 @@ mod tests {
         assert!(of(1, 1_000) > of(1, 0));
         assert!(of(1, 0) > of(1, 3_000));
         assert!(of(1, 0) > of(2, 0));
+    }
+
+    #[test]
+    fn blocks_that_are_too_young_say_nothing_about_an_age() {
+        let mut rates = Rates::new(3200);
+        (0..100).for_each(|_| rates.on_use(1));
+        rates.on_time(1_000);
+        (0..900).for_each(|_| rates.on_use(1));
+        (0..10).for_each(|_| rates.on_reuse(1, 50));
+        let reached = rates.num_reached(1);
+        assert_eq!(reached[0], 1_000.0);
+        assert_eq!(reached[rates.age_step(900)], 90.0);
+        assert_eq!(reached[rates.age_step(2_000)], 0.0);
     }
 
     #[test]

@@ -119,6 +119,7 @@ impl ReuseRate {
         let last_uses: Vec<Option<LastUse>> = blocks.iter().map(|(id, key)| self.last_use(*id, *key)).collect();
         let num_known = last_uses.iter().take_while(|last_use| last_use.is_some()).count();
         self.clock = self.clock.wrapping_add(num_new);
+        self.rates.on_time(self.clock);
         let mut parent = (NOBODY, 0);
         for (depth, ((id, _), last_use)) in blocks.iter().zip(&last_uses).enumerate() {
             if let Some(last_use) = last_use {
@@ -197,6 +198,8 @@ impl ReuseRate {
         parent_block.num_children -= 1;
         if parent_block.num_children == 0 && parent_block.list == INTERIOR {
             self.unlink(BlockId(parent));
+            // Behind the others of its kind, so that chains of a kind are cut back in turn: what is left of each
+            // is its beginning, which is what other requests share.
             self.push(self.list_of(BlockId(parent)), BlockId(parent));
         }
     }
