@@ -11,7 +11,7 @@
 //! ```
 //!
 //! A node's followers write ([`IndexedNode`]); every request reads ([`BlockIndex::held_prefixes`]). Tables are
-//! cut into shards ([`table`]), so that neither waits for the other for long.
+//! cut into shards, so that neither waits for the other for long.
 
 mod node;
 mod table;
