@@ -32,6 +32,8 @@ fn shape(num_prefill: usize, num_decode: usize, flags: &[&str]) -> Shape {
     // Flags of a test live as long as the test's process.
     shape.nodes.extend(flags.iter().map(|flag| &*String::leak(flag.to_string())));
     shape.nodes.extend(STORE_ALONE);
+    // The machine may be busy, which is not what these tests are about.
+    shape.nodes.extend(["--store-remote-timeout", "5s"]);
     shape.prefill.extend(NO_FETCH);
     shape.decode.extend(NO_OFFER);
     shape
@@ -192,8 +194,7 @@ async fn a_storage_that_is_lost_or_hangs_in_the_middle_of_requests_costs_no_toke
     let expected = without_store(&requests).await;
     for hangs in [false, true] {
         let mut redis = Redis::start();
-        // The machine may be busy, which is not what this is about.
-        let patient = ["--store-remote-timeout", "5s", "--store-load-stall-timeout", "20s"];
+        let patient = ["--store-load-stall-timeout", "20s"];
         let url = redis.url();
         let flags = [&["--store-remote-url", &url][..], &patient].concat();
         let mut cluster = Cluster::start(shape(1, 1, &flags)).await;
