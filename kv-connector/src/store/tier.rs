@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use common::content::{ContentKey, ContentName};
 use futures::{StreamExt, stream};
+use tokio::sync::Semaphore;
 
 use super::BlockStore;
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
@@ -27,8 +28,10 @@ use super::store_metrics::TierMetrics;
 const PROBE_AFTER: Duration = Duration::from_secs(1);
 /// Longest such wait.
 const PROBE_AFTER_MAX: Duration = Duration::from_secs(30);
-/// Names asked for at a time.
+/// Names asked for at a time, by one caller.
 const NUM_ASKED: usize = 32;
+/// Operations of a backend at a time, of all callers: fewer than OpenDAL has connections to a Redis.
+const NUM_OPERATIONS_MAX: usize = 8;
 /// Names that are remembered to be there, where only asking could tell.
 const NUM_REMEMBERED_MAX: usize = 1 << 16;
 
@@ -70,13 +73,15 @@ pub struct Tier {
     format: EntryFormat,
     timeout: Duration,
     is_down: AtomicBool,
+    /// Waiting for a turn is no sign of a backend that hangs, so it does not count towards the timeout.
+    turns: Semaphore,
     remembered: Mutex<Remembered>,
     metrics: TierMetrics,
     this: Weak<Tier>,
 }
 
 impl Tier {
-    /// A tier over `backend` with entries of `format`. No operation takes longer than `timeout`.
+    /// A tier over `backend` with entries of `format`. No operation takes longer than `timeout` once it has its turn.
     pub fn new(
         kind: TierKind,
         backend: Arc<dyn TierBackend>,
@@ -91,6 +96,7 @@ impl Tier {
             format,
             timeout,
             is_down: AtomicBool::new(false),
+            turns: Semaphore::new(NUM_OPERATIONS_MAX),
             remembered: Mutex::default(),
             metrics,
             this: this.clone(),
@@ -141,6 +147,12 @@ impl Tier {
 
     /// Waits for the backend no longer than allowed. `None`: it failed, and the tier is down.
     async fn ask<T>(&self, operation: &'static str, asked: impl Future<Output = Result<T, BackendError>>) -> Option<T> {
+        // Fails only if somebody closed the semaphore, which nobody does.
+        let _turn = self.turns.acquire().await;
+        // It may have been found out while this waited.
+        if self.is_down() {
+            return None;
+        }
         let reason = match tokio::time::timeout(self.timeout, asked).await {
             Ok(Ok(answer)) => return Some(answer),
             Ok(Err(error)) => error.to_string(),

@@ -81,6 +81,7 @@ impl TieredStore {
     pub async fn look_up(&self, names: &[ContentName]) -> Lookup {
         let mut lookup = Lookup::default();
         let deadline = Instant::now() + LOOKUP_TIMEOUT;
+        let mut is_late = false;
         while lookup.num_held() < names.len() {
             let rest = &names[lookup.num_held()..];
             if let Some(tier) = self.tiers.iter().position(|placed| placed.tier.is_known_to_hold(rest[0]) == Some(true))
@@ -88,12 +89,17 @@ impl TieredStore {
                 lookup.tiers.push(tier);
                 continue;
             }
+            if is_late {
+                break;
+            }
             // Only the others are asked, for what nobody is known to have.
             let window = &rest[..rest.len().min(NUM_ASKED)];
             let mut num_found = 0;
             for (index, placed) in self.tiers.iter().enumerate() {
                 if placed.tier.is_known_to_hold(rest[0]).is_none() {
                     let asked = tokio::time::timeout_at(deadline, placed.tier.num_held(window)).await;
+                    // What was answered until then is remembered.
+                    is_late = asked.is_err();
                     num_found = asked.unwrap_or(0);
                     lookup.tiers.extend(std::iter::repeat_n(index, num_found));
                 }
@@ -101,7 +107,7 @@ impl TieredStore {
                     break;
                 }
             }
-            if num_found == 0 {
+            if num_found == 0 && !is_late {
                 break;
             }
         }
