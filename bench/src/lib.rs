@@ -7,14 +7,15 @@
 //! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `sweep` over every
 //! combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
 //! `tandem bench replay` counts the blocks of a trace that a pool finds under each eviction policy, `tandem bench
-//! index` how fast blocks are found and what that takes.
+//! index` how fast blocks are found and what that takes, `tandem bench store` how fast KV goes into a tier and out.
 //!
 //! 1. [`engine_bench`]: the engine.
 //!    [`random_checkpoint`]: models to measure with.
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
-//! 5. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks.
+//! 5. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks. [`store_bench`]: the
+//!    tiers beyond the pool.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -28,6 +29,7 @@ pub mod replay;
 pub mod report;
 pub mod serve;
 pub mod setup;
+pub mod store_bench;
 pub mod sweep;
 pub mod transfer;
 
@@ -50,6 +52,8 @@ enum Args {
     /// The other process of `transfer`, which starts it itself.
     #[command(hide = true)]
     TransferSender(transfer::TransferSenderArgs),
+    /// Bandwidth of each tier of the prefix-block store, beside what it stands on.
+    Store(store_bench::StoreBenchArgs),
     /// Latency, throughput and goodput of an OpenAI-compatible endpoint under load.
     Serve(Box<serve::ServeArgs>),
     /// Several set-ups under the same loads in turn, as ratios with confidence intervals.
@@ -72,6 +76,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Engine(engine) => told(engine_bench::run(&engine)),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
+        Args::Store(store) => told(store_bench::run(&store)),
         Args::Serve(serve) => told(serve::run(*serve, Provenance::of_process(&args))),
         Args::Compare(compare) => told(compare::run(&compare, Provenance::of_process(&args))),
         Args::Sweep(sweep) => told(sweep::run(&sweep, Provenance::of_process(&args))),
