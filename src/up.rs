@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::Context;
-use common::config::{HostPort, UpArgs};
+use common::config::{DEMO_MODEL, HostPort, UpArgs};
 use common::ids::{NodeId, Role};
 use futures::future::{join_all, select_all};
 use kv_connector::certs::ClusterCa;
@@ -16,6 +16,10 @@ use crate::{endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// What only those can answer to whom all of the prompt's KV came; in single quotes of a shell, inside JSON.
+const DEMO_QUESTION: &str = "The code of Nora is 7391. Hugo lives in Oslo. The code of Omar is 2864. Kate owns the lamp. \
+                             What is the code of Nora?";
 
 /// `tandem up`
 ///
@@ -80,7 +84,10 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
 fn greet(args: &UpArgs, address: SocketAddr) {
     let model = &args.http.served_model_names(&args.model.model)[0];
     let key = args.http.api_key.first().map(|_| " -H \"Authorization: Bearer $TANDEM_API_KEY\"").unwrap_or_default();
-    let body = format!(r#"{{"model":"{model}","messages":[{{"role":"user","content":"Hello"}}],"max_tokens":32}}"#);
+    let question = if args.model.model == DEMO_MODEL { DEMO_QUESTION } else { "Hello" };
+    let body = format!(
+        r#"{{"model":"{model}","messages":[{{"role":"user","content":"{question}"}}],"max_tokens":32,"temperature":0}}"#
+    );
     println!(
         "Tandem is ready on http://{address}: {} prefill, {} decode.",
         args.num_prefill_nodes, args.num_decode_nodes

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use futures::future::join_all;
 use serde_json::json;
 use support::client::Api;
-use support::cluster::{Scratch, endpoint_url, make_certs, node_args, strings, with_port};
+use support::cluster::{NOISE_MODEL, Scratch, endpoint_url, make_certs, node_args, strings, with_port};
 use support::corpus;
 use support::process::{Process, ROOT, tandem};
 use support::wait::{self, SOON};
@@ -120,7 +120,8 @@ async fn the_proxy_takes_no_more_requests_than_it_may() {
 /// A proxy at which nodes announce themselves at `registry`.
 async fn start_registry(dir: &std::path::Path, registry: &str) -> (Process, Api) {
     let port = registry.rsplit_once(':').unwrap().1;
-    let args = strings(&["proxy", "--tls-dir", &dir.display().to_string(), "--fabric-port", port]);
+    let dir_name = dir.display().to_string();
+    let args = strings(&["proxy", "--model", NOISE_MODEL, "--tls-dir", &dir_name, "--fabric-port", port]);
     let mut proxy = Process::start("proxy", &with_port(&args, 0), dir);
     let api = Api::new(&endpoint_url(&mut proxy).await);
     (proxy, api)
@@ -133,7 +134,8 @@ fn free_udp_port() -> u16 {
 
 fn start_node(role: &str, name: &str, dir: &std::path::Path, registry: &str, more: &[&str]) -> Process {
     let mut args = node_args(role, name, dir);
-    args.extend(strings(&["--register", registry, "--threads", "1", "--kv-cache-memory-bytes", "32MiB"]));
+    args.extend(strings(&["--model", NOISE_MODEL, "--register", registry]));
+    args.extend(strings(&["--threads", "1", "--kv-cache-memory-bytes", "32MiB"]));
     args.extend(strings(more));
     Process::start(name, &with_port(&args, 0), dir)
 }

@@ -38,7 +38,7 @@ fn node_id(name: &str) -> NodeId {
 async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
     // Several tests of this process may be first.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let args = UpArgs::parse_from([&["up"], flags].concat());
+    let args = UpArgs::parse_from([&["up", "--model", "models/tiny"], flags].concat());
     let ca = ClusterCa::generate().unwrap();
     let model = nodes::load_model(args.model.model.clone().into(), &args.weights, &args.engine).await.unwrap();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));

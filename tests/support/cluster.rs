@@ -15,9 +15,15 @@ const SETTLE_DEADLINE: Duration = Duration::from_secs(30);
 /// Longer than any drain of these tests.
 const EXIT_DEADLINE: Duration = Duration::from_secs(45);
 
+/// What is served unless a test says otherwise: its every token depends on the whole prompt, and no two
+/// prompts make it say the same.
+pub(crate) const NOISE_MODEL: &str = "models/tiny";
+
 /// What processes a cluster has, and their flags.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
+    /// What all of them serve.
+    pub(crate) model: &'static str,
     pub(crate) num_prefill: usize,
     pub(crate) num_decode: usize,
     /// Flags of all nodes.
@@ -47,7 +53,15 @@ impl Default for Shape {
     fn default() -> Self {
         // Several nodes share two cores here.
         let nodes = vec!["--threads", "1", "--kv-cache-memory-bytes", "32MiB"];
-        Self { num_prefill: 1, num_decode: 1, nodes, prefill: vec![], decode: vec![], proxy: vec![] }
+        Self {
+            model: NOISE_MODEL,
+            num_prefill: 1,
+            num_decode: 1,
+            nodes,
+            prefill: vec![],
+            decode: vec![],
+            proxy: vec![],
+        }
     }
 }
 
@@ -82,6 +96,9 @@ impl Cluster {
         let scratch = Scratch::new();
         let mut args = strings(&["up", "--port", "0"]);
         args.extend(strings(flags));
+        if !flags.contains(&"--model") {
+            args.extend(strings(&["--model", NOISE_MODEL]));
+        }
         if !flags.contains(&"--kv-cache-memory-bytes") {
             args.extend(strings(&["--kv-cache-memory-bytes", "64MiB"]));
         }
@@ -106,6 +123,7 @@ impl Cluster {
         {
             for name in names {
                 let mut args = node_args(role, name, dir);
+                args.extend(strings(&["--model", shape.model]));
                 args.extend(strings(&shape.nodes));
                 args.extend(strings(flags));
                 starting.push((role, Process::start(name, &with_port(&args, 0), dir), args));
@@ -115,7 +133,7 @@ impl Cluster {
         for (role, process, args) in starting {
             nodes.push(Node::ready(role, process, args).await);
         }
-        let mut proxy_args = strings(&["proxy", "--tls-dir", &dir.display().to_string()]);
+        let mut proxy_args = strings(&["proxy", "--model", shape.model, "--tls-dir", &dir.display().to_string()]);
         for node in &nodes {
             proxy_args.extend([format!("--{}", node.role), node.address.clone()]);
         }

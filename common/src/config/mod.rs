@@ -34,7 +34,7 @@ pub use fabric::{FabricArgs, IdentityArgs, KvTransport, TlsPaths};
 pub use handover::{DecodeArgs, PrefillArgs};
 pub use layers::{ConfigError, ConfigFileArgs, parse};
 pub use misspelt::{UnknownVariable, unknown_variables};
-pub use model::{Dtype, ModelArgs, WeightsArgs};
+pub use model::{DEMO_MODEL, Dtype, ModelArgs, WeightsArgs};
 pub use roles::{CertsArgs, DecodeNodeArgs, LogArgs, LogFormat, PrefillNodeArgs, ProxyArgs, UpArgs};
 pub use values::HostPort;
 

@@ -5,6 +5,10 @@ use clap::{Args, ValueEnum};
 use super::values::parse_above_zero;
 use crate::kv_spec::KvDtype;
 
+/// The checkpoint that is served if none is named: it answers from what its prompt says, so a right answer
+/// shows that the prompt's KV arrived.
+pub const DEMO_MODEL: &str = "models/demo";
+
 /// The model, as every role names it.
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Model")]
@@ -13,7 +17,7 @@ pub struct ModelArgs {
     /// into the Hub's cache.
     ///
     /// Must be the same model on every node and the proxy: a node with other weights is refused.
-    #[arg(long, value_name = "PATH_OR_ID", default_value = "models/tiny")]
+    #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO_MODEL)]
     pub model: String,
 
     /// Commit, tag or branch of a Hub id.

@@ -48,7 +48,7 @@ fn defaults_hold_where_nothing_is_set() {
     assert_eq!((max_num_seqs, max_num_batched_tokens, block_size), (64, 512, 16));
     assert_eq!(kv_cache_memory_bytes, 256 << 20);
     assert!(args.engine.has_prefix_caching());
-    assert_eq!((args.model.model.as_str(), args.weights.dtype), ("models/tiny", Dtype::Auto));
+    assert_eq!((args.model.model.as_str(), args.weights.dtype), ("models/demo", Dtype::Auto));
     assert_eq!(args.log.log_format, LogFormat::Text);
     args.validate().unwrap();
 }
@@ -202,7 +202,7 @@ fn names_that_clients_use_default_to_the_model() {
         let args: ProxyArgs = read(&format!("proxy {argv}"), &[], "").unwrap();
         args.http.served_model_names(&args.model.model)
     };
-    assert_eq!(names(""), ["models/tiny"]);
+    assert_eq!(names(""), ["models/demo"]);
     assert_eq!(names("--served-model-name a b"), ["a", "b"]);
 }
 
