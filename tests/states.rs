@@ -45,6 +45,7 @@ fn shape() -> Shape {
         prefill: vec!["--max-num-batched-tokens", "16", "--max-num-seqs", "8", "--kv-cache-memory-bytes", "2MiB"],
         decode: vec!["--kv-cache-memory-bytes", "32MiB"],
         proxy: vec!["--retry-budget", "10"],
+        ..Shape::default()
     }
 }
 

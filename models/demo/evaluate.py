@@ -3,7 +3,7 @@
 
     pip install tokenizers==0.23.3
     cargo build --release
-    python models/demo/evaluate.py                    # 1,000 prompts per skill and length of recall
+    python models/demo/evaluate.py                    # 1,000 prompts per skill and length of recall, 15 minutes
     python models/demo/evaluate.py --count 50         # a quick look
 
 Three ways: split (`tandem up`, every prompt computed by the prefill node, its KV handed over by the fabric),
