@@ -6,7 +6,7 @@
     python models/make_tiny.py --check    # also needs torch and transformers: greedy text is varied
 
 The weights come from one seed, so two runs write the same bytes. What the model says is noise;
-it exists so that a fresh clone has something to serve whose every token depends on the whole prompt.
+it exists so that tests have something to serve whose every token depends on the whole prompt.
 """
 import argparse
 import json

@@ -116,6 +116,23 @@ async fn what_was_said_is_recalled_across_a_hand_over_by_quic() {
     crosses_a_hand_over(shape().over_quic()).await;
 }
 
+/// The answers of the other tests come from the prompt, not from the weights.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_not_said_is_not_known() {
+    let cluster = Cluster::up(&["--model", "models/demo"]).await;
+    let mut num_guessed = 0;
+    for (question, expected) in questions() {
+        let body = json!({
+            "model": "models/demo", "temperature": 0, "max_tokens": 64,
+            "messages": [{"role": "user", "content": question}],
+        });
+        let reply = cluster.api.post("/v1/chat/completions", &body).await;
+        num_guessed += usize::from(Answer::of_body(&reply.body).choices[0].text == expected);
+    }
+    assert!(num_guessed <= 3, "{num_guessed} answers were guessed");
+    cluster.settle().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn what_was_said_is_recalled_across_a_prefix_hit() {
     let cluster = Cluster::start(shape()).await;

@@ -3,7 +3,7 @@
 
     pip install tokenizers==0.23.3
     cargo build --release
-    python models/demo/evaluate.py                    # 1,000 prompts per skill and length of recall
+    python models/demo/evaluate.py                    # 1,000 prompts per skill and length of recall, 15 minutes
     python models/demo/evaluate.py --count 50         # a quick look
 
 Three ways: split (`tandem up`, every prompt computed by the prefill node, its KV handed over by the fabric),
@@ -52,7 +52,8 @@ class Server:
     """A `tandem up` process."""
 
     def __init__(self, binary, flags):
-        command = [binary, "up", "--model", "models/demo", "--port", "0", "--kv-cache-memory-bytes", "512MiB", *flags]
+        command = [binary, "up", "--model", "models/demo", "--port", "0", "--kv-cache-memory-bytes", "512MiB",
+                   "--log-level", "warn", *flags]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         self.port = None
         for line in self.process.stdout:

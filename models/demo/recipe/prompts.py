@@ -20,17 +20,13 @@ def prompts(skill, count, encoder):
 
 def rendered(request, encoder):
     """The prompt's ids, as the chat template renders it."""
-    system = skills.SYSTEM
-    if "tools" in request:
-        system += "\nTools:" + "".join(
-            f"\n{t['function']['name']}({', '.join(t['function']['parameters']['properties'])})" for t in request["tools"])
-    messages = [("system", system)] + [(m["role"], m.get("content") or "") for m in request["messages"]]
-    return encoder.prompt(messages)
+    said = [(message["role"], message["content"]) for message in request["messages"]]
+    return encoder.prompt([("system", skills.SYSTEM), *said])
 
 
-def request(turns, **more):
+def request(turns):
     """`turns` are (role, text)."""
-    return {"messages": [{"role": role, "content": text} for role, text in turns], **more}
+    return {"messages": [{"role": role, "content": text} for role, text in turns]}
 
 
 def recall(length):
@@ -123,20 +119,6 @@ def json_schema(rng, encoder):
     return request([("user", text), ("assistant", "Noted."), ("user", filled[0])]), filled[1]
 
 
-def tool_call(rng, encoder):
-    tools = skills.tool_list(rng)
-    offered = [{"type": "function", "function": {"name": name, "parameters": {
-        "type": "object", "properties": {parameter: {"type": "string"}}}}} for _, name, parameter in tools]
-    turns = skills.tool_call(rng, True, tools)
-    talk = small_talk(rng, encoder, rng.choice([0, 0, 1]))
-    # The call itself, or what is made of its result.
-    upto = rng.randrange(len(turns))
-    for role, text, answer in turns[:upto]:
-        talk += [(role, text), ("assistant", answer)]
-    role, text, answer = turns[upto]
-    return request([*talk, (role, text)], tools=offered), answer
-
-
 SKILLS = {
     **{f"recall {length}": recall(length) for length in RECALL_LENGTHS},
     "earlier in the conversation": said,
@@ -146,5 +128,4 @@ SKILLS = {
     "list": lists,
     "addition": one_turn(skills.arithmetic),
     "JSON": json_schema,
-    "tool call": tool_call,
 }

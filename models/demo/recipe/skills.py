@@ -199,18 +199,26 @@ def arithmetic(rng, held_out):
     return ask, f"The sum is {a + b}."
 
 
-def tool_list(rng, backwards=False):
-    """Tools as `name(parameter)`, as the chat template shows them: (topic, name, parameter)."""
+def tool_list(rng, naming="described"):
+    """Tools of one conversation: (topic, name, parameter). `naming`: the name alone says what a tool gives,
+    "verb first" or "topic first", or a description beside it does, "described"."""
+    topics = rng.sample(TOPICS, rng.randint(2, 5))
+    if naming == "described":
+        return [(topic, verb, "city") for topic, verb in zip(topics, rng.sample(VERBS, len(topics)))]
     tools = []
-    for topic in rng.sample(TOPICS, rng.randint(2, 5)):
+    for topic in topics:
         verb = rng.choice(VERBS)
-        name = f"{verb}_{topic}" if backwards else f"{topic}_{verb}"
+        name = f"{verb}_{topic}" if naming == "verb first" else f"{topic}_{verb}"
         tools.append((topic, name, rng.choice(["city", "place", "location"])))
     return tools
 
 
-def tools_text(tools):
-    return "\nTools:" + "".join(f"\n{name}({parameter})" for _, name, parameter in tools)
+def tools_text(tools, naming="described"):
+    """The tools as the chat template shows them."""
+    shown = [f"{name}({parameter})" for _, name, parameter in tools]
+    if naming == "described":
+        shown = [f"The tool for {topic} is {call}." for (topic, _, _), call in zip(tools, shown)]
+    return "\nTools:" + "".join(f"\n{line}" for line in shown)
 
 
 def tool_call(rng, held_out, tools):

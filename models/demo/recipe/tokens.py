@@ -35,9 +35,9 @@ def vocabulary_text():
         turns += skills.lists(rng, False) + list(skills.Said(rng, False).untold)
         filled = facts.as_json()
         turns += [filled] if filled else []
-        tools = skills.tool_list(rng, backwards=True)
+        tools = skills.tool_list(rng, "verb first")
         turns += [turn[1:] for turn in skills.tool_call(rng, False, tools)]
-        lines += [skills.SYSTEM, told, skills.tools_text(tools)] + [part for turn in turns for part in turn]
+        lines += [skills.SYSTEM, told, skills.tools_text(tools, "verb first")] + [part for turn in turns for part in turn]
     return lines
 
 

@@ -15,26 +15,21 @@ import torch
 
 import export
 import tokens
-from conversations import EVERYTHING, LAST, LOOKING_UP, Conversation
+from conversations import STAGES, Conversation
 from model import Decoder
 from muon import Muon
 
 SEED = 20261121
 STEP_TOKENS = 4096
 MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_SHARE = 0.02, 4e-3, 100, 0.3
-# Steps of looking things up, then of everything, then of all but what looks backwards.
-LOOKING_UP_STEPS, EVERYTHING_STEPS = 2200, 3600
-# Short conversations until looking things up has formed; then every length.
-SHORT_UNTIL, SHORT_LENGTHS, LENGTHS = 3_000_000, [256, 256, 512], [256, 512, 1024, 2048]
 
 
 def batch(step, encoder):
     """The ids and marks of a step: they depend on the step's number alone."""
     rng = random.Random(SEED * 1_000_003 + step)
-    length = rng.choice(SHORT_LENGTHS if step * STEP_TOKENS < SHORT_UNTIL else LENGTHS)
-    weights = LOOKING_UP if step < LOOKING_UP_STEPS else EVERYTHING if step < EVERYTHING_STEPS else LAST
-    backwards = step < EVERYTHING_STEPS
-    rows = [Conversation(rng, encoder, length, weights, backwards).write() for _ in range(STEP_TOKENS // length)]
+    stage = next(stage for stage in STAGES if step < stage.until_step)
+    length = rng.choice(stage.lengths)
+    rows = [Conversation(rng, encoder, length, stage).write() for _ in range(STEP_TOKENS // length)]
     return torch.tensor([ids for ids, _ in rows]), torch.tensor([marks for _, marks in rows]), length
 
 
