@@ -1,7 +1,8 @@
 //! `models/demo` answers from what its prompt says, so its answers show whether the prompt's KV is there: after
 //! a hand-over, with a prefix that was cached, and when a node dies, also in the middle of an answer.
 //!
-//! The prompts are fixed: what this small model answers to any other is not promised (`models/demo/README.md`).
+//! The prompts are fixed, and of kinds that the model is sure of: each token of these answers is likelier than any
+//! other by a factor of 80 or more, so that a CPU which rounds differently says the same.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -24,7 +25,7 @@ const PEOPLE: [(&str, &str, u32, &str); 12] = [
     ("Paul", "Seoul", 6482, "drum"),
     ("Mia", "Lagos", 1709, "clock"),
     ("Igor", "Vienna", 2536, "tent"),
-    ("Rosa", "Quito", 8147, "flute"),
+    ("Rosa", "Quito", 6274, "flute"),
     ("Emil", "Boston", 5063, "stone"),
 ];
 
