@@ -72,7 +72,11 @@ fn run(receiver: &mpsc::Receiver<Alarm>) {
             None => receiver.recv().map_err(|_| mpsc::RecvTimeoutError::Disconnected),
         };
         match received {
-            Ok(alarm) => alarms.push(Reverse(alarm)),
+            Ok(alarm) => {
+                // All that are there: a later one may be due before.
+                alarms.push(Reverse(alarm));
+                alarms.extend(receiver.try_iter().map(Reverse));
+            }
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) if alarms.is_empty() => return,
             Err(mpsc::RecvTimeoutError::Disconnected) => {
@@ -86,26 +90,34 @@ fn run(receiver: &mpsc::Receiver<Alarm>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use futures::FutureExt;
+    use futures::stream::{FuturesUnordered, StreamExt};
     use std::time::Duration;
 
     #[tokio::test]
     async fn tasks_wake_in_the_order_of_their_moments_and_never_before() {
-        let clock = Clock::start();
+        let (sender, receiver) = mpsc::channel();
         let start = Instant::now();
-        let wait = |ms: u64| {
-            let clock = clock.clone();
-            async move {
-                let due = start + Duration::from_millis(ms);
-                clock.wait_until(due).await;
+        let mut tasks = FuturesUnordered::new();
+        for ms in [30, 10, 0, 20] {
+            let due = start + Duration::from_millis(ms);
+            let (wake, woken) = oneshot::channel();
+            sender.send(Alarm { due, wake }).expect("the receiver is there");
+            tasks.push(async move {
+                woken.await.expect("the clock drops no alarm");
                 assert!(Instant::now() >= due);
                 ms
-            }
-        };
-        let mut tasks: futures::stream::FuturesUnordered<_> = [30, 10, 0, 20].map(wait).into_iter().collect();
-        let mut order = Vec::new();
-        while let Some(ms) = futures::StreamExt::next(&mut tasks).await {
-            order.push(ms);
+            });
         }
-        assert_eq!(order, [0, 10, 20, 30]);
+        // All wait before the first can be woken.
+        assert_eq!(tasks.next().now_or_never(), None);
+        std::thread::spawn(move || run(&receiver));
+        assert_eq!(tasks.collect::<Vec<_>>().await, [0, 10, 20, 30]);
+        drop(sender);
+    }
+
+    #[tokio::test]
+    async fn what_is_past_wakes_at_once() {
+        Clock::start().wait_until(Instant::now()).await;
     }
 }
