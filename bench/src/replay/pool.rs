@@ -66,8 +66,8 @@ mod tests {
     const NUM_BLOCKS: usize = 400;
 
     /// Chains of four blocks, by the number that `chain` draws.
-    fn trace(mut chain: impl FnMut(usize) -> u32) -> Trace {
-        let chains = (0..NUM_REQUESTS).map(|request| chain(request));
+    fn trace(chain: impl FnMut(usize) -> u32) -> Trace {
+        let chains = (0..NUM_REQUESTS).map(chain);
         let requests: Vec<Vec<u32>> = chains.map(|chain| (0..4).map(|depth| chain * 4 + depth).collect()).collect();
         let mut numbers = std::collections::HashMap::new();
         let mut number = |block: u32| {

@@ -303,7 +303,7 @@ impl ServeArgs {
     pub fn workload(&self) -> anyhow::Result<(Workload, usize)> {
         let num_max = self.num_prompts.unwrap_or(NUM_PROMPTS);
         let from_file = match &self.dataset_path {
-            Some(path) => Some(self.from_file(path, num_max).with_context(|| format!("read {}", path.display()))?),
+            Some(path) => Some(self.read_file(path, num_max).with_context(|| format!("read {}", path.display()))?),
             None => None,
         };
         let workload = Workload { random: self.random_prompts(), from_file };
@@ -314,7 +314,7 @@ impl ServeArgs {
         Ok((workload, num_sessions))
     }
 
-    fn from_file(&self, path: &Path, num_max: usize) -> anyhow::Result<FromFile> {
+    fn read_file(&self, path: &Path, num_max: usize) -> anyhow::Result<FromFile> {
         let shape =
             conversations::ConversationShape { is_multi_turn: self.multi_turn, output_len: self.sharegpt_output_len };
         Ok(match self.dataset_name {

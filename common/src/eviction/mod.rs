@@ -1,13 +1,13 @@
 //! Which block without a reference is given away next.
 //!
 //! The block manager tells what it knows: which blocks a request used, in the order of its content
-//! chain, when it gives them back ([`Evictor::on_request_end`]), and which of them nobody holds any more
-//! ([`Evictor::insert`]). It asks for a victim with [`Evictor::pop`]. There is no clock: age is counted in
+//! chain, when it gives them back (`Evictor::on_request_end`), and which of them nobody holds any more
+//! (`Evictor::insert`). It asks for a victim with `Evictor::pop`. There is no clock: age is counted in
 //! blocks that came into the pool meanwhile, so a pool that nobody uses does not age.
 //!
-//! 1. [`lru`]: the least recently released.
-//! 2. [`reuse_rate`]: the one that is expected to bring the fewest hits for the room it takes, by
-//!    [`rates`] learnt from the blocks of the pool and from a bounded [`history`] of those that left it.
+//! 1. `lru`: the least recently released.
+//! 2. `reuse_rate`: the one that is expected to bring the fewest hits for the room it takes, by
+//!    `rates` learnt from the blocks of the pool and from a bounded `history` of those that left it.
 //!
 //! Either way a prefix goes after what follows it, since a block is found only with all before it.
 

@@ -17,7 +17,7 @@
 //!
 //! Reading order: [`entry`] (the format, and what is checked), [`backend`] (a place for bytes) with [`host`],
 //! [`disk`], [`remote`] and [`faulty`], [`tier`] (checks, deadlines, counts), [`tiered`] (several as one),
-//! [`write_queue`], [`load`], [`publish`], [`node_store`] (what a node has).
+//! `write_queue`, `load`, `publish`, `node_store` (what a node has).
 
 use common::content::ContentName;
 
