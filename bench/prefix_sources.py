@@ -24,7 +24,9 @@ import time
 import urllib.request
 
 NUM_OTHERS = 3
-# A node's own choice between loading and computing is not the question here.
+# What follows a prompt must push it out, whatever is worth keeping; and a node's own choice between loading and
+# computing is not the question here.
+EVICT = ["--eviction-policy", "lru"]
 LOAD = ["--store-bytes-per-second", "100GiB"]
 
 
@@ -100,9 +102,9 @@ def main():
         redis = subprocess.Popen(["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", "",
                                   "--dir", str(folder)], stdout=subprocess.DEVNULL)
         tiers["Redis"] = ["--store-remote-url", f"redis://127.0.0.1:{port}/0"]
-    sources = {"computed": ["--kv-cache-memory-bytes", small], "pool": ["--kv-cache-memory-bytes", large]}
+    sources = {"computed": ["--kv-cache-memory-bytes", small, *EVICT], "pool": ["--kv-cache-memory-bytes", large]}
     for name, flags in tiers.items():
-        sources[name] = ["--kv-cache-memory-bytes", small, *flags, *LOAD]
+        sources[name] = ["--kv-cache-memory-bytes", small, *EVICT, *flags, *LOAD]
     servers = {}
     try:
         for name, flags in sources.items():

@@ -244,7 +244,8 @@ fn one_file(path: &Path, load: &Load) -> anyhow::Result<(f64, f64)> {
 }
 
 async fn redis_alone(url: &str, load: &Load) -> anyhow::Result<(f64, f64)> {
-    let connection = redis::Client::open(url)?.get_multiplexed_async_connection().await?;
+    let config = redis::AsyncConnectionConfig::new().set_response_timeout(Some(TIMEOUT));
+    let connection = redis::Client::open(url)?.get_multiplexed_async_connection_with_config(&config).await?;
     let rate = |started_at: Instant| load.num_bytes() as f64 / started_at.elapsed().as_secs_f64();
     let key = |name: &ContentName| format!("tandem-bench-alone-{:032x}", name.key.0);
     let started_at = Instant::now();
