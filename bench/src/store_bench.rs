@@ -3,7 +3,8 @@
 //! Each round measures every tier and, beside it, what it stands on without us: a plain copy for host memory, one
 //! file written and read in one piece for the disk, a Redis client's SET and GET for Redis. A share is a tier's
 //! bandwidth over that of its baseline, from the same rounds. Entries are of one size and all different; what
-//! comes out is checked as a node checks it (header and BLAKE3 digest), the baselines check nothing.
+//! goes in is copied and digested as when a node publishes it, what comes out is checked as a node checks it
+//! (header and BLAKE3 digest); the baselines do neither.
 
 use std::fmt;
 use std::io::{Read, Write};
@@ -19,7 +20,7 @@ use common::kv_spec::{KvDtype, KvSpec};
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
 use futures::{StreamExt, stream};
 use kv_connector::store::{
-    BlockStore, DiskBackend, Entry, EntryFormat, HostBackend, RemoteBackend, Tier, TierBackend, TierKind,
+    BlockStore, DiskBackend, EntryFormat, HostBackend, RemoteBackend, Tier, TierBackend, TierKind,
 };
 
 use crate::serve::statistics::Samples;
@@ -75,7 +76,8 @@ struct Row {
 /// The entries of a round.
 struct Load {
     format: EntryFormat,
-    entries: Vec<(ContentName, Entry)>,
+    /// Names, and the KV of each as it lies in a pool.
+    entries: Vec<(ContentName, Vec<u8>)>,
 }
 
 impl Load {
@@ -102,7 +104,9 @@ impl Load {
             // Bytes that no layer below can make smaller.
             let mut seed = blake3::Hasher::new();
             seed.update(&digest);
-            (name, format.encode(name, |payload| seed.finalize_xof().fill(payload)))
+            let mut kv = vec![0; granule_bytes];
+            seed.finalize_xof().fill(&mut kv);
+            (name, kv)
         };
         Self { format, entries: (0..count).map(entry).collect() }
     }
@@ -111,11 +115,14 @@ impl Load {
         self.entries.len() * self.format.payload_bytes()
     }
 
-    /// Bytes per second of putting all entries, then of getting all of them, checked.
+    /// Bytes per second of making and putting all entries, then of getting all of them, checked.
     async fn measure(&self, backend: Arc<dyn TierBackend>, kind: TierKind) -> anyhow::Result<(f64, f64)> {
         let tier = Tier::new(kind, backend, self.format, TIMEOUT, &[]);
         let started_at = Instant::now();
-        let puts = stream::iter(&self.entries).map(|(name, entry)| tier.put(*name, entry.clone()));
+        let puts = stream::iter(&self.entries).map(|(name, kv)| {
+            let entry = self.format.encode(*name, |payload| payload.copy_from_slice(kv));
+            tier.put(*name, entry)
+        });
         let num_put = puts.buffer_unordered(NUM_CONCURRENT).filter(|is_put| std::future::ready(*is_put)).count().await;
         let put = self.num_bytes() as f64 / started_at.elapsed().as_secs_f64();
         anyhow::ensure!(
@@ -214,8 +221,8 @@ fn memcpy(load: &Load) -> (f64, f64) {
     let mut room = vec![0u8; load.num_bytes()];
     let mut copy = || {
         let started_at = Instant::now();
-        for (part, (_, entry)) in room.chunks_exact_mut(load.format.payload_bytes()).zip(&load.entries) {
-            part.copy_from_slice(entry.payload());
+        for (part, (_, kv)) in room.chunks_exact_mut(load.format.payload_bytes()).zip(&load.entries) {
+            part.copy_from_slice(kv);
         }
         std::hint::black_box(&mut room);
         load.num_bytes() as f64 / started_at.elapsed().as_secs_f64()
@@ -228,8 +235,8 @@ fn one_file(path: &Path, load: &Load) -> anyhow::Result<(f64, f64)> {
     let rate = |started_at: Instant| load.num_bytes() as f64 / started_at.elapsed().as_secs_f64();
     let started_at = Instant::now();
     let mut file = std::fs::File::create(path)?;
-    for (_, entry) in &load.entries {
-        file.write_all(entry.payload())?;
+    for (_, kv) in &load.entries {
+        file.write_all(kv)?;
     }
     file.sync_data()?;
     let put = rate(started_at);
@@ -249,11 +256,11 @@ async fn redis_alone(url: &str, load: &Load) -> anyhow::Result<(f64, f64)> {
     let rate = |started_at: Instant| load.num_bytes() as f64 / started_at.elapsed().as_secs_f64();
     let key = |name: &ContentName| format!("tandem-bench-alone-{:032x}", name.key.0);
     let started_at = Instant::now();
-    let sets = stream::iter(&load.entries).map(|(name, entry)| {
+    let sets = stream::iter(&load.entries).map(|(name, kv)| {
         let mut connection = connection.clone();
         async move {
             let mut set = redis::cmd("SET");
-            set.arg(key(name)).arg(entry.payload()).arg("EX").arg(60);
+            set.arg(key(name)).arg(kv.as_slice()).arg("EX").arg(60);
             set.query_async::<()>(&mut connection).await
         }
     });
