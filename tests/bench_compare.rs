@@ -110,6 +110,31 @@ async fn setups_are_compared_in_turn_and_drawn() {
     look_at(&page, dir);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn interference_sends_streams_alone_and_beside_prompts_and_counts_each() {
+    let folder = Folder::new("interference");
+    let dir = &folder.0;
+    let (_mock, base_url) = mock("mock", &["--ttft-ms", "4", "--itl-ms", "8"], dir).await;
+    let setups = format!("[[setup]]\nname = 'mock'\nbase_url = '{base_url}'\n");
+    std::fs::write(dir.join("setups.toml"), setups).unwrap();
+    let result = dir.join("interference.json");
+    let paths = format!("--setups {} --save-result {}", dir.join("setups.toml").display(), result.display());
+    let sizes = "--num-seeds 2 --num-streams 3 --stream-output-len 40 --prompt-len 32 --num-calibrations 4 --load 0.2";
+    let table = ok(bench(words(&format!("interference {paths} {sizes} -- --model m"))).await);
+    assert!(table.contains("beside prompts") && table.contains("p99"), "{table}");
+
+    let mock = &json(&result)["setups"]["mock"];
+    let rounds = mock["rounds"].as_array().unwrap();
+    let num_prompts: u64 = rounds.iter().map(|round| round["num_prompts"].as_u64().unwrap()).sum();
+    assert!(rounds.len() == 2 && num_prompts >= 2, "{mock}");
+    let truth = reqwest::get(format!("{base_url}/truth")).await.unwrap().json::<Value>().await.unwrap();
+    assert_eq!(truth["completed"].as_u64().unwrap(), 2 * (4 + 2 * 3) + num_prompts, "{mock}");
+    let p99 = |round: &Value, of: &str| round[of]["p99_ms"].as_f64().unwrap();
+    let factor = rounds.iter().map(|round| p99(round, "itl_beside_prompts") / p99(round, "itl_alone")).product::<f64>();
+    let told = mock["p99_itl_factor"]["ratio"].as_f64().unwrap();
+    assert!((told - factor.sqrt()).abs() < 1e-9, "{mock}");
+}
+
 /// Opens the page without a network and measures every picture where it is shown.
 fn look_at(page: &Path, dir: &Path) {
     const MEASURE: &str = "<script>const boxes=[...document.querySelectorAll('svg')].map(svg=>{\

@@ -17,6 +17,7 @@ use crate::ratio::Ratio;
 use crate::serve::provenance::Provenance;
 use crate::serve::report::Report;
 use crate::serve::{ServeArgs, measure};
+use crate::setup::rounds::in_turn;
 use crate::setup::server::Server;
 use crate::setup::{self, Setup};
 
@@ -121,48 +122,18 @@ pub fn run(args: &CompareArgs, provenance: Provenance) -> anyhow::Result<Compari
     let all_flags: Vec<ServeArgs> =
         setups.iter().map(|setup| serve_args(setup, &args.serve_flags)).collect::<anyhow::Result<_>>()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    let comparison = runtime.block_on(compare(args, &setups, &all_flags, provenance))?;
+    let rounds =
+        runtime.block_on(in_turn(&setups, args.num_seeds, args.keep_running, async |round, index, server| {
+            let flags = &all_flags[index];
+            measure_setup(server, ServeArgs { seed: flags.seed + round, ..flags.clone() }, provenance.clone()).await
+        }))?;
+    let names = setups.iter().map(|setup| setup.name.clone()).collect();
+    let comparison = Comparison { names, rounds, provenance };
     if let Some(path) = &args.save_result {
         let text = format!("{:#}\n", comparison.to_json());
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
     Ok(comparison)
-}
-
-async fn compare(
-    args: &CompareArgs,
-    setups: &[Setup],
-    all_flags: &[ServeArgs],
-    provenance: Provenance,
-) -> anyhow::Result<Comparison> {
-    let mut kept: Vec<Option<Server>> = setups.iter().map(|_| None).collect();
-    let mut rounds = Vec::new();
-    for round in 0..args.num_seeds {
-        let mut results = vec![Value::Null; setups.len()];
-        for place in 0..setups.len() {
-            let index = (place + round as usize) % setups.len();
-            let (setup, flags) = (&setups[index], &all_flags[index]);
-            eprintln!("round {} of {}: {}", round + 1, args.num_seeds, setup.name);
-            let server = match kept[index].take() {
-                Some(server) => server,
-                None => Server::start(setup, &[]).await?,
-            };
-            let flags = ServeArgs { seed: flags.seed + round, ..flags.clone() };
-            let result = measure_setup(&server, flags, provenance.clone()).await;
-            results[index] = result.with_context(|| format!("round {} of {}", round + 1, setup.name))?;
-            if args.keep_running {
-                kept[index] = Some(server);
-            } else {
-                server.stop().await;
-            }
-        }
-        rounds.push(results);
-    }
-    for server in kept.into_iter().flatten() {
-        server.stop().await;
-    }
-    let names = setups.iter().map(|setup| setup.name.clone()).collect();
-    Ok(Comparison { names, rounds, provenance })
 }
 
 impl Comparison {

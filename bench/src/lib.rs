@@ -4,8 +4,8 @@
 //! prints prompt tokens per second and decode tokens per second at several batch sizes. `tandem bench transfer`
 //! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
-//! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `sweep` over every
-//! combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
+//! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `interference` says what
+//! long prompts do to the streams beside them, `sweep` tries every combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
 //! `tandem bench replay` counts the blocks of a trace that a pool finds under each eviction policy, `tandem bench
 //! index` how fast blocks are found and what that takes, `tandem bench store` how fast KV goes into a tier and out.
 //!
@@ -13,7 +13,7 @@
 //!    [`random_checkpoint`]: models to measure with.
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
-//! 4. [`setup`], [`compare`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
+//! 4. [`setup`], [`compare`], [`interference`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
 //! 5. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks. [`store_bench`]: the
 //!    tiers beyond the pool.
 #![forbid(unsafe_code)]
@@ -22,6 +22,7 @@
 pub mod compare;
 pub mod engine_bench;
 pub mod index_bench;
+pub mod interference;
 pub mod mock;
 pub mod random_checkpoint;
 pub mod ratio;
@@ -58,6 +59,8 @@ enum Args {
     Serve(Box<serve::ServeArgs>),
     /// Several set-ups under the same loads in turn, as ratios with confidence intervals.
     Compare(compare::CompareArgs),
+    /// What long prompts that keep arriving do to the inter-token latency of running streams.
+    Interference(interference::InterferenceArgs),
     /// Every combination of flags of client and server; goes on where it was cut off.
     Sweep(sweep::SweepArgs),
     /// One self-contained HTML page of results that serve, compare or sweep have written.
@@ -79,6 +82,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Store(store) => told(store_bench::run(&store)),
         Args::Serve(serve) => told(serve::run(*serve, Provenance::of_process(&args))),
         Args::Compare(compare) => told(compare::run(&compare, Provenance::of_process(&args))),
+        Args::Interference(interference) => told(interference::run(&interference, Provenance::of_process(&args))),
         Args::Sweep(sweep) => told(sweep::run(&sweep, Provenance::of_process(&args))),
         Args::Report(report) => told(report::run(&report)),
         Args::Mock(mock) => told(mock::run(&mock)),

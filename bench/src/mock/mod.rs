@@ -164,16 +164,25 @@ impl fmt::Display for Truth {
 }
 
 async fn completions(State(server): State<Arc<Server>>, Json(body): Json<Value>) -> Response {
-    answer(server, &body, &body["max_tokens"], |text| json!({"index": 0, "text": text, "finish_reason": null}))
+    let choice = |text: &str| json!({"index": 0, "text": text, "finish_reason": null});
+    answer(server, &body, &body["max_tokens"], "text_completion", choice)
 }
 
 async fn chat(State(server): State<Arc<Server>>, Json(body): Json<Value>) -> Response {
     let limit =
         if body["max_completion_tokens"].is_null() { &body["max_tokens"] } else { &body["max_completion_tokens"] };
-    answer(server, &body, limit, |text| json!({"index": 0, "delta": {"content": text}, "finish_reason": null}))
+    let choice = |text: &str| json!({"index": 0, "delta": {"content": text}, "finish_reason": null});
+    answer(server, &body, limit, "chat.completion.chunk", choice)
 }
 
-fn answer(server: Arc<Server>, body: &Value, limit: &Value, choice: fn(&str) -> Value) -> Response {
+/// `object` is what OpenAI calls an event of this answer: some clients read nothing of another name.
+fn answer(
+    server: Arc<Server>,
+    body: &Value,
+    limit: &Value,
+    object: &'static str,
+    choice: fn(&str) -> Value,
+) -> Response {
     // The clock of a request begins where a server can first know of it.
     let begun = Instant::now();
     let refused =
@@ -189,7 +198,8 @@ fn answer(server: Arc<Server>, body: &Value, limit: &Value, choice: fn(&str) -> 
     let times = server.script.next(num_tokens);
     let tokens = tokens(server.clock.clone(), begun, times.clone()).map(move |number| {
         let usage = json!({"prompt_tokens": num_prompt_tokens, "completion_tokens": number});
-        json!({"object": "chunk", "model": "mock", "choices": [choice("word ")], "usage": usage}).to_string()
+        json!({"id": "mock", "object": object, "model": "mock", "choices": [choice("word ")], "usage": usage})
+            .to_string()
     });
     let usage = json!({"prompt_tokens": num_prompt_tokens, "completion_tokens": num_tokens,
         "total_tokens": num_prompt_tokens + num_tokens});
@@ -198,7 +208,7 @@ fn answer(server: Arc<Server>, body: &Value, limit: &Value, choice: fn(&str) -> 
         if answered.len() < NUM_REMEMBERED_MAX {
             answered.push(times);
         }
-        json!({"object": "chunk", "model": "mock", "choices": [], "usage": usage}).to_string()
+        json!({"id": "mock", "object": object, "model": "mock", "choices": [], "usage": usage}).to_string()
     });
     let done = futures::stream::once(async { "[DONE]".to_string() });
     Sse::new(tokens.chain(end).chain(done).map(|data| Ok::<_, Infallible>(Event::default().data(data)))).into_response()

@@ -152,6 +152,10 @@ pub struct ServeArgs {
     /// event (vLLM's continuous_usage_stats) and where the time went (Tandem's include_timeline).
     #[arg(long)]
     pub openai_strict: bool,
+    /// Open a connection for every request. For endpoints that close one behind an answer without saying so
+    /// (llama.cpp's server does), which is seen only when the next request is lost with it.
+    #[arg(long)]
+    pub no_keep_alive: bool,
     /// Further fields of every request's body, as a JSON object.
     #[arg(long, value_name = "JSON", value_parser = json_object)]
     pub extra_body: Option<Map<String, Value>>,
@@ -369,6 +373,7 @@ impl ServeArgs {
             request_id_prefix: self.request_id_prefix.clone(),
             api_key,
             request_timeout: Duration::from_secs_f64(self.request_timeout),
+            keeps_alive: !self.no_keep_alive,
         }
     }
 }

@@ -64,9 +64,11 @@ pub struct Endpoint {
     pub api_key: Option<String>,
     /// From sending to the end of the answer.
     pub request_timeout: Duration,
+    /// Whether a connection serves another request behind the first.
+    pub keeps_alive: bool,
 }
 
-/// A client of one endpoint. Connections are kept and used again.
+/// A client of one endpoint.
 #[derive(Debug)]
 pub struct Client {
     http: reqwest::Client,
@@ -137,7 +139,8 @@ impl Client {
         if let Some(value) = &mut authorization {
             value.set_sensitive(true);
         }
-        Ok(Self { http: http()?, url, endpoint, authorization })
+        let http = http(endpoint.keeps_alive)?;
+        Ok(Self { http, url, endpoint, authorization })
     }
 
     /// Prepares what costs time, before it is due.
@@ -248,14 +251,16 @@ impl Client {
 }
 
 /// A client that goes straight to the address it is given: a proxy of the environment would be part of the
-/// figures.
+/// figures. Connections are used again if `keeps_alive`.
 ///
 /// # Errors
 /// If TLS cannot be set up.
-pub(crate) fn http() -> anyhow::Result<reqwest::Client> {
+pub(crate) fn http(keeps_alive: bool) -> anyhow::Result<reqwest::Client> {
     // Whoever installed one before has the same.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().redirect(Policy::none()).build().context("set up the HTTP client")
+    let num_idle_max = if keeps_alive { usize::MAX } else { 0 };
+    let builder = reqwest::Client::builder().no_proxy().redirect(Policy::none()).pool_max_idle_per_host(num_idle_max);
+    builder.build().context("set up the HTTP client")
 }
 
 async fn answer(
@@ -310,6 +315,7 @@ mod tests {
             model: "m".into(),
             ignore_eos: false,
             is_strict: false,
+            keeps_alive: true,
             extra_body: Map::new(),
             cancel_fraction: 0.0,
             seed: 0,

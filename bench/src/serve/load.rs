@@ -1,5 +1,6 @@
 //! Sends sessions at the times of a schedule, whatever became of those before.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -28,6 +29,8 @@ pub struct Pace {
 /// session that finds no place waits, in order, and its record tells how long. A place is the time since which
 /// it is free, so what the generator is late is not taken for a wait, nor a wait for lateness. A turn behind
 /// the first is scheduled for when the answer before it has come and the time to think has passed.
+///
+/// When `stop` completes no further session begins; those that have begun go on to their end.
 pub async fn run(
     client: Arc<Client>,
     workload: &Workload,
@@ -35,7 +38,9 @@ pub async fn run(
     schedule: &[Duration],
     pace: Pace,
     progress: &ProgressBar,
+    stop: impl Future<Output = ()>,
 ) -> Vec<RequestRecord> {
+    let mut stop = pin!(stop);
     // Never holds more than one entry for each session.
     let (give_back, mut places) = mpsc::unbounded_channel();
     for _ in 0..pace.max_concurrency.unwrap_or(0).min(schedule.len()) {
@@ -47,10 +52,17 @@ pub async fn run(
         let session = workload.session(phase, index);
         let history = History::default();
         let first = client.ready(Which { phase, session: index, turn: 0 }, &session, &history);
-        tokio::time::sleep_until(start + scheduled).await;
-        let free_since = match pace.max_concurrency {
-            Some(_) => places.recv().await.expect("this function holds a sender"),
-            None => Duration::ZERO,
+        let turn = async {
+            tokio::time::sleep_until(start + scheduled).await;
+            match pace.max_concurrency {
+                Some(_) => places.recv().await.expect("this function holds a sender"),
+                None => Duration::ZERO,
+            }
+        };
+        let free_since = tokio::select! {
+            biased;
+            () = &mut stop => break,
+            free_since = turn => free_since,
         };
         let slot = Slot { start, scheduled, due: scheduled.max(free_since) };
         let (client, progress, give_back) = (client.clone(), progress.clone(), give_back.clone());

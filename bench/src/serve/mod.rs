@@ -64,21 +64,38 @@ pub fn run(args: ServeArgs, provenance: Provenance) -> anyhow::Result<Report> {
 /// # Errors
 /// If a warm-up fails or no request is answered.
 pub async fn measure(args: ServeArgs, provenance: Provenance, api_key: Option<String>) -> anyhow::Result<Report> {
+    let progress = ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
+            .expect("the template is right"),
+    );
+    measure_until(args, provenance, api_key, &progress, std::future::pending()).await
+}
+
+/// [`measure`], but what has not begun when `stop` completes is not sent. `progress` is moved by each session.
+///
+/// # Errors
+/// If a warm-up fails or no request is answered.
+pub async fn measure_until(
+    args: ServeArgs,
+    provenance: Provenance,
+    api_key: Option<String>,
+    progress: &ProgressBar,
+    stop: impl Future<Output = ()>,
+) -> anyhow::Result<Report> {
     let client = Arc::new(Client::new(args.endpoint(api_key))?);
     let (workload, num_sessions) = args.workload()?;
     let pace = args.pace();
     let hidden = ProgressBar::hidden();
     let warmups = vec![Duration::ZERO; args.num_warmups];
-    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, pace, &hidden).await;
+    let never = std::future::pending();
+    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, pace, &hidden, never).await;
     if let Some(failure) = warmups.into_iter().find_map(|record| record.outcome.err()) {
         return Err(anyhow::Error::new(failure).context("a warm-up request failed"));
     }
     let schedule = args.arrivals(&workload).schedule(num_sessions, args.seed);
-    let progress = ProgressBar::new(num_sessions as u64).with_style(
-        ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
-            .expect("the template is right"),
-    );
-    let records = load::run(client, &workload, Phase::Measured, &schedule, pace, &progress).await;
+    progress.set_length(num_sessions as u64);
+    progress.reset();
+    let records = load::run(client, &workload, Phase::Measured, &schedule, pace, progress, stop).await;
     progress.finish_and_clear();
     let summary = Summary::new(&records, &args.goodput);
     if summary.completed == 0 {

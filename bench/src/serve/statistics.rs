@@ -11,6 +11,12 @@ impl Samples {
         (!samples.is_empty()).then_some(Self(samples))
     }
 
+    /// How many there are, at least one.
+    #[allow(clippy::len_without_is_empty)] // There is no empty one.
+    pub fn len(&self) -> usize {
+        self.0.len()
+    }
+
     /// The arithmetic mean.
     pub fn mean(&self) -> f64 {
         self.0.iter().sum::<f64>() / self.0.len() as f64

@@ -5,6 +5,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use reqwest::StatusCode;
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::Setup;
@@ -50,14 +51,19 @@ impl Server {
     }
 
     async fn ready(&mut self, setup: &Setup) -> anyhow::Result<()> {
-        let http = crate::serve::client::http()?;
-        let url = format!("{}/v1/models", setup.base_url.trim_end_matches('/'));
+        let http = crate::serve::client::http(false)?;
+        let base = setup.base_url.trim_end_matches('/');
         loop {
             if let Some(status) = self.child.as_mut().map(Child::try_wait).transpose()?.flatten() {
                 anyhow::bail!("{} ended before it answered ({status}); its last words are above", setup.name);
             }
-            let look = http.get(&url).timeout(LOOK_TIMEOUT).send();
-            if look.await.is_ok_and(|response| response.status().is_success()) {
+            let look = |path: &str| http.get(format!("{base}{path}")).timeout(LOOK_TIMEOUT).send();
+            // Not every endpoint has /health; one that has it may name its model before it can serve.
+            let is_there = look("/v1/models").await.is_ok_and(|response| response.status().is_success());
+            let is_waiting = || async {
+                look("/health").await.is_ok_and(|response| response.status() == StatusCode::SERVICE_UNAVAILABLE)
+            };
+            if is_there && !is_waiting().await {
                 return Ok(());
             }
             tokio::time::sleep(POLL).await;

@@ -92,6 +92,8 @@ fn s3(url: &Url) -> Result<RemoteStorage, BadRemoteUrl> {
     if let Some(endpoint) = query.get("endpoint") {
         builder = builder.endpoint(endpoint);
     }
+    // Storage over HTTP has no client without it. TLS is the provider's that the process has installed.
+    opendal::install_default();
     Ok(RemoteStorage { operator: built(Operator::new(builder))?, shown: without_credentials(url), can_list: false })
 }
 

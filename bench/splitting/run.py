@@ -1,0 +1,248 @@
+#!/usr/bin/env python3
+"""What splitting prefill from decode is worth on this machine: five comparisons, one command each.
+
+    cargo build --release
+    target/release/tandem model random s /tmp/model-s
+    python bench/splitting/run.py interference --tandem target/release/tandem --model /tmp/model-s --out results
+
+| comparison | says |
+|---|---|
+| interference | p99 ITL of running streams while long prompts keep arriving, over p99 ITL without them |
+| price | TTFT of one request at a time, split over colocated on the same cores, by length of the prompt |
+| apart | settings that move TTFT and leave ITL, and the reverse |
+| goodput | requests per second that meet three pairs of SLOs, on a trace (`--trace`, Mooncake's format) |
+| cost | CPU seconds per 1,000 output tokens, and resident memory |
+
+Set-ups: `split` (prefill node on core 0, decode node on core 1), `one-core` and `two-cores` (one decode node that
+prefills by itself), `llama` (`--llama-server` and `--gguf`, see bench/peers/to_gguf.py), `vllm` (`--vllm`, the
+program of its CPU build). All are started anew for each round, take turns, and get the same load; the load
+generator and the proxy run on either core, and what they take is printed. Nothing else should run meanwhile.
+"""
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+HERE = pathlib.Path(__file__).parent
+PORT = 18100
+KV_BYTES = "1GiB"
+CONTEXT = 16384
+# Time to the first token and the longest gap between two of an answer, in milliseconds, as multiples of what the
+# split set-up needs for a median prompt and a step: see `goodput`.
+SLOS = {"tight ITL": (8.0, 1.5), "tight TTFT": (2.0, 6.0), "both": (2.0, 1.5)}
+
+
+def toml(setups):
+    quoted = lambda value: json.dumps(str(value))
+    text = ""
+    for setup in setups:
+        text += f"[[setup]]\nname = {quoted(setup['name'])}\nbase_url = {quoted(setup['url'])}\n"
+        text += f"start = [{', '.join(quoted(word) for word in setup['start'])}]\n"
+        text += f"flags = [{', '.join(quoted(word) for word in setup['flags'])}]\nready_seconds = 600\n"
+        env = ", ".join(f"{key} = {quoted(value)}" for key, value in setup.get("env", {}).items())
+        text += f"env = {{ {env} }}\n\n"
+    return text
+
+
+class Setups:
+    """Every set-up of the comparisons, on ports of its own."""
+
+    def __init__(self, args):
+        self.args = args
+        self.certs = args.out / "certs"
+        if not self.certs.exists():
+            subprocess.run([args.tandem, "certs", "--dir", self.certs, "--prefill-node", "prefill-0", "--prefill-node",
+                            "prefill-1", "--decode-node", "decode-0", "--proxy", "proxy"], check=True,
+                           stdout=subprocess.DEVNULL)
+        self.num = 0
+
+    def ports(self):
+        self.num += 1
+        return PORT + 10 * self.num
+
+    def tandem(self, name, prefill=("0",), decode="1", threads=1, prefill_flags=(), decode_flags=(), proxy_flags=()):
+        """Three roles as processes; `prefill` has the cores of each prefill node, `decode` those of the decode node."""
+        port = self.ports()
+        common = f"--tls-dir {self.certs} --model {self.args.model} --log-level warn"
+        engine = f"{common} --kv-cache-memory-bytes {KV_BYTES} --threads {threads} --max-model-len {CONTEXT}"
+        lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
+        for index, cores in enumerate(prefill):
+            at = port + 2 + index
+            lines.append(f"taskset -c {cores} {self.args.tandem} prefill-node --node-id prefill-{index} --port {at} "
+                         f"--metrics-port 0 {engine} {' '.join(prefill_flags)} &")
+            nodes += f" --prefill-node 127.0.0.1:{at}"
+        lines.append(f"taskset -c {decode} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
+                     f"--metrics-port 0 {engine} {' '.join(decode_flags)} &")
+        lines.append(f"{self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
+        return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait"])],
+                "flags": ["--model", self.args.model]}
+
+    def split(self, name="split", **more):
+        return self.tandem(name, **more)
+
+    def colocated(self, cores, name=None, chunk=None):
+        """One decode node that prefills by itself, in chunks of `chunk` tokens."""
+        chunk = chunk or self.args.chunk
+        threads = len(cores.split(","))
+        flags = (f"--max-num-batched-tokens {chunk}", f"--local-prefill-tokens {chunk}")
+        return self.tandem(name or ("one-core" if threads == 1 else "two-cores"), prefill=(), decode=cores,
+                           threads=threads, decode_flags=flags)
+
+    def llama(self):
+        port = self.ports()
+        start = [self.args.llama_server, "-m", self.args.gguf, "--host", "127.0.0.1", "--port", port, "-t", 2, "-tb", 2,
+                 "-c", CONTEXT * 8, "--parallel", 8, "--no-webui", "--log-disable", "-fa", "on"]
+        return {"name": "llama", "url": f"http://127.0.0.1:{port}", "start": start,
+                "flags": ["--model", "m", "--no-keep-alive"]}
+
+    def vllm(self, name="vllm", budget=None):
+        port = self.ports()
+        start = [self.args.vllm, "serve", self.args.model, "--host", "127.0.0.1", "--port", port, "--dtype", "bfloat16",
+                 "--max-model-len", CONTEXT, "--max-num-seqs", 64, "--disable-log-stats"]
+        start += ["--max-num-batched-tokens", budget] if budget else []
+        env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "HF_HUB_OFFLINE": "1",
+               "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        return {"name": name, "url": f"http://127.0.0.1:{port}", "start": start, "env": env,
+                "flags": ["--model", self.args.model]}
+
+    def peers(self):
+        found = [self.llama()] if self.args.llama_server else []
+        return found + ([self.vllm()] if self.args.vllm else [])
+
+
+def bench(args, command, name, setups, flags, serve_flags):
+    """Runs a `tandem bench` command over set-ups and returns what it wrote; its table goes to the output."""
+    path, result = args.out / f"{name}.toml", args.out / f"{name}.json"
+    path.write_text(toml(setups))
+    vocab = json.loads((pathlib.Path(args.model) / "config.json").read_text())["vocab_size"]
+    all_flags = [args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
+                 *flags, "--", "--vocab-size", min(vocab, 500), *serve_flags]
+    before = os.times()
+    subprocess.run([str(flag) for flag in all_flags], check=True)
+    print(f"\n(of the processes started here, the servers included: "
+          f"{os.times().children_user + os.times().children_system - before.children_user - before.children_system:.1f} CPU s)\n",
+          flush=True)
+    return json.loads(result.read_text())
+
+
+def interference(args, setups):
+    chosen = [setups.split(), setups.colocated("0"), setups.colocated("0,1"), *setups.peers()]
+    if args.vllm:
+        chosen.append(setups.vllm("vllm-256", 256))
+    bench(args, "interference", "interference", chosen,
+          ["--prompt-len", args.prompt_len, "--stream-output-len", args.stream_len], ["--num-warmups", 2])
+
+
+def price(args, setups):
+    rows = []
+    for length in args.lengths:
+        both = setups.split("split", prefill=("0,1",), decode="0,1", threads=2)
+        halves = setups.split("split-one-core-each")
+        result = bench(args, "compare", f"price-{length}", [setups.colocated("0,1"), both, halves], [],
+                       ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
+                        "--random-output-len", 16, "--ignore-eos", "--num-warmups", 2])
+        ratios = result["ratios_to_first"]["median_ttft_ms"]
+        mean = lambda index, figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
+        rows.append([length, f"{mean(0, 'median_ttft_ms'):.1f}", f"{mean(1, 'median_ttft_ms'):.1f}",
+                     interval(ratios["split"]), interval(ratios["split-one-core-each"]),
+                     f"{mean(1, 'median_first_gap_ms') / mean(1, 'median_itl_ms'):.2f}"])
+    table(["prompt tokens", "TTFT colocated, ms", "TTFT split, ms", "ratio", "ratio, one core each",
+           "gap #1 to #2, in ITLs"], rows)
+
+
+def apart(args, setups):
+    variants = [
+        setups.split("base", prefill_flags=("--max-num-batched-tokens 512",)),
+        setups.split("prefill-chunk-64", prefill_flags=("--max-num-batched-tokens 64",)),
+        setups.split("two-prefill-nodes", prefill=("0", "0")),
+        setups.split("decode-seqs-4", decode_flags=("--max-num-seqs 4",)),
+        setups.split("local-prefill", decode_flags=("--local-prefill-tokens 512",),
+                     proxy_flags=("--local-prefill-max-tokens 1000000",)),
+        setups.split("local-prefill-32", decode_flags=("--local-prefill-tokens 32",),
+                     proxy_flags=("--local-prefill-max-tokens 1000000",)),
+    ]
+    result = bench(args, "compare", "apart", variants, [],
+                   ["--num-prompts", args.requests, "--request-rate", args.rate, "--random-input-len", 512,
+                    "--random-output-len", 128, "--random-range-ratio", 0.5, "--ignore-eos", "--num-warmups", 2])
+    rows = [[name, *(interval(result["ratios_to_first"][figure][name]) for figure in ("median_ttft_ms", "p99_itl_ms"))]
+            for name in result["setups"][1:]]
+    table(["setting", "TTFT to base", "p99 ITL to base"], rows)
+
+
+def goodput(args, setups):
+    assert args.trace, "--trace is missing: a file in Mooncake's format"
+    chosen = [setups.split(), setups.colocated("0"), setups.colocated("0,1"), *setups.peers()]
+    result = bench(args, "compare", "goodput", chosen, [],
+                   ["--dataset-name", "mooncake", "--dataset-path", args.trace, "--trace-length-divisor", 16,
+                    "--num-prompts", args.requests, "--request-rate", args.rate, "--ignore-eos", "--save-detailed",
+                    "--num-warmups", 2])
+    # The objectives follow from the machine: what the split set-up needs at the median, times a factor.
+    base = result["rounds"][0][0]
+    median_ttft, median_itl = base["median_ttft_ms"], base["median_itl_ms"]
+    rows = []
+    for name, (of_ttft, of_itl) in SLOS.items():
+        ttft_max, itl_max = of_ttft * median_ttft, of_itl * median_itl
+        cells = []
+        for index, _ in enumerate(result["setups"]):
+            rates = []
+            for round in result["rounds"]:
+                run = round[index]
+                good = sum(not error and ttft * 1e3 <= ttft_max and max(itls, default=0) * 1e3 <= itl_max
+                           for ttft, itls, error in zip(run["ttfts"], run["itls"], run["errors"]))
+                rates.append((good / run["duration"], good / len(run["ttfts"])))
+            cells.append(" / ".join(f"{rate:.2f} ({share:.0%})" for rate, share in rates))
+        rows.append([f"{name}: TTFT {ttft_max:.0f} ms, ITL {itl_max:.1f} ms", *cells])
+    table(["objectives", *(f"{name}, good requests/s by round" for name in result["setups"])], rows)
+
+
+def cost(args, setups):
+    chosen = [setups.split(), setups.colocated("0"), setups.colocated("0,1"), *setups.peers()]
+    bench(args, "compare", "cost", chosen, [],
+          ["--num-prompts", args.requests, "--max-concurrency", 4, "--random-input-len", 512, "--random-output-len", 128,
+           "--ignore-eos", "--num-warmups", 2])
+
+
+def interval(ratio):
+    if ratio is None:
+        return "none"
+    return f"{ratio['ratio']:.2f}" + (f" [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio["low"] else "")
+
+
+def table(head, rows):
+    print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
+    for row in rows:
+        print("| " + " | ".join(str(cell) for cell in row) + " |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    comparisons = {found.__name__: found for found in (interference, price, apart, goodput, cost)}
+    parser.add_argument("comparison", choices=comparisons)
+    parser.add_argument("--tandem", required=True, help="the release binary")
+    parser.add_argument("--model", required=True, help="a Hugging Face folder")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for set-ups and results")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
+    parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")
+    parser.add_argument("--chunk", type=int, default=128, help="tokens of a colocated prompt chunk: tune it first")
+    parser.add_argument("--prompt-len", type=int, default=1024, help="interference: tokens of a long prompt")
+    parser.add_argument("--stream-len", type=int, default=512, help="interference: tokens of a stream")
+    parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")],
+                        default=[64, 256, 512, 1024, 2048, 4096, 8192], help="price: prompt lengths")
+    parser.add_argument("--trace", help="goodput: a trace in Mooncake's format")
+    parser.add_argument("--llama-server", help="llama.cpp's server; needs --gguf")
+    parser.add_argument("--gguf", help="the same weights for it")
+    parser.add_argument("--vllm", help="the program of vLLM's CPU build")
+    args = parser.parse_args()
+    if args.llama_server and not args.gguf:
+        sys.exit("--llama-server needs --gguf: python bench/peers/to_gguf.py MODEL FILE")
+    args.tandem = str(pathlib.Path(args.tandem).resolve())
+    args.out = args.out.resolve()
+    args.out.mkdir(parents=True, exist_ok=True)
+    comparisons[args.comparison](args, Setups(args))
+
+
+if __name__ == "__main__":
+    main()
