@@ -11,6 +11,22 @@ pub trait KvMemory: Send + Sync {
     /// Writes `bytes` at `byte_offset` of the extent that begins at `first_granule`.
     fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]);
 
+    /// Lets `fill` write `num_bytes` at `byte_offset` of the extent that begins at `first_granule`: it gets them
+    /// where they lie, in ascending order, in as few pieces as there are, and may read back what it wrote.
+    fn fill_at(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        byte_offset: usize,
+        num_bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) {
+        let mut bytes = vec![0; num_bytes];
+        fill(&mut bytes);
+        self.write_at(layer, blocks, first_granule, byte_offset, &bytes);
+    }
+
     /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
     fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
 

@@ -318,6 +318,20 @@ impl KvMemory for KvPool {
         self.write_at(layer, blocks, first_granule, byte_offset, bytes);
     }
 
+    fn fill_at(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        byte_offset: usize,
+        num_bytes: usize,
+        fill: &mut dyn FnMut(&mut [u8]),
+    ) {
+        self.for_runs(layer, blocks, first_granule, byte_offset, num_bytes, |offset, run| {
+            self.arena.fill(offset, run.len(), &mut *fill);
+        });
+    }
+
     fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]) {
         self.read_granules(layer, blocks, first_granule, num_granules, out);
     }

@@ -79,6 +79,14 @@ impl KvArena {
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
     }
 
+    /// Lets `fill` write the `len` bytes at `offset` where they lie. Panics beyond the end.
+    pub fn fill(&self, offset: usize, len: usize, fill: impl FnOnce(&mut [u8])) {
+        let into = self.bytes(offset, len);
+        // SAFETY: in bounds by `bytes` and initialised (zeroed by the kernel); nobody else accesses these bytes
+        // meanwhile (the module's invariant), and the reference does not outlive the call.
+        fill(unsafe { std::slice::from_raw_parts_mut(into, len) })
+    }
+
     /// Zeroes a range. Panics beyond the end.
     pub fn zero(&self, range: Range<usize>) {
         assert!(range.start <= range.end, "a range runs forward");
@@ -127,6 +135,9 @@ mod tests {
         arena.zero(100..104);
         arena.read(100, &mut bytes);
         assert_eq!(bytes, [0, 0, 0, 0, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]);
+        arena.fill(104, 3, |bytes| bytes.iter_mut().for_each(|byte| *byte += 1));
+        arena.read(100, &mut bytes);
+        assert_eq!(bytes[..8], [0, 0, 0, 0, 8, 8, 8, 7]);
         assert_eq!(arena.len(), 10_000);
         assert!(!arena.is_empty());
     }

@@ -46,15 +46,32 @@ impl Arriving {
     /// [`RefusedExtent::WrongSize`] beyond the announced size, [`RefusedExtent::Closed`]; nothing is
     /// written then.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), RefusedExtent> {
-        let end = self.num_bytes + bytes.len();
-        if end > self.header.num_payload_bytes as usize {
-            return Err(RefusedExtent::WrongSize);
-        }
+        let end = self.end_of(bytes.len())?;
         let plan = &self.state.plan;
-        let first_granule = self.header.extent.first_token as usize / GRANULE_TOKENS;
-        let layer = u32::from(self.header.extent.layer);
+        let (layer, first_granule) = self.first_granule();
         self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, self.num_bytes, bytes))?;
         self.hasher.update(bytes);
+        self.num_bytes = end;
+        Ok(())
+    }
+
+    /// Lets `read` fill the next `num_bytes` of the blocks, in ascending pieces, and hashes what it put there: what
+    /// is in the blocks is what the digest speaks of, though its source may change meanwhile.
+    ///
+    /// # Errors
+    /// As [`write`](Self::write).
+    pub(super) fn fill(&mut self, num_bytes: usize, mut read: impl FnMut(&mut [u8])) -> Result<(), RefusedExtent> {
+        let end = self.end_of(num_bytes)?;
+        let plan = &self.state.plan;
+        let (layer, first_granule) = self.first_granule();
+        let hasher = &mut self.hasher;
+        let mut fill = |bytes: &mut [u8]| {
+            read(bytes);
+            hasher.update(bytes);
+        };
+        self.state.while_open(|| {
+            plan.memory.fill_at(layer, &plan.blocks, first_granule, self.num_bytes, num_bytes, &mut fill);
+        })?;
         self.num_bytes = end;
         Ok(())
     }
@@ -83,6 +100,18 @@ impl Arriving {
     /// Resolves when the landing is closed.
     pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
         self.state.closed.clone().cancelled_owned()
+    }
+
+    /// Where the extent is behind `num_bytes` more.
+    fn end_of(&self, num_bytes: usize) -> Result<usize, RefusedExtent> {
+        let end = self.num_bytes + num_bytes;
+        if end > self.header.num_payload_bytes as usize { Err(RefusedExtent::WrongSize) } else { Ok(end) }
+    }
+
+    /// The layer, and the granule of the sequence that the extent begins with.
+    fn first_granule(&self) -> (u32, usize) {
+        let extent = &self.header.extent;
+        (u32::from(extent.layer), extent.first_token as usize / GRANULE_TOKENS)
     }
 
     fn verify(&mut self) -> Result<(), RefusedExtent> {

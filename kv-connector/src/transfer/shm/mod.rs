@@ -12,21 +12,20 @@
 //!
 //! one extent, one bidirectional stream
 //!   header, runs (offset, bytes) ──────────────────>  admit, hold the runs against pool and payload
-//!                                                     slice by slice: copy, digest, write into own blocks
+//!                                                     slice by slice: copy into own blocks, hash them there
 //!   the blocks may change again  <───────── taken ──  digest right: verified
 //! ```
 //!
-//! The sender hashes its blocks and moves nothing; the receiver takes it in one pass, by way of a
-//! slice that stays in its cache, into its own reserved blocks.
+//! The sender hashes its blocks and moves nothing; the receiver takes it in one pass: it copies a slice into
+//! its own reserved blocks and hashes it there while it is in the cache.
 //!
 //! **One trust domain.** Who is attached can read the sender's whole pool, the KV of every request. Both ends
 //! hold certificates of one cluster, are the same user on the same host, and were told so by their operator
 //! (`--kv-transports`). Nobody but the sender can write: the memory is sealed against it.
 //!
 //! **No byte is trusted for having been read.** The sender may change a block while it is being read, by
-//! mistake or because it gave the request up. The receiver hashes the slice that it copied, never the shared
-//! memory a second time, and writes that very slice into its blocks; so what is in its blocks is what was
-//! proven, or the extent is refused. That is also why no block needs quarantine here: what may run on after a
+//! mistake or because it gave the request up. The receiver reads the shared memory once and hashes its own
+//! copy, in its own blocks; so what is in its blocks is what was proven, or the extent is refused. That is also why no block needs quarantine here: what may run on after a
 //! stop, a lost connection or a closed landing is a read, and a read that comes too late changes nothing at
 //! the sender and fails its digest, or has no landing, at the receiver. In a design where the sender writes
 //! into the receiver's memory, a write that cannot be proven to have stopped would have to keep the
@@ -56,7 +55,7 @@ pub(crate) use attach::Mapping;
 pub(crate) use registrar::Registrar;
 pub use registrar::SharedPool;
 
-/// Copied, hashed and written at a time: stays in the second-level cache, takes some 20 microseconds, and
+/// Copied and hashed at a time: stays in the second-level cache, takes some 20 microseconds, and
 /// is as long as other tasks wait.
 const SLICE_BYTES: usize = 64 << 10;
 
@@ -168,26 +167,27 @@ async fn read_runs(
     decode_runs(&encoded, mapping.num_bytes(), payload_bytes as u32).map_err(refused)
 }
 
-/// Copies the runs, one behind the other, into the blocks of the landing.
+/// Copies the runs, one behind the other, into the blocks of the landing: each byte once, and each slice is hashed
+/// while it is still in the cache.
 async fn copy(mapping: &Mapping, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
-    let mut slice = vec![0; SLICE_BYTES];
-    let mut num_filled = 0;
-    for run in runs {
-        let (mut offset, end) = (run.offset, run.end());
-        while offset < end {
-            let num_bytes = (SLICE_BYTES - num_filled).min((end - offset) as usize);
-            mapping.read(offset, &mut slice[num_filled..][..num_bytes]);
-            offset += num_bytes as u64;
-            num_filled += num_bytes;
-            if num_filled == SLICE_BYTES {
-                arriving.write(&slice)?;
-                num_filled = 0;
-                tokio::task::yield_now().await;
+    let mut rest: usize = runs.iter().map(|run| run.num_bytes as usize).sum();
+    let mut runs = runs.iter().map(|run| (run.offset, run.end()));
+    let (mut offset, mut end) = (0, 0);
+    while rest > 0 {
+        let num_bytes = SLICE_BYTES.min(rest);
+        arriving.fill(num_bytes, |mut bytes| {
+            while !bytes.is_empty() {
+                if offset == end {
+                    (offset, end) = runs.next().expect("the runs are as long as their sum");
+                }
+                let (now, later) = bytes.split_at_mut(bytes.len().min((end - offset) as usize));
+                mapping.read(offset, now);
+                offset += now.len() as u64;
+                bytes = later;
             }
-        }
+        })?;
+        rest -= num_bytes;
+        tokio::task::yield_now().await;
     }
-    match num_filled {
-        0 => Ok(()),
-        _ => arriving.write(&slice[..num_filled]),
-    }
+    Ok(())
 }
