@@ -281,7 +281,7 @@ impl KvPool {
         }
     }
 
-    /// Cuts `len` bytes, from `byte_offset` of the extent on, where blocks end: calls
+    /// Cuts `len` bytes, from `byte_offset` of the extent on, where neighbouring blocks end: calls
     /// `visit(offset in the arena, range of the bytes)`.
     fn for_runs(
         &self,
@@ -298,8 +298,14 @@ impl KvPool {
         let mut done = 0;
         while done < len {
             let (index, within) = ((start + done) / block_bytes, (start + done) % block_bytes);
-            let count = (block_bytes - within).min(len - done);
-            visit(self.layout.offset(layer as usize, blocks[index].0) + within, done..done + count);
+            let offset = self.layout.offset(layer as usize, blocks[index].0) + within;
+            let (mut count, mut next) = (block_bytes - within, index + 1);
+            // Blocks that lie one behind the other are one piece: longer copies, longer input to a digest.
+            while count < len - done && self.layout.offset(layer as usize, blocks[next].0) == offset + count {
+                (count, next) = (count + block_bytes, next + 1);
+            }
+            let count = count.min(len - done);
+            visit(offset, done..done + count);
             done += count;
         }
     }
@@ -435,6 +441,23 @@ mod tests {
         });
         assert_eq!(seen, expected);
         assert_eq!(in_file, expected);
+    }
+
+    #[test]
+    fn neighbouring_blocks_are_one_piece_to_see_and_to_fill() {
+        let pool = pool(16, 8);
+        let blocks: Vec<BlockId> = [5, 6, 7, 0, 3, 4].map(BlockId).to_vec();
+        let bytes = noise(pool.extent_bytes(5), 9);
+        let (mut sizes, mut rest) = (Vec::new(), &bytes[..]);
+        pool.fill_at(1, &blocks, 0, pool.extent_bytes(1), pool.extent_bytes(5), &mut |piece| {
+            let (now, later) = rest.split_at(piece.len());
+            piece.copy_from_slice(now);
+            (rest, sizes) = (later, [&sizes[..], &[piece.len() / pool.extent_bytes(1)]].concat());
+        });
+        assert_eq!((sizes, rest.len()), (vec![2, 1, 2], 0));
+        let mut seen = Vec::new();
+        pool.visit_granules(1, &blocks, 1, 5, &mut |_, piece| seen.push(piece.to_vec()));
+        assert_eq!((seen.len(), seen.concat()), (3, bytes));
     }
 
     #[test]
