@@ -99,7 +99,7 @@ enum Stage {
     /// A peer has not answered yet.
     Asking(Asking),
     /// A peer sends.
-    FromPeer(PeerStream),
+    FromPeer(Box<PeerStream>),
     /// A peer will not send.
     Refused,
 }
@@ -155,7 +155,7 @@ impl Fetching {
                 },
                 Stage::Asking(asking) => match asking.await {
                     Ok(stream) => {
-                        self.stage = Stage::FromPeer(stream);
+                        self.stage = Stage::FromPeer(Box::new(stream));
                         self.landing_at = Instant::now();
                         continue;
                     }
