@@ -90,6 +90,7 @@ impl Pair {
             salt: Vec::new(),
             prefill_candidates: if is_split { vec![node_id("p0")] } else { Vec::new() },
             deadline: DEADLINE,
+            prefix_peer: None,
         };
         let (_sender, mut events) = self.link.open(&Open::Generate(Box::new(generate))).await.unwrap();
         let mut generated = Vec::new();

@@ -5,7 +5,7 @@
 //! ```text
 //!  proxy ── Generate ──> generate   admit (blocks reserved) ─> receive ─> stream tokens ─> Done
 //!                           │            │                        │
-//!                        engine       peers: link to a        DecodeHandover (common) decides;
+//!                        engine       a link to a             DecodeHandover (common) decides;
 //!                                     prefill node            landing (kv-connector) takes the bytes
 //! ```
 //!
@@ -18,17 +18,13 @@
 //!
 //! 1. `generate`: one request as a story.
 //! 2. `receive`: the shell around the hand-over state machine.
-//! 3. `prefix_sends`: what a prefill node fetches from here.
-//! 4. `stored`: what the prefix-block store holds, and what is published to it.
-//! 5. `peers`: connections to prefill nodes.
+//! 3. `stored`: what the prefix-block store holds, and what is published to it.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod generate;
 mod node;
 mod node_metrics;
-mod peers;
-mod prefix_sends;
 mod receive;
 mod stored;
 

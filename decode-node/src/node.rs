@@ -13,6 +13,7 @@ use common::wire::{Directory, Generate, GenerateEvent, NodeError, Open};
 use engine::core::EngineHandle;
 use kv_connector::fencing::Fences;
 use kv_connector::membership::NodePresence;
+use kv_connector::peers::Peers;
 use kv_connector::store::NodeStore;
 use kv_connector::transfer::LandingZone;
 use kv_connector::{ControlReceiver, Fabric, IncomingStream};
@@ -21,7 +22,9 @@ use tracing::Instrument;
 
 use crate::generate;
 use crate::node_metrics::NodeMetrics;
-use crate::peers::Peers;
+
+/// Connections to prefill nodes that are kept: as many as have a share of the receive memory by default.
+const NUM_WARM_LINKS_MAX: usize = 64;
 
 /// A decode node over a running engine and a bound fabric.
 pub struct DecodeNode {
@@ -81,7 +84,7 @@ impl DecodeNode {
         let memory: Arc<dyn KvMemory> = engine.pool().clone();
         let metrics = NodeMetrics::new(fabric.hello().node.as_str());
         let node = Node {
-            peers: Peers::new(fabric.clone(), landing_zone.clone()),
+            peers: Peers::new(fabric.clone(), NUM_WARM_LINKS_MAX),
             engine,
             landing_zone,
             memory,

@@ -11,13 +11,12 @@ use common::ids::{ChoiceIndex, Generation, NodeId};
 use common::sampling::{FinishReason, SampledToken};
 use common::timeline::NodeTimeline;
 use common::wire::{ExtentId, Generate, NodeError, Open, Prefill, PrefillControl, PrefillEvent};
-use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan};
+use kv_connector::peers::PeerLink;
+use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan, PrefixSends};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::sync::mpsc;
 
 use crate::generate::{Admitted, End, Ongoing, interrupted};
-use crate::peers::PrefillLink;
-use crate::prefix_sends::PrefixSends;
 
 /// How a hand-over ended well.
 #[derive(Debug, PartialEq, Eq)]
@@ -31,7 +30,7 @@ pub(crate) enum Received {
 /// The stream to the candidate that is being asked, and where its extents land.
 struct Ask {
     index: AskIndex,
-    link: PrefillLink,
+    link: PeerLink,
     /// While the prefill node fetches what is held here.
     fetch: Option<PrefixSends>,
     control: ControlSender,
@@ -40,11 +39,11 @@ struct Ask {
     landed: mpsc::Receiver<LandingEvent>,
 }
 
-type Linking = Pin<Box<dyn Future<Output = (NodeId, Option<PrefillLink>)> + Send>>;
+type Linking = Pin<Box<dyn Future<Output = (NodeId, Option<PeerLink>)> + Send>>;
 
 /// What is being waited for.
 enum Event {
-    Linked(NodeId, Option<PrefillLink>),
+    Linked(NodeId, Option<PeerLink>),
     Prefill(AskIndex, Option<PrefillEvent>),
     Landed(AskIndex, LandingEvent),
     /// An extent of the fetched prefix has left, or could not.
@@ -60,7 +59,7 @@ struct Handover<'o, 'a> {
     started_at: Instant,
     machine: DecodeHandover,
     linking: Option<Linking>,
-    link: Option<PrefillLink>,
+    link: Option<PeerLink>,
     ask: Option<Ask>,
     first_tokens: Option<Vec<SampledToken>>,
     first_extent_at: Option<Instant>,
@@ -311,6 +310,7 @@ impl Handover<'_, '_> {
             credit_bytes,
             deadline: self.ongoing.deadline.saturating_duration_since(tokio::time::Instant::now()),
             local_rest,
+            prefix_peer: generate.prefix_peer.clone(),
         };
         // A long prompt is not sent before the other end reads, which it may never do.
         let open = Open::Prefill(Box::new(prefill));

@@ -36,6 +36,7 @@ pub(crate) async fn load(ongoing: &mut Ongoing<'_>, admitted: &Admitted, found: 
         fetch_bytes_per_second: None,
         round_trip: Duration::ZERO,
         local_rest: None,
+        peer: None,
         stored: Some(StoredPrefix {
             num_tokens: found.num_tokens() as u32,
             load: store.expected_load(found, num_cached_tokens),

@@ -38,7 +38,8 @@ pub struct IncomingStream {
     pub link: Link,
 }
 
-/// Who may open what: the chain proxy, decode node, prefill node, and registration at a proxy.
+/// Who may open what: the chain proxy, decode node, prefill node; prefixes between prefill nodes; and registration at
+/// a proxy.
 pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
     let role = opener.role;
     match (accepter, open) {
@@ -46,6 +47,7 @@ pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
         (Role::DecodeNode, Open::Generate(_) | Open::Watch(_)) => role == Role::Proxy,
         (Role::DecodeNode | Role::PrefillNode, Open::WatchBlocks(_)) => role == Role::Proxy,
         (Role::PrefillNode, Open::Prefill(_)) => role == Role::DecodeNode,
+        (Role::PrefillNode, Open::FetchPrefix(_)) => role == Role::PrefillNode,
         (Role::PrefillNode, Open::Watch(_)) => role != Role::PrefillNode,
         (Role::Proxy, Open::Register(register)) => {
             role != Role::Proxy && (register.role, &register.peer.node) == (role, &opener.node)
@@ -252,8 +254,8 @@ async fn welcome(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::ids::{Epoch, NodeId};
-    use common::wire::{Peer, Register, Watch, WatchBlocks};
+    use common::ids::{Attempt, Epoch, Generation, NodeId, RequestId};
+    use common::wire::{FetchPrefix, Peer, Register, Watch, WatchBlocks};
 
     const ROLES: [Role; 3] = [Role::Proxy, Role::PrefillNode, Role::DecodeNode];
 
@@ -271,6 +273,20 @@ mod tests {
         let expected =
             [(Role::Proxy, Role::PrefillNode), (Role::Proxy, Role::DecodeNode), (Role::DecodeNode, Role::PrefillNode)];
         assert_eq!(allowed(&Open::Watch(Watch {})), expected);
+    }
+
+    #[test]
+    fn only_prefill_nodes_take_prefixes_from_prefill_nodes() {
+        let fetch = FetchPrefix {
+            request: RequestId(1),
+            attempt: Attempt(1),
+            generation: Generation(1),
+            tokens: vec![1; 16].into(),
+            first_token: 0,
+            salt: Vec::new(),
+            deadline: std::time::Duration::ZERO,
+        };
+        assert_eq!(allowed(&Open::FetchPrefix(Box::new(fetch))), [(Role::PrefillNode, Role::PrefillNode)]);
     }
 
     #[test]

@@ -10,14 +10,15 @@
 //! a [`Landing`](transfer::Landing) over the blocks it reserved, and asks with `Prefill`. The prefill node
 //! answers on the stream and sends extents through [`bulk_to`](Fabric::bulk_to); they are written into
 //! the blocks as they arrive and count once their digest is right. A prefix that the decode node holds may first
-//! go the other way over the same bulk connection, into a landing of the prefill node. Whoever drops its half of a stream
-//! cancels what the stream stands for; a lost connection does the same to all its streams.
+//! go the other way over the same bulk connection, into a landing of the prefill node; one that another prefill
+//! node holds comes as from a prefill node to a decode node. Whoever drops its half of a stream cancels what the
+//! stream stands for; a lost connection does the same to all its streams.
 //!
 //! Reading order:
 //!
 //! 1. [`certs`], `tls`: who may speak.
 //! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
-//! 3. [`link`], [`stream`]: messages, and ends that mean something.
+//! 3. [`link`], [`stream`]: messages, and ends that mean something; [`peers`]: links that are kept for the next use.
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
@@ -36,6 +37,7 @@ mod hello;
 pub mod limits;
 pub mod link;
 pub mod membership;
+pub mod peers;
 mod quiet;
 mod socket;
 pub mod store;

@@ -1,4 +1,4 @@
-//! What this node expects of itself and of the way to each decode node: from the settings, from what was
+//! What this node expects of itself and of the way to each other node: from the settings, from what was
 //! measured, or the stated figure before anything was.
 
 use std::collections::HashMap;
@@ -10,8 +10,8 @@ use common::handover::prefix_choice::{UNMEASURED_FETCH_BYTES_PER_SECOND, UNMEASU
 use common::ids::NodeId;
 use common::rate::Rate;
 
-/// An older figure says little of the present load, and forgetting it is how a decode node that failed once is
-/// asked again.
+/// An older figure says little of the present load, and forgetting it is how a node that failed once is asked
+/// again.
 const MEASURED_FOR: Duration = Duration::from_secs(60);
 
 pub(crate) struct Estimates {

@@ -13,6 +13,7 @@ pub(crate) struct NodeMetrics {
     requests: Gauge,
     sent_bytes: Counter,
     fetched_bytes: Counter,
+    sent_to_peer_bytes: Counter,
     queue: Histogram,
     prefill: Histogram,
     fetch: Histogram,
@@ -38,21 +39,27 @@ impl NodeMetrics {
         metrics::describe_counter!(KV_TRANSFERRED_BYTES.name, KV_TRANSFERRED_BYTES.help);
         metrics::describe_counter!(
             "tandem_prefix_choices_total",
-            "What was done about a prefix that the decode node holds and this node lacked"
+            "What was done about a prefix that the decode node, the store or a peer holds and this node lacked"
         );
         metrics::describe_counter!(
             "tandem_prefix_fetches_failed_total",
             "Prefixes that were to be fetched and were computed, in part at least"
         );
-        metrics::describe_counter!("tandem_kv_fetched_bytes_total", "KV that was fetched from decode nodes");
+        metrics::describe_counter!("tandem_kv_fetched_bytes_total", "KV that was fetched from other nodes");
+        metrics::describe_counter!(
+            "tandem_prefixes_served_total",
+            "Prefixes that other prefill nodes asked this one for, by how that ended"
+        );
+        metrics::describe_counter!("tandem_peer_sent_bytes_total", "KV that was sent to other prefill nodes");
         metrics::describe_histogram!(
             "tandem_prefix_fetch_seconds",
-            "From asking a decode node for its prefix to the last extent of it"
+            "From asking another node for its prefix to the last extent of it"
         );
         Self {
             requests: metrics::gauge!(OPEN_REQUESTS.name, labels.clone()),
             sent_bytes: metrics::counter!(KV_TRANSFERRED_BYTES.name, labels.clone()),
             fetched_bytes: metrics::counter!("tandem_kv_fetched_bytes_total", labels.clone()),
+            sent_to_peer_bytes: metrics::counter!("tandem_peer_sent_bytes_total", labels.clone()),
             queue: histogram(REQUEST_QUEUE_SECONDS),
             prefill: histogram(REQUEST_PREFILL_SECONDS),
             fetch: metrics::histogram!("tandem_prefix_fetch_seconds", labels.clone()),
@@ -71,6 +78,14 @@ impl NodeMetrics {
 
     pub(crate) fn count_fetched(&self, num_bytes: u64) {
         self.fetched_bytes.increment(num_bytes);
+    }
+
+    pub(crate) fn count_sent_to_peer(&self, num_bytes: u64) {
+        self.sent_to_peer_bytes.increment(num_bytes);
+    }
+
+    pub(crate) fn count_served(&self, end: &'static str) {
+        self.count("tandem_prefixes_served_total", "end", end);
     }
 
     pub(crate) fn count_prefix_choice(&self, choice: PrefixChoice) {

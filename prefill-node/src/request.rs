@@ -1,4 +1,4 @@
-//! One hand-over as a story: queue, load what the store or fetch what the decode node holds if that is best,
+//! One hand-over as a story: queue, load what the store or fetch what another node holds if that is best,
 //! compute, send each layer as it is written, wait until it is taken, publish.
 
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::node::Node;
+use crate::peer;
 use crate::prefix::{self, Fetching};
 use crate::stored;
 
@@ -98,7 +99,9 @@ async fn admit(
         () = sender.stopped() => return Err(Refusal::Gone),
         stored = stored::find(node, &chain, prefill.tokens.0.len()) => stored,
     };
-    let num_held_tokens = stored.num_tokens().max(prefill.num_held_tokens as usize);
+    let peer_prefix = peer::usable(node, prefill);
+    let num_peer_tokens = peer_prefix.as_ref().map_or(0, |peer| peer.num_tokens);
+    let num_held_tokens = stored.num_tokens().max(prefill.num_held_tokens.max(num_peer_tokens) as usize);
     let sequence = NewSequence {
         tokens: prefill.tokens.0.clone(),
         prompt_len: prefill.prompt_len as usize,
@@ -128,11 +131,13 @@ async fn admit(
     match event {
         EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
             let (mut fetch, mut load, mut num_cached_tokens) = (None, Duration::ZERO, num_cached_tokens);
-            if let Some(chosen) = prefix::choose(node, peer, prefill, &stored, num_cached_tokens as u32, round_trip) {
+            let num_cached = num_cached_tokens as u32;
+            let chosen = prefix::choose(node, peer, prefill, &stored, peer_prefix.as_ref(), num_cached, round_trip);
+            if let Some(chosen) = chosen {
                 match chosen.choice {
                     PrefixChoice::Local => return Err(Refusal::Declined),
                     PrefixChoice::Recompute => sequence.compute_locally(num_cached_tokens, None),
-                    PrefixChoice::Fetch => fetch = Some(chosen.fetch),
+                    PrefixChoice::Fetch | PrefixChoice::Peer => fetch = Some(chosen.fetch),
                     PrefixChoice::Store => {
                         let plan = LoadPlan {
                             first_token: num_cached_tokens,
@@ -246,9 +251,8 @@ async fn hand_over(
         first_scheduled_at: None,
         num_computed_tokens: num_cached as u32,
     };
-    // What the pool held already needs no computing: it goes out first.
-    for layer in 0..shell.admitted.source.kv_spec.num_layers() {
-        actions.extend(shell.written(&mut machine, layer, prefill.num_held_tokens as usize, num_cached));
+    if machine.state() != PrefillState::Fetching {
+        actions.extend(shell.found(&mut machine, num_cached));
     }
     let mut told = None;
     loop {
@@ -257,9 +261,15 @@ async fn hand_over(
             tracing::debug!(?state, "hand-over");
         }
         for action in std::mem::take(&mut actions) {
+            if let PrefillAction::Compute { num_valid_tokens } = action {
+                actions.extend(shell.found(&mut machine, num_valid_tokens as usize));
+            }
             if shell.perform(action).await {
                 return;
             }
+        }
+        if !actions.is_empty() {
+            continue;
         }
         actions = shell.next(&mut machine, receiver).await;
     }
@@ -273,6 +283,13 @@ impl HandOver<'_> {
     fn written(&self, machine: &mut PrefillHandover, layer: u32, first: usize, end: usize) -> Vec<PrefillAction> {
         let extents = self.admitted.source.extents(layer, first, end);
         extents.into_iter().flat_map(|(extent, bytes)| machine.on_layer_written(extent, bytes, self.now())).collect()
+    }
+
+    /// What is in the pool before anything is computed, and not at the decode node, goes out first.
+    fn found(&self, machine: &mut PrefillHandover, num_valid_tokens: usize) -> Vec<PrefillAction> {
+        let layers = 0..self.admitted.source.kv_spec.num_layers();
+        let num_held_tokens = self.prefill.num_held_tokens as usize;
+        layers.flat_map(|layer| self.written(machine, layer, num_held_tokens, num_valid_tokens)).collect()
     }
 
     async fn next(&mut self, machine: &mut PrefillHandover, receiver: &mut ControlReceiver) -> Vec<PrefillAction> {
@@ -306,13 +323,16 @@ impl HandOver<'_> {
                 Ok(Some(PrefillControl::FetchStopped)) => machine.on_fetch_failed(FetchFailure::Stopped, self.now()),
                 Ok(None) | Err(_) => machine.on_stream_lost(),
             },
-            event = landed => self.on_landed(machine, event),
+            landed = landed => match landed {
+                Ok(event) => self.on_landed(machine, event),
+                Err(failure) => machine.on_fetch_failed(failure, self.now()),
+            },
             Some(sent) = self.sends.join_next() => machine.on_extent_ended(sent.unwrap_or(false), self.now()),
             event = self.admitted.sequence.next() => match event {
                 Some(event) => self.on_engine_event(machine, event),
                 None => machine.on_failed(NodeError::Engine { reason: "it has stopped".to_string() }),
             },
-            _ = self.progress.tick() => machine.on_progress(self.node.engine.num_steps(), self.num_computed_tokens),
+            _ = self.progress.tick() => machine.on_progress(self.node.engine.num_steps(), self.num_done_tokens()),
             () = tick => machine.on_tick(self.now()),
         }
     }
@@ -329,12 +349,22 @@ impl HandOver<'_> {
         }
     }
 
+    /// What the decode node sees rise: an engine that waits makes no steps.
+    fn num_done_tokens(&self) -> u32 {
+        let bytes_per_token = self.node.engine.model().kv_spec.bytes_per_token();
+        let num_fetched = self.fetching.as_ref().map_or(0, |fetching| fetching.num_tokens(bytes_per_token));
+        self.num_computed_tokens.saturating_add(num_fetched)
+    }
+
     /// Opens the landing, then asks for the KV.
     async fn open_fetch(&mut self, plan: FetchPlan) {
-        let (fetching, event) = Fetching::open(self.node, self.prefill, &self.admitted.source, plan);
+        let source = &self.admitted.source;
+        let (fetching, event) = Fetching::open(self.node, &self.peer.node, self.prefill, source, plan);
         self.fetching = Some(fetching);
-        // A peer that is gone shows up when its stream is read.
-        let _ = self.sender.send(&event).await;
+        if let Some(event) = event {
+            // A peer that is gone shows up when its stream is read.
+            let _ = self.sender.send(&event).await;
+        }
     }
 
     fn on_engine_event(&mut self, machine: &mut PrefillHandover, event: EngineEvent) -> Vec<PrefillAction> {
@@ -381,11 +411,16 @@ impl HandOver<'_> {
                 // A peer that is gone shows up when its stream is read.
                 let _ = self.sender.send(&event).await;
             }
+            PrefillAction::SendToPeer(control) => {
+                if let Some(fetching) = &mut self.fetching {
+                    fetching.send(control).await;
+                }
+            }
             PrefillAction::OpenFetch(plan) => self.open_fetch(plan).await,
             PrefillAction::CloseFetch { num_valid_tokens, end } => {
                 if let Some(fetching) = self.fetching.take() {
                     let num_tokens = num_valid_tokens - self.admitted.num_cached_tokens as u32;
-                    let took = fetching.close(self.node, &self.peer.node, num_tokens, end);
+                    let took = fetching.close(self.node, num_tokens, end);
                     self.fetched = (num_tokens, took);
                 }
             }

@@ -97,6 +97,7 @@ fn describe() {
         ("tandem_block_index_dropped_total", "Blocks of nodes that were left out of the index for want of room"),
         ("tandem_block_index_restarts_total", "Times that a node's blocks were learnt from nothing"),
         ("tandem_believed_cached_tokens_total", "Prompt tokens that the chosen node was believed to hold"),
+        ("tandem_prefix_peers_named_total", "Requests that were sent with the name of another holder of their prefix"),
         ("tandem_believed_cached_error_tokens_total", "Difference between the cached tokens believed and told"),
         ("tandem_busy_total", "Times that a node said it was full"),
     ] {
@@ -246,6 +247,11 @@ impl ProxyMetrics {
         if let Some(num_tokens) = prefill_tokens {
             count("prefill-node", num_tokens);
         }
+    }
+
+    /// The prefill node of a request is told of another one that holds more of its prompt.
+    pub fn on_prefix_peer_named(&self) {
+        counter!("tandem_prefix_peers_named_total", self.labels.clone()).increment(1);
     }
 
     /// A node told how much of a prompt was cached, where so much was believed.

@@ -78,5 +78,6 @@ pub(super) fn prefill(number: u64, tokens: &[Token]) -> Prefill {
         credit_bytes: u64::MAX,
         deadline: DEADLINE,
         local_rest: None,
+        prefix_peer: None,
     }
 }

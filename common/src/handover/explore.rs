@@ -613,6 +613,7 @@ impl World {
                 self.free_prefill_units[ask.node] -= PROMPT_UNITS;
                 let limits = PrefillLimits { stall_timeout: Duration::from_secs(1), total_timeout: Duration::MAX };
                 let plan = FetchPlan {
+                    from: FetchFrom::DecodeNode,
                     first_token: 0,
                     end_token: ask.next_extent * EXTENT_TOKENS,
                     credit_window_bytes: EXTENT_BYTES,
@@ -664,6 +665,7 @@ impl World {
                 }
                 PrefillAction::Compute { .. } => assert!(!ask.is_fetch_landing_open),
                 PrefillAction::Send(event) => panic!("{event:?} is not in this model"),
+                PrefillAction::SendToPeer(control) => panic!("{control:?} is not in this model"),
                 PrefillAction::SendExtent { extent, .. } => {
                     ask.num_in_flight += 1;
                     if ask.is_read || ask.is_landing_open {

@@ -1,4 +1,4 @@
-//! A prefix that the decode node holds, on its way to the prefill node: the books of both ends.
+//! A prefix that the decode node or a peer holds, on its way to the prefill node: the books of both ends.
 //!
 //! ```text
 //!  decode node (FetchSender, in DecodeHandover)          prefill node (FetchReceiver, in PrefillHandover)
@@ -10,21 +10,35 @@
 //!  cannot send: FetchStopped ------------------------------>  compute from there on
 //! ```
 //!
+//! With a peer, another prefill node, the same goes over a stream of its own ([`FetchPrefix`](crate::wire::FetchPrefix)),
+//! and its end holds [`PrefixServing`](super::PrefixServing).
+//!
 //! Both ends have their blocks before the first byte moves, so a fetch waits for bytes and never for memory.
 //! It cannot fail the request: whatever happens to it, the prefill node keeps what is verified in every layer
-//! and computes the rest. The stream of the `Prefill` is its lease too.
+//! and computes the rest. The stream is its lease: that of the `Prefill`, or the peer's.
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
 use crate::wire::ExtentId;
 
+/// Who sends what is fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum FetchFrom {
+    /// The decode node whose hand-over it is, which also hears how the fetch goes.
+    DecodeNode,
+    /// Another prefill node.
+    Peer,
+}
+
 /// What a prefill node fetches, and how long it waits for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct FetchPlan {
+    /// From whom.
+    pub from: FetchFrom,
     /// Its own prefix ends here, a multiple of the granule.
     pub first_token: u32,
-    /// The decode node's prefix ends here.
+    /// The other node's prefix ends here, as far as is known: a peer may turn out to hold less.
     pub end_token: u32,
     /// KV that may be on the way, at least 1. One extent may exceed it.
     pub credit_window_bytes: u64,
@@ -51,9 +65,18 @@ pub enum FetchFailure {
     /// An extent's digest, size or place was wrong.
     #[error("an extent was refused")]
     ExtentRefused,
-    /// The decode node sends no more.
-    #[error("the decode node cannot send it")]
+    /// The node that holds it sends no more.
+    #[error("it can no longer be sent")]
     Stopped,
+    /// There is no connection to the peer.
+    #[error("the peer cannot be reached")]
+    Unreachable,
+    /// The peer sends as many prefixes as it may.
+    #[error("the peer is busy")]
+    Busy,
+    /// The peer has forgotten it since the proxy heard of it.
+    #[error("the peer no longer holds it")]
+    NotHeld,
     /// Nothing was verified for the stall timeout.
     #[error("nothing came for too long")]
     Stalled,
@@ -68,6 +91,9 @@ impl FetchFailure {
         match self {
             FetchFailure::ExtentRefused => "extent_refused",
             FetchFailure::Stopped => "stopped",
+            FetchFailure::Unreachable => "unreachable",
+            FetchFailure::Busy => "busy",
+            FetchFailure::NotHeld => "not_held",
             FetchFailure::Stalled => "stalled",
             FetchFailure::TooSlow => "too_slow",
         }
@@ -87,6 +113,11 @@ pub(super) struct FetchReceiver {
 impl FetchReceiver {
     pub(super) fn new(plan: FetchPlan, now: Duration) -> Self {
         Self { plan, num_valid_tokens: plan.first_token, num_owed_bytes: 0, started_at: now, progress_at: now }
+    }
+
+    /// Who sends it.
+    pub(super) fn from(&self) -> FetchFrom {
+        self.plan.from
     }
 
     /// Leading tokens whose KV is here in every layer.
@@ -125,7 +156,7 @@ impl FetchReceiver {
     }
 }
 
-/// The decode node's end: extents leave in order, one while the credit left is above zero.
+/// The sending end: extents leave in order, one while the credit left is above zero.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(super) struct FetchSender {
     waiting: VecDeque<(ExtentId, u64)>,
@@ -144,6 +175,11 @@ impl FetchSender {
 
     pub(super) fn on_credit(&mut self, bytes: u64) {
         self.credit_bytes = self.credit_bytes.saturating_add(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// Whether all have left.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     /// The next extent that may leave.

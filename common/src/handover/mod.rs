@@ -17,9 +17,9 @@
 //!  Join                   ---- Received -------------------->  Unpin
 //! ```
 //!
-//! When the decode node holds a prefix that the prefill node lacks, the prefill node takes the cheapest of
-//! three ways (`prefix_choice`): it has the decode node send that prefix, computes it again, or declines, and
-//! the decode node computes the rest itself.
+//! When another node holds a prefix that the prefill node lacks, the prefill node takes the cheapest way
+//! (`prefix_choice`): it has the decode node or another prefill node (`prefix_serving`) send that prefix, loads it
+//! from the store, computes it again, or declines, and the decode node computes the rest itself.
 //!
 //! What holds, whatever is lost in between:
 //!
@@ -43,11 +43,13 @@ mod explore;
 pub mod fetch;
 pub mod prefill;
 pub mod prefix_choice;
+pub mod prefix_serving;
 
 pub use decode::{CandidateLoss, DecodeAction, DecodeHandover, DecodeLimits, DecodeRequest, DecodeState};
-pub use fetch::{FetchEnd, FetchFailure, FetchPlan};
+pub use fetch::{FetchEnd, FetchFailure, FetchFrom, FetchPlan};
 pub use prefill::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
-pub use prefix_choice::{PrefixChoice, PrefixCosts, StoredPrefix, expected_prefill};
+pub use prefix_choice::{PeerPrefix, PrefixChoice, PrefixCosts, StoredPrefix, expected_prefill};
+pub use prefix_serving::{PrefixServing, ServingAction, ServingLimits};
 
 /// Which ask of one hand-over something belongs to, from 0. Each ask has its own stream and its own
 /// [`Generation`](crate::ids::Generation); the shell tags what arrives with the ask it arrived for, and

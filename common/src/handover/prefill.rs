@@ -22,7 +22,8 @@
 //! ```
 //!
 //! While a prefix is fetched ([`super::fetch`]) nothing is computed and nothing sent. However the fetch ends,
-//! `CloseFetch` comes once and before anything else may use its blocks.
+//! `CloseFetch` comes once and before anything else may use its blocks. From a peer, the decode node is not told of
+//! it: what is drawn as `FetchEnded` is then the end of the peer's stream.
 //!
 //! `Unpin` is the last action of every hand-over and comes exactly once, when no transfer reads the
 //! blocks any more. A peer that is dead or asleep cannot strand them: without credit, a finished
@@ -42,7 +43,7 @@ use std::time::Duration;
 use super::fetch::{FetchEnd, FetchPlan, FetchReceiver};
 use crate::sampling::SampledToken;
 use crate::timeline::NodeTimeline;
-use crate::wire::{ExtentId, NodeError, PrefillEvent};
+use crate::wire::{ExtentId, FetchPrefixControl, NodeError, PrefillEvent};
 
 /// How long the other end is waited for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -78,10 +79,14 @@ pub enum PrefillState {
 pub enum PrefillAction {
     /// Send this on the control stream.
     Send(PrefillEvent),
-    /// Draw a [`Generation`](crate::ids::Generation), open the landing of these tokens under it, and send
-    /// [`PrefillEvent::Fetch`].
+    /// Send this on the stream to the peer that is fetched from.
+    SendToPeer(FetchPrefixControl),
+    /// Draw a [`Generation`](crate::ids::Generation). From the decode node: open the landing of these tokens under
+    /// it, and send [`PrefillEvent::Fetch`]. From a peer: send [`FetchPrefix`](crate::wire::FetchPrefix), open the
+    /// landing of what it holds of them, and give it the whole window as credit.
     OpenFetch(FetchPlan),
-    /// Close that landing: when this is done nothing is written into the blocks any more.
+    /// Close that landing, and end the stream to the peer: when this is done nothing is written into the blocks any
+    /// more.
     CloseFetch {
         /// Leading tokens whose KV is here in every layer.
         num_valid_tokens: u32,

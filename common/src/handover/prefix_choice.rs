@@ -1,18 +1,18 @@
-//! How a node comes by a prefix that it lacks itself and that the decode node or the store holds: the cheapest of
-//! four ways, as expected times.
+//! How a node comes by a prefix that it lacks itself and that the decode node, a peer or the store holds: the
+//! cheapest of five ways, as expected times.
 //!
 //! ```text
-//! tokens      0        cached           held, stored      end
+//! tokens      0        cached       held, stored, peer's  end
 //!             |---------|----------------|-----------------|
 //! recompute             | ahead, then all of it computed   |
-//! fetch, store          |~ bytes, while ~| then the rest   |
+//! fetch, peer, store    |~ bytes, while ~| then the rest   |
 //!                         those ahead compute
 //! local                                  | the decode node's own estimate
 //! ```
 //!
 //! What a way costs behind the prompt (KV of the rest to the decode node) is left out: it overlaps with the
 //! computation, and the local way alone is without it. Figures are measured or set by an operator; a wrong
-//! one costs time, never a token. A further source (a peer) would be one more way with a cost here.
+//! one costs time, never a token.
 
 use std::time::Duration;
 
@@ -48,6 +48,8 @@ pub struct PrefixCosts {
     pub local_rest: Option<Duration>,
     /// What the store holds, if this node has one that holds something.
     pub stored: Option<StoredPrefix>,
+    /// What another prefill node is believed to hold, if one is.
+    pub peer: Option<PeerPrefix>,
 }
 
 /// A prefix that the store holds.
@@ -59,6 +61,17 @@ pub struct StoredPrefix {
     pub load: Duration,
 }
 
+/// A prefix that another prefill node is believed to hold.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct PeerPrefix {
+    /// Leading tokens whose KV is there.
+    pub num_tokens: u32,
+    /// How fast KV comes from there.
+    pub bytes_per_second: f64,
+    /// Until the first of it can come: asking, and a connection if there is none.
+    pub asking: Duration,
+}
+
 /// What is done.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum PrefixChoice {
@@ -68,6 +81,8 @@ pub enum PrefixChoice {
     Store,
     /// Have the decode node send what it holds, and compute the rest.
     Fetch,
+    /// Have another prefill node send what it holds, and compute the rest.
+    Peer,
     /// Leave the rest to the decode node.
     Local,
 }
@@ -79,6 +94,7 @@ impl PrefixChoice {
             PrefixChoice::Recompute => "recompute",
             PrefixChoice::Store => "store",
             PrefixChoice::Fetch => "fetch",
+            PrefixChoice::Peer => "peer",
             PrefixChoice::Local => "local",
         }
     }
@@ -92,12 +108,20 @@ impl PrefixCosts {
 
     /// Until token #1 if the decode node's prefix is fetched; those ahead are computed meanwhile.
     pub fn fetch(&self) -> Option<Duration> {
-        if self.num_lacking_tokens() == 0 {
-            return None;
-        }
-        let num_bytes = u64::from(self.num_lacking_tokens()) * self.kv_bytes_per_token;
-        let transfer = time_for(num_bytes as f64, self.fetch_bytes_per_second?).saturating_add(self.round_trip);
-        let rest = self.compute(u64::from(self.num_tokens - self.num_held_tokens));
+        self.transfer(self.num_held_tokens, self.fetch_bytes_per_second?, self.round_trip)
+    }
+
+    /// The same of the peer's prefix.
+    pub fn peer(&self) -> Option<Duration> {
+        let PeerPrefix { num_tokens, bytes_per_second, asking } = self.peer?;
+        self.transfer(num_tokens, bytes_per_second, asking)
+    }
+
+    fn transfer(&self, num_tokens: u32, bytes_per_second: f64, asking: Duration) -> Option<Duration> {
+        let num_lacking_tokens = num_tokens.checked_sub(self.num_cached_tokens).filter(|num| *num > 0)?;
+        let num_bytes = u64::from(num_lacking_tokens) * self.kv_bytes_per_token;
+        let transfer = time_for(num_bytes as f64, bytes_per_second).saturating_add(asking);
+        let rest = self.compute(u64::from(self.num_tokens - num_tokens));
         Some(transfer.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
     }
 
@@ -120,19 +144,20 @@ impl PrefixCosts {
     /// The cheapest way. `None` if nobody holds anything that is lacking here.
     ///
     /// # Panics
-    /// If more tokens are cached, held or stored than there are.
+    /// If more tokens are cached, held, stored or at the peer than there are.
     pub fn choose(&self) -> Option<PrefixChoice> {
         assert!(
-            self.num_cached_tokens.max(self.num_held_tokens).max(self.num_stored_tokens()) < self.num_tokens,
+            self.num_cached_tokens.max(self.num_elsewhere()) < self.num_tokens,
             "a hit never covers the last token"
         );
-        if self.num_lacking_tokens() == 0 && self.num_stored_tokens() <= self.num_cached_tokens {
+        if self.num_elsewhere() <= self.num_cached_tokens {
             return None;
         }
         let mut best = (PrefixChoice::Recompute, self.recompute());
         for (choice, cost) in [
             (PrefixChoice::Store, self.store()),
             (PrefixChoice::Fetch, self.fetch()),
+            (PrefixChoice::Peer, self.peer()),
             (PrefixChoice::Local, self.local()),
         ] {
             if let Some(cost) = cost.filter(|cost| cost.as_secs_f64() <= best.1.as_secs_f64() * WORTH_IT) {
@@ -150,6 +175,20 @@ impl PrefixCosts {
     /// The same of what the store has.
     pub fn recompute_stored(&self) -> Duration {
         self.compute(u64::from(self.num_stored_tokens().saturating_sub(self.num_cached_tokens)))
+    }
+
+    /// The same of what the peer has.
+    pub fn recompute_peer(&self) -> Duration {
+        self.compute(u64::from(self.num_peer_tokens().saturating_sub(self.num_cached_tokens)))
+    }
+
+    /// Leading tokens that anybody else holds.
+    fn num_elsewhere(&self) -> u32 {
+        self.num_held_tokens.max(self.num_stored_tokens()).max(self.num_peer_tokens())
+    }
+
+    fn num_peer_tokens(&self) -> u32 {
+        self.peer.map_or(0, |peer| peer.num_tokens)
     }
 
     fn num_stored_tokens(&self) -> u32 {
@@ -196,6 +235,7 @@ mod tests {
             round_trip: Duration::ZERO,
             local_rest: None,
             stored: None,
+            peer: None,
         }
     }
 
@@ -246,6 +286,25 @@ mod tests {
         let alone = PrefixCosts { num_held_tokens: 0, local_rest: Some(MS), ..costs };
         assert_eq!(alone.choose(), Some(PrefixChoice::Store), "the decode node holds nothing, and is not asked");
         assert_eq!(PrefixCosts { stored: stored(100, 0), num_held_tokens: 0, ..costs }.choose(), None);
+    }
+
+    #[test]
+    fn what_a_peer_holds_is_one_more_way() {
+        let peer = |num_tokens, bytes_per_second| Some(PeerPrefix { num_tokens, bytes_per_second, asking: 10 * MS });
+        let costs = PrefixCosts { num_held_tokens: 0, peer: peer(900, 8e6), ..costs() };
+        assert_eq!(costs.peer(), Some((100 + 10 + 100) * MS));
+        assert_eq!(costs.recompute_peer(), 800 * MS);
+        assert_eq!(costs.choose(), Some(PrefixChoice::Peer));
+        assert_eq!(PrefixCosts { num_tokens_ahead: 500, ..costs }.peer(), Some((500 + 100) * MS));
+        assert_eq!(PrefixCosts { peer: peer(900, 1e6), ..costs }.choose(), Some(PrefixChoice::Recompute));
+        let local = PrefixCosts { local_rest: Some(MS), ..costs };
+        assert_eq!(local.choose(), Some(PrefixChoice::Peer), "the decode node holds nothing, and is not asked");
+        let both = PrefixCosts { num_held_tokens: 900, fetch_bytes_per_second: Some(8e6), ..costs };
+        assert_eq!(both.choose(), Some(PrefixChoice::Fetch), "a connection is there, and no third node is disturbed");
+        let shorter = PrefixCosts { num_held_tokens: 500, ..both };
+        assert_eq!(shorter.choose(), Some(PrefixChoice::Peer), "550 ms against 210");
+        assert_eq!(PrefixCosts { peer: peer(100, 8e6), ..costs }.choose(), None, "it is cached here");
+        assert_eq!(PrefixCosts { peer: peer(900, f64::NAN), ..costs }.choose(), Some(PrefixChoice::Recompute));
     }
 
     #[test]

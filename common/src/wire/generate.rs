@@ -8,6 +8,7 @@ use crate::ids::{Attempt, ChoiceIndex, NodeId, RequestId};
 use crate::sampling::{FinishReason, SampledToken, SamplingParams};
 use crate::timeline::NodeTimeline;
 use crate::tokens::PackedTokens;
+use crate::wire::fetch::PrefixPeer;
 
 /// One attempt at a request, or at the unfinished part of it.
 ///
@@ -34,6 +35,8 @@ pub struct Generate {
     pub prefill_candidates: Vec<NodeId>,
     /// Time left for the whole request.
     pub deadline: Duration,
+    /// Another prefill node that is believed to hold more of the prompt than the first candidate and this node.
+    pub prefix_peer: Option<PrefixPeer>,
 }
 
 /// What a decode node answers, in this order: `Busy` or `Failed` and nothing else; or `Accepted`, `Started`, then

@@ -99,8 +99,8 @@ pub struct Peer {
     pub control: SocketAddr,
 }
 
-/// The prefill nodes a decode node may be told to use, from the proxy; replaces the one before. Requests
-/// name candidates by [`NodeId`] only, so an address never comes from a client.
+/// The prefill nodes that a decode node may be told to use and a prefill node to fetch from, from the proxy;
+/// replaces the one before. Requests name nodes by [`NodeId`] only, so an address never comes from a client.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct Directory {
     /// Prefill nodes that are up.

@@ -10,6 +10,7 @@
 //! Open::Prefill    decode:  PrefillControl   prefill:  PrefillEvent ...      one hand-over; reset = cancel
 //! Open::Register   node:    (nothing)        proxy:    (nothing)             lease of a self-registering node
 //! Open::WatchBlocks proxy:  (nothing)        node:     BlockNews ...         for the life of the connection
+//! Open::FetchPrefix prefill: FetchPrefixControl  prefill: FetchPrefixEvent ... reset = cancel
 //! ```
 //!
 //! KV never travels here: it goes over the bulk connection as raw bytes behind [`bulk::ExtentHeader`],
@@ -20,6 +21,7 @@
 
 pub mod blocks;
 pub mod bulk;
+pub mod fetch;
 pub mod generate;
 pub mod hello;
 pub mod prefill;
@@ -30,6 +32,7 @@ use bincode::{Decode, Encode};
 
 pub use blocks::{BlockCursor, BlockNews, WatchBlocks};
 pub use bulk::{ExtentHeader, ExtentId};
+pub use fetch::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, PrefixPeer};
 pub use generate::{Generate, GenerateEvent, NodeError};
 pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Registration, Watch};
 pub use prefill::{Prefill, PrefillControl, PrefillEvent};
@@ -69,6 +72,8 @@ pub enum Open {
     Register(Register),
     /// Follow which blocks a node holds.
     WatchBlocks(WatchBlocks),
+    /// Send KV that is in the pool (prefill node to prefill node).
+    FetchPrefix(Box<FetchPrefix>),
 }
 
 /// A frame that could not be written or read.
@@ -142,6 +147,7 @@ mod tests {
             salt: vec![],
             prefill_candidates: vec![NodeId::new("p0").unwrap()],
             deadline: Duration::from_secs(60),
+            prefix_peer: Some(PrefixPeer { node: NodeId::new("p1").unwrap(), num_tokens: 320 }),
         }
     }
 
@@ -161,9 +167,19 @@ mod tests {
             credit_bytes: 1 << 20,
             deadline: Duration::from_millis(1500),
             local_rest: Some(Duration::from_millis(250)),
+            prefix_peer: Some(PrefixPeer { node: NodeId::new("p1").unwrap(), num_tokens: 320 }),
         };
         let fetch =
             PrefillEvent::Fetch { generation: Generation(6), first_token: 16, end_token: 320, credit_bytes: 1 << 20 };
+        let fetch_prefix = FetchPrefix {
+            request: RequestId(7),
+            attempt: Attempt(1),
+            generation: Generation(6),
+            tokens: vec![1; 32].into(),
+            first_token: 16,
+            salt: vec![9],
+            deadline: Duration::from_millis(1500),
+        };
         let cursor = BlockCursor { epoch: Epoch(9), number: 300 };
         let watch_blocks = WatchBlocks { after: Some(cursor), with_tokens: true };
         let stored = blocks::BlockEvent::Stored {
@@ -183,6 +199,9 @@ mod tests {
             hex(&encode(&PrefillControl::FetchStopped).unwrap()),
             hex(&encode(&Open::WatchBlocks(watch_blocks)).unwrap()),
             hex(&encode(&news).unwrap()),
+            hex(&encode(&Open::FetchPrefix(Box::new(fetch_prefix))).unwrap()),
+            hex(&encode(&FetchPrefixControl::Credit { bytes: 1 << 20 }).unwrap()),
+            hex(&encode(&FetchPrefixEvent::Held { num_tokens: 320 }).unwrap()),
         ];
         let expected = include_str!("vectors.txt").lines().collect::<Vec<_>>();
         assert_eq!(got.iter().map(String::as_str).collect::<Vec<_>>(), expected);

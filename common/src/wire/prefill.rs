@@ -8,6 +8,7 @@ use crate::ids::{Attempt, ChoiceIndex, Generation, RequestId};
 use crate::sampling::{SampledToken, SamplingParams};
 use crate::timeline::NodeTimeline;
 use crate::tokens::PackedTokens;
+use crate::wire::fetch::PrefixPeer;
 use crate::wire::generate::NodeError;
 
 /// Asks for the KV of `tokens[num_held_tokens..]` and for the token behind the last one, for each choice.
@@ -42,6 +43,8 @@ pub struct Prefill {
     /// What computing the rest behind `num_held_tokens` would cost the decode node itself, if it offers to:
     /// only then may the answer be [`PrefillEvent::Declined`].
     pub local_rest: Option<Duration>,
+    /// As in [`super::Generate`]: where a prefix may be fetched from, if it is longer than what is found here.
+    pub prefix_peer: Option<PrefixPeer>,
 }
 
 /// From the decode node, after [`Prefill`].

@@ -17,13 +17,15 @@ use common::scheduler::SchedulerLimits;
 use common::sequence::{NewSequence, Work};
 use common::timeline::NodeTimeline;
 use common::wire::{
-    Directory, ExtentHeader, Generate, GenerateEvent, Hello, NodeError, NodeStatus, Open, Peer, PrefillEvent, Watch,
+    Directory, ExtentHeader, FetchPrefixEvent, Generate, GenerateEvent, Hello, NodeError, NodeStatus, Open, Peer,
+    PrefillEvent, PrefixPeer, Watch,
 };
 use decode_node::DecodeNode;
 use engine::core::{EngineEvent, EngineHandle, EngineOptions};
 use engine::runner::Runner;
 use engine::sim::{SimOptions, SimRunner};
 use kv_connector::membership::NodePresence;
+use kv_connector::peers::Peers;
 use kv_connector::transfer::{
     ExtentEnd, FaultPlan, FaultyTransport, InjectedFaults, Payload, SendFuture, Transport, TransportLayer,
 };
@@ -77,6 +79,7 @@ pub fn generate(request: u128, tokens: Vec<u32>, params: SamplingParams) -> Gene
         salt: Vec::new(),
         prefill_candidates: Vec::new(),
         deadline: Duration::from_secs(60),
+        prefix_peer: None,
     }
 }
 
@@ -130,6 +133,8 @@ pub struct Shape {
     pub faults: Option<FaultPlan>,
     /// Extents from this token on never arrive.
     pub drops_from: Option<u32>,
+    /// Put around the way from the first prefill node, whose prefixes the other one fetches.
+    pub first_prefill_layer: Option<TransportLayer>,
     /// Put around the way from the decode node, on which prefill nodes fetch.
     pub decode_layer: Option<TransportLayer>,
     pub prefill_step_time: Duration,
@@ -145,6 +150,7 @@ impl Default for Shape {
         Self {
             faults: None,
             drops_from: None,
+            first_prefill_layer: None,
             decode_layer: None,
             prefill_step_time: Duration::ZERO,
             decode_step_time: Duration::ZERO,
@@ -244,6 +250,7 @@ fn faulty(plan: FaultPlan, made: Injected) -> TransportLayer {
 pub struct Running<N> {
     pub fabric: Fabric,
     pub engine: EngineHandle,
+    pub presence: NodePresence,
     name: String,
     node: Arc<N>,
     serving: JoinHandle<()>,
@@ -266,7 +273,10 @@ pub struct Cluster {
     pub decode: Running<DecodeNode>,
     proxy: Fabric,
     link: Link,
+    /// To the prefill nodes.
+    prefill_links: Vec<Link>,
     watches: Vec<(ControlSender, ControlReceiver)>,
+    prefill_watches: Vec<(ControlSender, ControlReceiver)>,
     directory: Directory,
     reference: EngineHandle,
     injected: Injected,
@@ -329,25 +339,30 @@ impl Cluster {
                 let plan = FaultPlan { seed: plan.seed * 2 + index, ..plan };
                 config.transport_layer = Some(faulty(plan, injected.clone()));
             }
+            if index == 0 && shape.first_prefill_layer.is_some() {
+                config.transport_layer = shape.first_prefill_layer.clone();
+            }
             if let Some(from) = shape.drops_from {
                 config.transport_layer = Some(Arc::new(move |inner| Arc::new(Dropping { inner, from })));
             }
             let fabric = Fabric::bind(config).unwrap();
-            let node = PrefillNode::new(engine.clone(), fabric.clone(), presence(&engine), shape.prefill.clone());
+            let presence = presence(&engine);
+            let node = PrefillNode::new(engine.clone(), fabric.clone(), presence.clone(), shape.prefill.clone());
             let node = Arc::new(node);
             let serving = node.clone();
             let serving = tokio::spawn(async move { serving.serve().await });
-            prefills.push(Running { fabric, engine, name, node, serving });
+            prefills.push(Running { fabric, engine, presence, name, node, serving });
         }
         let name = format!("decode-of-{number}");
         let engine = engine(&name, Role::DecodeNode, shape.decode_blocks, 64, shape.decode_step_time);
         let mut config = self::config(&ca, &name, Role::DecodeNode);
         config.transport_layer = shape.decode_layer;
         let fabric = Fabric::bind(config).unwrap();
-        let node = Arc::new(DecodeNode::new(engine.clone(), fabric.clone(), presence(&engine), shape.decode));
+        let presence = presence(&engine);
+        let node = Arc::new(DecodeNode::new(engine.clone(), fabric.clone(), presence.clone(), shape.decode));
         let serving = node.clone();
         let serving = tokio::spawn(async move { serving.serve().await });
-        let decode = Running { fabric, engine, name, node, serving };
+        let decode = Running { fabric, engine, presence, name, node, serving };
 
         let proxy = Fabric::bind(self::config(&ca, &format!("proxy-of-{number}"), Role::Proxy)).unwrap();
         let link = soon("the decode node is linked", proxy.dial(decode.fabric.local_addr(), Role::DecodeNode, None));
@@ -355,27 +370,79 @@ impl Cluster {
         let peer = |node: &Running<PrefillNode>| Peer { node: node_id(&node.name), control: node.fabric.local_addr() };
         let directory = Directory { prefill_nodes: prefills.iter().map(peer).collect() };
         let reference = self::engine("reference", Role::DecodeNode, 2048, 1024, Duration::ZERO);
-        let watches = Vec::new();
-        let mut cluster = Self { prefills, decode, proxy, link, watches, directory, reference, injected, ca, number };
+        let mut prefill_links = Vec::new();
+        for node in &prefills {
+            let dialled = proxy.dial(node.fabric.local_addr(), Role::PrefillNode, None);
+            prefill_links.push(soon("a prefill node is linked", dialled).await.unwrap());
+        }
+        let mut cluster = Self {
+            prefills,
+            decode,
+            proxy,
+            link,
+            prefill_links,
+            watches: Vec::new(),
+            prefill_watches: Vec::new(),
+            directory,
+            reference,
+            injected,
+            ca,
+            number,
+        };
         cluster.tell_directory().await;
         cluster
     }
 
-    /// Tells the decode node of one more prefill node.
+    /// Tells the nodes of one more prefill node.
     pub async fn learn(&mut self, fake: &FakePrefillNode) {
         self.directory.prefill_nodes.push(Peer { node: fake.node(), control: fake.fabric.local_addr() });
         self.tell_directory().await;
     }
 
     async fn tell_directory(&mut self) {
-        let mut watch = self.link.open(&Open::Watch(Watch {})).await.unwrap();
+        let watch = self.watch(&self.link.clone()).await;
+        self.watches.push(watch);
+        for link in self.prefill_links.clone() {
+            let watch = self.watch(&link).await;
+            self.prefill_watches.push(watch);
+        }
+    }
+
+    /// Watches a node and tells it of the prefill nodes.
+    async fn watch(&self, link: &Link) -> (ControlSender, ControlReceiver) {
+        let mut watch = link.open(&Open::Watch(Watch {})).await.unwrap();
         watch.0.send(&self.directory).await.unwrap();
         // It is taken in long before the second status, a quarter of a second after the first.
         for _ in 0..2 {
             let status = soon("the node says how it is", watch.1.recv::<NodeStatus>()).await.unwrap();
             assert!(status.is_some());
         }
-        self.watches.push(watch);
+        watch
+    }
+
+    /// Has a prefill node compute `tokens` by itself: their KV is in its pool, and nowhere else.
+    pub async fn hold_at(&self, index: usize, tokens: &[u32], salt: &[u8]) {
+        let engine = &self.prefills[index].engine;
+        let sequence = NewSequence {
+            tokens: tokens.to_vec(),
+            prompt_len: tokens.len(),
+            choices: vec![ChoiceIndex(0)],
+            params: Arc::new(SamplingParams::greedy(1)),
+            root: ChainRoot { salt: salt.to_vec(), ..ChainRoot::of_model(engine.model().identity) },
+            work: Work::Generate,
+        };
+        let mut request = engine.submit(sequence, usize::MAX).unwrap();
+        while let Some(event) = soon("the prefill node computes", request.next()).await {
+            if event == EngineEvent::Finished {
+                return;
+            }
+        }
+        panic!("it ended without being finished");
+    }
+
+    /// The node of an index as a hint.
+    pub fn peer(&self, index: usize, num_tokens: usize) -> PrefixPeer {
+        PrefixPeer { node: node_id(&self.prefills[index].name), num_tokens: num_tokens as u32 }
     }
 
     pub fn candidates(&self) -> Vec<NodeId> {
@@ -462,10 +529,12 @@ impl Cluster {
     /// Waits until no prefill node holds anything for any request.
     pub async fn prefills_are_clean(&self) {
         eventually(|| {
-            let holds_nothing = |node: &Running<PrefillNode>| {
-                holds_nothing(&node.name, &node.fabric, &node.engine, node.node.num_requests(), 0)
-            };
-            self.prefills.iter().try_for_each(holds_nothing)
+            let num_watches = self.prefill_watches.len() / self.prefills.len();
+            self.prefills.iter().zip(&self.prefill_links).try_for_each(|(node, link)| {
+                // A node that has left is watched no more.
+                let num_watches = if link.is_closed() { 0 } else { num_watches };
+                holds_nothing(&node.name, &node.fabric, &node.engine, node.node.num_requests(), num_watches)
+            })
         })
         .await;
     }
@@ -473,7 +542,7 @@ impl Cluster {
     /// Asserts that nobody holds anything, closes everything, and asserts that nothing is left at all.
     pub async fn end(self) {
         self.is_clean().await;
-        drop((self.watches, self.link));
+        drop((self.watches, self.prefill_watches, self.link, self.prefill_links));
         let mut fabrics = vec![self.proxy, self.decode.fabric];
         let mut serving = vec![self.decode.serving];
         drop(self.decode.node);
@@ -632,6 +701,24 @@ impl FakePrefillNode {
 
     pub fn node(&self) -> NodeId {
         self.fabric.hello().node.clone()
+    }
+
+    /// Its connections to the prefill nodes of a cluster.
+    pub fn peers(&self, cluster: &Cluster) -> Peers {
+        let peers = Peers::new(self.fabric.clone(), 8);
+        peers.update(&cluster.directory);
+        peers
+    }
+
+    /// Takes one `FetchPrefix` stream, says `events` and waits until the other end leaves.
+    pub async fn serve_prefix(&self, events: &[FetchPrefixEvent]) {
+        let mut stream = soon("a prefill node asks", self.fabric.accept()).await.unwrap();
+        assert!(matches!(stream.open, Open::FetchPrefix(_)));
+        for event in events {
+            // The other end may have left after an earlier one.
+            let _ = stream.sender.send(event).await;
+        }
+        soon("the prefill node leaves", stream.sender.stopped()).await;
     }
 
     /// Takes one `Prefill` stream, says `events` and ends it like that.

@@ -12,7 +12,8 @@
 //! ```
 //!
 //! The other direction is the same with the roles exchanged: a prefill node opens a landing in its fabric's zone,
-//! and the decode node sends through [`BulkReceiver::sender`], over the same connection.
+//! and the decode node sends through [`BulkReceiver::sender`], over the same connection. Between two prefill nodes
+//! the one that fetches a prefix dials, as a decode node would.
 //!
 //! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
 //! before its extents are verified; the digest decides whether it counts.
@@ -37,6 +38,7 @@ mod coverage;
 mod faulty;
 mod landing;
 mod payload;
+mod prefix_sends;
 mod quic;
 mod refused;
 pub(crate) mod shm;
@@ -47,6 +49,7 @@ pub use bulk::{BulkReceiver, BulkSender};
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
 pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
 pub use payload::{Payload, PoolExtent};
+pub use prefix_sends::PrefixSends;
 pub use refused::RefusedExtent;
 pub use shm::SharedPool;
 pub use source::{ExtentRequest, ExtentSource};

@@ -117,6 +117,7 @@ pub fn generate(request: u128) -> Open {
         salt: vec![],
         prefill_candidates: vec![],
         deadline: SOON,
+        prefix_peer: None,
     }))
 }
 
@@ -134,6 +135,7 @@ pub fn prefill(request: u128) -> Open {
         credit_bytes: 1 << 20,
         deadline: SOON,
         local_rest: None,
+        prefix_peer: None,
     }))
 }
 

@@ -104,7 +104,7 @@ async fn follow_once(
     };
     tokio::select! {
         interrupted = hear(members, &link, receiver) => interrupted,
-        reason = tell(members, link.peer().role, sender) => Interrupted::Lost(reason),
+        reason = tell(members, sender) => Interrupted::Lost(reason),
         reason = link.closed() => Interrupted::Lost(reason.to_string()),
         never = blocks.follow(&link) => match never {},
     }
@@ -166,15 +166,14 @@ async fn hear(members: &Members, link: &Link, mut receiver: ControlReceiver) -> 
     }
 }
 
-/// The directory of prefill nodes, to decode nodes, whenever it changes.
-async fn tell(members: &Members, role: Role, mut sender: ControlSender) -> String {
+/// The directory of prefill nodes, whenever it changes: to decode nodes that use them, and to prefill nodes that
+/// fetch from each other.
+async fn tell(members: &Members, mut sender: ControlSender) -> String {
     let mut directory = members.directory();
     loop {
-        if role == Role::DecodeNode {
-            let current = directory.borrow_and_update().clone();
-            if let Err(error) = sender.send(&current).await {
-                return error.to_string();
-            }
+        let current = directory.borrow_and_update().clone();
+        if let Err(error) = sender.send(&current).await {
+            return error.to_string();
         }
         if directory.changed().await.is_err() {
             return "the proxy is leaving".into();

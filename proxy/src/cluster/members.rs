@@ -173,7 +173,7 @@ impl Members {
         let mut members: Vec<(&NodeLife, &Member)> = table.members.iter().collect();
         members.sort_by_key(|(life, _)| *life);
         for (life, member) in members {
-            if member.status.state != NodeState::Ready || member.is_stuck {
+            if member.is_stuck {
                 continue;
             }
             let node = NodeView {
@@ -183,7 +183,10 @@ impl Members {
                 num_open: member.num_open.clone(),
                 num_sent_tokens: member.num_sent_tokens.clone(),
             };
+            let is_ready = member.status.state == NodeState::Ready;
             match member.hello.role {
+                Role::PrefillNode if !is_ready => view.draining_prefill.push(node),
+                _ if !is_ready => {}
                 Role::DecodeNode => {
                     let len_max = member.hello.model.as_ref().map_or(u32::MAX, |model| model.max_model_len);
                     max_model_len = max_model_len.min(len_max);
@@ -243,6 +246,7 @@ pub(crate) mod tests {
         assert_eq!(members.directory().borrow().prefill_nodes[0].node.as_str(), "p");
         tell(&members, &prefill, NodeState::Draining).unwrap();
         assert!(members.view().prefill.is_empty() && members.directory().borrow().prefill_nodes.is_empty());
+        assert_eq!(members.view().draining_prefill[0].node.as_str(), "p", "it can still be asked for what it holds");
         members.on_gone(&(decode.node.clone(), Epoch(9)));
         assert_eq!(members.view().decode.len(), 1, "another life of the node is not this one");
         members.on_gone(&(decode.node.clone(), decode.epoch));

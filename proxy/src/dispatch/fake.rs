@@ -94,7 +94,8 @@ impl FakeNodes {
             num_open: Arc::default(),
             num_sent_tokens: Arc::default(),
         };
-        let view = ClusterView { decode: names.iter().map(node).collect(), prefill: Vec::new(), model: Some(model) };
+        let view =
+            ClusterView { decode: names.iter().map(node).collect(), model: Some(model), ..ClusterView::default() };
         let seen = Seen { num_tokens: AtomicU64::new(0), num_cancelled: watch::Sender::new(0) };
         Self {
             view: Mutex::new(Arc::new(view)),

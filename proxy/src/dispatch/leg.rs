@@ -22,6 +22,8 @@ pub(super) struct Leg {
     pub(super) started: Option<NodeTimeline>,
     /// Prompt tokens that the nodes it went to were believed to hold.
     pub(super) num_believed_tokens: usize,
+    /// Whether a third node was named that holds more of it.
+    pub(super) has_prefix_peer: bool,
     /// Until the prompt is computed.
     pub(super) sent: Option<SentTokens>,
     pub(super) _open: OpenStream,

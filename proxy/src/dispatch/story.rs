@@ -28,7 +28,7 @@ use super::leg::{Leg, OpenStream, SentTokens, WaitingLeg, next_event};
 use super::nodes::NodeLost;
 use super::quarantine::Fingerprint;
 use crate::openai::{ApiError, ErrorKind};
-use crate::route::{ClusterView, NodeLife, PromptDemand, pick_decode_node, pick_prefill_nodes};
+use crate::route::{ClusterView, NodeLife, PromptDemand, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
 
 /// Shortest pause before a resume; it doubles with every loss of the request.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -185,6 +185,10 @@ impl Dispatch {
         let held_at_prefill = prefill.map(|node| demand.num_held_tokens(node));
         let num_believed_tokens = held_at_decode.max(held_at_prefill.unwrap_or(0));
         dispatcher.metrics.on_routed(held_at_decode, held_at_prefill);
+        let prefix_peer = pick_prefix_peer(&view, &demand, prefill, node);
+        if prefix_peer.is_some() {
+            dispatcher.metrics.on_prefix_peer_named();
+        }
         let sent =
             prefill.map(|node| SentTokens::new(node.num_sent_tokens.clone(), demand.num_missing_tokens(node) as u64));
         let prefill_candidates: Vec<NodeId> = prefill_candidates.into_iter().map(|node| node.node.clone()).collect();
@@ -195,8 +199,10 @@ impl Dispatch {
             ?prefill_candidates,
             held_at_decode,
             held_at_prefill,
+            ?prefix_peer,
             "generate"
         );
+        let has_prefix_peer = prefix_peer.is_some();
         let generate = Generate {
             request: self.request.id,
             attempt: Attempt(self.attempt),
@@ -207,11 +213,21 @@ impl Dispatch {
             salt: self.request.salt.clone(),
             prefill_candidates,
             deadline: self.request.deadline.saturating_duration_since(Instant::now()),
+            prefix_peer,
         };
         let open = OpenStream::new([node.num_open.clone(), dispatcher.num_streams.clone()]);
         let events = dispatcher.nodes.generate(node, generate);
         let life = node.life();
-        self.legs.push(Leg { life, choices, events, started: None, num_believed_tokens, sent, _open: open });
+        self.legs.push(Leg {
+            life,
+            choices,
+            events,
+            started: None,
+            num_believed_tokens,
+            has_prefix_peer,
+            sent,
+            _open: open,
+        });
         Ok(())
     }
 
@@ -267,7 +283,9 @@ impl Dispatch {
                 let leg = &mut self.legs[leg];
                 leg.sent = None;
                 let num_told = timeline.num_cached_tokens as usize;
-                if leg.started.replace(timeline).is_none() {
+                // What a third node sent says nothing about the beliefs in these two.
+                let is_theirs = !leg.has_prefix_peer || timeline.num_fetched_tokens == 0;
+                if leg.started.replace(timeline).is_none() && is_theirs {
                     self.dispatcher.metrics.on_cached_told(leg.num_believed_tokens, num_told);
                 }
             }

@@ -8,5 +8,5 @@ pub mod policy;
 pub mod view;
 
 pub use held::HeldPrefixes;
-pub use policy::{PromptDemand, pick_decode_node, pick_prefill_nodes};
+pub use policy::{PromptDemand, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
 pub use view::{ClusterView, NodeLife, NodeView};

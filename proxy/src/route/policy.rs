@@ -7,6 +7,8 @@
 use std::cmp::Reverse;
 use std::collections::HashSet;
 
+use common::wire::PrefixPeer;
+
 use super::held::HeldPrefixes;
 use super::view::{ClusterView, NodeLife, NodeView};
 
@@ -75,6 +77,23 @@ pub fn pick_prefill_nodes<'a>(
     });
     candidates.truncate(num_max);
     candidates
+}
+
+/// The prefill node from which `candidate` may fetch what it lacks: the one that holds the longest prefix, if that
+/// is longer than what the candidate and the decode node hold; of equal ones the one with fewer requests. Nodes that
+/// drain count, too. `None` without a candidate: a prefix that a decode node lacks is prefilled as any other.
+pub fn pick_prefix_peer(
+    view: &ClusterView,
+    demand: &PromptDemand,
+    candidate: Option<&NodeView>,
+    decode_node: &NodeView,
+) -> Option<PrefixPeer> {
+    let candidate = candidate?;
+    let num_held_tokens = demand.num_held_tokens(candidate).max(demand.num_held_tokens(decode_node));
+    let others = view.prefill.iter().chain(&view.draining_prefill).filter(|node| node.node != candidate.node);
+    let holders = others.map(|node| (demand.num_held_tokens(node), node)).filter(|(num, _)| *num > num_held_tokens);
+    let (num_tokens, node) = holders.max_by_key(|(num, node)| (*num, Reverse(node.num_requests())))?;
+    Some(PrefixPeer { node: node.node.clone(), num_tokens: num_tokens as u32 })
 }
 
 #[cfg(test)]
@@ -171,12 +190,35 @@ mod tests {
     }
 
     #[test]
+    fn longest_prefix_elsewhere_is_named_if_it_is_longer_than_what_is_there() {
+        let held = demand(2000, &[("a", 64), ("b", 10), ("c", 64), ("d", 20)]);
+        let decode = vec![node("d", 0, 0, 9, 0), node("e", 0, 0, 9, 0)];
+        let prefill = vec![node("a", 3, 0, 0, 0), node("b", 0, 0, 0, 0)];
+        let mut view =
+            ClusterView { prefill, decode, draining_prefill: vec![node("c", 1, 0, 0, 0)], ..ClusterView::default() };
+        let pick = |view: &ClusterView, demand: &PromptDemand, candidate: Option<usize>, decode: usize| {
+            let candidate = candidate.map(|index| &view.prefill[index]);
+            let peer = pick_prefix_peer(view, demand, candidate, &view.decode[decode]);
+            peer.map(|peer| (peer.node.to_string(), peer.num_tokens))
+        };
+        assert_eq!(pick(&view, &held, Some(1), 0), Some(("c".to_string(), 1024)), "it drains, and has fewer requests");
+        view.draining_prefill.clear();
+        assert_eq!(pick(&view, &held, Some(1), 0), Some(("a".to_string(), 1024)));
+        assert_eq!(pick(&view, &held, Some(0), 0), None, "the candidate has the longest itself");
+        assert_eq!(pick(&view, &held, None, 0), None, "nobody would fetch it");
+        let at_decode = demand(2000, &[("a", 20), ("d", 20)]);
+        assert_eq!(pick(&view, &at_decode, Some(1), 0), None, "the decode node has as much");
+        assert_eq!(pick(&view, &at_decode, Some(1), 1), Some(("a".to_string(), 320)));
+        assert_eq!(pick(&view, &demand(2000, &[]), Some(1), 1), None);
+    }
+
+    #[test]
     fn popular_prefix_spreads_over_the_nodes_in_a_burst_that_no_status_shows_yet() {
         // 1,024 of 1,100 tokens are held by `a`; nobody's status changes meanwhile.
         let held = demand(1100, &[("a", 64)]);
         let prefill = vec![node("a", 0, 0, 0, 0), node("b", 0, 0, 0, 0), node("c", 0, 0, 0, 0)];
         let decode = vec![node("a", 0, 0, 9, 0), node("b", 0, 0, 9, 0), node("c", 0, 0, 9, 0)];
-        let view = ClusterView { prefill, decode, model: None };
+        let view = ClusterView { prefill, decode, ..ClusterView::default() };
         let (mut num_prefills, mut num_decodes) = ([0; 3], [0; 3]);
         let position = |nodes: &[NodeView], of: &NodeView| nodes.iter().position(|n| n.node == of.node).unwrap();
         for turn in 0..60 {

@@ -51,6 +51,8 @@ pub struct ClusterView {
     pub decode: Vec<NodeView>,
     /// Ready prefill nodes.
     pub prefill: Vec<NodeView>,
+    /// Prefill nodes that take no requests any more and still send what they hold.
+    pub draining_prefill: Vec<NodeView>,
     /// The model all of them serve; `None` until the first decode node was reached. `max_model_len` is
     /// the smallest of the ready decode nodes', so that any of them can take over.
     pub model: Option<ModelInfo>,

@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
-use super::super::fetch::{FetchEnd, FetchFailure, FetchPlan, FetchReceiver};
+use super::super::fetch::{FetchEnd, FetchFailure, FetchFrom, FetchPlan, FetchReceiver};
 use super::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
-use crate::wire::PrefillEvent;
+use crate::wire::{FetchPrefixControl, PrefillEvent};
 
 impl PrefillHandover {
-    /// Starts a hand-over that was admitted and first fetches a prefix that the decode node holds; the engine
+    /// Starts a hand-over that was admitted and first fetches a prefix that another node holds; the engine
     /// waits for [`PrefillAction::Compute`].
     pub fn new_fetching(
         num_cached_tokens: u32,
@@ -37,20 +37,23 @@ impl PrefillHandover {
         if is_complete {
             return self.go_on_behind_fetch(FetchEnd::Complete, now);
         }
-        send_credit(fetch.due_credit())
+        send_credit(fetch.from(), fetch.due_credit())
     }
 
-    /// An extent of the prefix was refused, or the decode node sends no more.
+    /// An extent of the prefix was refused, or the other node sends none, or no more.
     pub fn on_fetch_failed(&mut self, failure: FetchFailure, now: Duration) -> Vec<PrefillAction> {
         self.go_on_behind_fetch(FetchEnd::Failed(failure), now)
     }
 
     fn go_on_behind_fetch(&mut self, end: FetchEnd, now: Duration) -> Vec<PrefillAction> {
         let mut actions = Vec::new();
+        let from = self.fetch.as_ref().map(FetchReceiver::from);
         if let Some(num_valid_tokens) = self.close_fetch(end, &mut actions) {
             self.state = PrefillState::Queued;
             self.progress_at = now;
-            actions.push(PrefillAction::Send(PrefillEvent::FetchEnded));
+            if from == Some(FetchFrom::DecodeNode) {
+                actions.push(PrefillAction::Send(PrefillEvent::FetchEnded));
+            }
             actions.push(PrefillAction::Compute { num_valid_tokens });
         }
         actions
@@ -63,10 +66,15 @@ impl PrefillHandover {
     }
 
     pub(super) fn send_owed_fetch_credit(&mut self) -> Vec<PrefillAction> {
-        send_credit(self.fetch.as_mut().and_then(FetchReceiver::owed_credit))
+        let Some(fetch) = &mut self.fetch else { return Vec::new() };
+        send_credit(fetch.from(), fetch.owed_credit())
     }
 }
 
-fn send_credit(bytes: Option<u64>) -> Vec<PrefillAction> {
-    bytes.map(|bytes| PrefillAction::Send(PrefillEvent::FetchCredit { bytes })).into_iter().collect()
+fn send_credit(to: FetchFrom, bytes: Option<u64>) -> Vec<PrefillAction> {
+    let send = |bytes| match to {
+        FetchFrom::DecodeNode => PrefillAction::Send(PrefillEvent::FetchCredit { bytes }),
+        FetchFrom::Peer => PrefillAction::SendToPeer(FetchPrefixControl::Credit { bytes }),
+    };
+    bytes.map(send).into_iter().collect()
 }

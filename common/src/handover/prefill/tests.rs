@@ -1,6 +1,6 @@
 use proptest::prelude::*;
 
-use super::super::fetch::FetchFailure;
+use super::super::fetch::{FetchFailure, FetchFrom};
 use super::*;
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -58,6 +58,7 @@ fn extent(layer: u16) -> ExtentId {
 /// A window of four of the fetched extents.
 fn fetch_plan() -> FetchPlan {
     FetchPlan {
+        from: FetchFrom::DecodeNode,
         first_token: 16,
         end_token: 96,
         credit_window_bytes: 400,
@@ -86,6 +87,12 @@ impl Driver {
             PrefillHandover::new_fetching(16, fetch_plan(), credit_bytes, limits(), Duration::ZERO);
         assert_eq!(words(&actions), "Accepted, OpenFetch(16..96)");
         Self { handover, now: Duration::ZERO, num_layers: 0, num_fetched_tokens: 16 }
+    }
+
+    fn fetching_from_peer() -> Self {
+        let plan = FetchPlan { from: FetchFrom::Peer, ..fetch_plan() };
+        let (handover, _) = PrefillHandover::new_fetching(16, plan, 100, limits(), Duration::ZERO);
+        Self { handover, ..Self::fetching(100) }
     }
 
     fn feed(&mut self, input: Input) -> Vec<PrefillAction> {
@@ -157,6 +164,7 @@ fn words(actions: &[PrefillAction]) -> String {
         PrefillAction::Send(PrefillEvent::Failed(error)) => format!("Failed({error})"),
         PrefillAction::Send(PrefillEvent::FetchCredit { bytes }) => format!("FetchCredit({bytes})"),
         PrefillAction::Send(event) => format!("{event:?}"),
+        PrefillAction::SendToPeer(FetchPrefixControl::Credit { bytes }) => format!("PeerCredit({bytes})"),
         PrefillAction::OpenFetch(plan) => format!("OpenFetch({}..{})", plan.first_token, plan.end_token),
         PrefillAction::CloseFetch { num_valid_tokens, end } => format!("CloseFetch({end:?}, valid {num_valid_tokens})"),
         PrefillAction::Compute { num_valid_tokens } => format!("Compute(from {num_valid_tokens})"),
@@ -280,6 +288,16 @@ fn little_that_was_fetched_is_told_with_the_progress() {
     assert_eq!(words(&driver.feed(Progress)), "Progress", "once");
     assert_eq!(words(&driver.feed(FetchExtent)), "", "less than a quarter of the window");
     assert_eq!(words(&driver.feed(FetchExtent)), "FetchCredit(120)");
+}
+
+#[test]
+fn peer_gets_the_credit_and_the_decode_node_hears_of_the_progress_alone() {
+    let mut driver = Driver::fetching_from_peer();
+    assert_eq!(words(&driver.feed(FetchExtent)), "");
+    assert_eq!(words(&driver.feed(FetchExtent)), "PeerCredit(120)");
+    driver.handover.on_fetched(60, 16, false, SECOND / 4);
+    assert_eq!(words(&driver.feed(Progress)), "PeerCredit(60), Progress");
+    assert_eq!(words(&driver.feed(FetchStopped)), "CloseFetch(Failed(Stopped), valid 48), Compute(from 48)");
 }
 
 #[test]

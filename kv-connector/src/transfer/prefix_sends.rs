@@ -1,11 +1,13 @@
-//! A prefix that is held here, on its way to the prefill node that fetches it.
+//! A prefix that is held here, on its way to the node that fetches it: from a decode node to the prefill node it
+//! asked, and from a prefill node to another one.
 
 use std::ops::Range;
 
 use common::tokens::Token;
 use common::wire::ExtentId;
-use kv_connector::transfer::{BulkSender, ExtentSource};
 use tokio::task::JoinSet;
+
+use crate::transfer::{BulkSender, ExtentSource};
 
 /// Tokens whose layers are sent before the next ones': if the fetch ends early, what has arrived is of use up to
 /// here.
@@ -13,31 +15,32 @@ const CHUNK_TOKENS: usize = 1024;
 
 /// The extents that are on the way. The blocks must be pinned until [`stop`](Self::stop) has returned or all
 /// have ended.
-pub(crate) struct PrefixSends {
+pub struct PrefixSends {
     source: ExtentSource,
     bulk: BulkSender,
     sends: JoinSet<bool>,
 }
 
 impl PrefixSends {
-    pub(crate) fn new(source: ExtentSource, bulk: BulkSender) -> Self {
+    /// Nothing is on the way yet.
+    pub fn new(source: ExtentSource, bulk: BulkSender) -> Self {
         Self { source, bulk, sends: JoinSet::new() }
     }
 
     /// The extents of these tokens in the order in which they are to leave, with their sizes.
-    pub(crate) fn extents(&self, tokens: Range<usize>) -> Vec<(ExtentId, u64)> {
+    pub fn extents(&self, tokens: Range<usize>) -> Vec<(ExtentId, u64)> {
         in_order(&self.source, tokens)
     }
 
     /// Begins to send one. `tokens` are the sequence's.
-    pub(crate) fn send(&mut self, tokens: &[Token], extent: ExtentId) {
+    pub fn send(&mut self, tokens: &[Token], extent: ExtentId) {
         let (header, payload) = self.source.seal(tokens, extent);
         let bulk = self.bulk.clone();
         self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
     }
 
     /// Resolves when one has ended: whether it left. Pending while none is on the way. Cancel-safe.
-    pub(crate) async fn next_ended(&mut self) -> bool {
+    pub async fn next_ended(&mut self) -> bool {
         match self.sends.join_next().await {
             Some(ended) => ended.unwrap_or(false),
             None => std::future::pending().await,
@@ -45,7 +48,7 @@ impl PrefixSends {
     }
 
     /// Gives up what is on the way.
-    pub(crate) async fn stop(mut self) {
+    pub async fn stop(mut self) {
         self.sends.shutdown().await;
     }
 }
@@ -62,14 +65,38 @@ fn in_order(source: &ExtentSource, tokens: Range<usize>) -> Vec<(ExtentId, u64)>
 mod tests {
     use std::sync::Arc;
 
+    use super::*;
+    use crate::transfer::ExtentRequest;
     use common::content::{ChainRoot, ContentChain};
-    use common::ids::{Attempt, Epoch, Generation, RequestId};
+    use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
+    use common::kv_memory::KvMemory;
     use common::kv_spec::{KvDtype, KvSpec};
     use common::model::ModelIdentity;
-    use engine::pool::KvPool;
-    use kv_connector::transfer::ExtentRequest;
 
-    use super::*;
+    /// Nothing is read of it.
+    struct ShapeOnly;
+
+    impl KvMemory for ShapeOnly {
+        fn write_at(&self, _: u32, _: &[BlockId], _: usize, _: usize, _: &[u8]) {
+            unreachable!("nothing is written");
+        }
+
+        fn read_granules(&self, _: u32, _: &[BlockId], _: usize, _: usize, _: &mut [u8]) {
+            unreachable!("nothing is read");
+        }
+
+        fn visit_granules(&self, _: u32, _: &[BlockId], _: usize, _: usize, _: &mut dyn FnMut(u64, &[u8])) {
+            unreachable!("nothing is read");
+        }
+
+        fn granule_bytes(&self) -> usize {
+            64
+        }
+
+        fn num_layers(&self) -> usize {
+            2
+        }
+    }
 
     #[test]
     fn every_layer_of_a_chunk_leaves_before_the_next_chunk() {
@@ -77,7 +104,7 @@ mod tests {
         let request =
             ExtentRequest { epoch: Epoch(1), request: RequestId(1), attempt: Attempt(1), generation: Generation(1) };
         let source = ExtentSource {
-            memory: Arc::new(KvPool::new(&kv_spec, 16, 1).unwrap()),
+            memory: Arc::new(ShapeOnly),
             kv_spec,
             blocks: Arc::default(),
             chain: ContentChain::new(&ChainRoot::of_model(ModelIdentity([0; 32]))),
