@@ -225,6 +225,78 @@ async fn what_cannot_be_had_is_said_in_a_sentence() {
     assert!(matches!(error, HubError::NotAnId { .. }));
     let existing = cache.path().join("model.GGUF");
     fs::write(&existing, "GGUF").unwrap();
+    assert_eq!(resolve(existing.to_str().unwrap(), None, &settings).await.unwrap(), existing);
+    for name in ["org/name.gguf", "model.gguf", "/no/such/folder/model.gguf"] {
+        let error = resolve(name, None, &settings).await.unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{name} is not a file here: give the path of a GGUF file")), "{error}");
+    }
+    let offline = HubSettings { is_offline: true, ..settings };
+    assert_eq!(resolve("org/name", None, &offline).await.unwrap(), snapshot);
+    assert!(hub.requests().is_empty());
+}
+
+#[tokio::test]
+async fn a_download_that_breaks_off_goes_on_where_it_stopped() {
+    let cut = Some(("model-1.safetensors".to_string(), 40_000));
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(TestRepo { cut, ..repo() }));
+    let snapshot = resolve("org/name", None, &hub.settings(&cache)).await.unwrap();
+    assert_eq!(fs::read(snapshot.join("model-1.safetensors")).unwrap(), repo().files["model-1.safetensors"]);
+    let requests = hub.requests();
+    assert!(requests.contains(&"GET /storage/model-1.safetensors bytes=40000-".to_string()), "{requests:?}");
+}
+
+#[tokio::test]
+async fn damaged_content_is_refused_and_removed() {
+    let damaged = Some("model-2.safetensors".to_string());
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(TestRepo { damaged, ..repo() }));
+    let error = resolve("org/name", None, &hub.settings(&cache)).await.unwrap_err();
+    assert!(matches!(&error, HubError::Damaged { what: "SHA-256", .. }), "{error}");
+    let names = fs::read_dir(cache.path().join("models--org--name/blobs")).unwrap();
+    let names: Vec<String> = names.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.iter().all(|name| !name.ends_with("incomplete")), "{names:?}");
+    assert!(!cache.path().join("models--org--name/refs/main").exists());
+}
+
+#[tokio::test]
+async fn a_token_opens_what_is_closed_without_it() {
+    let token = Some("secret".to_string());
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(TestRepo { token: token.clone(), ..repo() }));
+    let settings = hub.settings(&cache);
+    let error = resolve("org/name", None, &settings).await.unwrap_err().to_string();
+    assert!(error.contains("HTTP 401") && error.contains("HF_TOKEN"), "{error}");
+    let settings = HubSettings { token, ..settings };
+    assert!(resolve("org/name", None, &settings).await.is_ok());
+    assert!(!format!("{settings:?}").contains("secret"));
+}
+
+#[tokio::test]
+async fn a_gated_model_asks_for_a_token() {
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(TestRepo { is_gated: true, ..repo() }));
+    let error = resolve("org/name", None, &hub.settings(&cache)).await.unwrap_err().to_string();
+    assert!(error.contains("HTTP 403") && error.contains("HF_TOKEN"), "{error}");
+}
+
+#[tokio::test]
+async fn two_at_once_download_each_file_once() {
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(repo()));
+    let settings = hub.settings(&cache);
+    let (one, two) = tokio::join!(resolve("org/name", None, &settings), resolve("org/name", None, &settings));
+    assert_eq!(one.unwrap(), two.unwrap());
+    let requests = hub.requests();
+    let num_downloads = requests.iter().filter(|request| request.starts_with("GET /storage/model-1")).count();
+    assert_eq!(num_downloads, 1, "{requests:?}");
+}
+
+#[tokio::test]
+async fn what_cannot_be_had_is_said_in_a_sentence() {
+    let (cache, hub) = (TestFolder::new("hub"), TestHub::start(repo()));
+    let settings = hub.settings(&cache);
+    let error = resolve("org/other", None, &settings).await.unwrap_err().to_string();
+    assert!(error.starts_with("org/other is neither a folder here nor a model at http://127.0.0.1:"), "{error}");
+    let error = resolve("../no/such/folder", None, &settings).await.unwrap_err();
+    assert!(matches!(error, HubError::NotAnId { .. }));
+    let existing = cache.path().join("model.GGUF");
+    fs::write(&existing, "GGUF").unwrap();
     for name in [existing.to_str().unwrap(), "org/name.gguf", "model.gguf", "/no/such/folder/model.gguf"] {
         let error = resolve(name, None, &settings).await.unwrap_err().to_string();
         assert!(error.starts_with(&format!("{name} is a GGUF file, which is not supported yet: give a")), "{error}");
