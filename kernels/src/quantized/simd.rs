@@ -158,7 +158,7 @@ impl IntSimd for Avx2 {
 }
 
 macro_rules! int512 {
-    ($name:ident, $w:ty, $x:ty, $prepare:item $splat_quad:item $dot:item) => {
+    ($name:ident, $w:ty, $x:ty, $prepare:item, $splat_quad:item, $dot:item) => {
         impl IntSimd for $name {
             const TILE_ROWS: usize = 6;
             const TILE_COLS: usize = 2;
