@@ -93,7 +93,7 @@ async fn split_equals_colocated_with_quantized_weights() {
         }
         colocated.shut_down().await;
         let decode = vec!["--local-offer-max-tokens", "0", "--block-size", "64"];
-        let prefill = vec!["--block-size", "16", "--max-num-batched-tokens", "48"];
+        let prefill = vec!["--block-size", "16", "--max-num-batched-tokens", "48", "--max-num-seqs", "8"];
         let cluster = Cluster::start(Shape { model: file.model(), prefill, decode, ..Shape::default() }).await;
         let bodies = prompts(file.model());
         let answers = futures::future::join_all(bodies.iter().map(|body| cluster.api.complete(body))).await;

@@ -1,8 +1,8 @@
 //! GGUF files as checkpoints: llama.cpp's keys and names in the words of Hugging Face.
 //!
-//! - [`config`]: metadata becomes a `config.json`, so that one reader checks both kinds of models.
-//! - [`names`]: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`, its rows in another order.
-//! - [`blocks`]: ggml's blocks become [`kernels::QuantizedWeights`].
+//! - `config`: metadata becomes a `config.json`, so that one reader checks both kinds of models.
+//! - `names`: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`, its rows in another order.
+//! - `blocks`: ggml's blocks become [`kernels::QuantizedWeights`].
 //! - [`write`]: a Hugging Face folder becomes a GGUF file.
 
 pub(crate) mod blocks;
