@@ -71,6 +71,12 @@ fn top(model: &Arc<Model>, tokens: &[u32], num_top: usize) -> Vec<(u32, f32)> {
     top
 }
 
+/// Standard deviation.
+fn spread(logits: &[f32]) -> f32 {
+    let mean = logits.iter().sum::<f32>() / logits.len() as f32;
+    (logits.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / logits.len() as f32).sqrt()
+}
+
 fn log_softmax(logits: &[f32]) -> Vec<f32> {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
@@ -95,9 +101,7 @@ fn logits_are_those_of_the_dequantized_weights() {
             for (token, logprob) in top(&loaded, &tokens, 20) {
                 worst = worst.max((logprob - expected[token as usize]).abs());
             }
-            let logits = oracle.last().unwrap();
-            let mean = logits.iter().sum::<f32>() / logits.len() as f32;
-            let spread = (logits.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / logits.len() as f32).sqrt();
+            let spread = spread(oracle.last().unwrap());
             let bound = if ty == GgufType::Bf16 { 2e-3 } else { 0.15 * spread };
             assert!(worst < bound, "{model} {ty:?}: {worst}, logits spread by {spread}");
         }
@@ -227,6 +231,76 @@ fn what_a_file_lacks_is_named_in_its_own_words() {
     assert!(changed("llama.block_count", "llama.block_kount").contains("`llama.block_count` is missing"));
     assert!(changed("llama.attention.head_count", "llama.attention.head_kount").contains("head_count` is missing"));
     assert!(changed("\u{5}\0\0\0\0\0\0\0llama", "\u{5}\0\0\0\0\0\0\0gemma").contains("architecture gemma"));
+}
+
+/// A Llama whose rows are whole blocks of 256, of random weights.
+fn wide(folder: &Folder) -> PathBuf {
+    use safetensors::tensor::{Dtype, TensorView};
+    let (hidden, ffn, vocab, path) = (256, 512, 64, folder.0.join("wide"));
+    fs::create_dir_all(&path).unwrap();
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+        ("lm_head.weight".to_string(), vec![vocab, hidden]),
+    ];
+    for layer in 0..3 {
+        let mut add = |name: &str, shape: &[usize]| {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+        };
+        add("input_layernorm", &[hidden]);
+        add("post_attention_layernorm", &[hidden]);
+        add("self_attn.q_proj", &[hidden, hidden]);
+        add("self_attn.k_proj", &[hidden / 2, hidden]);
+        add("self_attn.v_proj", &[hidden / 2, hidden]);
+        add("self_attn.o_proj", &[hidden, hidden]);
+        add("mlp.gate_proj", &[ffn, hidden]);
+        add("mlp.up_proj", &[ffn, hidden]);
+        add("mlp.down_proj", &[hidden, ffn]);
+    }
+    let bytes: Vec<Vec<u8>> = shapes
+        .iter()
+        .enumerate()
+        .map(|(number, (_, shape))| {
+            let value = |i: usize| match shape.len() {
+                1 => 1.0,
+                _ => ((kernels::uniform(number as u64, 0, i as u32) - 0.5) * 0.2) as f32,
+            };
+            (0..shape.iter().product()).flat_map(|i| value(i).to_le_bytes()).collect()
+        })
+        .collect();
+    let views = shapes
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape), bytes)| (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    fs::write(path.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn, "vocab_size": vocab,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    });
+    fs::write(path.join("config.json"), config.to_string()).unwrap();
+    path
+}
+
+/// Value projections of 6 bits beside query and key projections of 4: one fused matrix of two formats.
+#[test]
+fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
+    let folder = Folder::new("mixed");
+    let path = folder.gguf(wide(&folder).to_str().unwrap(), GgufType::Q4_K_M);
+    let model = load_path(&path, Dtype::Float32, Isa::detect());
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-1/tp1/f32+q4_k+q6_k/kv-f32");
+    let tokens = prompt(40, 64, 5);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
+    let bound = 0.15 * spread(oracle.last().unwrap());
+    let expected = log_softmax(oracle.last().unwrap());
+    let want = top(&model, &tokens, 20);
+    for (token, logprob) in &want {
+        let error = (logprob - expected[*token as usize]).abs();
+        assert!(error < bound, "{token}: {error} of {bound}");
+    }
+    for &isa in Isa::available() {
+        assert_eq!(top(&load_path(&path, Dtype::Float32, isa), &tokens, 20), want, "{isa:?}");
+    }
 }
 
 /// A folder with 8-bit weights and a scale for each row, as compressed-tensors writes it, made of one of numbers.
