@@ -3,7 +3,7 @@
 //! - `config`: metadata becomes a `config.json`, so that one reader checks both kinds of models.
 //! - `names`: `blk.0.attn_q.weight` is `model.layers.0.self_attn.q_proj.weight`, its rows in another order.
 //! - `blocks`: ggml's blocks become [`kernels::QuantizedWeights`].
-//! - [`write`]: a Hugging Face folder becomes a GGUF file.
+//! - [`write`](mod@write): a Hugging Face folder becomes a GGUF file.
 
 pub(crate) mod blocks;
 pub(crate) mod config;
