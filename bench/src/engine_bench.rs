@@ -18,7 +18,7 @@ use engine::core::{EngineEvent, EngineHandle, EngineOptions, RequestHandle};
 /// What is measured.
 #[derive(Debug, Args)]
 pub struct EngineBenchArgs {
-    /// Checkpoint folder.
+    /// Checkpoint folder or GGUF file.
     #[arg(long, value_name = "PATH", default_value = "models/tiny")]
     pub model: PathBuf,
     /// Element type of weights and KV.

@@ -1,4 +1,5 @@
-//! Checkpoints of random weights in the shapes that benchmarks use: `tandem model random`.
+//! Checkpoints of random weights in the shapes that benchmarks use, `tandem model random`, and any checkpoint as a
+//! GGUF file, `tandem model gguf`.
 //!
 //! What such a model says is noise; how long it takes to say it is what a trained one of its shape takes. The
 //! weights are a function of the seed. The tokenizer is that of `models/tiny` with names for the further tokens.
@@ -9,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::gguf::write::{GgufType, convert};
 use half::bf16;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -30,6 +32,44 @@ pub struct ModelArgs {
 enum ModelCommand {
     /// Writes a Hugging Face folder of random bf16 weights.
     Random(RandomArgs),
+    /// Writes the model of a Hugging Face folder as a GGUF file.
+    Gguf(GgufArgs),
+}
+
+#[derive(Debug, Args)]
+struct GgufArgs {
+    /// The Hugging Face folder.
+    #[arg(value_name = "FOLDER")]
+    folder: PathBuf,
+    /// The file to write; its name ends in .gguf.
+    #[arg(value_name = "FILE")]
+    file: PathBuf,
+    /// What matrices are stored as; norms stay f32.
+    #[arg(long = "type", value_enum, default_value_t = TypeName::Q8_0)]
+    ty: TypeName,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum TypeName {
+    #[value(name = "bf16")]
+    Bf16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_0")]
+    Q4_0,
+    #[value(name = "q4_k_m")]
+    Q4KM,
+}
+
+impl TypeName {
+    fn ty(self) -> GgufType {
+        match self {
+            Self::Bf16 => GgufType::Bf16,
+            Self::Q8_0 => GgufType::Q8_0,
+            Self::Q4_0 => GgufType::Q4_0,
+            Self::Q4KM => GgufType::Q4_K_M,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -135,25 +175,53 @@ impl Shape {
 
 /// What was written.
 #[derive(Debug)]
-pub struct Written {
-    folder: PathBuf,
-    num_parameters: usize,
+pub enum Written {
+    /// Random weights.
+    Random {
+        /// Where.
+        folder: PathBuf,
+        /// How many.
+        num_parameters: usize,
+    },
+    /// A GGUF file.
+    Gguf {
+        /// Where.
+        file: PathBuf,
+        /// Its size.
+        num_bytes: u64,
+    },
 }
 
 impl fmt::Display for Written {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let millions = self.num_parameters as f64 / 1e6;
-        write!(f, "{} has {millions:.1} million random bf16 parameters", self.folder.display())
+        match self {
+            Self::Random { folder, num_parameters } => {
+                let millions = *num_parameters as f64 / 1e6;
+                write!(f, "{} has {millions:.1} million random bf16 parameters", folder.display())
+            }
+            Self::Gguf { file, num_bytes } => {
+                write!(f, "{} has {:.1} MB", file.display(), *num_bytes as f64 / 1e6)
+            }
+        }
     }
 }
 
 /// Runs `tandem model`.
 ///
 /// # Errors
-/// If the folder cannot be written.
+/// If the folder or the file cannot be written, or the model cannot be read.
 pub fn run(args: &ModelArgs) -> anyhow::Result<Written> {
-    let ModelCommand::Random(RandomArgs { shape, folder, seed }) = &args.command;
-    write(shape.shape(), folder, *seed).with_context(|| format!("write the checkpoint {}", folder.display()))
+    match &args.command {
+        ModelCommand::Random(RandomArgs { shape, folder, seed }) => {
+            write(shape.shape(), folder, *seed).with_context(|| format!("write the checkpoint {}", folder.display()))
+        }
+        ModelCommand::Gguf(GgufArgs { folder, file, ty }) => {
+            anyhow::ensure!(engine::gguf::is_gguf(file), "{} does not end in .gguf", file.display());
+            convert(folder, file, ty.ty()).with_context(|| format!("write {}", file.display()))?;
+            let num_bytes = std::fs::metadata(file).context("look at what was written")?.len();
+            Ok(Written::Gguf { file: file.clone(), num_bytes })
+        }
+    }
 }
 
 fn write(shape: Shape, folder: &Path, seed: u64) -> anyhow::Result<Written> {
@@ -167,7 +235,7 @@ fn write(shape: Shape, folder: &Path, seed: u64) -> anyhow::Result<Written> {
     std::fs::write(folder.join("tokenizer_config.json"), TOKENIZER_CONFIG)?;
     std::fs::write(folder.join("chat_template.jinja"), CHAT_TEMPLATE)?;
     let num_parameters = tensors.iter().map(|tensor| tensor.rows * tensor.columns).sum();
-    Ok(Written { folder: folder.to_path_buf(), num_parameters })
+    Ok(Written::Random { folder: folder.to_path_buf(), num_parameters })
 }
 
 /// The safetensors format: the header's length, the header, then the tensors behind each other.
@@ -241,6 +309,29 @@ mod tests {
         engine::spec::ModelSpec::read(&folder).unwrap();
         engine::checkpoint::Checkpoint::open(&folder).unwrap();
         assert_eq!(tokenizer(4096).unwrap()["model"]["vocab"].as_object().unwrap().len(), 4096);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
+    fn a_folder_becomes_a_gguf_file_of_each_type() {
+        let folder = std::env::temp_dir().join(format!("tandem-random-gguf-{}", std::process::id()));
+        write(ShapeName::Tiny.shape(), &folder, 1).unwrap();
+        let mut sizes = Vec::new();
+        for ty in [TypeName::Bf16, TypeName::Q8_0, TypeName::Q4KM, TypeName::Q4_0] {
+            let file = folder.join("model.gguf");
+            let args = GgufArgs { folder: folder.clone(), file: file.clone(), ty };
+            let Written::Gguf { num_bytes, .. } = run(&ModelArgs { command: ModelCommand::Gguf(args) }).unwrap() else {
+                panic!("a GGUF file was asked for");
+            };
+            sizes.push(num_bytes);
+            let spec = engine::checkpoint::Checkpoint::open(&file).unwrap().stated_spec().unwrap().clone();
+            let mut expected = engine::spec::ModelSpec::read(&folder).unwrap();
+            // What a folder says of its types has no place in a GGUF file.
+            (expected.stated_dtype, expected.eos_token_ids) = (spec.stated_dtype.clone(), spec.eos_token_ids.clone());
+            assert_eq!(spec, expected);
+        }
+        // Rows of 128 and 352 are no whole blocks of 256: they have 8 bits in q4_k_m.
+        assert!(sizes[0] > sizes[1] && sizes[1] == sizes[2] && sizes[2] > sizes[3], "{sizes:?}");
         std::fs::remove_dir_all(&folder).unwrap();
     }
 }

@@ -13,7 +13,7 @@
 //!
 //! 1. [`ids`], [`tokens`]: what things are called.
 //! 2. [`model`], [`kv_spec`], [`kv_memory`]: what must be equal between two nodes, and what must not be confused.
-//! 3. [`content`]: a block is known by its content.
+//! 3. [`content`]: a block is known by its content; [`gguf`]: a file format that nodes and proxy both read.
 //! 4. [`sampling`]: how the next token is chosen, and when a sequence ends.
 //! 5. [`wire`]: the messages, and their bounded encoding.
 //! 6. [`block_manager`], [`eviction`], [`sequence`], [`scheduler`]: paged KV and continuous batching.
@@ -30,6 +30,7 @@ pub mod block_manager;
 pub mod config;
 pub mod content;
 pub mod eviction;
+pub mod gguf;
 pub mod handover;
 pub mod ids;
 pub mod kv_memory;

@@ -15,12 +15,14 @@ use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
 use crate::weights::{AttentionWeights, MlpWeights};
 
-/// Weights of one matrix as loaded, before packing: parts `[its rows, cols]`, stacked.
-pub enum MatrixParts {
+/// Rows of a matrix as loaded, before packing: `[its rows, cols]`.
+pub enum MatrixPart {
     /// f32 values.
-    F32(Vec<Vec<f32>>),
+    F32(Vec<f32>),
     /// bf16 values.
-    Bf16(Vec<Vec<half::bf16>>),
+    Bf16(Vec<half::bf16>),
+    /// Integers with scales.
+    Quantized(kernels::QuantizedWeights),
 }
 
 /// Some heads in the columns of a wider matrix: heads `first_head..first_head + num_heads` of each row.
@@ -68,11 +70,11 @@ pub trait Backend: Sized {
     /// Activations `[num_rows, width]`.
     type Tensor: Default + Send;
 
-    /// Packs a matrix; `cols` is its input width.
-    fn matrix(&self, cols: usize, parts: MatrixParts) -> Self::Matrix;
+    /// Packs a matrix of stacked parts, which may be stored differently; `cols` is its input width.
+    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Self::Matrix;
 
     /// Takes an embedding table.
-    fn table(&self, values: MatrixParts) -> Self::Table;
+    fn table(&self, values: MatrixPart) -> Self::Table;
 
     /// Takes a vector.
     fn vector(&self, values: Vec<f32>) -> Self::Vector;

@@ -1,4 +1,6 @@
-//! The tensors of a Hugging Face folder: one `model.safetensors`, or shards behind an index.
+//! The tensors of a model: a Hugging Face folder (one `model.safetensors`, or shards behind an index) or a GGUF
+//! file. Whatever they are called and however they are stored there, they have Hugging Face's names and order of
+//! rows here; quantized ones come as [`QuantizedWeights`].
 //!
 //! Files are mapped, never read whole. Everything that can be wrong with them is said in a sentence that
 //! names the file, the tensor, what was expected and what was found; nothing in a file can make this panic.
@@ -6,17 +8,21 @@
 //! process, as it does for every program that maps files.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use common::gguf::{GgmlType, Gguf};
 use half::{bf16, f16};
+use kernels::QuantizedWeights;
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use crate::spec::{self, SpecError};
+use crate::gguf::names::{self, InterleavedHeads};
+use crate::gguf::{blocks, config, is_gguf};
+use crate::spec::{self, ModelSpec, SpecError};
 
 /// Why a checkpoint cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +72,14 @@ pub enum CheckpointError {
         /// What is wrong.
         reason: String,
     },
+    /// Not a GGUF file, or not a whole one.
+    #[error("{} is not a GGUF file that can be read: {reason}", path.display())]
+    Gguf {
+        /// Which file.
+        path: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
     /// Shorter or longer than its header says.
     #[error("{} has {found} bytes, its header describes {expected}: the file is truncated or damaged, download it again", path.display())]
     Size {
@@ -86,8 +100,8 @@ pub enum CheckpointError {
         /// Its shape.
         shape: Vec<usize>,
     },
-    /// A tensor has another shape than `config.json` implies.
-    #[error("{}: tensor {tensor} has shape {found:?}, config.json implies {expected:?}", path.display())]
+    /// A tensor has another shape than the configuration implies.
+    #[error("{}: tensor {tensor} has shape {found:?}, {implied_by} implies {expected:?}", path.display())]
     Shape {
         /// Which file.
         path: PathBuf,
@@ -97,9 +111,11 @@ pub enum CheckpointError {
         found: Vec<usize>,
         /// The shape it should have.
         expected: Vec<usize>,
+        /// `config.json`, or the metadata of a GGUF file.
+        implied_by: &'static str,
     },
     /// A tensor has a type that is not read.
-    #[error("{}: tensor {tensor} is {found}, supported are f32, f16 and bf16", path.display())]
+    #[error("{}: tensor {tensor} is {found}, supported are {supported}", path.display())]
     Dtype {
         /// Which file.
         path: PathBuf,
@@ -107,6 +123,8 @@ pub enum CheckpointError {
         tensor: String,
         /// Its type.
         found: String,
+        /// What would do.
+        supported: &'static str,
     },
     /// The index could not be read as JSON.
     #[error(transparent)]
@@ -119,6 +137,8 @@ pub struct Checkpoint {
     tensors: HashMap<String, TensorPlace>,
     /// What errors about missing tensors name.
     source: PathBuf,
+    /// The shape that a GGUF file states.
+    gguf_spec: Option<ModelSpec>,
 }
 
 struct MappedFile {
@@ -128,17 +148,62 @@ struct MappedFile {
 
 struct TensorPlace {
     file: usize,
-    dtype: Dtype,
+    stored: Stored,
     shape: Vec<usize>,
     bytes: Range<usize>,
+    interleaved: Option<InterleavedHeads>,
+}
+
+/// How a file stores a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Safetensors(Dtype),
+    Ggml(GgmlType),
+}
+
+impl Stored {
+    fn float(self) -> Option<FloatDtype> {
+        match self {
+            Stored::Safetensors(Dtype::F32) | Stored::Ggml(GgmlType::F32) => Some(FloatDtype::F32),
+            Stored::Safetensors(Dtype::F16) | Stored::Ggml(GgmlType::F16) => Some(FloatDtype::F16),
+            Stored::Safetensors(Dtype::BF16) | Stored::Ggml(GgmlType::Bf16) => Some(FloatDtype::Bf16),
+            _ => None,
+        }
+    }
+
+    /// The format of quantized weights, as the numerics id names it; `None` for numbers.
+    fn quantized(self) -> Option<String> {
+        match self {
+            Stored::Safetensors(Dtype::I8) => Some("w8a8".to_string()),
+            Stored::Ggml(ty) if self.float().is_none() => Some(ty.name().to_lowercase()),
+            _ => None,
+        }
+    }
+
+    fn name(self) -> String {
+        match self {
+            Stored::Safetensors(dtype) => format!("{dtype:?}"),
+            Stored::Ggml(ty) => ty.name(),
+        }
+    }
+
+    fn supported(self) -> &'static str {
+        match self {
+            Stored::Safetensors(_) => "f32, f16 and bf16",
+            Stored::Ggml(_) => "F32, F16, BF16, Q8_0, Q4_0, Q4_K and Q6_K",
+        }
+    }
 }
 
 impl Checkpoint {
-    /// Maps the safetensors files of `folder` and checks that each is as long as its header says.
+    /// Maps the safetensors files of a folder, or a GGUF file, and checks that each is as long as its header says.
     ///
     /// # Errors
     /// [`CheckpointError`]: no weights, a bad index, a missing shard, an unreadable, malformed or truncated file.
     pub fn open(folder: &Path) -> Result<Self, CheckpointError> {
+        if is_gguf(folder) {
+            return Self::open_gguf(folder);
+        }
         let single = folder.join("model.safetensors");
         let index = folder.join("model.safetensors.index.json");
         let (source, paths) = if index.exists() {
@@ -149,20 +214,59 @@ impl Checkpoint {
         } else {
             return Err(CheckpointError::NoWeights { folder: folder.to_path_buf() });
         };
-        let mut checkpoint = Self { files: Vec::new(), tensors: HashMap::new(), source };
+        let mut checkpoint = Self { files: Vec::new(), tensors: HashMap::new(), source, gguf_spec: None };
         for path in paths {
             checkpoint.add_file(path)?;
         }
         Ok(checkpoint)
     }
 
+    fn open_gguf(path: &Path) -> Result<Self, CheckpointError> {
+        let map = map(path)?;
+        let gguf_error =
+            |error: common::gguf::GgufError| CheckpointError::Gguf { path: path.into(), reason: error.to_string() };
+        let gguf = Gguf::parse(&map).map_err(gguf_error)?;
+        let rope_factors = match gguf.tensor("rope_freqs.weight") {
+            Some(info) => {
+                let bytes = gguf.bytes_of("rope_freqs.weight", info, map.len()).map_err(gguf_error)?;
+                let bytes = bytes.filter(|_| info.ty == GgmlType::F32).map_or(&[][..], |range| &map[range]);
+                Some(bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect())
+            }
+            None => None,
+        };
+        let spec = config::spec(path, &gguf, rope_factors)?;
+        let interleaved = config::interleaved_heads(&spec);
+        let mut tensors = HashMap::new();
+        for (name, info) in gguf.tensors() {
+            let Some(name) = names::to_hugging_face(name) else { continue };
+            // Types that are not read are refused when such a tensor is asked for.
+            let bytes = gguf.bytes_of(&name, info, map.len()).map_err(gguf_error)?.unwrap_or(0..0);
+            let heads = interleaved.iter().find(|(part, _)| name.contains(part)).and_then(|(_, heads)| *heads);
+            let place = TensorPlace {
+                file: 0,
+                stored: Stored::Ggml(info.ty),
+                shape: info.shape.clone(),
+                bytes,
+                interleaved: heads.filter(|heads| heads.fits(info.shape[0])),
+            };
+            tensors.insert(name, place);
+        }
+        let files = vec![MappedFile { path: path.to_path_buf(), map }];
+        Ok(Self { files, tensors, source: path.to_path_buf(), gguf_spec: Some(spec) })
+    }
+
+    /// The shape that the checkpoint itself states: a GGUF file does, a folder has a `config.json`.
+    pub fn stated_spec(&self) -> Option<&ModelSpec> {
+        self.gguf_spec.as_ref()
+    }
+
+    /// The formats of quantized tensors, for the numerics id; empty if there are none.
+    pub fn quantized_formats(&self) -> BTreeSet<String> {
+        self.tensors.values().filter_map(|place| place.stored.quantized()).collect()
+    }
+
     fn add_file(&mut self, path: PathBuf) -> Result<(), CheckpointError> {
-        let unreadable =
-            |error: std::io::Error| CheckpointError::Unreadable { path: path.clone(), reason: error.to_string() };
-        let file = File::open(&path).map_err(unreadable)?;
-        // SAFETY: the map is only read. That the file is not cut while it is mapped is up to the operator, as
-        // the module says; its content changing would change weights, not memory safety.
-        let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
+        let map = map(&path)?;
         let malformed = |reason: String| CheckpointError::Malformed { path: path.clone(), reason };
         let found = map.len() as u64;
         let (header_len, metadata) = match SafeTensors::read_metadata(&map) {
@@ -177,7 +281,8 @@ impl Checkpoint {
         let start = header_len + 8;
         for (name, info) in metadata.tensors() {
             let bytes = start + info.data_offsets.0..start + info.data_offsets.1;
-            let place = TensorPlace { file: self.files.len(), dtype: info.dtype, shape: info.shape.clone(), bytes };
+            let (stored, shape) = (Stored::Safetensors(info.dtype), info.shape.clone());
+            let place = TensorPlace { file: self.files.len(), stored, shape, bytes, interleaved: None };
             self.tensors.insert(name, place);
         }
         self.files.push(MappedFile { path, map });
@@ -195,11 +300,11 @@ impl Checkpoint {
     }
 
     /// All tensors by name: (name, type, shape, bytes).
-    pub(crate) fn sorted(&self) -> Vec<(&str, Dtype, &[usize], &[u8])> {
+    pub(crate) fn sorted(&self) -> Vec<(&str, String, &[usize], &[u8])> {
         let mut all: Vec<_> = self
             .tensors
             .iter()
-            .map(|(name, place)| (name.as_str(), place.dtype, place.shape.as_slice(), self.bytes(place)))
+            .map(|(name, place)| (name.as_str(), place.stored.name(), place.shape.as_slice(), self.bytes(place)))
             .collect();
         all.sort_by_key(|tensor| tensor.0);
         all
@@ -215,44 +320,79 @@ impl Checkpoint {
     /// # Errors
     /// It is missing, or has another shape, or a type that is not read.
     pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<CheckpointTensor<'_>, CheckpointError> {
+        // In errors, the name that is in the file.
+        let shown = match self.gguf_spec {
+            Some(_) => names::to_gguf(name).unwrap_or_else(|| name.to_string()),
+            None => name.to_string(),
+        };
         let place = self.tensors.get(name).ok_or_else(|| CheckpointError::MissingTensor {
             path: self.source.clone(),
-            tensor: name.to_string(),
+            tensor: shown.clone(),
             shape: shape.to_vec(),
         })?;
         let path = || self.files[place.file].path.clone();
         if place.shape != shape {
             return Err(CheckpointError::Shape {
                 path: path(),
-                tensor: name.to_string(),
+                tensor: shown,
                 found: place.shape.clone(),
                 expected: shape.to_vec(),
+                implied_by: if self.gguf_spec.is_some() { "the metadata" } else { "config.json" },
             });
         }
-        let dtype = match place.dtype {
-            Dtype::F32 => FloatDtype::F32,
-            Dtype::F16 => FloatDtype::F16,
-            Dtype::BF16 => FloatDtype::Bf16,
-            other => {
-                let found = format!("{other:?}").to_lowercase();
-                return Err(CheckpointError::Dtype { path: path(), tensor: name.to_string(), found });
-            }
+        let rows = shape[0];
+        let tensor = CheckpointTensor {
+            stored: place.stored,
+            bytes: self.bytes(place),
+            rows,
+            cols: shape[1..].iter().product(),
+            interleaved: place.interleaved,
+            row_scales: match place.stored {
+                Stored::Safetensors(Dtype::I8) => self.row_scales(name, rows),
+                _ => None,
+            },
         };
-        Ok(CheckpointTensor { dtype, bytes: self.bytes(place) })
+        let is_read = match place.stored {
+            Stored::Safetensors(Dtype::I8) => tensor.row_scales.is_some() && tensor.cols < 1 << 17,
+            Stored::Safetensors(_) => place.stored.float().is_some(),
+            Stored::Ggml(ty) => ty.block().is_some(),
+        };
+        if !is_read {
+            let found = match place.stored {
+                Stored::Safetensors(dtype) => format!("{dtype:?}").to_lowercase(),
+                Stored::Ggml(ty) => ty.name(),
+            };
+            let supported = place.stored.supported();
+            return Err(CheckpointError::Dtype { path: path(), tensor: shown, found, supported });
+        }
+        Ok(tensor)
+    }
+
+    /// The scales beside 8-bit weights, one for each row; `None` unless they are all there.
+    fn row_scales(&self, name: &str, rows: usize) -> Option<Vec<f32>> {
+        let place = self.tensors.get(&format!("{name}_scale"))?;
+        let float = place.stored.float()?;
+        let is_per_row = place.shape == [rows] || place.shape == [rows, 1];
+        is_per_row.then(|| float.widen(self.bytes(place)))
     }
 
     /// The type of a tensor, if it is there and of a type that is read.
     pub fn dtype_of(&self, name: &str) -> Option<FloatDtype> {
-        match self.tensors.get(name)?.dtype {
-            Dtype::F32 => Some(FloatDtype::F32),
-            Dtype::F16 => Some(FloatDtype::F16),
-            Dtype::BF16 => Some(FloatDtype::Bf16),
-            _ => None,
-        }
+        self.tensors.get(name)?.stored.float()
     }
 }
 
-/// The types of weights that are read.
+/// Maps a file.
+fn map(path: &Path) -> Result<Mmap, CheckpointError> {
+    let unreadable =
+        |error: std::io::Error| CheckpointError::Unreadable { path: path.to_path_buf(), reason: error.to_string() };
+    let file = File::open(path).map_err(unreadable)?;
+    // SAFETY: the map is only read. That the file is not cut while it is mapped is up to the operator, as
+    // the module says; its content changing would change weights, not memory safety.
+    unsafe { Mmap::map(&file) }.map_err(unreadable)
+}
+
+/// The types of numbers that are read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FloatDtype {
     /// 32 bits.
@@ -263,34 +403,74 @@ pub enum FloatDtype {
     Bf16,
 }
 
-/// A tensor's bytes in the file.
-#[derive(Clone, Copy)]
+impl FloatDtype {
+    /// Values as they lie, widened exactly.
+    fn widen(self, bytes: &[u8]) -> Vec<f32> {
+        match self {
+            FloatDtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            FloatDtype::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            FloatDtype::Bf16 => bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+        }
+    }
+}
+
+/// A tensor as the file stores it.
 pub struct CheckpointTensor<'a> {
-    dtype: FloatDtype,
+    stored: Stored,
     bytes: &'a [u8],
+    rows: usize,
+    /// 1 for a vector.
+    cols: usize,
+    interleaved: Option<InterleavedHeads>,
+    /// Of 8-bit weights with one scale per row.
+    row_scales: Option<Vec<f32>>,
 }
 
 impl CheckpointTensor<'_> {
-    /// All values, widened exactly.
-    pub fn to_f32(&self) -> Vec<f32> {
-        match self.dtype {
-            FloatDtype::F32 => self.bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
-            FloatDtype::F16 => self.bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
-            FloatDtype::Bf16 => self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect(),
+    /// Integers and scales; `None` if the file stores numbers.
+    pub fn to_quantized(&self) -> Option<QuantizedWeights> {
+        let (rows, cols) = (self.rows, self.cols);
+        match (self.stored, &self.row_scales) {
+            (Stored::Ggml(ty), _) => blocks::quantized(ty, self.bytes, rows, cols, |row| self.source_row(row)),
+            (Stored::Safetensors(_), Some(scales)) => Some(QuantizedWeights {
+                rows,
+                cols,
+                bits: 8,
+                offset: 128,
+                group: cols,
+                block: cols,
+                codes: self.bytes.iter().map(|q| q ^ 0x80).collect(), // i8 + 128
+                scales: scales.clone(),
+                group_scales: None,
+                mins: None,
+            }),
+            (Stored::Safetensors(_), None) => None,
         }
+    }
+
+    /// All values, widened exactly or dequantized.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let Some(float) = self.stored.float() else {
+            return self.to_quantized().expect("what is read is numbers or quantized").dequantize();
+        };
+        if self.interleaved.is_none() {
+            return float.widen(self.bytes);
+        }
+        let row_bytes = self.bytes.len() / self.rows;
+        let row = |row: usize| float.widen(&self.bytes[self.source_row(row) * row_bytes..][..row_bytes]);
+        (0..self.rows).flat_map(row).collect()
     }
 
     /// All values, rounded to nearest even where they are not bf16 already.
     pub fn to_bf16(&self) -> Vec<bf16> {
-        match self.dtype {
-            FloatDtype::F32 => {
-                self.bytes.as_chunks().0.iter().map(|b| bf16::from_f32(f32::from_le_bytes(*b))).collect()
-            }
-            FloatDtype::F16 => {
-                self.bytes.as_chunks().0.iter().map(|b| bf16::from_f32(f16::from_le_bytes(*b).to_f32())).collect()
-            }
-            FloatDtype::Bf16 => self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect(),
+        if self.stored.float() == Some(FloatDtype::Bf16) && self.interleaved.is_none() {
+            return self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect();
         }
+        self.to_f32().into_iter().map(bf16::from_f32).collect()
+    }
+
+    fn source_row(&self, row: usize) -> usize {
+        self.interleaved.map_or(row, |heads| heads.source_row(row, self.rows))
     }
 }
 

@@ -7,11 +7,11 @@ use common::tokens::Token;
 use half::bf16;
 use kernels::kv_layout::KvLayout;
 use kernels::{
-    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuerySpan, RopeTable, SampleParams, TokenCount,
-    WeightDtype, WorkerPool,
+    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, QuerySpan,
+    RopeTable, SampleParams, TokenCount, WeightDtype, WorkerPool,
 };
 
-use crate::backend::{Backend, HeadRange, MatrixParts, QkvHeads};
+use crate::backend::{Backend, HeadRange, MatrixPart, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
@@ -38,6 +38,81 @@ pub enum CpuTable {
     F32(Vec<f32>),
     /// bf16 values.
     Bf16(Vec<bf16>),
+    /// Integers with scales.
+    Quantized(QuantizedWeights),
+}
+
+/// A matrix of stacked parts: neighbours of one format are packed together, others multiply on their own.
+#[derive(Debug)]
+pub struct CpuMatrix {
+    rows: usize,
+    cols: usize,
+    /// (first row, packed rows)
+    sections: Vec<(usize, Section)>,
+}
+
+#[derive(Debug)]
+enum Section {
+    Float(PackedMatrix),
+    Quantized(QuantizedMatrix),
+}
+
+impl CpuMatrix {
+    fn pack(cols: usize, parts: &[MatrixPart]) -> Self {
+        let is_alike = |a: &MatrixPart, b: &MatrixPart| match (a, b) {
+            (MatrixPart::Quantized(a), MatrixPart::Quantized(b)) => (a.bits, a.group) == (b.bits, b.group),
+            (MatrixPart::Quantized(_), _) | (_, MatrixPart::Quantized(_)) => false,
+            _ => true,
+        };
+        let mut matrix = Self { rows: 0, cols, sections: Vec::new() };
+        for parts in parts.chunk_by(is_alike) {
+            let section = Section::pack(cols, parts);
+            let first_row = matrix.rows;
+            matrix.rows += section.rows();
+            matrix.sections.push((first_row, section));
+        }
+        matrix
+    }
+
+    fn multiply(&self, ctx: &Ctx<'_>, x: &[f32], bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
+        let num_rows = x.len() / self.cols;
+        for (first, section) in &self.sections {
+            let (first, stride) = (*first, self.rows);
+            let bias = bias.map(|bias| &bias[first..first + section.rows()]);
+            let columns = Columns { first, stride };
+            match section {
+                Section::Float(w) => kernels::matmul_into(ctx, x, num_rows, w, bias, add, out, columns),
+                Section::Quantized(w) => kernels::matmul_quantized(ctx, x, num_rows, w, bias, add, out, columns),
+            }
+        }
+    }
+}
+
+impl Section {
+    fn pack(cols: usize, parts: &[MatrixPart]) -> Self {
+        let mut floats = Vec::new();
+        let mut quantized = Vec::new();
+        for part in parts {
+            match part {
+                MatrixPart::F32(values) => floats.push(kernels::Weights::F32(values)),
+                MatrixPart::Bf16(values) => floats.push(kernels::Weights::Bf16(values)),
+                MatrixPart::Quantized(weights) => quantized.push(weights),
+            }
+        }
+        if quantized.is_empty() {
+            let is_f32 = floats.iter().any(|part| matches!(part, kernels::Weights::F32(_)));
+            let dtype = if is_f32 { WeightDtype::F32 } else { WeightDtype::Bf16 };
+            return Self::Float(PackedMatrix::pack(dtype, cols, &floats));
+        }
+        Self::Quantized(QuantizedMatrix::pack(&quantized).expect("loaders make only formats that have a kernel"))
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Section::Float(w) => w.rows(),
+            Section::Quantized(w) => w.rows(),
+        }
+    }
 }
 
 /// Activations in host memory.
@@ -80,35 +155,22 @@ fn qkv_width(heads: &QkvHeads, layout: &KvLayout) -> usize {
     (heads.q.num_heads + heads.k.num_heads + heads.v.num_heads) * layout.head_dim
 }
 
-/// One part as it is: tables are large.
-fn joined<T: Copy>(mut parts: Vec<Vec<T>>) -> Vec<T> {
-    if parts.len() == 1 { parts.remove(0) } else { parts.concat() }
-}
-
 impl Backend for CpuBackend {
-    type Matrix = PackedMatrix;
+    type Matrix = CpuMatrix;
     type Table = CpuTable;
     type Vector = Vec<f32>;
     type Rope = RopeAngles;
     type Tensor = CpuTensor;
 
-    fn matrix(&self, cols: usize, parts: MatrixParts) -> PackedMatrix {
-        match parts {
-            MatrixParts::F32(parts) => {
-                let parts: Vec<_> = parts.iter().map(|part| kernels::Weights::F32(part)).collect();
-                PackedMatrix::pack(WeightDtype::F32, cols, &parts)
-            }
-            MatrixParts::Bf16(parts) => {
-                let parts: Vec<_> = parts.iter().map(|part| kernels::Weights::Bf16(part)).collect();
-                PackedMatrix::pack(WeightDtype::Bf16, cols, &parts)
-            }
-        }
+    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> CpuMatrix {
+        CpuMatrix::pack(cols, &parts)
     }
 
-    fn table(&self, values: MatrixParts) -> CpuTable {
+    fn table(&self, values: MatrixPart) -> CpuTable {
         match values {
-            MatrixParts::F32(parts) => CpuTable::F32(joined(parts)),
-            MatrixParts::Bf16(parts) => CpuTable::Bf16(joined(parts)),
+            MatrixPart::F32(values) => CpuTable::F32(values),
+            MatrixPart::Bf16(values) => CpuTable::Bf16(values),
+            MatrixPart::Quantized(weights) => CpuTable::Quantized(weights),
         }
     }
 
@@ -128,6 +190,9 @@ impl Backend for CpuBackend {
         let table = match table {
             CpuTable::F32(values) => kernels::Weights::F32(values),
             CpuTable::Bf16(values) => kernels::Weights::Bf16(values),
+            CpuTable::Quantized(weights) => {
+                return kernels::embed_quantized(&self.ctx(), weights, tokens, out.sized(tokens.len() * width));
+            }
         };
         kernels::embed(&self.ctx(), table, width, tokens, out.sized(tokens.len() * width));
     }
@@ -148,15 +213,13 @@ impl Backend for CpuBackend {
         kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
     }
 
-    fn matmul(&self, x: &CpuTensor, weight: &PackedMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
-        let num_rows = x.0.len() / weight.cols();
-        let out = out.sized(num_rows * weight.rows());
-        kernels::matmul(&self.ctx(), &x.0, num_rows, weight, bias.map(Vec::as_slice), false, out);
+    fn matmul(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
+        let out = out.sized(x.0.len() / weight.cols * weight.rows);
+        weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), false, out);
     }
 
-    fn matmul_residual(&self, x: &CpuTensor, weight: &PackedMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
-        let num_rows = x.0.len() / weight.cols();
-        kernels::matmul(&self.ctx(), &x.0, num_rows, weight, bias.map(Vec::as_slice), true, &mut out.0);
+    fn matmul_residual(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
+        weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), true, &mut out.0);
     }
 
     fn rope(

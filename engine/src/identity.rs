@@ -77,7 +77,7 @@ fn weights_digest(checkpoint: &Checkpoint, cache: Option<&Path>) -> [u8; 32] {
 fn hash_tensors(checkpoint: &Checkpoint) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     for (name, dtype, shape, bytes) in checkpoint.sorted() {
-        hasher.update(format!("{name}\0{dtype:?}\0{shape:?}\0{}\0", bytes.len()).as_bytes());
+        hasher.update(format!("{name}\0{dtype}\0{shape:?}\0{}\0", bytes.len()).as_bytes());
         hasher.update(bytes);
     }
     *hasher.finalize().as_bytes()

@@ -6,7 +6,8 @@
 //!
 //! Reading order:
 //!
-//! 1. [`hub`], [`spec`], [`rope`], [`checkpoint`], [`identity`]: a Hugging Face folder becomes a shape, tensors, a name.
+//! 1. [`hub`], [`spec`], [`rope`], [`checkpoint`], [`identity`]: a Hugging Face folder becomes a shape, tensors, a
+//!    name; [`gguf`]: so does a GGUF file.
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
 //! 3. [`pool`]: the memory that KV lies in.
 //! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`cpu`].
@@ -23,6 +24,7 @@ pub mod core;
 pub mod cpu;
 pub mod cpu_runner;
 pub mod decoder;
+pub mod gguf;
 pub mod hub;
 pub mod identity;
 pub mod model;

@@ -9,6 +9,7 @@ use kernels::{Isa, NUMERICS_FAMILY, WorkerPool};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, FloatDtype};
 use crate::cpu::CpuBackend;
+use crate::gguf::is_gguf;
 use crate::identity::{self, model_identity};
 use crate::pool::PoolError;
 use crate::spec::{ModelSpec, SpecError};
@@ -62,7 +63,7 @@ pub enum LoadError {
 #[derive(Debug, Clone)]
 pub struct LoadOptions {
     /// Type of weights, activations as operands, and KV. `Auto` takes that of the checkpoint; f16 is run as
-    /// float32, which holds its values exactly.
+    /// float32, which holds its values exactly. Quantized weights stay as they are, and `Auto` is bf16 for the rest.
     pub dtype: Dtype,
     /// Instruction set; never changes a result.
     pub isa: Isa,
@@ -77,13 +78,15 @@ pub struct Model {
     folder: PathBuf,
     spec: ModelSpec,
     dtype: ComputeDtype,
+    /// `bf16`, or with quantized formats `bf16+q8_0`.
+    weight_format: String,
     identity: ModelIdentity,
     weights: Weights<CpuBackend>,
     backend: CpuBackend,
 }
 
 impl Model {
-    /// Loads the checkpoint in `folder`, keeping the digest of its weights in the user's cache folder.
+    /// Loads the checkpoint in `folder`, or the GGUF file of that path, keeping the digest of its weights in the user's cache folder.
     ///
     /// # Errors
     /// [`LoadError`] about the configuration or the weights.
@@ -97,11 +100,12 @@ impl Model {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_with(folder: &Path, options: LoadOptions) -> Result<Self, LoadError> {
-        let spec = ModelSpec::read(folder)?;
-        let checkpoint = Checkpoint::open(folder)?;
+        let (spec, checkpoint) = open(folder)?;
+        let formats = checkpoint.quantized_formats();
         let dtype = match options.dtype {
             Dtype::Float32 => ComputeDtype::F32,
             Dtype::Bfloat16 => ComputeDtype::Bf16,
+            Dtype::Auto if !formats.is_empty() => ComputeDtype::Bf16,
             Dtype::Auto => match checkpoint.dtype_of("model.embed_tokens.weight") {
                 Some(FloatDtype::Bf16) => ComputeDtype::Bf16,
                 _ => ComputeDtype::F32,
@@ -114,14 +118,19 @@ impl Model {
         let backend = CpuBackend::new(workers, options.isa);
         let weights = Weights::load(&backend, &spec, &checkpoint, dtype)?;
         let identity = model_identity(&checkpoint, &spec, dtype.as_str(), options.cache_folder.as_deref());
+        let kv = match dtype {
+            ComputeDtype::F32 => KvDtype::F32,
+            ComputeDtype::Bf16 => KvDtype::Bf16,
+        };
+        let weight_format = std::iter::once(kv.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
         tracing::info!(
-            model = %folder.display(), %identity, dtype = dtype.as_str(), isa = options.isa.name(),
+            model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format, isa = options.isa.name(),
             threads = workers.threads(), "model loaded"
         );
-        Ok(Self { folder: folder.to_path_buf(), spec, dtype, identity, weights, backend })
+        Ok(Self { folder: folder.to_path_buf(), spec, dtype, weight_format, identity, weights, backend })
     }
 
-    /// The checkpoint's folder: tokenizer and chat template are there too.
+    /// The checkpoint's folder or GGUF file: tokenizer and chat template are there too.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
@@ -157,7 +166,7 @@ impl Model {
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
         let kv = self.kv_dtype().as_str();
-        let numerics = format!("{NUMERICS_FAMILY}/tp1/{}/kv-{kv}", self.kv_dtype().as_str());
+        let numerics = format!("{NUMERICS_FAMILY}/tp1/{}/kv-{kv}", self.weight_format);
         ModelInfo {
             identity: self.identity,
             representation: Representation(format!("{kv}/{numerics}")),
@@ -169,6 +178,17 @@ impl Model {
             num_blocks: num_blocks as u32,
         }
     }
+}
+
+/// Shape and tensors. Of a folder the shape comes first: what is wrong with it is said before anything of weights.
+fn open(path: &Path) -> Result<(ModelSpec, Checkpoint), LoadError> {
+    if is_gguf(path) {
+        let checkpoint = Checkpoint::open(path)?;
+        let spec = checkpoint.stated_spec().expect("a GGUF file states its shape").clone();
+        return Ok((spec, checkpoint));
+    }
+    let spec = ModelSpec::read(path)?;
+    Ok((spec, Checkpoint::open(path)?))
 }
 
 impl std::fmt::Debug for Model {

@@ -43,6 +43,11 @@ pub enum RopeScaling {
         /// Length trained on.
         original_max_position: usize,
     },
+    /// Each frequency divided by a factor of its own: how GGUF files state Llama 3's scaling.
+    Factors {
+        /// One for each pair of features.
+        factors: Vec<f32>,
+    },
     /// YaRN (Peng et al. 2023).
     Yarn {
         /// Divisor of low frequencies.
@@ -80,7 +85,9 @@ impl RopeSpec {
     pub fn scaled_max_position(&self, stated: usize) -> usize {
         let scaled = |length: usize, factor: f64| ((length as f64 * factor) as usize).min(1 << 26);
         match self.scaling {
-            RopeScaling::None | RopeScaling::Dynamic | RopeScaling::Llama3 { .. } => stated,
+            RopeScaling::None | RopeScaling::Dynamic | RopeScaling::Llama3 { .. } | RopeScaling::Factors { .. } => {
+                stated
+            }
             RopeScaling::Linear { factor } => scaled(stated, factor),
             RopeScaling::Yarn { factor, original_max_position, .. } => scaled(original_max_position, factor),
         }
@@ -113,6 +120,9 @@ impl RopeSpec {
         match self.scaling {
             RopeScaling::None | RopeScaling::Dynamic => plain.collect(),
             RopeScaling::Linear { factor } => plain.map(|frequency| frequency / factor).collect(),
+            RopeScaling::Factors { ref factors } => {
+                plain.zip(factors).map(|(frequency, factor)| frequency / f64::from(*factor)).collect()
+            }
             RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => {
                 let original = original_max_position as f64;
                 let scale = |frequency: f64| {
@@ -150,7 +160,13 @@ impl RopeSpec {
         }
     }
 
-    fn attention_factor(&self) -> f64 {
+    /// By what the scaling divides each frequency.
+    pub(crate) fn frequency_factors(&self) -> Vec<f32> {
+        let plain = RopeSpec { scaling: RopeScaling::None, ..self.clone() }.frequencies();
+        plain.iter().zip(self.frequencies()).map(|(plain, scaled)| (plain / scaled) as f32).collect()
+    }
+
+    pub(crate) fn attention_factor(&self) -> f64 {
         let RopeScaling::Yarn { factor, attention_factor, mscale, mscale_all_dim, .. } = self.scaling else {
             return 1.0;
         };

@@ -136,11 +136,7 @@ impl ModelSpec {
         let is_qwen2 = architecture == "Qwen2ForCausalLM";
         let is_qwen3 = architecture == "Qwen3ForCausalLM";
         if let Some(found) = fields.optional("quantization_config") {
-            return Err(fields.error(
-                "quantization_config",
-                found,
-                "none: only f32, f16 and bf16 weights are supported",
-            ));
+            check_quantization(&fields, found)?;
         }
         let activation = fields.text("hidden_act", Some("silu"))?;
         if activation != "silu" && activation != "swish" {
@@ -227,6 +223,29 @@ pub(crate) fn read_object(path: &Path) -> Result<Value, SpecError> {
     let malformed = |reason: String| SpecError::Malformed { path: path.to_path_buf(), reason };
     let value: Value = serde_json::from_slice(&bytes).map_err(|error| malformed(error.to_string()))?;
     if value.is_object() { Ok(value) } else { Err(malformed("another kind of value".to_string())) }
+}
+
+/// Of quantized checkpoints, compressed-tensors' W8A8 is read: 8-bit weights with a scale for each row,
+/// activations quantized as they come. Which tensors those are is seen by their type.
+fn check_quantization(fields: &Fields<'_>, found: &Value) -> Result<(), SpecError> {
+    let is = |object: &Value, field: &str, value: Value| object[field] == value;
+    let is_int8 = |object: &Value, strategy: &str| {
+        is(object, "num_bits", 8.into())
+            && is(object, "type", "int".into())
+            && is(object, "symmetric", true.into())
+            && is(object, "strategy", strategy.into())
+    };
+    let is_w8a8 = |group: &Value| {
+        let (weights, activations) = (&group["weights"], &group["input_activations"]);
+        is_int8(weights, "channel") && is_int8(activations, "token") && is(activations, "dynamic", true.into())
+    };
+    let groups = found["config_groups"].as_object();
+    let is_read = found["quant_method"] == "compressed-tensors"
+        && found["format"] == "int-quantized"
+        && groups.is_some_and(|groups| !groups.is_empty() && groups.values().all(is_w8a8));
+    let expected = "compressed-tensors with 8-bit weights per channel and dynamic 8-bit activations per token (W8A8), \
+                    or none: f32, f16 and bf16 weights, or a GGUF file";
+    if is_read { Ok(()) } else { Err(fields.error("quantization_config", found, expected)) }
 }
 
 fn architecture(fields: &Fields<'_>) -> Result<String, SpecError> {

@@ -1,9 +1,10 @@
 //! A model's weights as a backend holds them, and where each comes from in a checkpoint.
 //!
-//! Names are those of Transformers: `model.layers.0.self_attn.q_proj.weight` and so on, for every family.
+//! A tensor that is quantized in the checkpoint stays so; the others become the type that is computed in. Names are
+//! those of Transformers: `model.layers.0.self_attn.q_proj.weight` and so on, for every family.
 //! q, k and v are stacked into one matrix, gate and up into another.
 
-use crate::backend::{Backend, MatrixParts};
+use crate::backend::{Backend, MatrixPart};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::spec::ModelSpec;
 
@@ -12,7 +13,8 @@ use crate::spec::ModelSpec;
 pub enum ComputeDtype {
     /// f32 weights, f32 KV.
     F32,
-    /// bf16 weights, activations rounded to bf16 as operands, f32 sums, bf16 KV.
+    /// bf16 weights, activations rounded to bf16 as operands, f32 sums, bf16 KV. Quantized weights have products of
+    /// their own.
     Bf16,
 }
 
@@ -92,7 +94,7 @@ impl<B: Backend> Weights<B> {
         let layers = (0..spec.num_layers()).map(|layer| loader.layer(spec, layer)).collect::<Result<_, _>>()?;
         let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok(Self {
-            embedding: backend.table(loader.parts(hidden, &[("model.embed_tokens.weight".to_string(), vocab)])?),
+            embedding: backend.table(loader.part("model.embed_tokens.weight", vocab, hidden)?),
             layers,
             norm: loader.vector("model.norm.weight", hidden)?,
             head: loader.matrix(hidden, &[(head.to_string(), vocab)])?,
@@ -144,14 +146,16 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, CheckpointError> {
-        Ok(self.backend.matrix(cols, self.parts(cols, parts)?))
+        let parts = parts.iter().map(|(name, rows)| self.part(name, *rows, cols)).collect::<Result<_, _>>()?;
+        Ok(self.backend.matrix(cols, parts))
     }
 
-    fn parts(&self, cols: usize, parts: &[(String, usize)]) -> Result<MatrixParts, CheckpointError> {
-        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, cols]));
-        Ok(match self.dtype {
-            ComputeDtype::F32 => MatrixParts::F32(tensors.map(|t| t.map(|t| t.to_f32())).collect::<Result<_, _>>()?),
-            ComputeDtype::Bf16 => MatrixParts::Bf16(tensors.map(|t| t.map(|t| t.to_bf16())).collect::<Result<_, _>>()?),
+    fn part(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixPart, CheckpointError> {
+        let tensor = self.checkpoint.tensor(name, &[rows, cols])?;
+        Ok(match (tensor.to_quantized(), self.dtype) {
+            (Some(quantized), _) => MatrixPart::Quantized(quantized),
+            (None, ComputeDtype::F32) => MatrixPart::F32(tensor.to_f32()),
+            (None, ComputeDtype::Bf16) => MatrixPart::Bf16(tensor.to_bf16()),
         })
     }
 

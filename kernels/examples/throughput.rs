@@ -4,14 +4,15 @@
 //! Each line gives the fastest of many runs by the clock, and the throughput per second of CPU time, which
 //! says what a core does while it has it, also when other processes want the same cores. For arithmetic it also
 //! gives the share of what the same core could do at that moment: one loop of independent multiply-adds
-//! (`vdpbf16ps`, FMA) before and after each line, per second of CPU time.
+//! (`vdpbf16ps`, `vpdpbusd`, FMA) before and after each line, per second of CPU time.
 #![allow(missing_docs, unsafe_code)]
 
 use std::time::{Duration, Instant};
 
 use kernels::{
-    AttentionParams, Columns, Ctx, Isa, KvArena, KvDtype, KvLayout, PackedMatrix, Priority, QuerySpan, SampleParams,
-    WeightDtype, Weights, WorkerPool, attention, kv_write, matmul, rms_norm, sample_rows, silu_mul,
+    AttentionParams, Columns, Ctx, Isa, KvArena, KvDtype, KvLayout, Mins, PackedMatrix, Priority, QuantizedMatrix,
+    QuantizedWeights, QuerySpan, SampleParams, WeightDtype, Weights, WorkerPool, attention, kv_write, matmul,
+    matmul_quantized, rms_norm, sample_rows, silu_mul,
 };
 
 fn main() {
@@ -24,6 +25,7 @@ fn main() {
     println!("{isa:?}, {threads} threads");
     bench.limits();
     bench.matmuls();
+    bench.quantized();
     bench.attention();
     bench.row_wise();
 }
@@ -73,6 +75,43 @@ impl Bench<'_> {
                     };
                     self.line(&format!("matmul {dtype:?} {m} x {k} x {n}"), amount, unit, || {
                         matmul(&self.ctx, &x, m, &w, None, false, &mut out);
+                    });
+                }
+            }
+        }
+    }
+
+    fn quantized(&self) {
+        for (name, bits, offset, group, is_k) in [
+            ("Q8_0", 8, 128, 32, false),
+            ("Q4_0", 4, 8, 32, false),
+            ("Q4_K", 4, 0, 32, true),
+            ("Q6_K", 6, 32, 16, true),
+            ("W8A8", 8, 128, 0, false),
+        ] {
+            for (k, n) in [(2048, 2048), (8192, 2048), (2048, 16384)] {
+                let group = if group == 0 { k } else { group };
+                let block = if is_k { 256 } else { group };
+                let weights = QuantizedWeights {
+                    rows: n,
+                    cols: k,
+                    bits,
+                    offset,
+                    group,
+                    block,
+                    codes: (0..n * k).map(|i| (i * 7919 % (1 << bits)) as u8).collect(),
+                    scales: vec![0.0625; n * k / block],
+                    group_scales: is_k.then(|| vec![3; n * k / group]),
+                    mins: (name == "Q4_K")
+                        .then(|| Mins { scales: vec![0.25; n * k / block], group_mins: vec![5; n * k / group] }),
+                };
+                let w = QuantizedMatrix::pack(&[&weights]).expect("a format with a kernel");
+                for m in [1, 8, 32, 512] {
+                    let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
+                    let (amount, unit) =
+                        if m < 32 { (w.size_bytes() as f64 * 1e-9, "GB") } else { (2e-9 * (m * n * k) as f64, "GOP") };
+                    self.line(&format!("matmul {name} {m} x {k} x {n}"), amount, unit, || {
+                        matmul_quantized(&self.ctx, &x, m, &w, None, false, &mut out, Columns::all(n));
                     });
                 }
             }
@@ -140,7 +179,12 @@ impl Bench<'_> {
             return;
         }
         f();
-        let peak_before = peak(name.contains("Bf16"));
+        let kind = match unit {
+            "GOP" => Peak::Int8,
+            _ if name.contains("Bf16") => Peak::Bf16,
+            _ => Peak::F32,
+        };
+        let peak_before = peak(kind);
         let (begin, cpu_begin, mut runs, mut best) = (Instant::now(), cpu_time(), 0, f64::INFINITY);
         while begin.elapsed() < Duration::from_millis(300) {
             let start = Instant::now();
@@ -149,8 +193,8 @@ impl Bench<'_> {
             runs += 1;
         }
         let cpu = (cpu_time() - cpu_begin) / f64::from(runs);
-        let share = match peak_before.zip(peak(name.contains("Bf16"))) {
-            Some((before, after)) if unit == "GFLOP" => {
+        let share = match peak_before.zip(peak(kind)) {
+            Some((before, after)) if ["GFLOP", "GOP"].contains(&unit) => {
                 format!(", {:.0} % of {:.0}", 200.0 * amount / cpu / (before + after), (before + after) / 2.0)
             }
             _ => String::new(),
@@ -160,38 +204,82 @@ impl Bench<'_> {
     }
 }
 
-/// Multiply-adds that one thread does in registers, in GFLOP per second of CPU time; `None` where there is no
-/// AVX-512 with bf16.
+/// What multiplies.
+#[derive(Clone, Copy, PartialEq)]
+enum Peak {
+    F32,
+    Bf16,
+    Int8,
+}
+
+/// Multiply-adds that one thread does in registers, in 10^9 operations per second of CPU time; `None` where the
+/// machine lacks the instruction.
 #[cfg(target_arch = "x86_64")]
-fn peak(bf16: bool) -> Option<f64> {
+fn peak(kind: Peak) -> Option<f64> {
     use std::arch::x86_64::*;
 
-    #[target_feature(enable = "avx512f,avx512bf16")]
-    fn multiply_add(bf16: bool, rounds: usize) -> f32 {
+    #[target_feature(enable = "avx512f")]
+    fn f32s(rounds: usize) -> f32 {
         let ones = _mm512_set1_ps(1.0);
-        // SAFETY: both types are 64 bytes.
-        let pairs = unsafe { std::mem::transmute::<__m512, __m512bh>(ones) };
         let mut acc = [_mm512_setzero_ps(); 12];
         for _ in 0..rounds {
             for acc in &mut acc {
-                *acc = if bf16 { _mm512_dpbf16_ps(*acc, pairs, pairs) } else { _mm512_fmadd_ps(*acc, ones, ones) };
+                *acc = _mm512_fmadd_ps(*acc, ones, ones);
             }
         }
         acc.into_iter().fold(0.0, |sum, acc| sum + _mm512_reduce_add_ps(acc))
     }
 
-    if !is_x86_feature_detected!("avx512bf16") {
+    #[target_feature(enable = "avx512f,avx512bf16")]
+    fn bf16s(rounds: usize) -> f32 {
+        // SAFETY: both types are 64 bytes.
+        let pairs = unsafe { std::mem::transmute::<__m512, __m512bh>(_mm512_set1_ps(1.0)) };
+        let mut acc = [_mm512_setzero_ps(); 12];
+        for _ in 0..rounds {
+            for acc in &mut acc {
+                *acc = _mm512_dpbf16_ps(*acc, pairs, pairs);
+            }
+        }
+        acc.into_iter().fold(0.0, |sum, acc| sum + _mm512_reduce_add_ps(acc))
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    fn int8s(rounds: usize) -> f32 {
+        let ones = _mm512_set1_epi32(std::hint::black_box(0x0101_0101));
+        let mut acc = [_mm512_setzero_si512(); 12];
+        for _ in 0..rounds {
+            for acc in &mut acc {
+                *acc = _mm512_dpbusd_epi32(*acc, ones, ones);
+            }
+        }
+        acc.into_iter().fold(0, |sum: i32, acc| sum.wrapping_add(_mm512_reduce_add_epi32(acc))) as f32
+    }
+
+    let is_there = is_x86_feature_detected!("avx512f")
+        && match kind {
+            Peak::F32 => true,
+            Peak::Bf16 => is_x86_feature_detected!("avx512bf16"),
+            Peak::Int8 => is_x86_feature_detected!("avx512vnni"),
+        };
+    if !is_there {
         return None;
     }
     let (rounds, start) = (1 << 20, cpu_time());
     // SAFETY: the features were found.
-    std::hint::black_box(unsafe { multiply_add(bf16, rounds) });
-    Some(rounds as f64 * 12.0 * if bf16 { 64e-9 } else { 32e-9 } / (cpu_time() - start))
+    let (sum, ops) = unsafe {
+        match kind {
+            Peak::F32 => (f32s(rounds), 32e-9),
+            Peak::Bf16 => (bf16s(rounds), 64e-9),
+            Peak::Int8 => (int8s(rounds), 128e-9),
+        }
+    };
+    std::hint::black_box(sum);
+    Some(rounds as f64 * 12.0 * ops / (cpu_time() - start))
 }
 
 /// No peak is known here.
 #[cfg(not(target_arch = "x86_64"))]
-fn peak(_bf16: bool) -> Option<f64> {
+fn peak(_kind: Peak) -> Option<f64> {
     None
 }
 

@@ -3,6 +3,7 @@
 use crate::ctx::{Ctx, for_rows};
 use crate::numerics::widen_bf16;
 use crate::packed_matrix::Weights;
+use crate::quantized::QuantizedWeights;
 
 /// Gathers rows of `table` `[vocab, dim]` (row-major) into `out` `[ids.len(), dim]`.
 ///
@@ -20,6 +21,17 @@ pub fn embed(ctx: &Ctx<'_>, table: Weights<'_>, dim: usize, ids: &[u32], out: &m
                     }
                 }
             }
+        }
+    });
+}
+
+/// As [`embed`], from a quantized table.
+pub fn embed_quantized(ctx: &Ctx<'_>, table: &QuantizedWeights, ids: &[u32], out: &mut [f32]) {
+    let dim = table.cols;
+    assert_eq!(out.len(), ids.len() * dim, "output of [{}, {dim}]", ids.len());
+    for_rows(ctx, out, dim, &|first, out| {
+        for (out, &id) in out.chunks_exact_mut(dim).zip(&ids[first..]) {
+            table.dequantize_row(id as usize, out);
         }
     });
 }

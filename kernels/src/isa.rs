@@ -17,6 +17,8 @@ pub(crate) enum Kind {
     #[cfg(target_arch = "x86_64")]
     Avx512,
     #[cfg(target_arch = "x86_64")]
+    Avx512Vnni,
+    #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
 }
 
@@ -41,7 +43,10 @@ impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             IsaError::Unknown { name } => {
-                write!(f, "`{name}` is not an instruction set: use auto, portable, avx2, avx512 or avx512bf16")
+                write!(
+                    f,
+                    "`{name}` is not an instruction set: use auto, portable, avx2, avx512, avx512vnni or avx512bf16"
+                )
             }
             IsaError::Missing { name, available } => {
                 write!(f, "this machine lacks `{name}`: use one of {available}, or auto")
@@ -68,7 +73,11 @@ impl Isa {
             #[allow(unused_mut)]
             let mut found = vec![Isa::PORTABLE];
             #[cfg(target_arch = "x86_64")]
-            if !cfg!(miri) && is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            if !cfg!(miri)
+                && is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+            {
                 found.push(Isa(Kind::Avx2));
                 if is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
@@ -76,10 +85,15 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vl")
                 {
                     found.push(Isa(Kind::Avx512));
+                    if is_x86_feature_detected!("avx512vnni") {
+                        found.push(Isa(Kind::Avx512Vnni));
+                    }
+                    // Every processor with the bf16 instructions has VNNI too; one without would lose only speed.
                     // Without this identity (a processor that rounds otherwise) bf16 is widened instead.
                     // SAFETY: called only where both features were found.
                     #[allow(unsafe_code)]
                     if is_x86_feature_detected!("avx512bf16")
+                        && is_x86_feature_detected!("avx512vnni")
                         && unsafe { crate::simd::bf16_dot_product_is_the_fold(64) }
                     {
                         found.push(Isa(Kind::Avx512Bf16));
@@ -90,8 +104,8 @@ impl Isa {
         })
     }
 
-    /// The instruction set of that name: `auto`, `portable`, `avx2`, `avx512` (widen and FMA) or
-    /// `avx512bf16` (`vdpbf16ps`). All give the same bits.
+    /// The instruction set of that name: `auto`, `portable`, `avx2`, `avx512` (widen and multiply), `avx512vnni`
+    /// (`vpdpbusd` for integers) or `avx512bf16` (`vdpbf16ps` too). All give the same bits.
     ///
     /// # Errors
     /// The name is unknown, or the machine lacks the instruction set.
@@ -99,7 +113,7 @@ impl Isa {
         if name == "auto" {
             return Ok(Isa::detect());
         }
-        if !["portable", "avx2", "avx512", "avx512bf16"].contains(&name) {
+        if !["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"].contains(&name) {
             return Err(IsaError::Unknown { name: name.to_owned() });
         }
         Isa::available().iter().copied().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Missing {
@@ -116,6 +130,8 @@ impl Isa {
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512 => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Bf16 => "avx512bf16",
         }
@@ -147,7 +163,7 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn bf16_dot_product_of_this_machine_is_the_specified_fold() {
-        if is_x86_feature_detected!("avx512bf16") && !cfg!(miri) {
+        if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vnni") && !cfg!(miri) {
             // SAFETY: the feature was found, and AVX-512F comes with it.
             #[allow(unsafe_code)]
             let holds = unsafe { crate::simd::bf16_dot_product_is_the_fold(20_000) };

@@ -1,7 +1,7 @@
 //! The arithmetic of Tandem on CPUs: one operation per file, nothing of models, requests or networks.
 //!
 //! Every operation is a trio. The scalar reference in its file is the specification, down to the order of
-//! additions; the fast versions (AVX-512 with and without `vdpbf16ps`, AVX2 with FMA) give the same bits;
+//! additions; the fast versions (AVX-512 with and without `vdpbf16ps` and `vpdpbusd`, AVX2 with FMA) give the same bits;
 //! one parity test per operation compares them. [`numerics`] states all orders on one page. An output row
 //! depends on its own inputs and its absolute position alone, never on the batch, the chunk, the number of
 //! threads or the instruction set.
@@ -12,7 +12,8 @@
 //! A step goes through it in this order; so can a reader:
 //! - [`numerics`]: the orders of all reductions, `exp`, `ln`, rounding to bf16.
 //! - [`isa`]: which instruction sets the machine has; [`workers`]: the pool of threads.
-//! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them.
+//! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them; [`quantized`]: the
+//!   same with weights of 4, 6 and 8 bits.
 //! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul), [`add`](mod@add): the row-wise operations.
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
 //! - [`uniform`](mod@uniform), [`sample`](mod@sample): from logits to a token.
@@ -31,6 +32,7 @@ pub mod matmul;
 pub mod numerics;
 pub mod packed_matrix;
 mod pages;
+pub mod quantized;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
@@ -43,13 +45,14 @@ pub use add::add;
 pub use arena::KvArena;
 pub use attention::{AttentionParams, QuerySpan, attention};
 pub use ctx::{Columns, Ctx};
-pub use embed::embed;
+pub use embed::{embed, embed_quantized};
 pub use isa::{Isa, IsaError};
 pub use kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 pub use kv_write::kv_write;
-pub use matmul::matmul;
+pub use matmul::{matmul, matmul_into};
 pub use numerics::NUMERICS_FAMILY;
 pub use packed_matrix::{PackedMatrix, WeightDtype, Weights};
+pub use quantized::{Mins, PackError, PackedFormat, QuantizedMatrix, QuantizedWeights, matmul_quantized};
 pub use rms_norm::{rms_norm, rms_norm_heads};
 pub use rope::{RopeTable, rope};
 pub use sample::{SampleParams, Sampled, TokenCount, sample_rows};

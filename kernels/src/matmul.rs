@@ -14,7 +14,7 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use crate::ctx::Ctx;
+use crate::ctx::{Columns, Ctx};
 use crate::isa::{Isa, Kind};
 use crate::numerics::{LANES, bf16_pair, fold_pair};
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
@@ -35,8 +35,24 @@ const INLINE_MADDS: usize = 128 << 10;
 /// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32. With bf16 weights `x` is rounded to
 /// bf16. Each row's bits depend on that row alone. Order: see [`numerics`](crate::numerics).
 pub fn matmul(ctx: &Ctx<'_>, x: &[f32], m: usize, w: &PackedMatrix, bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
-    assert_eq!(x.len(), m * w.cols(), "activations of [{m}, {}]", w.cols());
     assert_eq!(out.len(), m * w.rows(), "output of [{m}, {}]", w.rows());
+    matmul_into(ctx, x, m, w, bias, add, out, Columns::all(w.rows()));
+}
+
+/// [`matmul`] into some columns of a wider output `[m, columns.stride]`.
+#[allow(clippy::too_many_arguments)]
+pub fn matmul_into(
+    ctx: &Ctx<'_>,
+    x: &[f32],
+    m: usize,
+    w: &PackedMatrix,
+    bias: Option<&[f32]>,
+    add: bool,
+    out: &mut [f32],
+    columns: Columns,
+) {
+    assert_eq!(x.len(), m * w.cols(), "activations of [{m}, {}]", w.cols());
+    columns.check("output", out, m, w.rows());
     assert!(bias.is_none_or(|bias| bias.len() == w.rows()), "a bias of {} values", w.rows());
     if m == 0 || w.rows() == 0 {
         return;
@@ -44,25 +60,48 @@ pub fn matmul(ctx: &Ctx<'_>, x: &[f32], m: usize, w: &PackedMatrix, bias: Option
     let tiles = Tiles::of(m, tile_rows(ctx.isa));
     with_packed_buffer(m * w.depth(), |packed| {
         pack_activations(ctx, x, &tiles, w, packed);
-        let job = Job { x, a: packed.as_ptr(), tiles, w, bias, add, out: out.as_mut_ptr() };
-        let madds_per_tile = job.tiles.rows_max() * PANEL * w.cols();
-        let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, job.tiles.count);
-        let is_small = m * w.rows() * w.cols() < INLINE_MADDS;
-        let panels_per_unit =
-            if is_small { w.num_panels() } else { (UNIT_BYTES / (w.depth() * PANEL * 4)).clamp(1, w.num_panels()) };
-        let row_units = job.tiles.count.div_ceil(tiles_per_unit);
-        let num_units = row_units * w.num_panels().div_ceil(panels_per_unit);
+        let out =
+            Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
+        let job = Job { x, a: packed.as_ptr(), tiles, w, out };
+        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes: w.depth() * PANEL * 4 };
         let (job, isa) = (&job, ctx.isa);
-        ctx.pool.run(ctx.priority, num_units, &|unit| {
-            let (first_panel, first_tile) = (unit / row_units * panels_per_unit, unit % row_units * tiles_per_unit);
-            let panels = first_panel..(first_panel + panels_per_unit).min(job.w.num_panels());
-            let tiles = first_tile..(first_tile + tiles_per_unit).min(job.tiles.count);
+        run_units(ctx, &shape, &job.tiles, &|panels, tiles| {
             with_simd!(
                 isa,
                 compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>),
                 else reference_unit(job, panels, tiles)
             );
         });
+    });
+}
+
+/// What decides how a product is cut into units.
+pub(crate) struct UnitShape {
+    pub(crate) m: usize,
+    pub(crate) rows: usize,
+    pub(crate) cols: usize,
+    pub(crate) panel_bytes: usize,
+}
+
+/// Runs `unit(panels, tiles)` over all of a product, on the pool.
+pub(crate) fn run_units(
+    ctx: &Ctx<'_>,
+    shape: &UnitShape,
+    tiles: &Tiles,
+    unit: &(dyn Fn(Range<usize>, Range<usize>) + Sync),
+) {
+    let UnitShape { m, rows, cols, panel_bytes } = *shape;
+    let num_panels = rows.div_ceil(PANEL);
+    let madds_per_tile = tiles.rows_max() * PANEL * cols;
+    let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
+    let is_small = m * rows * cols < INLINE_MADDS;
+    let panels_per_unit = if is_small { num_panels } else { (UNIT_BYTES / panel_bytes).clamp(1, num_panels) };
+    let row_units = tiles.count.div_ceil(tiles_per_unit);
+    let num_units = row_units * num_panels.div_ceil(panels_per_unit);
+    ctx.pool.run(ctx.priority, num_units, &|index| {
+        let (first_panel, first_tile) = (index / row_units * panels_per_unit, index % row_units * tiles_per_unit);
+        let panels = first_panel..(first_panel + panels_per_unit).min(num_panels);
+        unit(panels, first_tile..(first_tile + tiles_per_unit).min(tiles.count));
     });
 }
 
@@ -99,34 +138,82 @@ struct Job<'a> {
     a: *const u32,
     tiles: Tiles,
     w: &'a PackedMatrix,
-    bias: Option<&'a [f32]>,
-    add: bool,
-    out: *mut f32,
+    out: Output<'a>,
 }
 
 // SAFETY: `a` is only read while the job lives; units write disjoint (tile, panel) rectangles of `out`,
-// which `matmul` borrows exclusively.
+// which `matmul_into` borrows exclusively.
 unsafe impl Sync for Job<'_> {}
 
+/// Where a product goes: `width` columns of rows `stride` values apart, and what is added at the end.
+pub(crate) struct Output<'a> {
+    pub(crate) bias: Option<&'a [f32]>,
+    pub(crate) add: bool,
+    pub(crate) start: *mut f32,
+    pub(crate) stride: usize,
+    pub(crate) width: usize,
+}
+
+impl Output<'_> {
+    /// Ends one output in the specified order.
+    ///
+    /// # Safety
+    /// `start` is valid for this row and column, which nobody else touches.
+    pub(crate) unsafe fn put(&self, row: usize, column: usize, y: f32) {
+        // SAFETY: as required of the caller.
+        unsafe {
+            let out = self.start.add(row * self.stride + column);
+            *out = finish(y, self.bias.map(|bias| bias[column]), self.add.then(|| *out));
+        }
+    }
+
+    /// Ends 16 outputs from `column` on; those beyond the width are dropped.
+    ///
+    /// # Safety
+    /// As for [`put`](Self::put), and the machine has the instruction set.
+    #[inline(always)]
+    pub(crate) unsafe fn put_lanes<S: Simd>(&self, row: usize, column: usize, mut y: S::V) {
+        // SAFETY: as required of the caller; stores stay in columns below the width.
+        unsafe {
+            if column + LANES <= self.width {
+                let out = self.start.add(row * self.stride + column);
+                if let Some(bias) = self.bias {
+                    y = S::add(y, S::load(bias.as_ptr().add(column)));
+                }
+                if self.add {
+                    y = S::add(S::load(out), y);
+                }
+                S::store(out, y);
+            } else if column < self.width {
+                let mut values = [0.0f32; LANES];
+                S::store(values.as_mut_ptr(), y);
+                for (i, &y) in values.iter().enumerate().take(self.width - column) {
+                    self.put(row, column + i, y);
+                }
+            }
+        }
+    }
+}
+
 /// m rows in tiles as equal as possible: 13 rows are 7 + 6, not 12 + 1.
-struct Tiles {
-    count: usize,
+pub(crate) struct Tiles {
+    pub(crate) count: usize,
     base: usize,
     num_larger: usize,
 }
 
 impl Tiles {
-    fn of(m: usize, rows_max: usize) -> Tiles {
+    pub(crate) fn of(m: usize, rows_max: usize) -> Tiles {
         let count = m.div_ceil(rows_max);
         Tiles { count, base: m / count, num_larger: m % count }
     }
 
-    fn rows(&self, tile: usize) -> Range<usize> {
+    pub(crate) fn rows(&self, tile: usize) -> Range<usize> {
         let first = tile * self.base + tile.min(self.num_larger);
         first..first + self.base + usize::from(tile < self.num_larger)
     }
 
-    fn rows_max(&self) -> usize {
+    pub(crate) fn rows_max(&self) -> usize {
         self.base + usize::from(self.num_larger > 0)
     }
 }
@@ -137,7 +224,7 @@ fn tile_rows(isa: Isa) -> usize {
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => crate::simd::Avx2::TILE_ROWS,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512 => crate::simd::Avx512::TILE_ROWS,
+        Kind::Avx512 | Kind::Avx512Vnni => crate::simd::Avx512::TILE_ROWS,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512Bf16 => crate::simd::Avx512Bf16::TILE_ROWS,
     }
@@ -148,11 +235,8 @@ fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
         for column in panels.start * PANEL..(panels.end * PANEL).min(n) {
             let y = reference(&job.x[row * k..][..k], job.w, column);
-            // SAFETY: inside `out`, in this unit's rectangle.
-            unsafe {
-                let out = job.out.add(row * n + column);
-                *out = finish(y, job.bias.map(|bias| bias[column]), job.add.then(|| *out));
-            }
+            // SAFETY: inside the output, in this unit's rectangle.
+            unsafe { job.out.put(row, column, y) };
         }
     }
 }
@@ -219,11 +303,10 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     first_row: usize,
     vector: usize,
 ) {
-    let (n, depth) = (job.w.rows(), job.w.depth());
+    let depth = job.w.depth();
     let first_column = panel * PANEL + vector * LANES;
     let panel = job.w.panel(panel).as_ptr();
-    // SAFETY: the packed tile holds `depth * MR` lanes, the panel `depth * 32`; the stores stay in row
-    // `first_row + r` and in columns below n.
+    // SAFETY: the packed tile holds `depth * MR` lanes, the panel `depth * 32`; the row is one of the job's.
     unsafe {
         let mut acc = [[S::splat(0.0); NR]; MR];
         let mut b = [panel; NR];
@@ -233,24 +316,7 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
         fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, job.a.add(first_row * depth), &b, PANEL);
         for r in 0..MR {
             for c in 0..NR {
-                let (column, mut y) = (first_column + c * LANES, acc[r][c]);
-                let out = job.out.wrapping_add((first_row + r) * n + column);
-                if column + LANES <= n {
-                    if let Some(bias) = job.bias {
-                        y = S::add(y, S::load(bias.as_ptr().add(column)));
-                    }
-                    if job.add {
-                        y = S::add(S::load(out), y);
-                    }
-                    S::store(out, y);
-                } else if column < n {
-                    let mut values = [0.0f32; LANES];
-                    S::store(values.as_mut_ptr(), y);
-                    for (i, &y) in values.iter().enumerate().take(n - column) {
-                        let out = out.add(i);
-                        *out = finish(y, job.bias.map(|bias| bias[column + i]), job.add.then(|| *out));
-                    }
-                }
+                job.out.put_lanes::<S>(first_row + r, first_column + c * LANES, acc[r][c]);
             }
         }
     }
@@ -309,7 +375,7 @@ fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]) {
 }
 
 /// Lends this thread's buffer for packed activations, in huge pages since tiles stream through it.
-fn with_packed_buffer(lanes: usize, f: impl FnOnce(&mut [u32])) {
+pub(crate) fn with_packed_buffer(lanes: usize, f: impl FnOnce(&mut [u32])) {
     thread_local! {
         static BUFFER: Cell<Option<(Pages, usize)>> = const { Cell::new(None) };
     }

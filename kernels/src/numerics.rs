@@ -8,6 +8,8 @@
 //! |---|---|
 //! | `matmul` f32 | fold over k |
 //! | `matmul` bf16 | operands through [`round_bf16`]; fold over k pairs (2i, 2i+1), inside a pair the odd element first: `acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc))`; an odd k ends with a zero element |
+//! | `matmul_quantized` activations | per token and 32 consecutive k (per token where a weight scale covers a whole row): `m` = largest magnitude, below 1e-30 zero; `s = m / 127`; `q = round_even(x * (127 / m))` |
+//! | `matmul_quantized` | groups of weights that share a scale in ascending order: `dot` of integers, exact; `acc = fma(f32(dot), s * scale, acc)`; with minima then `acc = fma(-(s * f32(sum of q)), min, acc)` |
 //! | `matmul` end | `y = acc`; with bias `y = y + bias`; with add `out = out + y` |
 //! | `rms_norm` | 16 lanes, lane i folds `x[i + 16 j]^2` over j; [`tree_sum`]; `s = 1 / sqrt(sum / dim + eps)`; `out = (x * s) * weight` |
 //! | `rope` | `(a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))` |

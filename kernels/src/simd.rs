@@ -30,6 +30,7 @@ pub(crate) trait Simd {
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn store(into: *mut f32, x: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Per lane `if a > b { a } else { b }`.
     unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
@@ -138,6 +139,11 @@ impl Simd for Avx2 {
         unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
     }
     #[inline(always)]
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: AVX is there.
+        unsafe { [_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         // SAFETY: FMA is there.
         unsafe { [_mm256_fmadd_ps(a[0], b[0], c[0]), _mm256_fmadd_ps(a[1], b[1], c[1])] }
@@ -222,6 +228,11 @@ macro_rules! avx512 {
             unsafe fn add(a: __m512, b: __m512) -> __m512 {
                 // SAFETY: AVX-512F is there.
                 unsafe { _mm512_add_ps(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_mul_ps(a, b) }
             }
             #[inline(always)]
             unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
@@ -368,7 +379,7 @@ macro_rules! with_simd {
                 match $isa.0 {
                     $crate::isa::Kind::Portable => $reference,
                     $crate::isa::Kind::Avx2 => avx2($($arg),*),
-                    $crate::isa::Kind::Avx512 => avx512($($arg),*),
+                    $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Vnni => avx512($($arg),*),
                     $crate::isa::Kind::Avx512Bf16 => avx512bf16($($arg),*),
                 }
             }
@@ -400,7 +411,7 @@ macro_rules! vectorised {
                 $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
                 // SAFETY: as above.
                 #[allow(unsafe_code)]
-                $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Bf16 => unsafe { avx512($($arg),*) },
+                _ => unsafe { avx512($($arg),*) },
             }
         }
         #[cfg(not(target_arch = "x86_64"))]

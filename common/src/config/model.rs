@@ -13,8 +13,8 @@ pub const DEMO_MODEL: &str = "models/demo";
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Model")]
 pub struct ModelArgs {
-    /// Checkpoint folder in Hugging Face's layout, or a Hub id such as `Qwen/Qwen3-0.6B`, which is downloaded
-    /// into the Hub's cache.
+    /// Checkpoint folder in Hugging Face's layout, a GGUF file, or a Hub id such as `Qwen/Qwen3-0.6B`, which is
+    /// downloaded into the Hub's cache.
     ///
     /// Must be the same model on every node and the proxy: a node with other weights is refused.
     #[arg(long, value_name = "PATH_OR_ID", default_value = DEMO_MODEL)]
@@ -31,7 +31,8 @@ pub struct ModelArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Model")]
 pub struct WeightsArgs {
-    /// Element type of weights and KV: `auto` takes the checkpoint's own.
+    /// Element type of weights and KV: `auto` takes the checkpoint's own, bfloat16 beside quantized weights,
+    /// which stay as they are.
     ///
     /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
     /// numerics id: nodes with different ones do not exchange KV.

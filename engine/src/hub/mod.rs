@@ -23,6 +23,7 @@ use serde_json::Value;
 
 use self::download::{Client, RemoteFile};
 pub use self::settings::HubSettings;
+use crate::gguf::is_gguf;
 
 /// Files of a model besides its weights; only the first must be there.
 const FILES: [&str; 6] = [
@@ -45,11 +46,9 @@ pub enum HubError {
         /// What was given.
         name: String,
     },
-    /// A file of another format.
-    #[error(
-        "{name} is a GGUF file, which is not supported yet: give a folder in Hugging Face's layout with safetensors in f32, f16 or bf16, or the Hub id of one"
-    )]
-    Gguf {
+    /// A GGUF file that is not there.
+    #[error("{name} is not a file here: give the path of a GGUF file, a folder in Hugging Face's layout, or a Hub id")]
+    NoGguf {
         /// What was given.
         name: String,
     },
@@ -187,7 +186,7 @@ fn shards(index: &[u8]) -> Option<Vec<String>> {
     (!shards.is_empty() && shards.iter().all(is_plain)).then_some(shards)
 }
 
-/// The folder of a model: `name` itself if it is one, else a snapshot of the Hub id `name`, downloaded if
+/// The folder of a model: `name` itself if it is one (or a GGUF file), else a snapshot of the Hub id `name`, downloaded if
 /// need be. `revision` (commit, tag or branch) goes before one given as `org/name@revision`.
 ///
 /// # Errors
@@ -197,8 +196,9 @@ pub async fn resolve(name: &str, revision: Option<&str>, settings: &HubSettings)
         return Ok(PathBuf::from(name));
     }
     // `org/name.gguf` would pass as a Hub id.
-    if Path::new(name).extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
-        return Err(HubError::Gguf { name: name.to_string() });
+    if is_gguf(Path::new(name)) {
+        let is_file = Path::new(name).is_file();
+        return if is_file { Ok(PathBuf::from(name)) } else { Err(HubError::NoGguf { name: name.to_string() }) };
     }
     let id = HubId::parse(name, revision).ok_or_else(|| HubError::NotAnId { name: name.to_string() })?;
     let cached = id.cached(&settings.cache);

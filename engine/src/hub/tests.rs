@@ -225,9 +225,10 @@ async fn what_cannot_be_had_is_said_in_a_sentence() {
     assert!(matches!(error, HubError::NotAnId { .. }));
     let existing = cache.path().join("model.GGUF");
     fs::write(&existing, "GGUF").unwrap();
-    for name in [existing.to_str().unwrap(), "org/name.gguf", "model.gguf", "/no/such/folder/model.gguf"] {
+    assert_eq!(resolve(existing.to_str().unwrap(), None, &settings).await.unwrap(), existing);
+    for name in ["org/name.gguf", "model.gguf", "/no/such/folder/model.gguf"] {
         let error = resolve(name, None, &settings).await.unwrap_err().to_string();
-        assert!(error.starts_with(&format!("{name} is a GGUF file, which is not supported yet: give a")), "{error}");
+        assert!(error.starts_with(&format!("{name} is not a file here: give the path of a GGUF file")), "{error}");
     }
     let offline = HubSettings { is_offline: true, ..settings.clone() };
     let error = resolve("org/name", None, &offline).await.unwrap_err().to_string();

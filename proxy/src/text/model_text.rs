@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use tokio::sync::Semaphore;
 
 use super::chat_template::{ChatTemplate, TemplateError};
+use super::gguf::GgufText;
 use super::tokenizer::{Tokenizer, TokenizerError};
 use crate::openai::{ApiError, ErrorKind, Prompt};
 
@@ -77,16 +78,34 @@ pub struct EncodedPrompt {
 
 impl ModelText {
     /// Reads `tokenizer.json` and, where present, `tokenizer_config.json`, `chat_template.jinja`,
-    /// `generation_config.json` and `config.json` of a checkpoint folder.
+    /// `generation_config.json` and `config.json` of a checkpoint folder; or what stands for them in a GGUF file.
     ///
     /// # Errors
     /// A file that is there but cannot be used, or no tokenizer.
     pub fn load(folder: &Path) -> Result<Self, ModelTextError> {
+        if folder.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+            let unreadable = |reason| ModelTextError::Unreadable { path: folder.to_path_buf(), reason };
+            let GgufText { tokenizer, tokenizer_config, generation } = GgufText::read(folder).map_err(unreadable)?;
+            let tokenizer = Tokenizer::from_json(folder, &tokenizer)?;
+            let template = tokenizer_config["chat_template"].as_str().map(str::to_string);
+            let template = template.map(|source| ChatTemplate::new(source, None, special_tokens(&tokenizer_config)));
+            return Ok(Self::of(tokenizer, template.transpose()?, &tokenizer_config, &generation, &Value::Null));
+        }
         let tokenizer = Tokenizer::from_file(&folder.join("tokenizer.json"))?;
         let tokenizer_config = read_json(&folder.join("tokenizer_config.json"))?;
         let generation = read_json(&folder.join("generation_config.json"))?;
         let config = read_json(&folder.join("config.json"))?;
         let template = load_template(folder, &tokenizer_config)?;
+        Ok(Self::of(tokenizer, template, &tokenizer_config, &generation, &config))
+    }
+
+    fn of(
+        tokenizer: Tokenizer,
+        template: Option<ChatTemplate>,
+        tokenizer_config: &Value,
+        generation: &Value,
+        config: &Value,
+    ) -> Self {
         let mut eos_token_ids = token_list(&generation["eos_token_id"]);
         if eos_token_ids.is_empty() {
             eos_token_ids = token_list(&config["eos_token_id"]);
@@ -97,13 +116,13 @@ impl ModelText {
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
         eos_token_ids.truncate(common::sampling::STOP_TOKEN_IDS_MAX / 2);
-        Ok(Self {
+        Self {
             tokenizer: Arc::new(tokenizer),
             template,
             eos_token_ids,
-            defaults: sampling_defaults(&generation),
+            defaults: sampling_defaults(generation),
             slots: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
-        })
+        }
     }
 
     /// Renders and tokenizes one prompt on a blocking thread.

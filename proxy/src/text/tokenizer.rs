@@ -48,7 +48,15 @@ impl Tokenizer {
     pub fn from_file(path: &Path) -> Result<Self, TokenizerError> {
         let unreadable = |reason: String| TokenizerError::Unreadable { path: path.to_path_buf(), reason };
         let text = std::fs::read(path).map_err(|e| unreadable(e.to_string()))?;
-        Self::from_bytes(&text).map_err(unreadable)
+        Self::from_json(path, &text)
+    }
+
+    /// Reads the text of a `tokenizer.json`; `path` is where it comes from.
+    ///
+    /// # Errors
+    /// [`TokenizerError::Unreadable`].
+    pub fn from_json(path: &Path, json: &[u8]) -> Result<Self, TokenizerError> {
+        Self::from_bytes(json).map_err(|reason| TokenizerError::Unreadable { path: path.to_path_buf(), reason })
     }
 
     fn from_bytes(json: &[u8]) -> Result<Self, String> {

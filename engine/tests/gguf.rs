@@ -1,0 +1,371 @@
+//! GGUF files and W8A8 folders are the models they were made of: same logits within the rounding of their weights,
+//! same bits on every instruction set and in every batch, sentences for what is damaged.
+#![allow(clippy::unwrap_used)]
+
+#[path = "steps/mod.rs"]
+mod steps;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::config::Dtype;
+use engine::checkpoint::Checkpoint;
+use engine::gguf::write::{GgufType, convert};
+use engine::model::{LoadOptions, Model};
+use engine::oracle::Oracle;
+use engine::spec::ModelSpec;
+use kernels::Isa;
+use steps::{TestSequence, generate, kv_bytes, load, prompt, root, runner, step};
+
+const TYPES: [GgufType; 4] = [GgufType::Bf16, GgufType::Q8_0, GgufType::Q4_0, GgufType::Q4_K_M];
+
+/// A folder of the test's own.
+struct Folder(PathBuf);
+
+impl Folder {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("tandem-gguf-{name}-{}", std::process::id()));
+        fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+
+    /// The model of a folder below the repository's root as a GGUF file; one without a tokenizer gets a small one.
+    fn gguf(&self, model: &str, ty: GgufType) -> PathBuf {
+        let (source, copy) = (root().join(model), self.0.join("copy"));
+        fs::create_dir_all(&copy).unwrap();
+        for entry in fs::read_dir(source).unwrap().map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
+            fs::copy(&entry, copy.join(entry.file_name().unwrap())).unwrap();
+        }
+        if !copy.join("tokenizer.json").exists() {
+            let tokenizer = serde_json::json!({
+                "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": []},
+                "decoder": {"type": "ByteLevel"}, "added_tokens": [],
+            });
+            fs::write(copy.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        }
+        let path = self.0.join(format!("{ty:?}.gguf"));
+        convert(&copy, &path, ty).unwrap();
+        path
+    }
+}
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn load_path(path: &Path, dtype: Dtype, isa: Isa) -> Arc<Model> {
+    let options = LoadOptions { dtype, isa, threads: Some(2), cache_folder: None };
+    Arc::new(Model::load_with(path, options).unwrap())
+}
+
+/// The logarithms of probability of the likeliest `num_top` next tokens, by token.
+fn top(model: &Arc<Model>, tokens: &[u32], num_top: usize) -> Vec<(u32, f32)> {
+    let mut runner = runner(model, 16, 256);
+    let mut sequence = TestSequence::new(1, tokens, 0..16).with_logprobs(num_top);
+    let rows = tokens.len();
+    let mut top = step(&mut runner, &mut [(&mut sequence, rows)]).remove(0).unwrap().top_logprobs;
+    top.sort_by_key(|(token, _)| *token);
+    top
+}
+
+/// Standard deviation.
+fn spread(logits: &[f32]) -> f32 {
+    let mean = logits.iter().sum::<f32>() / logits.len() as f32;
+    (logits.iter().map(|x| (x - mean).powi(2)).sum::<f32>() / logits.len() as f32).sqrt()
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f32> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = logits.iter().map(|logit| (logit - max).exp()).sum();
+    logits.iter().map(|logit| logit - max - sum.ln()).collect()
+}
+
+/// Against the eager f32 reference over the same dequantized weights. What remains is the rounding of activations to
+/// 8 bits: half a percent of a product, some 15 to 30 products behind each other, so two or three percent of the
+/// logits' spread, and the worst of twenty a few times that. A scale in the wrong place is off by all of it.
+#[test]
+fn logits_are_those_of_the_dequantized_weights() {
+    for model in ["tests/checkpoints/llama3-gqa", "tests/checkpoints/qwen3", "models/demo"] {
+        let folder = Folder::new(&format!("logits-{}", model.replace('/', "-")));
+        for ty in TYPES {
+            let path = folder.gguf(model, ty);
+            let loaded = load_path(&path, Dtype::Float32, Isa::detect());
+            let tokens = prompt(40, loaded.spec().vocab_size as u32, 5);
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            let oracle = Oracle::new(loaded.spec(), &checkpoint).logits(&tokens).unwrap();
+            let expected = log_softmax(oracle.last().unwrap());
+            let mut worst = 0.0f32;
+            for (token, logprob) in top(&loaded, &tokens, 20) {
+                worst = worst.max((logprob - expected[token as usize]).abs());
+            }
+            let spread = spread(oracle.last().unwrap());
+            let bound = if ty == GgufType::Bf16 { 2e-3 } else { 0.15 * spread };
+            assert!(worst < bound, "{model} {ty:?}: {worst}, logits spread by {spread}");
+        }
+    }
+}
+
+/// A bf16 file has the same numbers as the folder it was made of, q and k rows put back in order.
+#[test]
+fn a_bf16_file_gives_the_bits_of_its_folder() {
+    for model in [
+        "tests/checkpoints/llama3-gqa",
+        "tests/checkpoints/llama-yarn",
+        "tests/checkpoints/llama2-mha",
+        "tests/checkpoints/qwen2-tied",
+        "models/demo",
+    ] {
+        let folder = Folder::new(&format!("bits-{}", model.replace('/', "-")));
+        let file = load_path(&folder.gguf(model, GgufType::Bf16), Dtype::Bfloat16, Isa::detect());
+        let original = load(model, Dtype::Bfloat16);
+        let tokens = prompt(50, original.spec().vocab_size as u32, 7);
+        let logits = [&file, &original].map(|model| top(model, &tokens, 20));
+        // Llama 3's scaling is a table of f32 factors there, YaRN's factor an f32: angles round in the last bit.
+        if model.contains("llama3") || model.contains("yarn") {
+            for (a, b) in logits[0].iter().zip(&logits[1]) {
+                assert!(a.0 == b.0 && (a.1 - b.1).abs() < 1e-2, "{model}: {a:?} {b:?}");
+            }
+        } else {
+            assert_eq!(logits[0], logits[1], "{model}");
+        }
+    }
+}
+
+#[test]
+fn quantized_tokens_and_kv_are_the_same_on_every_instruction_set_and_in_every_chunk() {
+    let folder = Folder::new("isa");
+    for ty in TYPES {
+        let path = folder.gguf("models/demo", ty);
+        let reference = load_path(&path, Dtype::Auto, Isa::detect());
+        let tokens = prompt(60, reference.spec().vocab_size as u32, 3);
+        let outcome = |model: &Arc<Model>, first_chunk: usize| {
+            let mut runner = runner(model, 16, 256);
+            let mut sequence = TestSequence::new(1, &tokens, 0..16);
+            if first_chunk > 0 {
+                step(&mut runner, &mut [(&mut sequence, first_chunk)]);
+            }
+            let drawn: Vec<u32> = generate(&mut runner, &mut sequence, 12).iter().map(|token| token.id).collect();
+            (drawn, kv_bytes(&runner, &sequence))
+        };
+        let want = outcome(&reference, 0);
+        assert_eq!(outcome(&reference, 17), want, "{ty:?} in two chunks");
+        for &isa in Isa::available() {
+            assert_eq!(outcome(&load_path(&path, Dtype::Auto, isa), 1), want, "{ty:?} {isa:?}");
+        }
+    }
+}
+
+#[test]
+fn the_numerics_id_names_the_weights_and_identity_tells_formats_apart() {
+    let folder = Folder::new("identity");
+    let infos: Vec<_> = TYPES
+        .iter()
+        .map(|ty| load_path(&folder.gguf("models/demo", *ty), Dtype::Auto, Isa::detect()).info_for(16, 1))
+        .collect();
+    let numerics: Vec<&str> = infos.iter().map(|info| info.numerics.0.as_str()).collect();
+    assert_eq!(
+        numerics[..3],
+        ["cpu-fold-1/tp1/bf16/kv-bf16", "cpu-fold-1/tp1/bf16+q8_0/kv-bf16", "cpu-fold-1/tp1/bf16+q4_0/kv-bf16"]
+    );
+    for (i, a) in infos.iter().enumerate() {
+        // Rows of 128 are no blocks of 256: this model has the same weights in q4_k_m and in q8_0.
+        let others =
+            infos[i + 1..].iter().filter(|b| (&a.numerics, &b.numerics) != (&infos[1].numerics, &infos[3].numerics));
+        others.for_each(|b| assert_ne!(a.identity, b.identity));
+    }
+    let folder_model = load("models/demo", Dtype::Bfloat16).info_for(16, 1);
+    assert_ne!(folder_model.identity, infos[1].identity);
+}
+
+#[test]
+fn a_damaged_file_is_a_sentence() {
+    let folder = Folder::new("damaged");
+    let path = folder.gguf("tests/checkpoints/llama3-gqa", GgufType::Q8_0);
+    let whole = fs::read(&path).unwrap();
+    let damaged = folder.0.join("damaged.gguf");
+    let load = |bytes: &[u8]| {
+        // As a new file: what has the old one mapped keeps its bytes.
+        let _ = fs::remove_file(&damaged);
+        fs::write(&damaged, bytes).unwrap();
+        let options = LoadOptions { dtype: Dtype::Auto, isa: Isa::detect(), threads: Some(2), cache_folder: None };
+        Model::load_with(&damaged, options)
+    };
+    for len in (0..whole.len()).step_by(whole.len() / 60).chain([whole.len() - 40]) {
+        let error = load(&whole[..len]).unwrap_err().to_string();
+        assert!(error.contains("damaged.gguf is not a GGUF file that can be read: "), "{error}");
+    }
+    // Any byte of the header may be anything: a model or a sentence, never a panic.
+    let mut num_refused = 0;
+    for at in (0..6000).step_by(41) {
+        for value in [0xff, 0x41] {
+            let mut bytes = whole.clone();
+            bytes[at] = value;
+            num_refused += usize::from(load(&bytes).is_err());
+        }
+    }
+    assert!(num_refused > 20, "{num_refused}");
+    let error = load(b"not a GGUF file at all").unwrap_err().to_string();
+    assert!(error.ends_with("it does not begin with \"GGUF\""), "{error}");
+}
+
+#[test]
+fn what_a_file_lacks_is_named_in_its_own_words() {
+    let folder = Folder::new("lacks");
+    let path = folder.gguf("tests/checkpoints/llama3-gqa", GgufType::Q8_0);
+    let whole = fs::read(&path).unwrap();
+    let changed = |from: &str, to: &str| {
+        assert_eq!(from.len(), to.len());
+        let at = whole.windows(from.len()).position(|window| window == from.as_bytes()).unwrap();
+        let mut bytes = whole.clone();
+        bytes[at..at + from.len()].copy_from_slice(to.as_bytes());
+        let changed = folder.0.join("changed.gguf");
+        let _ = fs::remove_file(&changed);
+        fs::write(&changed, bytes).unwrap();
+        let options = LoadOptions { dtype: Dtype::Auto, isa: Isa::detect(), threads: Some(2), cache_folder: None };
+        Model::load_with(&changed, options).unwrap_err().to_string()
+    };
+    assert!(changed("blk.1.attn_q.weight", "blk.1.attn_z.weight").contains("has no tensor blk.1.attn_q.weight"));
+    assert!(changed("llama.block_count", "llama.block_kount").contains("`llama.block_count` is missing"));
+    assert!(changed("llama.attention.head_count", "llama.attention.head_kount").contains("head_count` is missing"));
+    assert!(changed("\u{5}\0\0\0\0\0\0\0llama", "\u{5}\0\0\0\0\0\0\0gemma").contains("architecture gemma"));
+}
+
+/// A Llama whose rows are whole blocks of 256, of random weights.
+fn wide(folder: &Folder) -> PathBuf {
+    use safetensors::tensor::{Dtype, TensorView};
+    let (hidden, ffn, vocab, path) = (256, 512, 64, folder.0.join("wide"));
+    fs::create_dir_all(&path).unwrap();
+    let mut shapes = vec![
+        ("model.embed_tokens.weight".to_string(), vec![vocab, hidden]),
+        ("model.norm.weight".to_string(), vec![hidden]),
+        ("lm_head.weight".to_string(), vec![vocab, hidden]),
+    ];
+    for layer in 0..3 {
+        let mut add = |name: &str, shape: &[usize]| {
+            shapes.push((format!("model.layers.{layer}.{name}.weight"), shape.to_vec()));
+        };
+        add("input_layernorm", &[hidden]);
+        add("post_attention_layernorm", &[hidden]);
+        add("self_attn.q_proj", &[hidden, hidden]);
+        add("self_attn.k_proj", &[hidden / 2, hidden]);
+        add("self_attn.v_proj", &[hidden / 2, hidden]);
+        add("self_attn.o_proj", &[hidden, hidden]);
+        add("mlp.gate_proj", &[ffn, hidden]);
+        add("mlp.up_proj", &[ffn, hidden]);
+        add("mlp.down_proj", &[hidden, ffn]);
+    }
+    let bytes: Vec<Vec<u8>> = shapes
+        .iter()
+        .enumerate()
+        .map(|(number, (_, shape))| {
+            let value = |i: usize| match shape.len() {
+                1 => 1.0,
+                _ => ((kernels::uniform(number as u64, 0, i as u32) - 0.5) * 0.2) as f32,
+            };
+            (0..shape.iter().product()).flat_map(|i| value(i).to_le_bytes()).collect()
+        })
+        .collect();
+    let views = shapes
+        .iter()
+        .zip(&bytes)
+        .map(|((name, shape), bytes)| (name.as_str(), TensorView::new(Dtype::F32, shape.clone(), bytes).unwrap()));
+    fs::write(path.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": ffn, "vocab_size": vocab,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    });
+    fs::write(path.join("config.json"), config.to_string()).unwrap();
+    path
+}
+
+/// Value projections of 6 bits beside query and key projections of 4: one fused matrix of two formats.
+#[test]
+fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
+    let folder = Folder::new("mixed");
+    let path = folder.gguf(wide(&folder).to_str().unwrap(), GgufType::Q4_K_M);
+    let model = load_path(&path, Dtype::Float32, Isa::detect());
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-1/tp1/f32+q4_k+q6_k/kv-f32");
+    let tokens = prompt(40, 64, 5);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
+    let bound = 0.15 * spread(oracle.last().unwrap());
+    let expected = log_softmax(oracle.last().unwrap());
+    let want = top(&model, &tokens, 20);
+    for (token, logprob) in &want {
+        let error = (logprob - expected[*token as usize]).abs();
+        assert!(error < bound, "{token}: {error} of {bound}");
+    }
+    for &isa in Isa::available() {
+        assert_eq!(top(&load_path(&path, Dtype::Float32, isa), &tokens, 20), want, "{isa:?}");
+    }
+}
+
+/// A folder with 8-bit weights and a scale for each row, as compressed-tensors writes it, made of one of numbers.
+fn w8a8(model: &str, folder: &Folder) -> PathBuf {
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+    let (source, path) = (root().join(model), folder.0.join("w8a8"));
+    fs::create_dir_all(&path).unwrap();
+    let bytes = fs::read(source.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let checkpoint = Checkpoint::open(&source).unwrap();
+    let mut written: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
+    for (name, view) in tensors.iter() {
+        let shape = view.shape().to_vec();
+        if !name.ends_with("_proj.weight") {
+            written.push((name.to_string(), view.dtype(), shape, view.data().to_vec()));
+            continue;
+        }
+        let values = checkpoint.tensor(name, &shape).unwrap().to_f32();
+        let (mut codes, mut scales) = (Vec::new(), Vec::new());
+        for row in values.chunks(shape[1]) {
+            let scale = row.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
+            codes.extend(row.iter().map(|x| (x / scale).round() as i8 as u8));
+            scales.extend(scale.to_le_bytes());
+        }
+        written.push((format!("{name}_scale"), Dtype::F32, vec![shape[0], 1], scales));
+        written.push((name.to_string(), Dtype::I8, shape, codes));
+    }
+    let views = written
+        .iter()
+        .map(|(name, dtype, shape, bytes)| (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
+    fs::write(path.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
+    config["quantization_config"] = serde_json::json!({
+        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+        "config_groups": {"group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false},
+            "input_activations": {"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true},
+        }},
+    });
+    fs::write(path.join("config.json"), config.to_string()).unwrap();
+    path
+}
+
+#[test]
+fn a_w8a8_folder_is_the_model_of_its_dequantized_weights() {
+    let folder = Folder::new("w8a8");
+    let path = w8a8("models/demo", &folder);
+    let model = load_path(&path, Dtype::Float32, Isa::detect());
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-1/tp1/f32+w8a8/kv-f32");
+    let tokens = prompt(40, model.spec().vocab_size as u32, 5);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
+    let expected = log_softmax(oracle.last().unwrap());
+    for (token, logprob) in top(&model, &tokens, 20) {
+        // One scale for a whole token is coarser than one for 32 values.
+        assert!((logprob - expected[token as usize]).abs() < 0.4, "{token}: {logprob}");
+    }
+    let bits = |isa| top(&load_path(&path, Dtype::Auto, isa), &tokens, 20);
+    for &isa in Isa::available() {
+        assert_eq!(bits(isa), bits(Isa::PORTABLE), "{isa:?}");
+    }
+    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(path.join("config.json")).unwrap()).unwrap();
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = 4.into();
+    fs::write(path.join("config.json"), config.to_string()).unwrap();
+    let error = ModelSpec::read(&path).unwrap_err().to_string();
+    assert!(error.contains("expected compressed-tensors with 8-bit weights per channel"), "{error}");
+}

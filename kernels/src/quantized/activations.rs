@@ -1,0 +1,89 @@
+//! Rows of f32 to 8-bit integers with a scale for each group.
+//!
+//! 32 values share a scale, as in the weights, and not a whole token: a single large feature, which trained
+//! models have, then costs the precision of its 31 neighbours and not of the whole row.
+
+use super::packed::PackedFormat;
+
+/// Lanes of a group beside its quads: the scale, and two that depend on the format, see [`Group::extras`].
+pub(super) const EXTRA_LANES: usize = 3;
+
+/// A group smaller than this is zero: its reciprocal would not be finite.
+const TINY: f32 = 1e-30;
+
+/// One group of one token.
+pub(super) struct Group {
+    /// What an integer stands for.
+    pub(super) scale: f32,
+    /// 127 divided by the largest magnitude.
+    reciprocal: f32,
+}
+
+impl Group {
+    /// Of these values. A NaN or an infinity among them makes the scale, and with it every output, that.
+    #[inline(always)]
+    pub(super) fn of(x: &[f32]) -> Group {
+        // As integers, the bits of magnitudes are ordered like the magnitudes, with NaN the largest.
+        let bits = x.iter().fold(0u32, |max, x| max.max(x.to_bits() & 0x7fff_ffff));
+        let max = f32::from_bits(bits);
+        if max < TINY {
+            return Group { scale: 0.0, reciprocal: 0.0 };
+        }
+        Group { scale: max / 127.0, reciprocal: 127.0 / max }
+    }
+
+    /// The integer of one value, from -127 to 127.
+    #[inline(always)]
+    pub(super) fn quantize(&self, x: f32) -> i32 {
+        (x * self.reciprocal).round_ties_even() as i32
+    }
+
+    /// The two lanes behind the scale, for the sums of the integers of the group's halves: what an integer
+    /// accumulator starts with, and in formats with minima the factor of the minimum; in formats with two
+    /// scales to the group, the starts of both.
+    #[inline(always)]
+    pub(super) fn extras(&self, format: PackedFormat, sums: [i32; 2]) -> [u32; 2] {
+        let whole = sums[0].wrapping_add(sums[1]);
+        let start = |sum: i32| format.offset().wrapping_mul(sum).wrapping_neg() as u32;
+        match format {
+            PackedFormat::Int6 => sums.map(start),
+            PackedFormat::Int4Min => [start(whole), (-(self.scale * whole as f32)).to_bits()],
+            _ => [start(whole), 0],
+        }
+    }
+}
+
+/// Packs rows `x` `[num_rows, k]` of a tile: per group `[quads + 3][num_rows]` lanes, a quad holding the
+/// integers of 4 consecutive k.
+#[inline(always)]
+pub(super) fn pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u32]) {
+    let num_rows = x.len() / k;
+    let group = format.activation_group(k);
+    let lanes_per_group = (group / 4 + EXTRA_LANES) * num_rows;
+    for (r, row) in x.chunks_exact(k).enumerate() {
+        for (x, into) in row.chunks(group).zip(into.chunks_exact_mut(lanes_per_group)) {
+            let scale = Group::of(x);
+            let mut sums = [0i32; 2];
+            let mut lanes = into[r..].iter_mut().step_by(num_rows);
+            for (index, quad) in x.chunks(4).enumerate() {
+                let mut bytes = [0i8; 4];
+                for (byte, x) in bytes.iter_mut().zip(quad) {
+                    let q = scale.quantize(*x);
+                    sums[usize::from(index >= 4)] += q;
+                    *byte = q as i8;
+                }
+                *lanes.next().expect("a lane for each quad") = u32::from_le_bytes(bytes.map(|byte| byte as u8));
+            }
+            let [first, second] = scale.extras(format, sums);
+            for (lane, value) in lanes.zip([scale.scale.to_bits(), first, second]) {
+                *lane = value;
+            }
+        }
+    }
+}
+
+/// Lanes that [`pack_rows`] needs for each row.
+pub(super) fn lanes_per_row(k: usize, format: PackedFormat) -> usize {
+    let group = format.activation_group(k);
+    k.div_ceil(group) * (group / 4 + EXTRA_LANES)
+}

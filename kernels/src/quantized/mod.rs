@@ -1,0 +1,27 @@
+//! Products with weights of 4, 6 or 8 bits.
+//!
+//! ```text
+//! checkpoint ──loader──> QuantizedWeights ──pack──> QuantizedMatrix ──matmul_quantized──> f32
+//!                        (one logical form)         (one of few panel formats)
+//! ```
+//!
+//! A weight is `scale * (code - offset) - min`, a code being a small unsigned integer, a scale shared by a
+//! group of consecutive k. Activations are quantized to 8 bits per token and 32 k, so the products inside a
+//! group are integers and their sum is exact in whatever order an instruction set adds; only the scales are
+//! f32, and their order is in [`numerics`](crate::numerics). So all instruction sets give the same bits.
+//!
+//! - `weights`: the logical form. `packed`: panels, one layout for every batch size.
+//! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `simd`: its instructions.
+
+mod activations;
+mod packed;
+mod product;
+#[cfg(target_arch = "x86_64")]
+mod simd;
+#[cfg(test)]
+mod tests;
+mod weights;
+
+pub use packed::{PackedFormat, QuantizedMatrix};
+pub use product::matmul_quantized;
+pub use weights::{Mins, PackError, QuantizedWeights};
