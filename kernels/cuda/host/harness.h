@@ -47,6 +47,10 @@ class Guarded {
     ~Guarded() { cudaFree(data_); }
     Guarded(const Guarded&) = delete;
     Guarded(Guarded&& other) noexcept : data_(std::exchange(other.data_, nullptr)), num_bytes_(other.num_bytes_) {}
+    Guarded& operator=(Guarded&& other) noexcept {
+        std::swap(data_, other.data_), std::swap(num_bytes_, other.num_bytes_);
+        return *this;
+    }
     unsigned char* data() const { return static_cast<unsigned char*>(data_); }
     size_t size() const { return num_bytes_; }
 
