@@ -56,7 +56,7 @@ struct AttentionCase {
         block_tables = on_device(tables);
         q = random_values<T>(size_t(num_rows) * shape.num_heads * dim);
         out = Device<T>(q.size());
-        sinks = random_values<float>(shape.num_heads, 0, 4);
+        sinks = random_values<float>(shape.num_heads, 3, 6);
     }
 
     const float* sinks_or_null() const { return shape.has_sinks ? sinks.get() : nullptr; }
