@@ -114,9 +114,7 @@ __device__ void attention_decode(const AttentionJob& job, const bf16* __restrict
                 *reinterpret_cast<u32*>(weight_tile + chunk_offset<TILE_TOKENS>(g + 8 * row, 2 * warp + n) + 4 * t) =
                     pack_bf16(scores[n][2 * row], scores[n][2 * row + 1]);
         }
-#if !defined(MUTATION) || MUTATION != 22
-        __syncthreads();
-#endif
+        if (MUTATE(22, true, false)) __syncthreads();
         if (warp == 0) {
 #pragma unroll
             for (u32 row = 0; row < 2; ++row) {

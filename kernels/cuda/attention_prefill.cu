@@ -78,9 +78,7 @@ __device__ void attention_prefill(const AttentionJob& job, const bf16* __restric
         }
         copy_commit();
         copy_wait<1>();
-#if !defined(MUTATION) || MUTATION != 11
-        __syncthreads();
-#endif
+        if (MUTATE(11, true, false)) __syncthreads();
         const unsigned char* k_tile = kv_tiles + stage * 2 * TILE_BYTES;
         const unsigned char* v_tile = k_tile + TILE_BYTES;
 

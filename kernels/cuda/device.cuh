@@ -18,10 +18,10 @@ typedef unsigned long long u64;
 
 #define FULL_WARP 0xffffffffu
 
-// Tests build every kernel once more with -DMUTATION=n; the n-th of its MUTATE expressions is then wrong, and
-// its test must fail.
-#ifdef MUTATION
-#define MUTATE(n, right, wrong) (MUTATION == (n) ? (wrong) : (right))
-#else
+// A place that the host tests can make wrong, by its number within a kernel file and the headers it includes;
+// some test has to fail then. A device only ever knows the right one.
+#ifdef __CUDACC__
 #define MUTATE(n, right, wrong) (right)
+#else
+#define MUTATE(n, right, wrong) (fibres::mutation == (n) ? (wrong) : (right))
 #endif

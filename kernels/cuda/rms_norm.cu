@@ -26,9 +26,7 @@ __device__ void rms_norm(float* __restrict__ x, const float* __restrict__ delta,
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
-#if !defined(MUTATION) || MUTATION != 2
-    __syncthreads();
-#endif
+    if (MUTATE(2, true, false)) __syncthreads();
     float total = sums[0];
     for (u32 w = 1; w < 8; ++w) total += sums[w];
     const float scale = 1.0f / sqrtf(total / float(width) + MUTATE(3, eps, 0.0f));

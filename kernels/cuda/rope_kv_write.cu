@@ -47,9 +47,7 @@ __device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qk
         for (u32 i = lane; i < dim; i += 32) x[i] = x[i] * scale * MUTATE(1, norm[i], 1.0f);
     }
     // Every lane now reads what others wrote.
-#if !defined(MUTATION) || MUTATION != 2
-    __syncwarp();
-#endif
+    if (MUTATE(2, true, false)) __syncwarp();
     T* to;
     if (is_q) {
         to = q_out + (u64(row) * q_heads + head) * dim;

@@ -42,9 +42,7 @@ skinny_matmul_bf16(const bf16* __restrict__ x, const bf16* __restrict__ w, const
 #pragma unroll
     for (u32 i = 0; i < 8; ++i)
         partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
-#if !defined(MUTATION) || MUTATION != 2
-    __syncthreads();
-#endif
+    if (MUTATE(2, true, false)) __syncthreads();
     const u32 row = first_row + threadIdx.x / 16, column = first_column + threadIdx.x % 16;
     if (row >= m || column >= n) return;
     float sum = partial[threadIdx.x];

@@ -58,6 +58,9 @@ namespace fibres {
     std::_Exit(1);
 }
 
+// Which MUTATE place is wrong; 0: none.
+inline int mutation = 0;
+
 // Bytes that end (but for what alignment to 16 needs) where the process may touch nothing.
 class Guarded {
   public:

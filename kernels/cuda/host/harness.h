@@ -182,7 +182,8 @@ inline void on_fault(int) {
     _exit(1);
 }
 
-inline void catch_faults() {
+inline void prepare() {
+    if (const char* number = std::getenv("MUTATION")) fibres::mutation = std::atoi(number);
     static char stack[64 << 10];
     stack_t alternative{};
     alternative.ss_sp = stack, alternative.ss_size = sizeof stack;
@@ -193,11 +194,11 @@ inline void catch_faults() {
     sigaction(SIGBUS, &action, nullptr);
 }
 #else
-inline void catch_faults() {}
+inline void prepare() {}
 #endif
 
 int main() {
-    catch_faults();
+    prepare();
     for (const Test& test : tests()) {
         for (fibres::Order order : fibres::ORDERS) {
             random_source.seed(7);
