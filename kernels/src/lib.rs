@@ -16,6 +16,7 @@
 //!   same with weights of 4, 6 and 8 bits.
 //! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul), [`add`](mod@add): the row-wise operations.
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
+//! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
 //! - [`uniform`](mod@uniform), [`sample`](mod@sample): from logits to a token.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -24,6 +25,8 @@ pub mod add;
 pub mod arena;
 pub mod attention;
 pub mod ctx;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod embed;
 pub mod isa;
 pub mod kv_layout;

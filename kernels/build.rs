@@ -1,0 +1,71 @@
+//! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and to PTX for
+//! compute_80, and writes a table of them that `src/cuda/images.rs` includes.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-env-changed=CARGO_FEATURE_CUDA");
+    if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+        compile_kernels();
+    }
+}
+
+fn compile_kernels() {
+    println!("cargo::rerun-if-env-changed=CUDA_HOME");
+    println!("cargo::rerun-if-changed=cuda");
+    let nvcc = match std::env::var_os("CUDA_HOME") {
+        Some(home) => Path::new(&home).join("bin/nvcc"),
+        None => PathBuf::from("nvcc"),
+    };
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    let mut sources: Vec<PathBuf> = std::fs::read_dir("cuda")
+        .expect("the kernels are beside this file")
+        .map(|entry| entry.expect("a readable folder").path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
+        .collect();
+    sources.sort();
+    let mut table =
+        String::from("/// Every kernel file, in alphabetical order.\npub static EMBEDDED: &[Embedded] = &[\n");
+    for source in &sources {
+        let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
+        let (cubin, ptx) = (out.join(format!("{name}.cubin")), out.join(format!("{name}.ptx")));
+        run_nvcc(&nvcc, &["--cubin", "-gencode=arch=compute_90a,code=sm_90a"], source, &cubin);
+        run_nvcc(&nvcc, &["--ptx", "-arch=compute_80"], source, &ptx);
+        let text = std::fs::read_to_string(&ptx).expect("nvcc wrote it");
+        let entries = entries(&text);
+        table += &format!(
+            "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: include_str!({ptx:?}) }},\n"
+        );
+    }
+    table += "];\n";
+    std::fs::write(out.join("cuda_kernels.rs"), table).expect("the output folder is writable");
+}
+
+fn run_nvcc(nvcc: &Path, options: &[&str], source: &Path, to: &Path) {
+    let output = Command::new(nvcc)
+        .args(["-O3", "-std=c++17", "-fmad=false"])
+        .args(options)
+        .arg(source)
+        .arg("-o")
+        .arg(to)
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => {
+            panic!("nvcc does not compile {}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr))
+        }
+        Err(error) => panic!(
+            "the `cuda` feature needs nvcc, and {} cannot be run ({error}): set CUDA_HOME to a CUDA 13 toolkit, \
+             for example to the folder that kernels/cuda/install-nvcc installs and prints",
+            nvcc.display()
+        ),
+    }
+}
+
+/// Names of the kernels in a PTX text: `.visible .entry name(`.
+fn entries(ptx: &str) -> Vec<&str> {
+    let names = ptx.split(".visible .entry ").skip(1);
+    names.map(|rest| rest.split('(').next().expect("split gives at least one part").trim()).collect()
+}

@@ -1,0 +1,27 @@
+// What every kernel file begins with: CUDA's own names when nvcc or NVRTC compiles it, those of
+// host/fibres.h when g++ does. Includes no system header, so that NVRTC can compile it too.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifdef __CUDACC__
+// Static shared memory of `count` values.
+#define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
+// The shared memory asked for at launch.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#else
+#include "host/fibres.h"
+#endif
+
+#define FULL_WARP 0xffffffffu
+
+// A place that the host tests can make wrong, by its number within a kernel file and the headers it includes;
+// some test has to fail then. A device only ever knows the right one.
+#ifdef __CUDACC__
+#define MUTATE(n, right, wrong) (right)
+#else
+#define MUTATE(n, right, wrong) (fibres::mutation == (n) ? (wrong) : (right))
+#endif

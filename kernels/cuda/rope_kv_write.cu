@@ -1,0 +1,82 @@
+// Between the fused q, k, v product and attention: norms of heads, rotation, new keys and values into the pool.
+//
+//   qkv      f32 [rows, q heads | k heads | v heads, head_dim]
+//   q_out    [rows, q heads, head_dim], rotated, in the type of the pool
+//   pool     see kv_layout.cuh; row r's k (rotated) and v go to slots[r] of the layer
+//
+// Where q_norm and k_norm are given (f32 [head_dim]), every head of q and of k is first divided by its root
+// mean square and multiplied by them; order: lane l folds x[l + 32 j]^2 over j, then `warp_sum`.
+// Rotation by the row's angles, cosines and sines f32 [positions, rot_dim / 2]; feature i < rot_dim / 2 turns
+// with i + rot_dim / 2, features from rot_dim on stay:
+//   (a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))
+//
+// head_dim even, at most 256. Slots of one call are distinct and inside the pool.
+// Grid (rows, ceil(heads / 4)) with heads = q + 2 kv, 128 threads: a warp per head.
+#include "kv_layout.cuh"
+#include "numerics.cuh"
+
+struct RopeWrite {
+    KvShape kv;
+    u32 layer;
+    u32 num_q_heads;
+    u32 rot_dim;
+    float eps;
+};
+
+template <typename T>
+__device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qkv, const float* __restrict__ q_norm,
+                              const float* __restrict__ k_norm, const float* __restrict__ cosines,
+                              const float* __restrict__ sines, const u32* __restrict__ positions,
+                              const u32* __restrict__ slots, T* __restrict__ q_out, T* __restrict__ pool) {
+    SHARED_ARRAY(float, staged, 4 * 256);
+    const u32 row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const u32 q_heads = job.num_q_heads, kv_heads = job.kv.num_kv_heads, dim = job.kv.head_dim;
+    const u32 head = blockIdx.y * 4 + warp;
+    if (head >= q_heads + 2 * kv_heads) return; // a whole warp; there is no barrier of the block
+    const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
+    const float* from = qkv + (u64(row) * (q_heads + 2 * kv_heads) + head) * dim;
+    float* x = staged + warp * 256;
+    const float* norm = is_v ? nullptr : (is_q ? q_norm : k_norm);
+    float sum = 0.0f;
+    for (u32 i = lane; i < dim; i += 32) {
+        x[i] = from[i];
+        sum = fmaf(x[i], x[i], sum);
+    }
+    if (norm) {
+        const float scale = 1.0f / sqrtf(warp_sum(sum) / float(dim) + job.eps);
+        for (u32 i = lane; i < dim; i += 32) x[i] = x[i] * scale * MUTATE(1, norm[i], 1.0f);
+    }
+    // Every lane now reads what others wrote.
+    if (MUTATE(2, true, false)) __syncwarp();
+    T* to;
+    if (is_q) {
+        to = q_out + (u64(row) * q_heads + head) * dim;
+    } else {
+        const u32 kv_head = is_v ? head - q_heads - kv_heads : head - q_heads;
+        to = pool + k_index(job.kv, job.layer, slots[row], kv_head) + (is_v ? v_distance(job.kv) : 0);
+    }
+    const u32 half = job.rot_dim / 2;
+    const u64 angles = u64(positions[row]) * half;
+    for (u32 i = lane; i < dim; i += 32) {
+        float value = x[i];
+        if (!is_v && i < half) {
+            value = fmaf(value, cosines[angles + i], -(x[i + half] * sines[angles + i]));
+        } else if (!is_v && i < 2 * half) {
+            const u32 j = i - half;
+            value = fmaf(value, cosines[angles + j], MUTATE(3, x[j], -x[j]) * sines[angles + j]);
+        }
+        store(to + i, value);
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+rope_kv_write_f32(RopeWrite job, const float* qkv, const float* q_norm, const float* k_norm, const float* cosines,
+                  const float* sines, const u32* positions, const u32* slots, float* q_out, float* pool) {
+    rope_kv_write(job, qkv, q_norm, k_norm, cosines, sines, positions, slots, q_out, pool);
+}
+
+extern "C" __global__ void __launch_bounds__(128)
+rope_kv_write_bf16(RopeWrite job, const float* qkv, const float* q_norm, const float* k_norm, const float* cosines,
+                   const float* sines, const u32* positions, const u32* slots, bf16* q_out, bf16* pool) {
+    rope_kv_write(job, qkv, q_norm, k_norm, cosines, sines, positions, slots, q_out, pool);
+}
