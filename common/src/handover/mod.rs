@@ -41,11 +41,13 @@ pub mod decode;
 #[cfg(test)]
 mod explore;
 pub mod fetch;
+pub mod overlap;
 pub mod prefill;
 pub mod prefix_choice;
 
 pub use decode::{CandidateLoss, DecodeAction, DecodeHandover, DecodeLimits, DecodeRequest, DecodeState};
 pub use fetch::{FetchEnd, FetchFailure, FetchPlan};
+pub use overlap::{Overlap, OverlapPace};
 pub use prefill::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
 pub use prefix_choice::{PrefixChoice, PrefixCosts, StoredPrefix, expected_prefill};
 
