@@ -275,10 +275,10 @@ impl Pace {
     }
 
     fn is_overdue(&self, now: Instant) -> Option<LoadEnd> {
-        if now >= self.overdue_at {
-            return Some(LoadEnd::TooSlow);
+        if now >= self.stalled_at {
+            return Some(LoadEnd::Stalled);
         }
-        (now >= self.stalled_at).then_some(LoadEnd::Stalled)
+        (now >= self.overdue_at).then_some(LoadEnd::TooSlow)
     }
 
     /// If it is later than expected, lets the engine compute its share of what is left, by the speed that was seen.
