@@ -5,6 +5,7 @@ use std::sync::Arc;
 use crate::content::{ChainRoot, ContentChain};
 use crate::ids::{BlockId, ChoiceIndex, SequenceId};
 use crate::sampling::{SampledToken, SamplingParams};
+use crate::scheduler::ArrivingPrefix;
 use crate::tokens::Token;
 
 /// What a node is to do with a sequence.
@@ -135,6 +136,8 @@ pub struct Sequence {
     pub num_cached_tokens: usize,
     /// Leading blocks that have been named.
     pub num_published_blocks: usize,
+    /// What of the prompt arrives while it is computed.
+    pub arriving: Option<Arc<ArrivingPrefix>>,
     /// First tokens that were drawn elsewhere and are already delivered; used instead of drawing.
     pub delivered_first_tokens: Option<Vec<SampledToken>>,
     /// Tokens whose KV is saved in host memory while parked.
@@ -182,6 +185,7 @@ impl Sequence {
             num_computed_tokens: 0,
             num_cached_tokens: 0,
             num_published_blocks: 0,
+            arriving: None,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
             last_step: 0,
@@ -196,6 +200,18 @@ impl Sequence {
     pub(crate) fn become_state(&mut self, next: SequenceState) {
         assert!(self.state.can_become(next), "{} cannot go from {:?} to {next:?}", self.id, self.state);
         self.state = next;
+    }
+
+    /// Nothing is written into its blocks from elsewhere any more.
+    pub(crate) fn stop_arriving(&mut self) {
+        if let Some(prefix) = self.arriving.take() {
+            prefix.close();
+        }
+    }
+
+    /// Of the tokens without KV, those whose KV is expected to arrive.
+    pub(crate) fn num_expected_tokens(&self) -> usize {
+        self.arriving.as_ref().map_or(0, |prefix| prefix.num_expected_tokens())
     }
 
     /// Tokens without KV.

@@ -1,5 +1,5 @@
-//! One request as a story: fence, admit, receive the prompt's KV or load what the store has of it, stream tokens,
-//! publish.
+//! One request as a story: fence, admit, receive the prompt's KV or compute it around what the store has of it,
+//! stream tokens, publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use common::timeline::NodeTimeline;
 use common::wire::{Generate, GenerateEvent, NodeError};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
-use kv_connector::store::FoundPrefix;
+use kv_connector::store::{FoundPrefix, PrefixLoad};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::time::Instant as Deadline;
 
@@ -42,6 +42,9 @@ pub(crate) struct Ongoing<'a> {
     pub(crate) node: &'a Arc<Node>,
     pub(crate) generate: &'a Generate,
     pub(crate) sender: &'a mut ControlSender,
+    /// What is loaded from the store while the engine computes. Before `sequence`: whatever drops this, nothing is
+    /// written any more when the blocks go.
+    load: Option<PrefixLoad>,
     pub(crate) sequence: RequestHandle,
     pub(crate) fence: Fence,
     pub(crate) deadline: Deadline,
@@ -144,6 +147,7 @@ async fn run(
         node,
         generate,
         sender,
+        load: None,
         sequence,
         fence,
         deadline,
@@ -162,9 +166,11 @@ async fn run(
             return Ok(ongoing.timeline);
         }
     } else if is_awaiting {
-        let num_valid_tokens = stored::load(&mut ongoing, &admitted, &stored).await?;
-        ongoing.timeline.num_cached_tokens = num_valid_tokens as u32;
-        ongoing.sequence.compute_locally(num_valid_tokens, None);
+        ongoing.load = stored::load(&ongoing, &admitted, stored);
+        match &ongoing.load {
+            Some(load) => ongoing.sequence.compute_around(load.prefix().clone()),
+            None => ongoing.sequence.compute_locally(admitted.num_cached_tokens, None),
+        }
     }
     ongoing.stream_tokens().await?;
     Ok(ongoing.timeline)
@@ -230,11 +236,21 @@ impl Ongoing<'_> {
 
     /// Something that ends the request from outside.
     pub(crate) async fn next_engine_event(&mut self) -> Result<EngineEvent, End> {
-        tokio::select! {
-            biased;
-            () = self.sender.stopped() => Err(End::Gone),
-            end = interrupted(&self.fence, self.deadline, self.generate.deadline) => Err(end),
-            event = self.sequence.next() => event.ok_or_else(engine_stopped),
+        loop {
+            let loaded = async {
+                match &mut self.load {
+                    Some(load) => load.ended().await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = self.sender.stopped() => return Err(End::Gone),
+                end = interrupted(&self.fence, self.deadline, self.generate.deadline) => return Err(end),
+                // The engine hears of it from the prefix.
+                _ = loaded => self.load = None,
+                event = self.sequence.next() => return event.ok_or_else(engine_stopped),
+            }
         }
     }
 
@@ -265,6 +281,12 @@ impl Ongoing<'_> {
                         self.timeline.prefill = started_at.elapsed();
                     }
                     self.tell_token(choice, index, token, finish).await?;
+                }
+                EngineEvent::PrefixArrived { first_token, end_token } => {
+                    if let Some(load) = &self.load {
+                        load.on_met();
+                    }
+                    self.timeline.num_cached_tokens += (end_token - first_token) as u32;
                 }
                 EngineEvent::Finished => return Ok(()),
                 EngineEvent::Failed { reason } => return Err(End::Failed(NodeError::Engine { reason })),

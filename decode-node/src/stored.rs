@@ -8,9 +8,9 @@ use common::handover::{PrefixChoice, PrefixCosts, StoredPrefix};
 use common::ids::ChoiceIndex;
 use common::tokens::Token;
 use common::wire::Generate;
-use kv_connector::store::{FoundPrefix, LoadPlan};
+use kv_connector::store::{FoundPrefix, LoadPlan, PrefixLoad};
 
-use crate::generate::{Admitted, End, Ongoing, interrupted};
+use crate::generate::{Admitted, Ongoing};
 use crate::node::Node;
 
 /// The longest prefix that the store holds of a prompt that is prefilled here.
@@ -21,11 +21,11 @@ pub(crate) async fn find(node: &Node, generate: &Generate) -> FoundPrefix {
     }
 }
 
-/// Loads it into the blocks of an admitted request if that is faster than computing it. Says how many leading tokens
-/// have their KV then.
-pub(crate) async fn load(ongoing: &mut Ongoing<'_>, admitted: &Admitted, found: &FoundPrefix) -> Result<usize, End> {
+/// Loads it into the blocks of an admitted request, while the engine computes around it. `None` if computing all of
+/// it is faster.
+pub(crate) fn load(ongoing: &Ongoing<'_>, admitted: &Admitted, found: FoundPrefix) -> Option<PrefixLoad> {
     let (node, num_cached_tokens) = (ongoing.node, admitted.num_cached_tokens);
-    let Some(store) = &node.store else { return Ok(num_cached_tokens) };
+    let store = node.store.as_ref()?;
     let costs = PrefixCosts {
         num_tokens: ongoing.generate.tokens.0.len() as u32,
         num_cached_tokens: num_cached_tokens as u32,
@@ -39,25 +39,16 @@ pub(crate) async fn load(ongoing: &mut Ongoing<'_>, admitted: &Admitted, found: 
         peer: None,
         stored: Some(StoredPrefix {
             num_tokens: found.num_tokens() as u32,
-            load: store.expected_load(found, num_cached_tokens),
+            load: store.expected_load(&found, num_cached_tokens),
         }),
     };
     if costs.choose() != Some(PrefixChoice::Store) {
-        return Ok(num_cached_tokens);
+        return None;
     }
-    let plan = LoadPlan {
-        first_token: num_cached_tokens,
-        blocks: admitted.blocks.clone(),
-        memory: node.memory.clone(),
-        total_timeout: costs.recompute_stored(),
-    };
-    // In this future, so that it has ended wherever the request, and its blocks, are dropped.
-    tokio::select! {
-        biased;
-        () = ongoing.sender.stopped() => Err(End::Gone),
-        end = interrupted(&ongoing.fence, ongoing.deadline, ongoing.generate.deadline) => Err(end),
-        loaded = store.load(found, plan, |_| {}) => Ok(loaded.num_tokens),
-    }
+    let (blocks, engine) = (admitted.blocks.clone(), node.engine.clone());
+    let block_size = engine.pool().block_size();
+    let plan = LoadPlan::new(&costs, blocks, node.memory.clone(), block_size, Box::new(move || engine.wake()));
+    Some(store.load(found, plan))
 }
 
 /// What a request has generated, by choice: the next turn of a conversation begins with it.

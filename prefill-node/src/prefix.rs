@@ -13,11 +13,11 @@ use tokio::sync::mpsc;
 use crate::node::Node;
 use crate::peer::{self, Asking, PeerStream};
 
-/// The chosen way, and for how long a fetch or a load is worth waiting for.
+/// The chosen way, and what a fetch or a load is to know.
 pub(crate) struct Chosen {
     pub(crate) choice: PrefixChoice,
     pub(crate) fetch: FetchPlan,
-    pub(crate) load_timeout: Duration,
+    pub(crate) costs: PrefixCosts,
 }
 
 /// Chooses for a prompt that was admitted with `num_cached_tokens` found here. `None`: nothing is lacking, and
@@ -80,7 +80,7 @@ pub(crate) fn choose(
         stall_timeout,
         total_timeout: worth.max(stall_timeout),
     };
-    Some(Chosen { choice, fetch, load_timeout: costs.recompute_stored() })
+    Some(Chosen { choice, fetch, costs })
 }
 
 /// A fetch that is under way: the landing of its extents, and what has come of it.

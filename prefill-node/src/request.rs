@@ -1,5 +1,5 @@
-//! One hand-over as a story: queue, load what the store or fetch what another node holds if that is best,
-//! compute, send each layer as it is written, wait until it is taken, publish.
+//! One hand-over as a story: queue, fetch what another node holds or load what the store has if that is best,
+//! compute meanwhile or then, send each layer as it is written, wait until it is taken, publish.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use common::timeline::NodeTimeline;
 use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
-use kv_connector::store::LoadPlan;
+use kv_connector::store::{Loaded, PrefixLoad};
 use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::task::JoinSet;
@@ -65,6 +65,9 @@ pub(crate) async fn serve(
 }
 
 struct Admitted {
+    /// What is loaded from the store while the engine computes. Before `sequence`: whatever drops this, nothing is
+    /// written any more when the blocks go.
+    load: Option<PrefixLoad>,
     sequence: RequestHandle,
     fence: Fence,
     bulk: BulkSender,
@@ -72,8 +75,6 @@ struct Admitted {
     num_cached_tokens: usize,
     /// What is fetched before the engine computes.
     fetch: Option<FetchPlan>,
-    /// What was loaded from the store took so long; its tokens count as cached.
-    load: Duration,
     queue: Duration,
 }
 
@@ -130,7 +131,7 @@ async fn admit(
     };
     match event {
         EngineEvent::Admitted { num_cached_tokens, blocks, queue } => {
-            let (mut fetch, mut load, mut num_cached_tokens) = (None, Duration::ZERO, num_cached_tokens);
+            let (mut fetch, mut load) = (None, None);
             let num_cached = num_cached_tokens as u32;
             let chosen = prefix::choose(node, peer, prefill, &stored, peer_prefix.as_ref(), num_cached, round_trip);
             if let Some(chosen) = chosen {
@@ -139,22 +140,9 @@ async fn admit(
                     PrefixChoice::Recompute => sequence.compute_locally(num_cached_tokens, None),
                     PrefixChoice::Fetch | PrefixChoice::Peer => fetch = Some(chosen.fetch),
                     PrefixChoice::Store => {
-                        let plan = LoadPlan {
-                            first_token: num_cached_tokens,
-                            blocks: blocks.clone(),
-                            memory: node.engine.pool().clone(),
-                            total_timeout: chosen.load_timeout,
-                        };
-                        // In this future, so that it has ended wherever the sequence, and its blocks, are dropped.
-                        let loading = stored::load(node, &stored, plan, sender, &mut progress);
-                        let loaded = tokio::select! {
-                            biased;
-                            () = fence.superseded() => return Err(Refusal::Failed(NodeError::Superseded)),
-                            () = &mut deadline => return Err(Refusal::Gone),
-                            loaded = loading => loaded.ok_or(Refusal::Gone)?,
-                        };
-                        (num_cached_tokens, load) = (loaded.num_tokens, loaded.took);
-                        sequence.compute_locally(num_cached_tokens, None);
+                        let loading = stored::load(node, stored, &chosen.costs, blocks.clone());
+                        sequence.compute_around(loading.prefix().clone());
+                        load = Some(loading);
                     }
                 }
             }
@@ -162,7 +150,7 @@ async fn admit(
             let Prefill { request, attempt, generation, .. } = *prefill;
             let request = ExtentRequest { epoch: peer.epoch, request, attempt, generation };
             let source = ExtentSource { memory: node.engine.pool().clone(), kv_spec, blocks, chain, request };
-            Ok(Admitted { sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, fetch, load, queue })
+            Ok(Admitted { load, sequence, fence, bulk, source: Arc::new(source), num_cached_tokens, fetch, queue })
         }
         EngineEvent::Rejected(AddError::Full { .. }) => Err(Refusal::Busy),
         EngineEvent::Rejected(error) => Err(Refusal::Failed(NodeError::Invalid { reason: error.to_string() })),
@@ -215,6 +203,8 @@ struct HandOver<'a> {
     sends: JoinSet<bool>,
     /// What came of the fetch: tokens, and the time it took.
     fetched: (u32, Duration),
+    /// How long the store was loaded from, and the tokens that were used of it.
+    loaded: (u32, Duration),
     /// Ticks through whatever else happens: layers written that wait for credit are no news to the other end.
     progress: Interval,
     started_at: Instant,
@@ -246,6 +236,7 @@ async fn hand_over(
         sends: JoinSet::new(),
         fetching: None,
         fetched: (0, Duration::ZERO),
+        loaded: (0, Duration::ZERO),
         progress: progress_interval(),
         started_at: Instant::now(),
         first_scheduled_at: None,
@@ -313,6 +304,12 @@ impl HandOver<'_> {
                 None => std::future::pending().await,
             }
         };
+        let loaded = async {
+            match &mut self.admitted.load {
+                Some(load) => load.ended().await,
+                None => std::future::pending().await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.sender.stopped() => machine.on_stream_lost(),
@@ -327,6 +324,7 @@ impl HandOver<'_> {
                 Ok(event) => self.on_landed(machine, event),
                 Err(failure) => machine.on_fetch_failed(failure, self.now()),
             },
+            loaded = loaded => self.on_loaded(loaded),
             Some(sent) = self.sends.join_next() => machine.on_extent_ended(sent.unwrap_or(false), self.now()),
             event = self.admitted.sequence.next() => match event {
                 Some(event) => self.on_engine_event(machine, event),
@@ -349,11 +347,33 @@ impl HandOver<'_> {
         }
     }
 
-    /// What the decode node sees rise: an engine that waits makes no steps.
+    /// What the decode node sees rise: an engine that waits for KV makes no steps.
     fn num_done_tokens(&self) -> u32 {
         let bytes_per_token = self.node.engine.model().kv_spec.bytes_per_token();
         let num_fetched = self.fetching.as_ref().map_or(0, |fetching| fetching.num_tokens(bytes_per_token));
-        self.num_computed_tokens.saturating_add(num_fetched)
+        let num_loaded = self.admitted.load.as_ref().map_or(0, |load| load.prefix().num_arrived_tokens() as u32);
+        self.num_computed_tokens.saturating_add(num_fetched).saturating_add(num_loaded)
+    }
+
+    /// The engine hears of it from the prefix.
+    fn on_loaded(&mut self, loaded: Loaded) -> Vec<PrefillAction> {
+        self.admitted.load = None;
+        // What overlapped is time of the prefill.
+        let alone = self.first_scheduled_at.map_or(loaded.took, |at| loaded.took.min(at - self.started_at));
+        self.loaded.1 = alone;
+        Vec::new()
+    }
+
+    /// What has arrived goes out as it is; what was computed before it has gone out already.
+    fn on_prefix_arrived(&mut self, machine: &mut PrefillHandover, first: usize, end: usize) -> Vec<PrefillAction> {
+        if let Some(load) = &self.admitted.load {
+            load.on_met();
+        }
+        self.loaded.0 += (end - first) as u32;
+        self.num_computed_tokens = self.num_computed_tokens.max(end as u32);
+        let first = first.max(self.prefill.num_held_tokens as usize);
+        let num_layers = self.admitted.source.kv_spec.num_layers();
+        (0..num_layers).flat_map(|layer| self.written(machine, layer, first, end)).collect()
     }
 
     /// Opens the landing, then asks for the KV.
@@ -378,15 +398,18 @@ impl HandOver<'_> {
                 self.num_computed_tokens = self.num_computed_tokens.max((first_token + num_tokens) as u32);
                 self.written(machine, layer, first_token, first_token + num_tokens)
             }
+            EngineEvent::PrefixArrived { first_token, end_token } => {
+                self.on_prefix_arrived(machine, first_token, end_token)
+            }
             EngineEvent::FirstTokens { tokens, prefill } => {
-                let (num_fetched_tokens, fetched) = self.fetched;
-                let fetch = fetched + self.admitted.load;
+                let ((num_fetched_tokens, fetched), (num_loaded_tokens, loaded)) = (self.fetched, self.loaded);
+                let fetch = fetched + loaded;
                 let timeline = NodeTimeline {
                     queue: self.admitted.queue,
                     prefill: prefill.saturating_sub(fetch),
                     fetch,
                     num_fetched_tokens,
-                    num_cached_tokens: self.admitted.num_cached_tokens as u32 + num_fetched_tokens,
+                    num_cached_tokens: self.admitted.num_cached_tokens as u32 + num_fetched_tokens + num_loaded_tokens,
                     ..NodeTimeline::default()
                 };
                 self.node.metrics.observe(&timeline);

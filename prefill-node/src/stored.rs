@@ -1,12 +1,11 @@
 //! The prefix-block store's part in a hand-over; without a store there is none.
 
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::Arc;
 
 use common::content::ContentChain;
-use common::wire::PrefillEvent;
-use kv_connector::ControlSender;
-use kv_connector::store::{FoundPrefix, LoadPlan, Loaded};
-use tokio::time::Interval;
+use common::handover::PrefixCosts;
+use common::ids::BlockId;
+use kv_connector::store::{FoundPrefix, LoadPlan, PrefixLoad};
 
 use crate::node::Node;
 
@@ -18,31 +17,12 @@ pub(crate) async fn find(node: &Node, chain: &ContentChain, num_tokens: usize) -
     }
 }
 
-/// Loads it, and tells the decode node how far it is: an engine that waits makes no steps. `None`: the decode node
-/// is gone. Dropped, nothing is written any more.
-pub(crate) async fn load(
-    node: &Node,
-    found: &FoundPrefix,
-    plan: LoadPlan,
-    sender: &mut ControlSender,
-    progress: &mut Interval,
-) -> Option<Loaded> {
+/// Loads it into these blocks, while the engine computes around it.
+pub(crate) fn load(node: &Node, found: FoundPrefix, costs: &PrefixCosts, blocks: Arc<[BlockId]>) -> PrefixLoad {
     let store = node.store.as_ref().expect("what is loaded was found in a store");
-    let num_tokens = AtomicU32::new(plan.first_token as u32);
-    let loading = store.load(found, plan, |num| num_tokens.store(num as u32, Ordering::Relaxed));
-    tokio::pin!(loading);
-    loop {
-        tokio::select! {
-            biased;
-            () = sender.stopped() => return None,
-            loaded = &mut loading => return Some(loaded),
-            _ = progress.tick() => {
-                let num_computed_tokens = num_tokens.load(Ordering::Relaxed);
-                let event = PrefillEvent::Progress { num_steps: node.engine.num_steps(), num_computed_tokens };
-                sender.send(&event).await.ok()?;
-            }
-        }
-    }
+    let (pool, engine) = (node.engine.pool().clone(), node.engine.clone());
+    let block_size = pool.block_size();
+    store.load(found, LoadPlan::new(costs, blocks, pool, block_size, Box::new(move || engine.wake())))
 }
 
 /// Offers to the store what the pool has of this prompt.

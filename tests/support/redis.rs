@@ -50,6 +50,7 @@ impl Redis {
     }
 
     /// For `--store-remote-url`.
+    #[allow(dead_code, reason = "each test file uses a part of it")]
     pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/0?root=tandem", self.port)
     }

@@ -41,12 +41,14 @@ pub mod decode;
 #[cfg(test)]
 mod explore;
 pub mod fetch;
+pub mod overlap;
 pub mod prefill;
 pub mod prefix_choice;
 pub mod prefix_serving;
 
 pub use decode::{CandidateLoss, DecodeAction, DecodeHandover, DecodeLimits, DecodeRequest, DecodeState};
 pub use fetch::{FetchEnd, FetchFailure, FetchFrom, FetchPlan};
+pub use overlap::{Overlap, OverlapPace};
 pub use prefill::{PrefillAction, PrefillHandover, PrefillLimits, PrefillState};
 pub use prefix_choice::{PeerPrefix, PrefixChoice, PrefixCosts, StoredPrefix, expected_prefill};
 pub use prefix_serving::{PrefixServing, ServingAction, ServingLimits};

@@ -5,8 +5,9 @@
 //! tokens      0        cached       held, stored, peer's  end
 //!             |---------|----------------|-----------------|
 //! recompute             | ahead, then all of it computed   |
-//! fetch, peer, store    |~ bytes, while ~| then the rest   |
+//! fetch, peer           |~ bytes, while ~| then the rest   |
 //!                         those ahead compute
+//! store                 |compute>|<~bytes| then the rest   |
 //! local                                  | the decode node's own estimate
 //! ```
 //!
@@ -15,6 +16,8 @@
 //! one costs time, never a token.
 
 use std::time::Duration;
+
+use super::overlap::{Overlap, OverlapPace};
 
 /// Another way than recomputing must cost at most this share of the best one before it: near ties move no
 /// bytes and disturb no decode node.
@@ -125,12 +128,23 @@ impl PrefixCosts {
         Some(transfer.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
     }
 
-    /// Until token #1 if what is stored is loaded; those ahead are computed meanwhile.
+    /// Until token #1 if what is stored is loaded; meanwhile those ahead are computed, then its front
+    /// ([`super::overlap`]).
     pub fn store(&self) -> Option<Duration> {
-        let StoredPrefix { num_tokens, load } =
-            self.stored.filter(|stored| stored.num_tokens > self.num_cached_tokens)?;
-        let rest = self.compute(u64::from(self.num_tokens - num_tokens));
-        Some(load.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
+        let stored = self.stored.filter(|stored| stored.num_tokens > self.num_cached_tokens)?;
+        let rest = self.compute(u64::from(self.num_tokens - stored.num_tokens));
+        let meet = self.overlap(1).meet;
+        Some(meet.max(self.compute(self.num_tokens_ahead)).saturating_add(rest))
+    }
+
+    /// How what is stored is divided between loading and computing: nothing of it if nothing is stored.
+    pub fn overlap(&self, block_size: usize) -> Overlap {
+        let num_tokens = self.num_stored_tokens().saturating_sub(self.num_cached_tokens) as usize;
+        let load = self.stored.map_or(Duration::ZERO, |stored| stored.load);
+        // What takes no time is divided as if it took the least that can be told.
+        let load_tokens_per_second = num_tokens as f64 / load.max(Duration::from_nanos(1)).as_secs_f64();
+        let pace = OverlapPace { compute_tokens_per_second: self.prefill_tokens_per_second, load_tokens_per_second };
+        pace.divide(num_tokens, self.compute(self.num_tokens_ahead), block_size)
     }
 
     /// Until token #1 if the decode node is told to go on alone.
@@ -206,7 +220,7 @@ impl PrefixCosts {
 }
 
 /// At most a year; so long too if the speed is zero, or none.
-fn time_for(amount: f64, per_second: f64) -> Duration {
+pub(super) fn time_for(amount: f64, per_second: f64) -> Duration {
     const YEAR_SECONDS: f64 = 365.0 * 24.0 * 60.0 * 60.0;
     Duration::from_secs_f64(if per_second > 0.0 { (amount / per_second).min(YEAR_SECONDS) } else { YEAR_SECONDS })
 }
@@ -274,15 +288,21 @@ mod tests {
     fn what_is_stored_is_one_more_way() {
         let stored = |num_tokens, millis| Some(StoredPrefix { num_tokens, load: millis * MS });
         let costs = PrefixCosts { stored: stored(800, 50), ..costs() };
-        assert_eq!(costs.store(), Some((50 + 200) * MS));
+        // 700 tokens in 50 ms, of which 46 are computed in that time.
+        assert_eq!(costs.overlap(1).num_computed_tokens, 46);
+        assert_eq!(costs.overlap(16).num_computed_tokens, 32);
+        assert_eq!(costs.store().map(|cost| cost.as_millis()), Some(46 + 200));
         assert_eq!(costs.recompute_stored(), 700 * MS);
+        // As fast as computing: half of it each.
+        let slow = PrefixCosts { stored: stored(800, 700), ..costs };
+        assert_eq!((slow.store(), slow.choose()), (Some((350 + 200) * MS), Some(PrefixChoice::Store)));
         assert_eq!(PrefixCosts { num_tokens_ahead: 500, ..costs }.store(), Some((500 + 200) * MS));
         assert_eq!(costs.choose(), Some(PrefixChoice::Store));
-        assert_eq!(PrefixCosts { stored: stored(800, 600), ..costs }.choose(), Some(PrefixChoice::Recompute));
-        let both = PrefixCosts { stored: stored(800, 50), ..fetching(8e6) };
-        assert_eq!(both.choose(), Some(PrefixChoice::Fetch), "200 ms against 250");
+        assert_eq!(PrefixCosts { stored: stored(800, 4000), ..costs }.choose(), Some(PrefixChoice::Recompute));
+        let both = PrefixCosts { stored: stored(800, 60), ..fetching(8e6) };
+        assert_eq!(both.choose(), Some(PrefixChoice::Fetch), "200 ms against 255");
         let near = PrefixCosts { stored: stored(880, 50), ..fetching(8e6) };
-        assert_eq!(near.choose(), Some(PrefixChoice::Store), "170 ms, and no other node is disturbed");
+        assert_eq!(near.choose(), Some(PrefixChoice::Store), "167 ms, and no other node is disturbed");
         let alone = PrefixCosts { num_held_tokens: 0, local_rest: Some(MS), ..costs };
         assert_eq!(alone.choose(), Some(PrefixChoice::Store), "the decode node holds nothing, and is not asked");
         assert_eq!(PrefixCosts { stored: stored(100, 0), num_held_tokens: 0, ..costs }.choose(), None);

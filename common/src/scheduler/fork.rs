@@ -129,6 +129,7 @@ impl Scheduler {
             num_computed_tokens: prompt_tokens.len(),
             num_cached_tokens: parent.num_cached_tokens,
             num_published_blocks: parent.num_published_blocks,
+            arriving: None,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
             last_step: 0,

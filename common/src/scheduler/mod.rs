@@ -23,6 +23,7 @@
 //! ([`Sequence::can_run_ahead`]).
 
 mod admission;
+mod arriving;
 mod fork;
 mod pins;
 mod step;
@@ -30,6 +31,7 @@ mod step;
 mod tests;
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
 
 use crate::block_events::{BlockEvent, Medium, StoredBlock};
 use crate::block_manager::{BlockCounts, BlockManager};
@@ -41,6 +43,7 @@ use crate::sequence::{NewSequence, Sequence, SequenceState};
 use crate::wire::NodeLoad;
 
 pub use admission::AddError;
+pub use arriving::ArrivingPrefix;
 pub use pins::PinId;
 pub use step::{Park, ScheduledSpan, ScheduledStep, Unpark};
 
@@ -80,6 +83,13 @@ pub enum SequenceEvent {
         num_cached_tokens: usize,
         /// Block table, reservation included.
         blocks: Vec<BlockId>,
+    },
+    /// KV that has arrived for it ([`Scheduler::on_compute_around`]) is used from now on. Nothing more is awaited.
+    PrefixArrived {
+        /// Where it begins.
+        first_token: usize,
+        /// One behind its end; `first_token` if all was computed.
+        end_token: usize,
     },
     /// Prefill node: token #1 of each choice.
     FirstTokens(Vec<SampledToken>),
@@ -247,6 +257,21 @@ impl Scheduler {
         self.publish(group);
     }
 
+    /// As [`on_compute_locally`](Self::on_compute_locally) with as many valid tokens as `prefix` begins behind;
+    /// what it stands for may arrive while it is computed ([`ArrivingPrefix`]). A group that does not wait for KV
+    /// (cancelled) closes it.
+    pub fn on_compute_around(&mut self, group: SequenceId, prefix: Arc<ArrivingPrefix>) {
+        let is_awaiting = |sequence: &&Sequence| sequence.state == SequenceState::AwaitingKv;
+        if self.sequences.get(&group).filter(is_awaiting).is_none() {
+            prefix.close();
+            return;
+        }
+        self.on_compute_locally(group, prefix.num_claimed_tokens(), None);
+        let sequence = self.sequences.get_mut(&group).expect("looked up above");
+        assert!(prefix.end_token() < sequence.tokens.len(), "the last token is computed in any case");
+        sequence.arriving = Some(prefix);
+    }
+
     /// A sequence by id.
     pub fn sequence(&self, id: SequenceId) -> Option<&Sequence> {
         self.sequences.get(&id)
@@ -275,7 +300,8 @@ impl Scheduler {
     /// Prompt tokens that running sequences have yet to compute: what a sequence that joins them waits for.
     pub fn num_running_prompt_tokens(&self) -> usize {
         let running = self.running.iter().map(|(_, id)| &self.sequences[id]);
-        running.filter(|sequence| !sequence.is_decoding()).map(Sequence::num_uncomputed_tokens).sum()
+        let computing = running.filter(|sequence| !sequence.is_decoding());
+        computing.map(|sequence| sequence.num_uncomputed_tokens() - sequence.num_expected_tokens()).sum()
     }
 
     /// For routing.
@@ -367,6 +393,8 @@ impl Scheduler {
     /// Forgets a sequence and gives its blocks back, at once or when the last step that names them is done.
     fn remove(&mut self, id: SequenceId) {
         let Some(mut sequence) = self.sequences.remove(&id) else { return };
+        // Before its blocks can be anybody else's.
+        sequence.stop_arriving();
         let num_steps_in_flight = sequence.in_flight.num_steps;
         if num_steps_in_flight == 0 {
             self.blocks.release(&sequence.blocks);

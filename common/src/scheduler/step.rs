@@ -2,7 +2,7 @@
 
 use crate::content::GRANULE_TOKENS;
 use crate::ids::{BlockId, SequenceId};
-use crate::scheduler::{DrawnToken, GroupEvent, Scheduler};
+use crate::scheduler::{DrawnToken, GroupEvent, Scheduler, SequenceEvent};
 use crate::sequence::SequenceState;
 
 /// Tokens of one sequence in a step.
@@ -66,6 +66,7 @@ impl Scheduler {
     pub fn schedule(&mut self) -> ScheduledStep {
         self.num_scheduled_steps += 1;
         let mut step = ScheduledStep::default();
+        self.pass_arrived(&mut step);
         let num_decode_tokens = self.schedule_decodes(&mut step);
         let mut budget = self.limits.max_num_batched_tokens.saturating_sub(num_decode_tokens);
         if num_decode_tokens > 0 {
@@ -75,6 +76,29 @@ impl Scheduler {
         self.schedule_chunks(budget, &mut step);
         self.num_steps_in_flight += usize::from(!step.spans.is_empty());
         step
+    }
+
+    /// Goes on behind what has arrived, where everything before it is computed.
+    fn pass_arrived(&mut self, step: &mut ScheduledStep) {
+        let running: Vec<_> = self.running.iter().map(|(_, id)| *id).collect();
+        for id in running {
+            let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
+            let Some(prefix) = sequence.arriving.clone() else { continue };
+            let first_token = sequence.num_computed_tokens_ahead();
+            // What a step in flight computes is not there yet, so nothing behind it is used.
+            if sequence.in_flight.num_steps == 0 {
+                sequence.num_computed_tokens = prefix.pass_arrived();
+            }
+            let end_token = sequence.num_computed_tokens_ahead();
+            let is_over = end_token == prefix.end_token();
+            if is_over {
+                sequence.arriving = None;
+            }
+            if is_over || end_token > first_token {
+                step.events.push((sequence.group, SequenceEvent::PrefixArrived { first_token, end_token }));
+                self.publish(id);
+            }
+        }
     }
 
     fn schedule_decodes(&mut self, step: &mut ScheduledStep) -> usize {
@@ -129,6 +153,7 @@ impl Scheduler {
         self.num_preemptions += 1;
         let block_size = self.limits.block_size;
         let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
+        sequence.stop_arriving();
         let blocks = std::mem::take(&mut sequence.blocks);
         let num_content_blocks = sequence.num_computed_tokens.div_ceil(block_size);
         // Blocks allocated in this very step have no content yet and are cleared for whoever gets them next.
@@ -166,6 +191,7 @@ impl Scheduler {
             let first = sequence.num_computed_tokens_ahead();
             let end = num_tokens.min(first + budget);
             let end = if end < num_tokens { end / GRANULE_TOKENS * GRANULE_TOKENS } else { end };
+            let end = sequence.arriving.as_ref().map_or(end, |prefix| prefix.claim(end));
             if end > first {
                 budget -= end - first;
                 self.push_span(id, end - first, step);

@@ -83,6 +83,8 @@ struct ModelEngine {
     admitted: HashMap<SequenceId, (usize, Vec<BlockId>)>,
     first_tokens: HashMap<SequenceId, Vec<SampledToken>>,
     num_computed: usize,
+    /// Tokens that arrived and were used, by group.
+    num_passed: HashMap<SequenceId, usize>,
     /// What the block events amount to.
     known: HashMap<ContentKey, StoredBlock>,
 }
@@ -104,6 +106,7 @@ impl ModelEngine {
             admitted: HashMap::new(),
             first_tokens: HashMap::new(),
             num_computed: 0,
+            num_passed: HashMap::new(),
             known: HashMap::new(),
         }
     }
@@ -113,6 +116,10 @@ impl ModelEngine {
             match event {
                 SequenceEvent::Admitted { num_cached_tokens, blocks } => {
                     self.admitted.insert(group, (num_cached_tokens, blocks));
+                }
+                SequenceEvent::PrefixArrived { first_token, end_token } => {
+                    assert!(first_token <= end_token);
+                    *self.num_passed.entry(group).or_default() += end_token - first_token;
                 }
                 SequenceEvent::FirstTokens(tokens) => {
                     self.first_tokens.insert(group, tokens);
@@ -272,6 +279,20 @@ impl ModelEngine {
         }
     }
 
+    /// Plays the store: puts the KV of a granule where it belongs, if it is still wanted.
+    fn arrive(&mut self, text: &[Token], blocks: &[BlockId], prefix: &ArrivingPrefix, granule: usize) -> bool {
+        let (size, pool) = (self.scheduler.limits.block_size, &mut self.pool);
+        prefix.place(granule, || {
+            let mut hash = 1;
+            for (position, token) in text[..(granule + 1) * 16].iter().enumerate() {
+                hash = mix(hash, *token);
+                if position >= granule * 16 {
+                    pool[blocks[position / size].0 as usize][position % size] = hash;
+                }
+            }
+        })
+    }
+
     fn assert_told(&self, group: SequenceId, prompt: &[Token], num_choices: u32, max_tokens: usize) {
         for choice in (0..num_choices).map(ChoiceIndex) {
             assert_eq!(self.told[&(group, choice)], expected(prompt, choice, max_tokens), "{group} {choice:?}");
@@ -395,6 +416,97 @@ fn prefill_behind_a_held_prefix_waits_with_its_blocks_and_computes_what_did_not_
     assert_eq!(engine.first_tokens[&group][0].id, expected(&text, ChoiceIndex(0), 1)[0]);
     engine.scheduler.cancel(group);
     engine.assert_clean();
+}
+
+#[test]
+fn front_of_a_prompt_is_computed_while_its_rest_arrives() {
+    let mut engine = ModelEngine::new(limits());
+    let text = prompt(9, 150);
+    let group = engine.add(&text, 1, 5, Work::AwaitKv);
+    engine.run();
+    let blocks = engine.admitted[&group].1.clone();
+    let prefix = Arc::new(ArrivingPrefix::new(0, 144));
+    engine.scheduler.on_compute_around(group, prefix.clone());
+    engine.run();
+    assert_eq!(engine.num_computed, 0, "there is no goal yet");
+    prefix.raise_goal(32);
+    assert_eq!(engine.scheduler.num_running_prompt_tokens(), 150 - 112);
+    engine.run();
+    assert_eq!((engine.num_computed, engine.scheduler.block_counts().referenced), (32, 11));
+    for granule in [8, 7, 5, 4, 3, 2] {
+        assert!(engine.arrive(&text, &blocks, &prefix, granule));
+    }
+    assert!(!engine.arrive(&text, &blocks, &prefix, 1), "it has been computed");
+    assert_eq!(engine.scheduler.pin(PinId(1), engine.scheduler.sequences[&group].chain.clone().granules()).len(), 2);
+    engine.scheduler.unpin(PinId(1));
+    engine.run();
+    engine.assert_told(group, &text, 1, 5);
+    assert_eq!(engine.num_computed, 32 + 16 + 6 + 4, "the front, the hole, the end, and what was generated");
+    assert_eq!(engine.num_passed[&group], 6 * 16);
+    engine.assert_clean();
+}
+
+#[test]
+fn step_in_flight_is_awaited_before_what_arrived_behind_it_is_used() {
+    let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(limits()) };
+    let text = prompt(9, 70);
+    let group = engine.add(&text, 1, 5, Work::AwaitKv);
+    engine.run();
+    let blocks = engine.admitted[&group].1.clone();
+    let prefix = Arc::new(ArrivingPrefix::new(0, 64));
+    engine.scheduler.on_compute_around(group, prefix.clone());
+    prefix.raise_goal(16);
+    assert!(engine.launch());
+    for granule in [3, 2, 1] {
+        assert!(engine.arrive(&text, &blocks, &prefix, granule));
+    }
+    assert!(!engine.launch());
+    assert_eq!(engine.num_passed.get(&group), None);
+    assert!(engine.complete());
+    engine.run();
+    assert_eq!(engine.num_passed[&group], 48);
+    engine.assert_told(group, &text, 1, 5);
+    engine.assert_clean();
+}
+
+#[test]
+fn nothing_arrives_in_blocks_that_were_taken_away() {
+    for is_cancelled in [false, true] {
+        let mut engine = ModelEngine::new(SchedulerLimits { num_blocks: 8, ..limits() });
+        let oldest = engine.add(&prompt(1, 30), 1, 60, Work::Generate);
+        let text = prompt(2, 60);
+        let group = engine.add(&text, 1, 5, Work::AwaitKv);
+        engine.step();
+        let blocks = engine.admitted[&group].1.clone();
+        let prefix = Arc::new(ArrivingPrefix::new(0, 48));
+        engine.scheduler.on_compute_around(group, prefix.clone());
+        assert!(engine.arrive(&text, &blocks, &prefix, 2));
+        if is_cancelled {
+            engine.scheduler.cancel(group);
+        } else {
+            while engine.scheduler.num_preemptions() == 0 {
+                assert!(engine.step());
+            }
+        }
+        assert!(!engine.arrive(&text, &blocks, &prefix, 1), "cancelled: {is_cancelled}");
+        engine.run();
+        engine.assert_told(oldest, &prompt(1, 30), 1, 60);
+        if !is_cancelled {
+            engine.assert_told(group, &text, 1, 5);
+        }
+        engine.assert_clean();
+    }
+}
+
+#[test]
+fn prefix_of_a_cancelled_group_is_closed() {
+    let mut scheduler = Scheduler::new(limits());
+    let group = scheduler.add(new(&prompt(1, 40), 1, 1, Work::AwaitKv)).unwrap();
+    scheduler.schedule();
+    scheduler.cancel(group);
+    let prefix = Arc::new(ArrivingPrefix::new(0, 32));
+    scheduler.on_compute_around(group, prefix.clone());
+    assert!(!prefix.is_wanted(1));
 }
 
 #[test]
@@ -554,12 +666,14 @@ struct Request {
     work: u8,
     cancel_after: Option<u8>,
     valid: usize,
+    arrivals: Vec<u8>,
 }
 
 fn request() -> impl Strategy<Value = Request> {
     let cancel = prop::option::weighted(0.2, 0u8..20);
-    (0u32..3, 1usize..120, 1u32..4, 1u32..40, 0u8..4, cancel, 0usize..8).prop_map(
-        |(seed, len, num_choices, max_tokens, work, cancel_after, valid)| Request {
+    let arrivals = prop::collection::vec(0u8..5, 0..20);
+    (0u32..3, 1usize..120, 1u32..4, 1u32..40, 0u8..5, cancel, 0usize..8, arrivals).prop_map(
+        |(seed, len, num_choices, max_tokens, work, cancel_after, valid, arrivals)| Request {
             seed,
             len,
             num_choices,
@@ -567,6 +681,7 @@ fn request() -> impl Strategy<Value = Request> {
             work,
             cancel_after,
             valid,
+            arrivals,
         },
     )
 }
@@ -593,7 +708,7 @@ proptest! {
         let mut engine = ModelEngine { depth, ..ModelEngine::new(limits) };
         let mut live = Vec::new();
         for r in requests {
-            let work = [Work::Generate, Work::PrefillOnly, Work::AwaitKv, Work::AwaitKv][usize::from(r.work)];
+            let work = [Work::Generate, Work::PrefillOnly, Work::AwaitKv, Work::AwaitKv, Work::AwaitKv][usize::from(r.work)];
             let text = prompt(r.seed, r.len);
             let params = SamplingParams {
                 stop_token_ids: stop.into_iter().collect(),
@@ -605,6 +720,7 @@ proptest! {
         }
         let mut cancelled = std::collections::HashSet::new();
         let mut answered = std::collections::HashSet::new();
+        let mut arriving = Vec::new();
         for round in 0u32..20_000 {
             for (group, text, r, work) in &live {
                 let is_gone = cancelled.contains(group);
@@ -625,11 +741,32 @@ proptest! {
                             engine.told.insert((*group, ChoiceIndex(c)), expected(text, ChoiceIndex(c), 1));
                         }
                         engine.take_in(events);
+                    } else if r.work == 4 {
+                        let end = (held + r.valid * 16).min((text.len() - 1) / 16 * 16);
+                        let prefix = Arc::new(ArrivingPrefix::new(held, end));
+                        engine.scheduler.on_compute_around(*group, prefix.clone());
+                        let blocks = engine.admitted[group].1.clone();
+                        arriving.push((*group, text, blocks, prefix.granules(), r.arrivals.iter(), prefix));
                     } else {
                         let valid = (held + r.valid * 16).min(text.len() / 16 * 16);
                         engine.land(*group, valid);
                         engine.scheduler.on_compute_locally(*group, valid, None);
                     }
+                }
+            }
+            for (group, text, blocks, granules, arrivals, prefix) in &mut arriving {
+                match arrivals.next() {
+                    Some(0) => {}
+                    Some(1) => prefix.raise_goal(prefix.num_claimed_tokens() + 32),
+                    // It is missing.
+                    Some(2) => {
+                        granules.next();
+                    }
+                    Some(_) => {
+                        let is_placed = granules.next().is_some_and(|next| engine.arrive(text, blocks, prefix, next));
+                        prop_assert!(!(is_placed && cancelled.contains(group)));
+                    }
+                    None => prefix.finish(),
                 }
             }
             let is_busy = engine.step();

@@ -225,6 +225,11 @@ impl Engine {
                 let Some(group) = self.groups.get(&ticket) else { return };
                 self.scheduler.on_compute_locally(*group, num_valid_tokens, first_tokens);
             }
+            Command::ComputeAround { ticket, prefix } => match self.groups.get(&ticket) {
+                Some(group) => self.scheduler.on_compute_around(*group, prefix),
+                None => prefix.close(),
+            },
+            Command::Wake => {}
             Command::Cancel { ticket } => self.cancel(ticket),
             Command::SetLimits(change) => self.scheduler.set_limits(change),
             Command::Pin { pin, names, pinned } => {
@@ -347,6 +352,9 @@ impl Engine {
                     self.gauges.count_lookup(num_tokens, num_cached_tokens);
                     EngineEvent::Admitted { num_cached_tokens, blocks: blocks.into(), queue }
                 }
+                SequenceEvent::PrefixArrived { first_token, end_token } => {
+                    EngineEvent::PrefixArrived { first_token, end_token }
+                }
                 SequenceEvent::FirstTokens(tokens) => {
                     EngineEvent::FirstTokens { tokens, prefill: request.admitted_at.elapsed() }
                 }
@@ -468,7 +476,7 @@ impl EngineMetrics {
         let num_generated = events.iter().map(|(_, event)| match event {
             SequenceEvent::Token { .. } => 1,
             SequenceEvent::FirstTokens(tokens) => tokens.len() as u64,
-            SequenceEvent::Admitted { .. } | SequenceEvent::Finished => 0,
+            SequenceEvent::Admitted { .. } | SequenceEvent::PrefixArrived { .. } | SequenceEvent::Finished => 0,
         });
         self.steps.increment(1);
         self.computed_tokens.increment(step.spans.iter().map(|span| span.num_tokens as u64).sum());

@@ -10,7 +10,7 @@ use common::content::ContentName;
 use common::ids::{BlockId, ChoiceIndex};
 use common::model::ModelInfo;
 use common::sampling::{FinishReason, SampledToken};
-use common::scheduler::{AddError, PinId, SchedulerLimits};
+use common::scheduler::{AddError, ArrivingPrefix, PinId, SchedulerLimits};
 use common::sequence::NewSequence;
 use common::wire::NodeLoad;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -35,6 +35,10 @@ pub(super) enum Command {
     KvComplete { ticket: RequestTicket, first_tokens: Vec<SampledToken> },
     /// The KV of an awaiting group will not come.
     ComputeLocally { ticket: RequestTicket, num_valid_tokens: usize, first_tokens: Option<Vec<SampledToken>> },
+    /// The KV of an awaiting group's beginning arrives while it is computed.
+    ComputeAround { ticket: RequestTicket, prefix: Arc<ArrivingPrefix> },
+    /// Schedule again: what an [`ArrivingPrefix`] allows may have changed.
+    Wake,
     /// Drop a group.
     Cancel { ticket: RequestTicket },
     /// Change limits while running.
@@ -62,6 +66,13 @@ pub enum EngineEvent {
         blocks: Arc<[BlockId]>,
         /// Time in the queue.
         queue: Duration,
+    },
+    /// KV that has arrived is used from now on ([`RequestHandle::compute_around`]); nothing more is awaited.
+    PrefixArrived {
+        /// Where it begins.
+        first_token: usize,
+        /// One behind its end; `first_token` if nothing that arrived was used.
+        end_token: usize,
     },
     /// K and V of these tokens are in the pool for one layer. Only for sequences that asked for it.
     LayerWritten {
@@ -147,7 +158,9 @@ impl EngineHandle {
         let num_chunks_max = num_reported.div_ceil(common::content::GRANULE_TOKENS) + 1;
         let num_layer_events =
             if num_reported > 0 { num_chunks_max * self.model.kv_spec.num_layers() as usize } else { 0 };
-        sequence.choices.len() * num_tokens_max + num_layer_events + 8
+        // What arrives is passed over once for every hole in it, behind a granule that is computed.
+        let num_arrivals_max = sequence.tokens.len() / common::content::GRANULE_TOKENS / 2;
+        sequence.choices.len() * num_tokens_max + num_layer_events + num_arrivals_max + 8
     }
 
     /// The model it runs.
@@ -193,6 +206,12 @@ impl EngineHandle {
         let _ = self.inbox.send(Command::ClearCache);
     }
 
+    /// Has the engine schedule again, if it waits: an [`ArrivingPrefix`] may allow more than before.
+    pub fn wake(&self) {
+        // A stopped engine schedules nothing.
+        let _ = self.inbox.send(Command::Wake);
+    }
+
     /// Stops the engine's thread; running requests fail.
     pub fn shutdown(&self) {
         let _ = self.inbox.send(Command::Shutdown);
@@ -226,6 +245,12 @@ impl RequestHandle {
     /// The KV will not come: compute behind the first `num_valid_tokens` here.
     pub fn compute_locally(&self, num_valid_tokens: usize, first_tokens: Option<Vec<SampledToken>>) {
         self.send(Command::ComputeLocally { ticket: self.ticket, num_valid_tokens, first_tokens });
+    }
+
+    /// Compute here, while the KV of `prefix` arrives in the request's blocks. Whoever places it there wakes the
+    /// engine ([`EngineHandle::wake`]) when the goal rises and when nothing more comes.
+    pub fn compute_around(&self, prefix: Arc<ArrivingPrefix>) {
+        self.send(Command::ComputeAround { ticket: self.ticket, prefix });
     }
 
     fn send(&self, command: Command) {

@@ -1,6 +1,7 @@
 //! A backend with something wrong with it, for tests of everything above.
 
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use bytes::Bytes;
 
@@ -20,6 +21,8 @@ pub enum Fault {
     Fail,
     /// No operation ever ends.
     Hang,
+    /// Every operation takes so much longer.
+    Slow(Duration),
     /// What is put is accepted and lost.
     Lose,
 }
@@ -49,6 +52,10 @@ impl FaultyBackend {
         match self.fault() {
             Fault::Fail => Err(BackendError("it was told to fail".to_string())),
             Fault::Hang => std::future::pending().await,
+            Fault::Slow(wait) => {
+                tokio::time::sleep(wait).await;
+                Ok(Fault::None)
+            }
             fault => Ok(fault),
         }
     }

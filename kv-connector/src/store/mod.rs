@@ -42,7 +42,7 @@ pub use disk::{DiskBackend, OpenDiskError};
 pub use entry::{BadEntry, Entry, EntryFormat};
 pub use faulty::{Fault, FaultyBackend};
 pub use host::HostBackend;
-pub use load::{FoundPrefix, LoadEnd, LoadLimits, LoadPlan, Loaded};
+pub use load::{FoundPrefix, LoadEnd, LoadLimits, LoadPlan, Loaded, PrefixLoad};
 pub use node_store::{NodeStore, OpenStoreError, StoreConfig};
 pub use publish::{PinPrefix, PinnedKv};
 pub use remote::RemoteBackend;

@@ -6,11 +6,12 @@ use std::time::Duration;
 
 use common::content::{ContentChain, ContentName, GRANULE_TOKENS};
 use metrics::Label;
+use tokio_util::sync::CancellationToken;
 
 use super::disk::{DiskBackend, OpenDiskError};
 use super::entry::EntryFormat;
 use super::host::HostBackend;
-use super::load::{self, FoundPrefix, LoadLimits, LoadPlan, Loaded};
+use super::load::{self, FoundPrefix, LoadLimits, LoadPlan, PrefixLoad};
 use super::publish::{PinPrefix, Publisher};
 use super::remote::RemoteBackend;
 use super::remote_url::BadRemoteUrl;
@@ -149,16 +150,23 @@ impl NodeStore {
         self.store.expected_load(&found.lookup, first_token / GRANULE_TOKENS)
     }
 
-    /// Loads KV into blocks; `on_tokens` hears how many leading tokens are there. Dropped, it stops: nothing is
-    /// written afterwards.
-    pub async fn load(&self, found: &FoundPrefix, plan: LoadPlan, on_tokens: impl Fn(usize)) -> Loaded {
-        let first_token = plan.first_token;
-        let loaded = load::load(&self.store, found, plan, self.load_limits, on_tokens).await;
-        let num_tokens = loaded.num_tokens.saturating_sub(first_token);
-        self.metrics.count_load(loaded.end.as_str(), num_tokens, loaded.took);
-        let millis = loaded.took.as_secs_f64() * 1e3;
-        tracing::info!(num_tokens, millis, end = loaded.end.as_str(), "prefix loaded from the store");
-        loaded
+    /// Loads KV into blocks while the engine computes around it. Dropped, it stops: nothing is written afterwards.
+    pub fn load(self: &Arc<Self>, found: FoundPrefix, plan: LoadPlan) -> PrefixLoad {
+        let (node_store, prefix, met) = (self.clone(), plan.prefix.clone(), CancellationToken::new());
+        let is_met = met.clone();
+        let loading = async move {
+            let loaded = load::load(&node_store.store, &found, plan, node_store.load_limits, is_met).await;
+            node_store.metrics.count_load(&loaded);
+            tracing::info!(
+                num_tokens = loaded.num_tokens,
+                num_computed_tokens = loaded.num_computed_tokens,
+                millis = loaded.took.as_secs_f64() * 1e3,
+                end = loaded.end.as_str(),
+                "prefix loaded from the store"
+            );
+            loaded
+        };
+        PrefixLoad::new(prefix, met, loading)
     }
 
     /// Offers the KV of these granules, as far as it is still in the pool, to every tier that lacks it. Returns at

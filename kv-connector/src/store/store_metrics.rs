@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use metrics::{Counter, Gauge, Histogram, Label};
 
+use super::load::Loaded;
 use super::tier::TierKind;
 
 const REFUSED: &str = "tandem_store_refused_total";
@@ -115,6 +116,7 @@ impl TierMetrics {
 pub(super) struct UseMetrics {
     labels: Vec<Label>,
     loaded_tokens: Counter,
+    overlapped_tokens: Counter,
     load_seconds: Histogram,
     pub(super) dropped_publications: Counter,
     pub(super) publications: Gauge,
@@ -127,6 +129,10 @@ impl UseMetrics {
             "Prefixes that were loaded into the pool, by how it ended"
         );
         metrics::describe_counter!("tandem_store_loaded_tokens_total", "Prompt tokens whose KV came from the store");
+        metrics::describe_counter!(
+            "tandem_store_overlapped_tokens_total",
+            "Stored prompt tokens that were computed while others of their prefix were loaded"
+        );
         metrics::describe_histogram!("tandem_store_load_seconds", "Loading one prefix into the pool");
         metrics::describe_counter!(
             "tandem_store_dropped_publications_total",
@@ -135,6 +141,7 @@ impl UseMetrics {
         metrics::describe_gauge!("tandem_store_publications", "Sequences whose KV waits to be offered to the store");
         Self {
             loaded_tokens: metrics::counter!("tandem_store_loaded_tokens_total", labels.clone()),
+            overlapped_tokens: metrics::counter!("tandem_store_overlapped_tokens_total", labels.clone()),
             load_seconds: metrics::histogram!("tandem_store_load_seconds", labels.clone()),
             dropped_publications: metrics::counter!("tandem_store_dropped_publications_total", labels.clone()),
             publications: metrics::gauge!("tandem_store_publications", labels.clone()),
@@ -142,11 +149,12 @@ impl UseMetrics {
         }
     }
 
-    pub(super) fn count_load(&self, end: &'static str, num_tokens: usize, took: Duration) {
+    pub(super) fn count_load(&self, loaded: &Loaded) {
         let mut labels = self.labels.clone();
-        labels.push(Label::from_static_parts("end", end));
+        labels.push(Label::from_static_parts("end", loaded.end.as_str()));
         metrics::counter!("tandem_store_loads_total", labels).increment(1);
-        self.loaded_tokens.increment(num_tokens as u64);
-        self.load_seconds.record(took);
+        self.loaded_tokens.increment(loaded.num_tokens as u64);
+        self.overlapped_tokens.increment(loaded.num_computed_tokens as u64);
+        self.load_seconds.record(loaded.took);
     }
 }

@@ -126,7 +126,12 @@ impl TieredStore {
         Duration::from_secs_f64(seconds.sum::<f64>().clamp(0.0, 3.2e7))
     }
 
-    /// A load that got `num_bytes` of what `lookup` promised took this long; it counts for the slowest tier in it.
+    /// Whether the operator has said how fast entries come.
+    pub(super) fn is_speed_set(&self) -> bool {
+        self.set_bytes_per_second.is_some()
+    }
+
+    /// A load that got `num_bytes` of what `lookup` promised from entry `first` on took this long; it counts for the slowest tier in it.
     pub(super) fn on_loaded(&self, lookup: &Lookup, first: usize, num_bytes: usize, took: Duration) {
         if let Some(slowest) = lookup.tiers.iter().skip(first).max() {
             let mut rate = self.tiers[*slowest].rate.lock().unwrap_or_else(PoisonError::into_inner);
