@@ -42,6 +42,7 @@ fn shape(num_prefill: usize, relay: &Relay) -> Shape {
     shape.nodes.extend(SPEEDS);
     shape.prefill.extend(["--fetch-bytes-per-second", "0", "--prefill-tokens-per-second", COMPUTE_SPEED]);
     shape.decode.extend(["--local-offer-max-tokens", "0", "--local-prefill-tokens-per-second", COMPUTE_SPEED]);
+    shape.decode.extend(["--prefill-progress-timeout", "120s"]);
     shape
 }
 
@@ -139,6 +140,7 @@ async fn a_storage_that_is_lost_meanwhile_leaves_what_has_come_and_the_rest_is_c
             is_reached(&cluster, "tandem_computed_tokens_total", &role, NUM_COMPUTED).await;
             is_reached(&cluster, "tandem_store_hits_total", &[], 1.0).await;
             redis.kill();
+            relay.cut();
         };
         let ((answer, cached), ()) = tokio::join!(asking, losing);
         assert_eq!(answer, expected, "{role:?}");

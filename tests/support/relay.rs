@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinHandle;
 
 /// More than any test moves.
@@ -16,6 +16,7 @@ pub(crate) struct Relay {
     port: u16,
     /// Bytes that may still come from the server.
     left: Arc<Semaphore>,
+    is_cut: watch::Sender<bool>,
     accepting: JoinHandle<()>,
 }
 
@@ -25,13 +26,14 @@ impl Relay {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("it is bound").port();
         let left = Arc::new(Semaphore::new(OPEN_BYTES));
+        let (is_cut, cut) = watch::channel(false);
         let allowed = left.clone();
         let accepting = tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                tokio::spawn(carry(client, server_port, allowed.clone()));
+                tokio::spawn(carry(client, server_port, allowed.clone(), cut.clone()));
             }
         });
-        Self { port, left, accepting }
+        Self { port, left, is_cut, accepting }
     }
 
     /// Where it listens.
@@ -43,6 +45,13 @@ impl Relay {
     pub(crate) fn hold_after(&self, num_bytes: usize) {
         self.left.forget_permits(OPEN_BYTES);
         self.left.add_permits(num_bytes);
+    }
+
+    /// Ends every connection, with what it holds back, and takes no further one: as if the server's host was gone.
+    #[allow(dead_code, reason = "each test file uses a part of it")]
+    pub(crate) fn cut(&self) {
+        self.accepting.abort();
+        self.is_cut.send_replace(true);
     }
 
     /// Everything, from now on.
@@ -58,7 +67,7 @@ impl Drop for Relay {
 }
 
 /// Until either end is gone.
-async fn carry(client: TcpStream, server_port: u16, left: Arc<Semaphore>) {
+async fn carry(client: TcpStream, server_port: u16, left: Arc<Semaphore>, mut cut: watch::Receiver<bool>) {
     let Ok(server) = TcpStream::connect(("127.0.0.1", server_port)).await else { return };
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
@@ -74,5 +83,6 @@ async fn carry(client: TcpStream, server_port: u16, left: Arc<Semaphore>) {
     tokio::select! {
         _ = tokio::io::copy(&mut from_client, &mut to_server) => {}
         () = answers => {}
+        _ = cut.wait_for(|is_cut| *is_cut) => {}
     }
 }

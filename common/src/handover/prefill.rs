@@ -195,7 +195,8 @@ impl PrefillHandover {
     pub fn on_layer_written(&mut self, extent: ExtentId, num_bytes: u64, now: Duration) -> Vec<PrefillAction> {
         let mut actions = Vec::new();
         self.on_scheduled();
-        if self.state == PrefillState::Computing {
+        // Whoever says that it has received everything needs nothing more.
+        if self.state == PrefillState::Computing && !self.is_received {
             if !self.is_waiting_for_peer() {
                 self.progress_at = now;
             }

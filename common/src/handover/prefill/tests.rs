@@ -238,6 +238,14 @@ fn received_that_overtakes_the_first_token_still_lets_it_out() {
 }
 
 #[test]
+fn nothing_more_is_sent_to_a_node_that_has_received_everything() {
+    let mut driver = after(0, &[LayerWritten, Received]);
+    assert_eq!(words(&driver.feed(Credit)), "");
+    assert_eq!(words(&driver.feed(LayerWritten)), "");
+    assert_eq!(words(&driver.feed(FirstTokens)), "FirstTokens, Sent(0 extents, 0 bytes), Unpin");
+}
+
+#[test]
 fn blocks_stay_pinned_until_the_last_transfer_has_stopped() {
     let mut driver = after(1000, &[LayerWritten, LayerWritten]);
     assert_eq!(words(&driver.feed(StreamLost)), "StopExtents");
