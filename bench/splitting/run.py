@@ -14,23 +14,22 @@
 | cost | CPU seconds per 1,000 output tokens, and resident memory |
 
 Set-ups: `split` (prefill node on core 0, decode node on core 1), `one-core` and `two-cores` (one decode node that
-prefills by itself), `llama` (`--llama-server` and `--gguf`, see bench/peers/to_gguf.py), `vllm` (`--vllm`, the
-program of its CPU build). All are started anew for each round, take turns, and get the same load; the load
-generator and the proxy run on either core, and what they take is printed. Nothing else should run meanwhile.
+prefills by itself), `llama` (`--llama-server` and `--gguf`, written by `tandem model gguf`), `vllm` (`--vllm`, the
+program of its CPU build); bench/peers/README.md says how to have the last two. All are started anew for each round,
+take turns, and get the same load; the load generator and the proxy run on either core, beside the engines. Nothing
+else should run meanwhile.
 """
 import argparse
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
-HERE = pathlib.Path(__file__).parent
 PORT = 18100
 KV_BYTES = "1GiB"
 CONTEXT = 16384
-# Time to the first token and the longest gap between two of an answer, in milliseconds, as multiples of what the
-# split set-up needs for a median prompt and a step: see `goodput`.
+# Time to the first token and the longest gap between two tokens of an answer, as multiples of the split set-up's
+# medians: see `goodput`.
 SLOS = {"tight ITL": (8.0, 1.5), "tight TTFT": (2.0, 6.0), "both": (2.0, 1.5)}
 
 
@@ -104,6 +103,9 @@ class Setups:
         start += ["--max-num-batched-tokens", budget] if budget else []
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "HF_HUB_OFFLINE": "1",
                "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+        # Its own advice for CPUs.
+        openmp = pathlib.Path(self.args.vllm).resolve().parent.parent / "lib" / "libiomp5.so"
+        env |= {"LD_PRELOAD": openmp} if openmp.exists() else {}
         return {"name": name, "url": f"http://127.0.0.1:{port}", "start": start, "env": env,
                 "flags": ["--model", self.args.model]}
 
@@ -119,11 +121,7 @@ def bench(args, command, name, setups, flags, serve_flags):
     vocab = json.loads((pathlib.Path(args.model) / "config.json").read_text())["vocab_size"]
     all_flags = [args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
                  *flags, "--", "--vocab-size", min(vocab, 500), *serve_flags]
-    before = os.times()
     subprocess.run([str(flag) for flag in all_flags], check=True)
-    print(f"\n(of the processes started here, the servers included: "
-          f"{os.times().children_user + os.times().children_system - before.children_user - before.children_system:.1f} CPU s)\n",
-          flush=True)
     return json.loads(result.read_text())
 
 
@@ -237,7 +235,7 @@ def main():
     parser.add_argument("--vllm", help="the program of vLLM's CPU build")
     args = parser.parse_args()
     if args.llama_server and not args.gguf:
-        sys.exit("--llama-server needs --gguf: python bench/peers/to_gguf.py MODEL FILE")
+        sys.exit("--llama-server needs --gguf: tandem model gguf MODEL FILE --type bf16")
     args.tandem = str(pathlib.Path(args.tandem).resolve())
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ async fn one_round(
         samples(&measured(streams(args, setup, seed)?, provenance.clone(), Box::pin(never())).await?, Metric::Itl)
     };
     // Which comes first alternates, so that a drift favours neither.
-    let (alone, (beside, prompt_ttft)) = if round % 2 == 0 {
+    let (alone, (beside, prompt_ttft)) = if round.is_multiple_of(2) {
         let alone = without(2 * round).await?;
         (alone, with_prompts(2 * round + 1).await?)
     } else {
