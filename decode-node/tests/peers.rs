@@ -11,7 +11,7 @@ use cluster::*;
 use common::ids::{Attempt, Generation, NodeId, RequestId};
 use common::wire::{FetchPrefix, FetchPrefixEvent, Generate, Open, PrefixPeer};
 use futures::future::join_all;
-use kv_connector::transfer::{FaultPlan, FaultyTransport};
+use kv_connector::transfer::FaultyTransport;
 
 const NUM_HELD: usize = 320;
 const NUM_TOKENS: usize = 400;
@@ -178,19 +178,6 @@ async fn prefix_is_paced_by_credit_and_may_be_larger_than_the_window() {
     assert_eq!(ask(&cluster, &request).await.timeline.num_fetched_tokens, 2400);
     assert_eq!(cluster.failed_fetches(), BTreeMap::new());
     cluster.end().await;
-}
-
-/// One kind of fault that hits every extent.
-fn always(seed: u64) -> (FaultPlan, &'static [&'static str]) {
-    let none = FaultPlan { seed, ..FaultPlan::default() };
-    match seed % 5 {
-        0 => (FaultPlan { corruption: 1.0, ..none }, &["extent_refused"]),
-        1 => (FaultPlan { truncation: 1.0, ..none }, &["extent_refused"]),
-        // A reset may overtake the header, and then nobody knows whose extent it was.
-        2 => (FaultPlan { reset: 1.0, ..none }, &["extent_refused", "stalled"]),
-        3 => (FaultPlan { loss: 1.0, ..none }, &["stalled"]),
-        _ => (FaultPlan { delay_max: Duration::from_millis(100), duplication: 1.0, ..none }, &[]),
-    }
 }
 
 #[tokio::test(flavor = "multi_thread")]

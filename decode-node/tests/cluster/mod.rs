@@ -749,3 +749,16 @@ impl FakePrefillNode {
         .await;
     }
 }
+
+/// One kind of fault that hits every extent, and why a fetch may fail with it.
+pub fn always(seed: u64) -> (FaultPlan, &'static [&'static str]) {
+    let none = FaultPlan { seed, ..FaultPlan::default() };
+    match seed % 5 {
+        0 => (FaultPlan { corruption: 1.0, ..none }, &["extent_refused"]),
+        1 => (FaultPlan { truncation: 1.0, ..none }, &["extent_refused"]),
+        // A reset may overtake the header, and then nobody knows whose extent it was.
+        2 => (FaultPlan { reset: 1.0, ..none }, &["extent_refused", "stalled"]),
+        3 => (FaultPlan { loss: 1.0, ..none }, &["stalled"]),
+        _ => (FaultPlan { delay_max: Duration::from_millis(100), duplication: 1.0, ..none }, &[]),
+    }
+}
