@@ -10,12 +10,13 @@ use common::config::{
     DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvTransport, LogArgs, ModelArgs, PrefillArgs,
     PrefillNodeArgs, StoreArgs, WeightsArgs,
 };
+use common::host_budget::HostBudget;
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
 use common::scheduler::SchedulerLimits;
 use common::wire::Hello;
 use decode_node::DecodeNode;
-use engine::core::{EngineHandle, EngineOptions};
+use engine::core::{COPIED_BYTES_PER_STEP, EngineHandle, EngineOptions};
 use engine::cpu_runner::CpuRunner;
 use engine::model::Model;
 use engine::pool::{KvPool, PoolMemory};
@@ -208,12 +209,15 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     )
     .with_context(|| format!("make the KV cache of {node}"))?;
     let info = engine::runner::Runner::model(&runner).clone();
-    let limits = scheduler_limits(&engine, &role, &info);
-    let options = EngineOptions { limits, role: role.role().as_str(), node: node.to_string() };
+    let block_bytes = engine::runner::Runner::pool(&runner).block_bytes();
+    let limits = scheduler_limits(&engine, &role, &store, &info, block_bytes);
+    let host_budget = Arc::new(HostBudget::new(store.store_host_bytes));
+    let options =
+        EngineOptions { limits, host_budget: host_budget.clone(), role: role.role().as_str(), node: node.to_string() };
     let blocks = Arc::new(BlockFeed::default());
     let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
         .context("start the engine's thread")?;
-    let opened = store::open(&store, &node, role.role(), &engine).await;
+    let opened = store::open(&store, &node, role.role(), &engine, host_budget).await;
     let store = opened.with_context(|| format!("open the prefix-block store of {node}"))?;
     let hello = Hello {
         node: node.clone(),
@@ -259,10 +263,20 @@ fn shared_pool(pool: &Arc<KvPool>) -> anyhow::Result<Option<SharedPool>> {
     Ok(Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 }))
 }
 
-fn scheduler_limits(engine: &EngineArgs, role: &RoleArgs, info: &ModelInfo) -> SchedulerLimits {
-    let (max_num_prefill_tokens, growth_blocks) = match role {
-        RoleArgs::Prefill(_) => (engine.max_num_batched_tokens, 0),
-        RoleArgs::Decode(args) => (args.local_prefill_tokens, args.growth_window_blocks),
+fn scheduler_limits(
+    engine: &EngineArgs,
+    role: &RoleArgs,
+    store: &StoreArgs,
+    info: &ModelInfo,
+    block_bytes: usize,
+) -> SchedulerLimits {
+    let pool_bytes = u64::from(info.num_blocks) * block_bytes as u64;
+    // A prompt has all its blocks from the beginning, so nothing is ever preempted at a prefill node.
+    let (max_num_prefill_tokens, growth_blocks, parked_bytes) = match role {
+        RoleArgs::Prefill(_) => (engine.max_num_batched_tokens, 0, 0),
+        RoleArgs::Decode(args) => {
+            (args.local_prefill_tokens, args.growth_window_blocks, args.parked_bytes_max(store, pool_bytes))
+        }
     };
     SchedulerLimits {
         block_size: info.block_size as usize,
@@ -273,8 +287,8 @@ fn scheduler_limits(engine: &EngineArgs, role: &RoleArgs, info: &ModelInfo) -> S
         max_num_waiting: engine.max_num_waiting as usize,
         max_model_len: info.max_model_len as usize,
         growth_blocks: growth_blocks as usize,
-        // Parked sequences may keep as much in host memory as the pool itself has.
-        max_num_parked_blocks: info.num_blocks as usize,
+        max_num_parked_blocks: (parked_bytes / block_bytes as u64) as usize,
+        max_num_copied_blocks: (COPIED_BYTES_PER_STEP / block_bytes).max(1),
         is_prefix_caching: engine.has_prefix_caching(),
         eviction_policy: engine.eviction_policy,
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use common::config::StoreArgs;
 use common::content::{ContentName, GRANULE_TOKENS};
+use common::host_budget::HostBudget;
 use common::ids::{NodeId, Role};
 use engine::core::EngineHandle;
 use kv_connector::store::{
@@ -11,7 +12,8 @@ use kv_connector::store::{
 };
 use metrics::Label;
 
-/// Opens the store of a node, if its settings have a tier.
+/// Opens the store of a node, if its settings have a tier. `host_budget` is that of the host tier, with what is
+/// parked.
 ///
 /// # Errors
 /// If a tier cannot be had.
@@ -20,9 +22,10 @@ pub async fn open(
     node: &NodeId,
     role: Role,
     engine: &EngineHandle,
+    host_budget: Arc<HostBudget>,
 ) -> Result<Option<Arc<NodeStore>>, OpenStoreError> {
     let config = StoreConfig {
-        host_bytes: args.store_host_bytes,
+        host_budget,
         disk: args.store_disk_path.as_ref().map(|path| (path.join(node.as_str()), args.store_disk_bytes)),
         remote_url: args.store_remote_url.clone(),
         remote_bytes: args.store_remote_bytes,

@@ -84,10 +84,11 @@ pub fn run(args: &EngineBenchArgs) -> anyhow::Result<Report> {
         max_model_len: info.max_model_len as usize,
         growth_blocks: 1,
         max_num_parked_blocks: 0,
+        max_num_copied_blocks: 1,
         is_prefix_caching: false,
         eviction_policy: common::eviction::EvictionPolicy::default(),
     };
-    let options = EngineOptions { limits, role: "bench", node: "bench".to_string() };
+    let options = EngineOptions { limits, host_budget: Arc::default(), role: "bench", node: "bench".to_string() };
     let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().context("start the runtime")?;
     let median = |runs: &mut Vec<f64>| {

@@ -139,6 +139,11 @@ impl BlockManager {
         self.by_key.find(self.hasher.hash(key), |id| self.blocks[id.0 as usize].name.key == key).copied()
     }
 
+    /// Whether giving `id` back makes it available.
+    pub(crate) fn is_held_once(&self, id: BlockId) -> bool {
+        self.blocks[id.0 as usize].ref_count == 1
+    }
+
     /// Of `hits`, those that are cached now and would no longer be available to allocate once acquired.
     pub fn num_unreferenced(&self, hits: &[BlockId]) -> usize {
         hits.iter().filter(|id| self.blocks[id.0 as usize].ref_count == 0).count()
@@ -194,9 +199,19 @@ impl BlockManager {
     /// # Panics
     /// If a block is not referenced: the caller released twice.
     pub fn release(&mut self, ids: &[BlockId]) {
+        self.note_use(ids);
+        self.give_back(ids);
+    }
+
+    /// A request used these blocks, in the order of its chain, and is about to give them back.
+    pub(crate) fn note_use(&mut self, ids: &[BlockId]) {
         let named = ids.iter().map(|id| (*id, &self.blocks[id.0 as usize])).filter(|(_, block)| block.is_named);
         let named: Vec<_> = named.map(|(id, block)| (id, block.name.key)).collect();
         self.evictor.on_request_end(&named);
+    }
+
+    /// [`release`](Self::release) of blocks whose use has been noted; the last of a chain first.
+    pub(crate) fn give_back(&mut self, ids: &[BlockId]) {
         for id in ids.iter().rev() {
             let block = &mut self.blocks[id.0 as usize];
             assert!(block.ref_count > 0, "block {} was released twice", id.0);

@@ -32,6 +32,7 @@ pub mod content;
 pub mod eviction;
 pub mod gguf;
 pub mod handover;
+pub mod host_budget;
 pub mod ids;
 pub mod kv_memory;
 pub mod kv_spec;

@@ -63,13 +63,16 @@ pub struct NewSequence {
 ///
 /// ```text
 ///              admit (awaits KV)               kv complete
-///  Waiting ──────────────────> AwaitingKv ─────────────────> Computing <──┐ unpark
-///     │                            │ compute locally             ^  │ │   │
-///     │ admit (others)             └─────────────────────────────┘  │ └─> Parked
-///     └─────────────────────────────> Computing                     │ preempt
-///                                                                   v
+///  Waiting ──────────────────> AwaitingKv ─────────────────> Computing <── restored ── Restoring
+///     │                            │ compute locally             ^  │ │                ^    │ preempt
+///     │ admit (others)             └─────────────────────────────┘  │ │ preempt   admit│    v
+///     └─────────────────────────────> Computing                     │ └─> Saving ──> Parked
+///                                                                   v          saved
 ///                                            Held (PrefillOnly: first tokens drawn)
 /// ```
+/// A sequence of which nothing can be saved goes from Computing to Parked at once, and one of which nothing is to
+/// be restored from there to Computing.
+///
 /// It leaves from any state by finishing or by being cancelled. Prefilling and decoding are the same
 /// state: tokens that have no KV yet are computed, one or many.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -80,8 +83,12 @@ pub enum SequenceState {
     AwaitingKv,
     /// In the running batch.
     Computing,
+    /// Preempted. Holds the blocks whose content is still to be saved in host memory.
+    Saving,
     /// Preempted. Holds no block of the pool.
     Parked,
+    /// Holds its blocks again; saved content is written into them.
+    Restoring,
     /// Computed; blocks are pinned until its KV has been taken.
     Held,
 }
@@ -89,13 +96,15 @@ pub enum SequenceState {
 impl SequenceState {
     /// Whether a sequence may go from `self` to `next`.
     pub fn can_become(self, next: SequenceState) -> bool {
-        use SequenceState::{AwaitingKv, Computing, Held, Parked, Waiting};
+        use SequenceState::{AwaitingKv, Computing, Held, Parked, Restoring, Saving, Waiting};
         matches!(
             (self, next),
             (Waiting, AwaitingKv | Computing)
                 | (AwaitingKv, Computing)
-                | (Computing, Parked | Held)
-                | (Parked, Computing)
+                | (Computing, Saving | Parked | Held)
+                | (Saving, Parked)
+                | (Parked, Restoring | Computing)
+                | (Restoring, Parked | Computing)
         )
     }
 
@@ -140,8 +149,10 @@ pub struct Sequence {
     pub arriving: Option<Arc<ArrivingPrefix>>,
     /// First tokens that were drawn elsewhere and are already delivered; used instead of drawing.
     pub delivered_first_tokens: Option<Vec<SampledToken>>,
-    /// Tokens whose KV is saved in host memory while parked.
+    /// Tokens whose KV is in host memory, or on its way there, since it was preempted.
     pub num_parked_tokens: usize,
+    /// Leading blocks that have their content again, while it is being restored.
+    pub num_restored_blocks: usize,
     /// Number of the last step it was scheduled in.
     pub last_step: u64,
     /// What the steps in flight will have done to it.
@@ -188,6 +199,7 @@ impl Sequence {
             arriving: None,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
+            num_restored_blocks: 0,
             last_step: 0,
             in_flight: InFlight::default(),
         }
@@ -267,11 +279,11 @@ impl Sequence {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use SequenceState::{AwaitingKv, Computing, Held, Parked, Waiting};
+    use SequenceState::{AwaitingKv, Computing, Held, Parked, Restoring, Saving, Waiting};
 
     #[test]
     fn transition_table_is_the_diagram() {
-        let states = [Waiting, AwaitingKv, Computing, Parked, Held];
+        let states = [Waiting, AwaitingKv, Computing, Saving, Parked, Restoring, Held];
         let allowed: Vec<_> = states
             .iter()
             .flat_map(|from| states.iter().filter(|to| from.can_become(**to)).map(|to| (*from, *to)))
@@ -280,9 +292,14 @@ mod tests {
             (Waiting, AwaitingKv),
             (Waiting, Computing),
             (AwaitingKv, Computing),
+            (Computing, Saving),
             (Computing, Parked),
             (Computing, Held),
+            (Saving, Parked),
             (Parked, Computing),
+            (Parked, Restoring),
+            (Restoring, Computing),
+            (Restoring, Parked),
         ];
         assert_eq!(allowed, expected);
     }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
+use common::host_budget::HostBudget;
 use common::ids::{BlockId, ChoiceIndex};
 use common::model::ModelInfo;
 use common::sampling::{FinishReason, SampledToken, SamplingParams};
@@ -23,6 +24,7 @@ use engine::runner::{KvSink, Runner, StepError, StepOutput, Ticket};
 use engine::sim::{SimOptions, SimRunner};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
 const BLOCK: usize = 16;
@@ -50,6 +52,7 @@ fn limits(num_blocks: usize) -> SchedulerLimits {
         max_model_len: 4096,
         growth_blocks: 1,
         max_num_parked_blocks: num_blocks,
+        max_num_copied_blocks: 2,
         is_prefix_caching: true,
         eviction_policy: common::eviction::EvictionPolicy::default(),
     }
@@ -60,7 +63,8 @@ fn sim(num_blocks: usize, step_time: Duration) -> SimRunner {
 }
 
 fn engine_with(runner: Box<dyn Runner>, limits: SchedulerLimits) -> EngineHandle {
-    start(runner, EngineOptions { limits, role: "decode-node", node: "test".to_string() }).unwrap()
+    let host_budget = Arc::default();
+    start(runner, EngineOptions { limits, host_budget, role: "decode-node", node: "test".to_string() }).unwrap()
 }
 
 fn engine(limits: SchedulerLimits) -> EngineHandle {
@@ -342,14 +346,43 @@ async fn preempted_requests_generate_the_same_tokens_as_alone() {
     for (max_num_parked_blocks, is_prefix_caching) in [(20, true), (4, true), (0, true), (0, false), (20, false)] {
         let limits = SchedulerLimits { max_num_parked_blocks, is_prefix_caching, ..limits(20) };
         let counters = Counters::default();
-        let crowded = metrics::with_local_recorder(&counters, || engine(limits));
+        let (budget, mut room, least_room) = watched_budget();
+        let crowded = metrics::with_local_recorder(&counters, || {
+            let host_budget = budget.clone();
+            let options = EngineOptions { limits, host_budget, role: "decode-node", node: "test".to_string() };
+            start(Box::new(sim(limits.num_blocks, Duration::ZERO)), options).unwrap()
+        });
         let running = spawn_all(&crowded, &requests);
         for (number, (task, expected)) in running.into_iter().zip(&alone).enumerate() {
             assert_eq!(&task.await.unwrap(), expected, "request {number}, {max_num_parked_blocks} parked blocks");
         }
         assert!(counters.value("tandem_preemptions_total") > 5, "{}", counters.value("tandem_preemptions_total"));
         assert_nothing_left(&crowded).await;
+        let all_room = soon("the room of what was parked comes back", room.wait_for(|room| *room == BUDGET_BYTES));
+        drop(all_room.await.unwrap());
+        let [parked, restored, recomputed] = ["parked", "restored", "recomputed"]
+            .map(|what| counters.value(&format!("tandem_preempted_{what}_total")));
+        assert_eq!(parked, restored, "all of them went on");
+        assert_eq!(parked > 0, max_num_parked_blocks > 0, "{parked} parked with {max_num_parked_blocks} blocks");
+        assert!(recomputed > 0 || max_num_parked_blocks > 0, "{recomputed} recomputed");
+        let num_parked_max = (BUDGET_BYTES - least_room.load(Ordering::Relaxed)) / crowded.pool().block_bytes() as u64;
+        assert!(num_parked_max <= max_num_parked_blocks as u64, "{num_parked_max} blocks were held");
+        assert_eq!(num_parked_max > 0, max_num_parked_blocks > 0);
     }
+}
+
+const BUDGET_BYTES: u64 = 1 << 30;
+
+/// A budget, what it has left, and the least that it had left.
+fn watched_budget() -> (Arc<HostBudget>, watch::Receiver<u64>, Arc<AtomicU64>) {
+    let (budget, (sender, room)) = (HostBudget::new(BUDGET_BYTES), watch::channel(0));
+    let least_room = Arc::new(AtomicU64::new(u64::MAX));
+    let least = least_room.clone();
+    budget.share_with(move |num_bytes| {
+        least.fetch_min(num_bytes, Ordering::Relaxed);
+        sender.send_replace(num_bytes);
+    });
+    (Arc::new(budget), room, least_room)
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -489,13 +522,14 @@ async fn limits_changed_while_running_change_no_token() {
         let running = spawn_all(&engine, &requests);
         for _ in 0..20 {
             let (seats, tokens, chunk) = (rng.random_range(2..9), rng.random_range(0..100), rng.random_range(0..100));
-            let (growth, parked) = (rng.random_range(0..4), rng.random_range(0..40));
+            let (growth, parked, copied) = (rng.random_range(0..4), rng.random_range(0..40), rng.random_range(0..5));
             engine.set_limits(move |limits| {
                 limits.max_num_seqs = seats;
                 limits.max_num_batched_tokens = tokens;
                 limits.max_num_prefill_tokens = chunk;
                 limits.growth_blocks = growth;
                 limits.max_num_parked_blocks = parked;
+                limits.max_num_copied_blocks = copied;
                 // What cannot change does not.
                 limits.block_size = 1;
                 limits.num_blocks = 1;

@@ -5,8 +5,9 @@ use std::collections::BTreeMap;
 use super::metrics::Scrape;
 
 /// Zero on every idle node.
-const ZERO_GAUGES: [&str; 6] = [
+const ZERO_GAUGES: [&str; 7] = [
     "tandem_kv_blocks_referenced",
+    "tandem_kv_parked_bytes",
     "tandem_num_requests_running",
     "tandem_num_requests_waiting",
     "tandem_open_requests",

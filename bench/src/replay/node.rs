@@ -49,10 +49,11 @@ pub fn replay(trace: &Trace, num_blocks: usize, policy: EvictionPolicy) -> anyho
         max_model_len: runner.model().max_model_len as usize,
         growth_blocks: 0,
         max_num_parked_blocks: 0,
+        max_num_copied_blocks: 1,
         is_prefix_caching: true,
         eviction_policy: policy,
     };
-    let options = EngineOptions { limits, role: "bench", node: "replay".to_string() };
+    let options = EngineOptions { limits, host_budget: Arc::default(), role: "bench", node: "replay".to_string() };
     let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;
     let runtime = tokio::runtime::Builder::new_current_thread().build().context("start the runtime")?;
     let mut hits = Hits::default();

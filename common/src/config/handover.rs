@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::InvalidSettings;
+use super::{InvalidSettings, StoreArgs};
 use super::values::{parse_above_zero, parse_bytes, parse_bytes_above_zero, parse_duration_above_zero, parse_whole};
 use crate::handover::{DecodeLimits, PrefillLimits};
 
@@ -81,6 +81,15 @@ pub struct DecodeArgs {
     #[arg(long, value_name = "BLOCKS", default_value_t = 2, value_parser = parse_above_zero)]
     pub growth_window_blocks: u32,
 
+    /// Host memory for KV of preempted sequences. Default: all of --store-host-bytes if that is set, otherwise as
+    /// much as the KV cache has.
+    ///
+    /// Where no block is left for a running sequence, the youngest gives way and is restored from here later; what
+    /// has no room is computed again. It is part of --store-host-bytes: what is parked takes the place of the least
+    /// recently used entries. 0 always computes again.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes)]
+    pub parked_kv_bytes: Option<u64>,
+
     /// Prompt tokens that this node prefills by itself in one step.
     ///
     /// More finish local prefills sooner; fewer disturb the sequences that decode here less.
@@ -122,11 +131,27 @@ impl DecodeArgs {
         }
     }
 
+    /// Most bytes of KV that are parked, where the KV cache has `pool_bytes`.
+    pub fn parked_bytes_max(&self, store: &StoreArgs, pool_bytes: u64) -> u64 {
+        let default = if store.store_host_bytes > 0 { store.store_host_bytes } else { pool_bytes };
+        self.parked_kv_bytes.unwrap_or(default)
+    }
+
     /// Checks what single values cannot tell.
     ///
     /// # Errors
-    /// [`InvalidSettings`] if one try may take longer than all of them together.
-    pub fn validate(&self) -> Result<(), InvalidSettings> {
+    /// [`InvalidSettings`] if one try may take longer than all of them together, or a part is larger than the whole.
+    pub fn validate(&self, store: &StoreArgs) -> Result<(), InvalidSettings> {
+        if let Some(parked) = self.parked_kv_bytes
+            && store.store_host_bytes > 0
+            && parked > store.store_host_bytes
+        {
+            return Err(InvalidSettings(format!(
+                "--parked-kv-bytes is {parked}, expected at most --store-host-bytes, which it is a part of and which is \
+                 {}: lower the first or raise the second",
+                store.store_host_bytes
+            )));
+        }
         for (flag, timeout) in [
             ("--prefill-accept-timeout", self.prefill_accept_timeout),
             ("--prefill-progress-timeout", self.prefill_progress_timeout),

@@ -118,7 +118,7 @@ impl DecodeNodeArgs {
         KvTransport::check(&self.fabric.kv_transports)?;
         self.engine.validate()?;
         self.store.validate(&self.engine)?;
-        self.decode.validate()
+        self.decode.validate(&self.store)
     }
 }
 
@@ -250,7 +250,7 @@ impl UpArgs {
         KvTransport::check(&self.kv_transports)?;
         self.engine.validate()?;
         self.store.validate(&self.engine)?;
-        self.decode.validate()
+        self.decode.validate(&self.store)
     }
 }
 

@@ -17,6 +17,8 @@ const QUEUE_BYTES_MAX: u64 = 256 << 30;
 pub struct StoreArgs {
     /// Host memory for KV that no longer fits the pool, such as 4GiB. 0: none.
     ///
+    /// On a decode node, KV of preempted sequences is part of it (--parked-kv-bytes).
+    ///
     /// On a CPU node the pool is host memory too, and a byte there saves a copy; this one pays where the disk or
     /// the shared storage is slow.
     #[arg(long, value_name = "BYTES", default_value = "0", value_parser = parse_bytes)]

@@ -2,7 +2,7 @@
 
 use crate::content::GRANULE_TOKENS;
 use crate::ids::{BlockId, SequenceId};
-use crate::scheduler::step::{ScheduledStep, Unpark};
+use crate::scheduler::step::ScheduledStep;
 use crate::scheduler::{Scheduler, SequenceEvent};
 use crate::sequence::{NewSequence, SequenceState, Work};
 
@@ -73,13 +73,17 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Lets parked, then new sequences in while there are seats and blocks.
+    /// Lets parked, then new sequences in while there are seats and blocks. A sequence that is still being saved
+    /// is one of the first.
     pub(super) fn admit(&mut self, step: &mut ScheduledStep) {
         while let Some((arrival, id)) = self.parked.first().copied() {
             if !self.admit_one(id, step) {
                 return;
             }
             self.parked.remove(&(arrival, id));
+        }
+        if !self.saving.is_empty() {
+            return;
         }
         while let Some(id) = self.waiting.front().copied() {
             if !self.admit_one(id, step) {
@@ -90,7 +94,9 @@ impl Scheduler {
     }
 
     fn num_seats_taken(&self) -> usize {
-        let seated = |state| matches!(state, SequenceState::Computing | SequenceState::AwaitingKv);
+        let seated = |state| {
+            matches!(state, SequenceState::Computing | SequenceState::AwaitingKv | SequenceState::Restoring)
+        };
         self.sequences.values().filter(|s| seated(s.state)).map(|s| s.choices.len()).sum()
     }
 
@@ -101,15 +107,16 @@ impl Scheduler {
         if num_seats_taken > 0 && num_seats_taken + sequence.choices.len() > limits.max_num_seqs {
             return false;
         }
+        // Who comes back takes the place of nobody: a block for each that runs, or it would be preempted again.
+        let num_spare = if sequence.state == SequenceState::Parked { self.running.len() } else { 0 };
         let hits = self.find_hits(id);
         let num_blocks = self.num_blocks_to_reserve(id);
         let num_new = num_blocks.saturating_sub(hits.len());
-        if num_new + self.blocks.num_unreferenced(&hits) > self.blocks.num_available() {
+        if num_new + num_spare + self.blocks.num_unreferenced(&hits) > self.blocks.num_available() {
             return false;
         }
         self.blocks.acquire(&hits);
         let fresh = self.blocks.allocate(num_new).expect("availability was checked with the hits counted out");
-        step.fresh_blocks.extend_from_slice(&fresh);
         self.seat(id, hits, fresh, step);
         true
     }
@@ -141,19 +148,20 @@ impl Scheduler {
         let num_hit_tokens = hits.len() * block_size;
         let sequence = self.sequences.get_mut(&id).expect("admitted sequences are known");
         sequence.num_published_blocks = hits.len();
-        let num_hits = hits.len();
+        // What is restored is written as a whole.
+        let num_restored_blocks = sequence.num_parked_blocks(block_size).saturating_sub(hits.len());
+        step.fresh_blocks.extend_from_slice(&fresh[num_restored_blocks..]);
+        sequence.num_restored_blocks = hits.len();
         sequence.blocks = hits;
         sequence.blocks.extend(fresh);
         let was_parked = sequence.state == SequenceState::Parked;
+        if was_parked && num_restored_blocks > 0 {
+            sequence.become_state(SequenceState::Restoring);
+            self.restoring.insert((sequence.arrival, id));
+            return;
+        }
         if was_parked {
-            let num_parked_blocks = sequence.num_parked_tokens.div_ceil(block_size);
-            self.num_parked_blocks -= num_parked_blocks;
-            if num_parked_blocks > 0 {
-                let blocks = sequence.blocks.get(num_hits..num_parked_blocks).unwrap_or_default().to_vec();
-                step.unparks.push(Unpark { sequence: id, first_block: num_hits, blocks });
-            }
-            sequence.num_computed_tokens = num_hit_tokens.max(sequence.num_parked_tokens);
-            sequence.num_parked_tokens = 0;
+            sequence.num_computed_tokens = num_hit_tokens;
             sequence.become_state(SequenceState::Computing);
         } else {
             sequence.num_computed_tokens = num_hit_tokens;
@@ -167,6 +175,9 @@ impl Scheduler {
         debug_assert!(was_parked || sequence.num_computed_tokens.is_multiple_of(GRANULE_TOKENS));
         if sequence.state == SequenceState::Computing {
             self.running.insert((sequence.arrival, id));
+        }
+        if was_parked {
+            self.forget_parked(id, step);
         }
     }
 }

@@ -132,6 +132,7 @@ impl Scheduler {
             arriving: None,
             delivered_first_tokens: None,
             num_parked_tokens: 0,
+            num_restored_blocks: 0,
             last_step: 0,
             in_flight: InFlight::default(),
         };

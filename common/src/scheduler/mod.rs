@@ -4,7 +4,7 @@
 //! A prompt chunk and a decode token are the same thing, tokens that have no KV yet. A step is filled in
 //! this order, which is also the order of rights to a block (DESIGN 2.7):
 //!
-//! 1. growth of running sequences, oldest first; where no block is left, the youngest is parked,
+//! 1. growth of running sequences, oldest first; where no block is left, the youngest is preempted (`parking`),
 //! 2. prompt chunks of running sequences,
 //! 3. parked sequences, 4. new ones.
 //!
@@ -12,19 +12,20 @@
 //! admitted gets every block of its tokens at once, and a growth window; one without them holds nothing.
 //!
 //! Pure: [`Scheduler::schedule`] says what to do, the engine's loop does it and reports back with
-//! [`Scheduler::on_step_done`]. What the loop must do with the blocks of a step, in this order: save
-//! [`ScheduledStep::parks`], clear [`ScheduledStep::fresh_blocks`], restore [`ScheduledStep::unparks`],
-//! then compute. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
+//! [`Scheduler::on_step_done`]. What the loop must do with the blocks of a step, in this order: make
+//! [`ScheduledStep::saves`], clear [`ScheduledStep::fresh_blocks`], make [`ScheduledStep::restores`], then compute;
+//! the first three also where nothing is computed. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
 //!
 //! **Steps in flight.** The next step may be scheduled before the last one's outcome is known. What makes
-//! that safe: a block is given back only when no step in flight names it, nothing is
-//! parked while a step is in flight ([`ScheduledStep::is_starved`]), content is named only once it is
+//! that safe: a block is given back only when no step in flight writes it or holds the last reference, nothing is
+//! preempted while a step is in flight ([`ScheduledStep::is_starved`]), content is named only once it is
 //! computed, and a sequence runs ahead of its own draw only where that draw cannot change the step
 //! ([`Sequence::can_run_ahead`]).
 
 mod admission;
 mod arriving;
 mod fork;
+mod parking;
 mod pins;
 mod step;
 #[cfg(test)]
@@ -44,8 +45,9 @@ use crate::wire::NodeLoad;
 
 pub use admission::AddError;
 pub use arriving::ArrivingPrefix;
+pub use parking::{BlockCopy, PreemptionCounts};
 pub use pins::PinId;
-pub use step::{Park, ScheduledSpan, ScheduledStep, Unpark};
+pub use step::{ScheduledSpan, ScheduledStep};
 
 /// What a scheduler may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -68,6 +70,8 @@ pub struct SchedulerLimits {
     pub growth_blocks: usize,
     /// Blocks whose content may be kept in host memory for parked sequences.
     pub max_num_parked_blocks: usize,
+    /// Blocks that a step copies to and from host memory, at least one, beside those that growth cannot do without.
+    pub max_num_copied_blocks: usize,
     /// Whether blocks are named and found again.
     pub is_prefix_caching: bool,
     /// Which cached block is given away first.
@@ -137,9 +141,13 @@ pub struct Scheduler {
     sequences: HashMap<SequenceId, Sequence>,
     /// New sequences, in order of arrival.
     waiting: VecDeque<SequenceId>,
-    /// Preempted sequences, (arrival, id) ascending.
+    /// Preempted sequences, (arrival, id) ascending, as are all such sets.
     parked: BTreeSet<(u64, SequenceId)>,
-    /// Computing sequences, (arrival, id) ascending.
+    /// Preempted sequences whose blocks are being saved.
+    saving: BTreeSet<(u64, SequenceId)>,
+    /// Those that come back.
+    restoring: BTreeSet<(u64, SequenceId)>,
+    /// Computing sequences.
     running: BTreeSet<(u64, SequenceId)>,
     /// Live choices of each group.
     groups: HashMap<SequenceId, Vec<SequenceId>>,
@@ -151,8 +159,10 @@ pub struct Scheduler {
     num_scheduled_steps: u64,
     copies: Vec<(BlockId, BlockId)>,
     num_parked_blocks: usize,
+    /// Of the step that is being scheduled.
+    num_copies_left: usize,
     next_id: u64,
-    num_preemptions: u64,
+    preemptions: PreemptionCounts,
 }
 
 impl Scheduler {
@@ -164,6 +174,8 @@ impl Scheduler {
             sequences: HashMap::new(),
             waiting: VecDeque::new(),
             parked: BTreeSet::new(),
+            saving: BTreeSet::new(),
+            restoring: BTreeSet::new(),
             running: BTreeSet::new(),
             groups: HashMap::new(),
             ending: HashMap::new(),
@@ -172,8 +184,9 @@ impl Scheduler {
             num_scheduled_steps: 0,
             copies: Vec::new(),
             num_parked_blocks: 0,
+            num_copies_left: 0,
             next_id: 0,
-            num_preemptions: 0,
+            preemptions: PreemptionCounts::default(),
         }
     }
 
@@ -208,12 +221,12 @@ impl Scheduler {
 
     /// Drops all sequences of a group and gives their blocks back; also how a prefill node releases what
     /// it held. What a step in flight still computes with is given back when that step is done. Returns
-    /// the sequences that were parked, whose saved content can be dropped. An unknown group is nothing to
-    /// do.
+    /// the sequences of which something is saved, or was about to be: it can be dropped. An unknown group is
+    /// nothing to do.
     pub fn cancel(&mut self, group: SequenceId) -> Vec<SequenceId> {
         let mut parked = Vec::new();
         for id in self.groups.remove(&group).unwrap_or_default() {
-            if self.sequences.get(&id).is_some_and(|sequence| sequence.state == SequenceState::Parked) {
+            if self.sequences.get(&id).is_some_and(|sequence| sequence.num_parked_tokens > 0) {
                 parked.push(id);
             }
             self.remove(id);
@@ -292,9 +305,9 @@ impl Scheduler {
         self.blocks.counts()
     }
 
-    /// Sequences that were preempted since the start.
-    pub fn num_preemptions(&self) -> u64 {
-        self.num_preemptions
+    /// What became of preempted sequences since the start.
+    pub fn preemptions(&self) -> PreemptionCounts {
+        self.preemptions
     }
 
     /// Prompt tokens that running sequences have yet to compute: what a sequence that joins them waits for.
@@ -309,7 +322,7 @@ impl Scheduler {
         let queued = self.sequences.values().map(|s| s.num_uncomputed_tokens() as u64).sum();
         NodeLoad {
             num_running: self.running.len() as u32,
-            num_waiting: (self.waiting.len() + self.parked.len()) as u32,
+            num_waiting: (self.waiting.len() + self.saving.len() + self.parked.len() + self.restoring.len()) as u32,
             num_queued_tokens: queued,
             num_available_blocks: self.blocks.num_available() as u32,
             num_blocks: self.limits.num_blocks as u32,
@@ -338,6 +351,7 @@ impl Scheduler {
     /// A sentence about the first contradiction.
     pub fn check_integrity(&self) -> Result<(), String> {
         self.blocks.check_integrity()?;
+        self.check_parking()?;
         let mut held: HashMap<BlockId, usize> = HashMap::new();
         for sequence in self.sequences.values() {
             if !sequence.state.holds_blocks() && !sequence.blocks.is_empty() {
@@ -404,12 +418,11 @@ impl Scheduler {
         }
         match sequence.state {
             SequenceState::Waiting => self.waiting.retain(|other| *other != id),
-            SequenceState::Parked => {
-                self.parked.remove(&(sequence.arrival, id));
-                self.num_parked_blocks -= sequence.num_parked_tokens.div_ceil(self.limits.block_size);
-            }
-            SequenceState::Computing => {
-                self.running.remove(&(sequence.arrival, id));
+            SequenceState::Saving | SequenceState::Parked | SequenceState::Restoring | SequenceState::Computing => {
+                for set in [&mut self.saving, &mut self.parked, &mut self.restoring, &mut self.running] {
+                    set.remove(&(sequence.arrival, id));
+                }
+                self.num_parked_blocks -= sequence.num_parked_blocks(self.limits.block_size);
             }
             SequenceState::AwaitingKv | SequenceState::Held => {}
         }

@@ -2,7 +2,7 @@
 
 use crate::content::GRANULE_TOKENS;
 use crate::ids::{BlockId, SequenceId};
-use crate::scheduler::{DrawnToken, GroupEvent, Scheduler, SequenceEvent};
+use crate::scheduler::{BlockCopy, DrawnToken, GroupEvent, Scheduler, SequenceEvent};
 use crate::sequence::SequenceState;
 
 /// Tokens of one sequence in a step.
@@ -20,36 +20,17 @@ pub struct ScheduledSpan {
     pub is_decode: bool,
 }
 
-/// A preempted sequence whose KV is to be saved in host memory.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Park {
-    /// Whose.
-    pub sequence: SequenceId,
-    /// Its blocks with content, in order; no longer its own after this step.
-    pub blocks: Vec<BlockId>,
-}
-
-/// A parked sequence that comes back: saved block `first_block + i` goes into `blocks[i]`. The saved
-/// content can be dropped afterwards (`blocks` is empty if the pool still had all of it).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Unpark {
-    /// Whose.
-    pub sequence: SequenceId,
-    /// Index of the first block to restore in the saved content.
-    pub first_block: usize,
-    /// Where to.
-    pub blocks: Vec<BlockId>,
-}
-
 /// What to do next. The order of the fields is the order of execution.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct ScheduledStep {
-    /// KV to save.
-    pub parks: Vec<Park>,
+    /// KV to save in host memory. Steps in flight read these blocks at most.
+    pub saves: Vec<BlockCopy>,
     /// Blocks that must read as zero before anyone uses them.
     pub fresh_blocks: Vec<BlockId>,
-    /// KV to restore.
-    pub unparks: Vec<Unpark>,
+    /// KV to write back. What was saved of the sequence is kept until it is named in `restored`.
+    pub restores: Vec<BlockCopy>,
+    /// Sequences that are back in the batch, whose saved content can be dropped.
+    pub restored: Vec<SequenceId>,
     /// What to tell.
     pub events: Vec<GroupEvent>,
     /// What to compute. A token behind those that the sequence is known to have is the one that the step
@@ -60,11 +41,19 @@ pub struct ScheduledStep {
     pub is_starved: bool,
 }
 
+impl ScheduledStep {
+    /// Whether there is work besides computing, so that the next step may find what this one lacked.
+    pub fn has_copies(&self) -> bool {
+        !self.saves.is_empty() || !self.restores.is_empty()
+    }
+}
+
 impl Scheduler {
     /// Plans the next step; steps before it may still be in flight. `spans` is empty if nothing can be
     /// computed now; otherwise the step is in flight until [`Scheduler::on_step_done`].
     pub fn schedule(&mut self) -> ScheduledStep {
         self.num_scheduled_steps += 1;
+        self.num_copies_left = self.limits.max_num_copied_blocks.max(1);
         let mut step = ScheduledStep::default();
         self.pass_arrived(&mut step);
         let num_decode_tokens = self.schedule_decodes(&mut step);
@@ -72,7 +61,9 @@ impl Scheduler {
         if num_decode_tokens > 0 {
             budget = budget.min(self.limits.max_num_prefill_tokens);
         }
+        self.save_some(&mut step);
         self.admit(&mut step);
+        self.restore_some(&mut step);
         self.schedule_chunks(budget, &mut step);
         self.num_steps_in_flight += usize::from(!step.spans.is_empty());
         step
@@ -105,7 +96,7 @@ impl Scheduler {
         let mut num_tokens = 0;
         let running: Vec<_> = self.running.iter().map(|(_, id)| *id).collect();
         for id in running {
-            // May have been parked for an older one.
+            // May have been preempted for an older one.
             let is_decoding = self.sequences.get(&id).is_some_and(|sequence| {
                 sequence.state == SequenceState::Computing
                     && sequence.is_decoding_ahead()
@@ -119,8 +110,8 @@ impl Scheduler {
         num_tokens
     }
 
-    /// Gives `id` a block for its newest token, parking younger sequences if need be. False: it has to
-    /// wait, or was parked itself.
+    /// Gives `id` a block for its newest token, preempting younger sequences if need be. False: it has to
+    /// wait, or was preempted itself.
     fn grow(&mut self, id: SequenceId, step: &mut ScheduledStep) -> bool {
         loop {
             let sequence = &self.sequences[&id];
@@ -133,42 +124,24 @@ impl Scheduler {
                 sequence.blocks.extend(fresh);
                 return true;
             }
+            if self.save_for_growth(step) {
+                continue;
+            }
             if self.num_steps_in_flight > 0 {
                 step.is_starved = true;
                 return false;
             }
             // Whoever came first stays, always.
-            let victim = *self.running.last().expect("the growing sequence is running");
-            if self.running.first() == Some(&victim) {
+            let seated = || self.running.iter().chain(&self.restoring);
+            let victim = *seated().max().expect("the growing sequence is running");
+            if seated().min() == Some(&victim) {
                 return false;
             }
-            self.park(victim.1, step);
+            self.preempt(victim.1);
             if victim.1 == id {
                 return false;
             }
         }
-    }
-
-    fn park(&mut self, id: SequenceId, step: &mut ScheduledStep) {
-        self.num_preemptions += 1;
-        let block_size = self.limits.block_size;
-        let sequence = self.sequences.get_mut(&id).expect("a running sequence is known");
-        sequence.stop_arriving();
-        let blocks = std::mem::take(&mut sequence.blocks);
-        let num_content_blocks = sequence.num_computed_tokens.div_ceil(block_size);
-        // Blocks allocated in this very step have no content yet and are cleared for whoever gets them next.
-        if self.num_parked_blocks + num_content_blocks <= self.limits.max_num_parked_blocks && num_content_blocks > 0 {
-            self.num_parked_blocks += num_content_blocks;
-            sequence.num_parked_tokens = sequence.num_computed_tokens;
-            step.parks.push(Park { sequence: id, blocks: blocks[..num_content_blocks].to_vec() });
-        }
-        sequence.num_computed_tokens = 0;
-        sequence.num_published_blocks = 0;
-        sequence.become_state(SequenceState::Parked);
-        let key = (sequence.arrival, id);
-        self.running.remove(&key);
-        self.parked.insert(key);
-        self.blocks.release(&blocks);
     }
 
     /// Prompt chunks, oldest first. A chunk that does not reach the end ends at a granule, so that what

@@ -1,7 +1,9 @@
 //! The scheduler against a model engine: a pool whose slots hold a hash of the whole prefix, so that
 //! every computed token proves that the KV before it is its own.
 
-use std::collections::{HashMap, VecDeque};
+mod parking;
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use proptest::prelude::*;
@@ -24,6 +26,7 @@ fn limits() -> SchedulerLimits {
         max_model_len: 400,
         growth_blocks: 1,
         max_num_parked_blocks: 8,
+        max_num_copied_blocks: 2,
         is_prefix_caching: true,
         eviction_policy: EvictionPolicy::default(),
     }
@@ -70,13 +73,14 @@ struct ModelEngine {
     scheduler: Scheduler,
     /// Steps in flight at most.
     depth: usize,
+    num_parked_blocks_max: usize,
     launched: VecDeque<Launched>,
     num_launched: usize,
     /// What the newest computed step drew.
     newest: HashMap<SequenceId, Token>,
     /// `[num_blocks][block_size]`
     pool: Vec<Vec<u64>>,
-    saved: HashMap<SequenceId, Vec<Vec<u64>>>,
+    saved: HashMap<SequenceId, BTreeMap<usize, Vec<u64>>>,
     /// Tokens reported per group and choice.
     told: HashMap<(SequenceId, ChoiceIndex), Vec<Token>>,
     finished: Vec<SequenceId>,
@@ -96,6 +100,7 @@ impl ModelEngine {
         Self {
             scheduler,
             depth: 1,
+            num_parked_blocks_max: limits.max_num_parked_blocks,
             launched: VecDeque::new(),
             num_launched: 0,
             newest: HashMap::new(),
@@ -169,37 +174,55 @@ impl ModelEngine {
         assert_eq!(self.known.len(), self.scheduler.block_counts().cached, "nothing is referenced any more");
     }
 
-    /// Fills the pipe and takes in its oldest step; false if nothing could be computed.
+    /// Fills the pipe and takes in its oldest step; false if nothing could be computed or copied.
     fn step(&mut self) -> bool {
+        let mut has_copied = false;
         while self.launched.len() < self.depth && !self.launched.back().is_some_and(|last| last.step.is_starved) {
-            if !self.launch() {
+            let (is_launched, copied) = self.launch_or_copy();
+            has_copied |= copied;
+            if !is_launched {
                 break;
             }
         }
-        self.complete()
+        self.complete() || has_copied
     }
 
-    /// Schedules a step and does at once what is to be done before it is computed.
     fn launch(&mut self) -> bool {
+        self.launch_or_copy().0
+    }
+
+    /// Schedules a step and does at once what is to be done before it is computed. Whether anything is computed,
+    /// and copied.
+    fn launch_or_copy(&mut self) -> (bool, bool) {
+        let before = self.scheduler.preemptions();
         let step = self.scheduler.schedule();
-        assert!(step.parks.is_empty() || self.launched.is_empty(), "parked while a step was in flight");
-        for park in &step.parks {
-            let saved = park.blocks.iter().map(|b| self.pool[b.0 as usize].clone()).collect();
-            self.saved.insert(park.sequence, saved);
+        let has_preempted = self.scheduler.preemptions().preempted > before.preempted;
+        assert!(!has_preempted || self.launched.is_empty(), "preempted while a step was in flight");
+        self.assert_in_flight_is_left_alone(&step);
+        let num_copies_max = self.scheduler.limits.max_num_copied_blocks.max(1);
+        let num_decodes = step.spans.iter().filter(|span| span.is_decode).count();
+        assert!(step.saves.len() + step.restores.len() <= num_copies_max + num_decodes);
+        assert!(step.restores.len() <= num_copies_max);
+        for copy in &step.saves {
+            let content = self.pool[copy.block.0 as usize].clone();
+            let before = self.saved.entry(copy.sequence).or_default().insert(copy.index, content);
+            assert_eq!(before, None, "block {} of {} is saved twice", copy.index, copy.sequence);
         }
         for block in &step.fresh_blocks {
             self.pool[block.0 as usize].fill(0);
         }
-        for unpark in &step.unparks {
-            let saved = self.saved.remove(&unpark.sequence).expect("an unparked sequence was saved");
-            for (i, block) in unpark.blocks.iter().enumerate() {
-                self.pool[block.0 as usize] = saved[unpark.first_block + i].clone();
-            }
+        for copy in &step.restores {
+            self.pool[copy.block.0 as usize] = self.saved[&copy.sequence][&copy.index].clone();
         }
+        for sequence in &step.restored {
+            self.saved.remove(sequence).expect("a restored sequence was saved");
+        }
+        let num_saved: usize = self.saved.values().map(BTreeMap::len).sum();
+        assert!(num_saved <= self.num_parked_blocks_max, "{num_saved} blocks are saved");
         self.take_in(step.events.clone());
         self.scheduler.check_integrity().unwrap();
         if step.spans.is_empty() {
-            return false;
+            return (false, step.has_copies());
         }
         let budget = self.scheduler.limits.max_num_batched_tokens;
         // One granule of prompt goes in beside a full batch.
@@ -214,7 +237,24 @@ impl ModelEngine {
         if self.num_launched.is_multiple_of(3) {
             self.compute();
         }
-        true
+        (true, false)
+    }
+
+    /// What the steps in flight write is not saved, what they name is not given to anybody else.
+    fn assert_in_flight_is_left_alone(&self, step: &ScheduledStep) {
+        let size = self.scheduler.limits.block_size;
+        let mut named = HashSet::new();
+        let mut written = HashSet::new();
+        for launched in &self.launched {
+            for (span, (_, blocks, _)) in launched.step.spans.iter().zip(&launched.known) {
+                named.extend(blocks.iter().copied());
+                let last = (span.first_token + span.num_tokens - 1) / size;
+                written.extend(blocks[span.first_token / size..=last].iter().copied());
+            }
+        }
+        assert!(step.saves.iter().all(|copy| !written.contains(&copy.block)));
+        let given = step.fresh_blocks.iter().copied().chain(step.restores.iter().map(|copy| copy.block));
+        assert!(given.into_iter().all(|block| !named.contains(&block)), "{step:?}");
     }
 
     /// Takes in the oldest step in flight.
@@ -484,7 +524,7 @@ fn nothing_arrives_in_blocks_that_were_taken_away() {
         if is_cancelled {
             engine.scheduler.cancel(group);
         } else {
-            while engine.scheduler.num_preemptions() == 0 {
+            while engine.scheduler.preemptions().preempted == 0 {
                 assert!(engine.step());
             }
         }
@@ -556,7 +596,7 @@ fn oldest_sequence_is_never_preempted() {
     let mut engine = ModelEngine::new(SchedulerLimits { num_blocks: 8, max_num_parked_blocks: 0, ..limits() });
     let oldest = engine.add(&prompt(1, 30), 1, 60, Work::Generate);
     let younger = engine.add(&prompt(2, 30), 1, 60, Work::Generate);
-    while engine.scheduler.num_preemptions() == 0 {
+    while engine.scheduler.preemptions().preempted == 0 {
         assert!(engine.step());
     }
     assert_eq!(engine.scheduler.sequence(oldest).unwrap().state, SequenceState::Computing);
@@ -575,7 +615,7 @@ fn parked_kv_comes_back_without_recomputing() {
     engine.add(&prompt(1, 30), 1, 60, Work::Generate);
     engine.add(&prompt(2, 30), 1, 60, Work::Generate);
     engine.run();
-    assert!(engine.scheduler.num_preemptions() > 0);
+    assert!(engine.scheduler.preemptions().preempted > 0);
     assert_eq!(engine.num_computed, 2 * (30 + 59));
     engine.assert_clean();
 }
@@ -632,7 +672,7 @@ fn nothing_is_parked_while_a_step_is_in_flight() {
     let mut engine = ModelEngine { depth: 2, ..ModelEngine::new(SchedulerLimits { num_blocks: 8, ..limits() }) };
     let groups = [1, 2].map(|seed| engine.add(&prompt(seed, 30), 1, 60, Work::Generate));
     engine.run();
-    assert!(engine.scheduler.num_preemptions() > 0);
+    assert!(engine.scheduler.preemptions().preempted > 0);
     engine.assert_told(groups[0], &prompt(1, 30), 1, 60);
     engine.assert_told(groups[1], &prompt(2, 30), 1, 60);
     engine.assert_clean();
@@ -665,6 +705,7 @@ struct Request {
     max_tokens: u32,
     work: u8,
     cancel_after: Option<u8>,
+    cancel_in: Option<SequenceState>,
     valid: usize,
     arrivals: Vec<u8>,
 }
@@ -672,14 +713,17 @@ struct Request {
 fn request() -> impl Strategy<Value = Request> {
     let cancel = prop::option::weighted(0.2, 0u8..20);
     let arrivals = prop::collection::vec(0u8..5, 0..20);
-    (0u32..3, 1usize..120, 1u32..4, 1u32..40, 0u8..5, cancel, 0usize..8, arrivals).prop_map(
-        |(seed, len, num_choices, max_tokens, work, cancel_after, valid, arrivals)| Request {
+    let states = [SequenceState::Saving, SequenceState::Parked, SequenceState::Restoring];
+    let cancel_in = prop::option::weighted(0.15, prop::sample::select(states.to_vec()));
+    (0u32..3, 1usize..120, 1u32..4, 1u32..40, 0u8..5, (cancel, cancel_in), 0usize..8, arrivals).prop_map(
+        |(seed, len, num_choices, max_tokens, work, (cancel_after, cancel_in), valid, arrivals)| Request {
             seed,
             len,
             num_choices,
             max_tokens,
             work,
             cancel_after,
+            cancel_in,
             valid,
             arrivals,
         },
@@ -693,7 +737,8 @@ proptest! {
         requests in prop::collection::vec(request(), 1..12),
         num_blocks in 14usize..40,
         block_size in prop::sample::select(vec![16usize, 32]),
-        max_num_parked_blocks in prop::sample::select(vec![0usize, 3, 100]),
+        max_num_parked_blocks in prop::sample::select(vec![0usize, 3, 12, 100]),
+        max_num_copied_blocks in prop::sample::select(vec![0usize, 1, 2, 5, 100]),
         is_prefix_caching in any::<bool>(),
         is_lru in any::<bool>(),
         budget in 24usize..100,
@@ -702,7 +747,7 @@ proptest! {
     ) {
         let eviction_policy = if is_lru { EvictionPolicy::Lru } else { EvictionPolicy::ReuseRate };
         let limits = SchedulerLimits {
-            block_size, num_blocks, max_num_parked_blocks, is_prefix_caching, eviction_policy,
+            block_size, num_blocks, max_num_parked_blocks, max_num_copied_blocks, is_prefix_caching, eviction_policy,
             max_num_batched_tokens: budget, max_num_prefill_tokens: budget / 2 + 8, ..limits()
         };
         let mut engine = ModelEngine { depth, ..ModelEngine::new(limits) };
@@ -724,7 +769,12 @@ proptest! {
         for round in 0u32..20_000 {
             for (group, text, r, work) in &live {
                 let is_gone = cancelled.contains(group);
-                if r.cancel_after.is_some_and(|after| u32::from(after) == round) && !is_gone {
+                let is_due = r.cancel_after.is_some_and(|after| u32::from(after) == round)
+                    || r.cancel_in.is_some_and(|state| {
+                        let members = engine.scheduler.groups.get(group).into_iter().flatten();
+                        members.into_iter().any(|id| engine.scheduler.sequences[id].state == state)
+                    });
+                if is_due && !is_gone {
                     for parked in engine.scheduler.cancel(*group) {
                         engine.saved.remove(&parked);
                     }

@@ -169,6 +169,7 @@ impl Default for Shape {
                 prefill_progress_timeout: Duration::from_secs(5),
                 credit_bytes: 32 << 20,
                 growth_window_blocks: 2,
+                parked_kv_bytes: None,
                 local_prefill_tokens: 64,
                 local_rest_max_tokens: 0,
                 local_offer_max_tokens: 0,
@@ -300,10 +301,12 @@ fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, ste
         max_model_len: 4096,
         growth_blocks: 2,
         max_num_parked_blocks: num_blocks,
+        max_num_copied_blocks: 2,
         is_prefix_caching: true,
         eviction_policy: common::eviction::EvictionPolicy::default(),
     };
-    let options = EngineOptions { limits, role: role.as_str(), node: name.to_string() };
+    let options =
+        EngineOptions { limits, host_budget: Arc::default(), role: role.as_str(), node: name.to_string() };
     engine::core::start(Box::new(sim(num_blocks, step_time)), options).unwrap()
 }
 

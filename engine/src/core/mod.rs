@@ -17,5 +17,5 @@ mod handle;
 mod parked;
 mod plan_builder;
 
-pub use engine_loop::{EngineOptions, start, start_reporting};
+pub use engine_loop::{COPIED_BYTES_PER_STEP, EngineOptions, start, start_reporting};
 pub use handle::{EngineEvent, EngineHandle, EngineStatus, PinnedPrefix, RequestHandle};

@@ -1,9 +1,11 @@
-//! Entries in this process's memory: foyer's cache, least recently used out first.
+//! Entries in this process's memory: foyer's cache, least recently used out first. Its budget may be shared with
+//! parked KV, which then takes the place of entries.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use bytes::Bytes;
+use common::host_budget::HostBudget;
 use foyer::{Cache, CacheBuilder, Event, EventListener, LruConfig};
 
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
@@ -14,6 +16,8 @@ const OVERHEAD_BYTES: usize = 256;
 /// Host memory with a budget.
 pub struct HostBackend {
     cache: Cache<EntryKey, Bytes>,
+    /// What the cache may hold now; its own `capacity` stays what it was made with.
+    room_bytes: Arc<AtomicUsize>,
     evicted_bytes: Arc<AtomicU64>,
 }
 
@@ -46,7 +50,25 @@ impl HostBackend {
             .with_eviction_config(LruConfig::default())
             .with_event_listener(Arc::new(CountEvicted(Arc::clone(&evicted_bytes))))
             .build();
-        Self { cache, evicted_bytes }
+        Self { cache, room_bytes: Arc::new(AtomicUsize::new(budget_bytes)), evicted_bytes }
+    }
+
+    /// An empty one with what `budget` has left beside parked KV, now and whenever that changes.
+    pub fn sharing(budget: &HostBudget) -> Self {
+        let this = Self::new(budget.bytes_max() as usize);
+        let (cache, room_bytes) = (this.cache.clone(), this.room_bytes.clone());
+        budget.share_with(move |num_bytes| {
+            room_bytes.store(num_bytes as usize, Ordering::Release);
+            if let Err(error) = cache.resize(num_bytes as usize) {
+                // Only where the eviction's settings do not fit the size; ours have no sizes.
+                tracing::error!(%error, "the host tier keeps its size");
+            }
+        });
+        this
+    }
+
+    fn has_room_for(&self, bytes: &Bytes) -> bool {
+        weight(bytes) <= self.room_bytes.load(Ordering::Acquire)
     }
 }
 
@@ -68,9 +90,13 @@ impl TierBackend for HostBackend {
 
     fn put(&self, key: EntryKey, bytes: Bytes) -> StoreFuture<'_, Result<(), BackendError>> {
         Box::pin(async move {
-            // What is larger than all of it would push everything out and not stay itself.
-            if weight(&bytes) <= self.cache.capacity() {
-                self.cache.insert(key, bytes);
+            // What is larger than all of it would push everything out and stay all the same.
+            if self.has_room_for(&bytes) {
+                self.cache.insert(key, bytes.clone());
+                // Room may have gone in between.
+                if !self.has_room_for(&bytes) {
+                    self.cache.remove(&key);
+                }
             }
             Ok(())
         })
@@ -89,5 +115,47 @@ impl TierBackend for HostBackend {
 
     fn evicted_bytes(&self) -> Option<u64> {
         Some(self.evicted_bytes.load(Ordering::Relaxed))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::content::ContentKey;
+
+    use super::*;
+
+    const ENTRY_BYTES: usize = 1000;
+
+    async fn put(host: &HostBackend, number: u128) {
+        host.put(key(number), vec![7; ENTRY_BYTES - OVERHEAD_BYTES].into()).await.unwrap();
+    }
+
+    fn key(number: u128) -> EntryKey {
+        EntryKey { content: ContentKey(number), tag: 1 }
+    }
+
+    #[tokio::test]
+    async fn parked_kv_takes_the_place_of_the_least_recently_used_and_gives_it_back() {
+        let budget = HostBudget::new(10 * ENTRY_BYTES as u64);
+        let host = HostBackend::sharing(&budget);
+        for number in 0..10 {
+            put(&host, number).await;
+        }
+        let held = || (0..30).filter(|number| host.is_known_to_hold(key(*number)) == Some(true)).collect::<Vec<_>>();
+        assert_eq!(held(), (0..10).collect::<Vec<_>>());
+        host.get(key(0), ENTRY_BYTES).await.unwrap().unwrap();
+        budget.park(6500);
+        assert_eq!(held(), [0, 8, 9], "the others are gone before a byte is parked");
+        assert_eq!((host.used_bytes(), host.evicted_bytes()), (Some(3000), Some(7000)));
+        put(&host, 10).await;
+        assert_eq!(held(), [0, 9, 10], "new entries keep to what is left");
+        budget.park(9001);
+        put(&host, 11).await;
+        assert_eq!((held(), host.used_bytes()), (vec![], Some(0)), "there is no room for one entry");
+        budget.park(0);
+        for number in 12..30 {
+            put(&host, number).await;
+        }
+        assert_eq!(held(), (20..30).collect::<Vec<_>>(), "all of it is the tier's again");
     }
 }

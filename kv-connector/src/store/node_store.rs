@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::content::{ContentChain, ContentName, GRANULE_TOKENS};
+use common::host_budget::HostBudget;
 use metrics::Label;
 use tokio_util::sync::CancellationToken;
 
@@ -25,10 +26,10 @@ const DISK_TIMEOUT: Duration = Duration::from_secs(5);
 const HOST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Which tiers, and their limits.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub struct StoreConfig {
-    /// Host memory; 0: none.
-    pub host_bytes: u64,
+    /// Host memory, shared with parked KV; of 0 bytes: no host tier.
+    pub host_budget: Arc<HostBudget>,
     /// Folder of this node alone, and its budget.
     pub disk: Option<(PathBuf, u64)>,
     /// Shared storage.
@@ -95,12 +96,13 @@ impl NodeStore {
         labels: Vec<Label>,
     ) -> Result<Option<Arc<Self>>, OpenStoreError> {
         let mut tiers = Vec::new();
-        if config.host_bytes > 0 {
+        let host_bytes = config.host_budget.bytes_max();
+        if host_bytes > 0 {
             let num_bytes_min = 2 * format.entry_bytes() as u64;
-            if config.host_bytes < num_bytes_min {
-                return Err(OpenStoreError::HostTooSmall { host_bytes: config.host_bytes, num_bytes_min });
+            if host_bytes < num_bytes_min {
+                return Err(OpenStoreError::HostTooSmall { host_bytes, num_bytes_min });
             }
-            let backend = Arc::new(HostBackend::new(config.host_bytes as usize));
+            let backend = Arc::new(HostBackend::sharing(&config.host_budget));
             tiers.push(Tier::new(TierKind::Host, backend, format, HOST_TIMEOUT, &labels));
         }
         if let Some((folder, budget_bytes)) = &config.disk {

@@ -285,10 +285,27 @@ fn settings_that_do_not_go_together_are_refused() {
     assert!(error.0.starts_with("--max-num-batched-tokens is 8, expected at least --max-num-seqs"), "{error}");
     let error = decode("--prefill-timeout 1s", &[], "").unwrap().validate().unwrap_err();
     assert!(error.0.contains("--prefill-accept-timeout"), "{error}");
+    let error = decode("--store-host-bytes 4MiB --parked-kv-bytes 5MiB", &[], "").unwrap().validate().unwrap_err();
+    assert!(error.0.contains("expected at most --store-host-bytes"), "{error}");
     let error = read::<ProxyArgs>("proxy", &[], "").unwrap().validate().unwrap_err();
     assert!(error.0.starts_with("no decode node"), "{error}");
     let error = read::<CertsArgs>("certs --proxy a --decode-node b,a", &[], "").unwrap().validate().unwrap_err();
     assert!(error.0.starts_with("\"a\" is given twice"), "{error}");
+}
+
+#[test]
+fn parked_kv_has_the_host_tier_or_as_much_as_the_pool_unless_it_is_said() {
+    for (argv, expected) in [
+        ("", 1000),
+        ("--parked-kv-bytes 0", 0),
+        ("--parked-kv-bytes 5000", 5000),
+        ("--store-host-bytes 3000", 3000),
+        ("--store-host-bytes 3000 --parked-kv-bytes 20", 20),
+    ] {
+        let args = decode(argv, &[], "").unwrap();
+        args.validate().unwrap();
+        assert_eq!(args.decode.parked_bytes_max(&args.store, 1000), expected, "{argv}");
+    }
 }
 
 #[test]
