@@ -8,7 +8,7 @@
 Three decode nodes that prefill by themselves get the same load: `roomy` has blocks for all, `parking` and
 `recomputing` have too few, and save the KV of a preempted sequence in the host tier or compute it again. A few
 streams begin first; being the oldest they are never preempted, and their inter-token latency is what is told. Then
-requests keep arriving, as many at a time as `--others`, and grow beyond the pool. All nodes are started at once and
+requests keep coming until the streams end, `--others` at a time, and grow beyond the pool. All nodes are started at once and
 idle but for the one that is asked; rounds go through them in turn, beginning with another one each time. Ratios are
 within a round, and told as their geometric mean with the lowest and the highest.
 
@@ -43,7 +43,8 @@ class Node:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         log = folder / f"{name}.log"
-        start = [args.tandem, "up", "--model", args.model, "--port", port, "--num-prefill-nodes", 0, *flags]
+        start = [args.tandem, "up", "--model", args.model, "--port", port, "--num-prefill-nodes", 0,
+                 "--growth-window-blocks", 1, *flags]
         self.process = subprocess.Popen([str(word) for word in start], stdout=subprocess.DEVNULL, stderr=log.open("w"))
         deadline = time.monotonic() + 120
         while True:
@@ -90,7 +91,14 @@ class Node:
         others, _ = self.load("others", seed + 1, args.num_others, args.input_len, args.output_len,
                               "--max-concurrency", args.others)
         self.wait_for(streams)
-        self.wait_for(others)
+        if others.poll() is not None:
+            self.wait_for(others)
+            sys.exit("the others were over before the streams: raise --num-others")
+        # Their connections end with it, and so do they.
+        others.kill()
+        others.communicate()
+        while self.metric("num_requests_running") + self.metric("num_requests_waiting") > 0:
+            time.sleep(0.01)
         itls = sorted(itl * 1e3 for of_stream in json.loads(result.read_text())["itls"] for itl in of_stream)
         counted = {counter: self.metric(counter) - before[counter] for counter in COUNTERS}
         figures = {name: itls[min(len(itls) - 1, int(share * len(itls)))] for name, share in STATISTICS.items()}
@@ -123,10 +131,10 @@ def main():
     parser.add_argument("--streams", type=int, default=4, help="sequences whose inter-token latency is measured")
     parser.add_argument("--stream-len", type=int, default=1024, help="tokens that a stream generates")
     parser.add_argument("--others", type=int, default=8, help="further requests at a time")
-    parser.add_argument("--num-others", type=int, default=32, help="further requests of a round")
+    parser.add_argument("--num-others", type=int, default=1000, help="further requests, of which those count that come before the streams end")
     parser.add_argument("--input-len", type=int, default=256, help="tokens of every prompt")
     parser.add_argument("--output-len", type=int, default=256, help="tokens that a further request generates")
-    parser.add_argument("--share", type=float, default=0.6, help="of the others' KV that the small pools have room for")
+    parser.add_argument("--share", type=float, default=0.3, help="of the others' KV that the small pools have room for")
     args = parser.parse_args()
     others = args.others * (args.input_len + args.output_len)
     streams = args.streams * (args.input_len + args.stream_len)

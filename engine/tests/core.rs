@@ -360,8 +360,8 @@ async fn preempted_requests_generate_the_same_tokens_as_alone() {
         assert_nothing_left(&crowded).await;
         let all_room = soon("the room of what was parked comes back", room.wait_for(|room| *room == BUDGET_BYTES));
         drop(all_room.await.unwrap());
-        let [parked, restored, recomputed] = ["parked", "restored", "recomputed"]
-            .map(|what| counters.value(&format!("tandem_preempted_{what}_total")));
+        let [parked, restored, recomputed] =
+            ["parked", "restored", "recomputed"].map(|what| counters.value(&format!("tandem_preempted_{what}_total")));
         assert_eq!(parked, restored, "all of them went on");
         assert_eq!(parked > 0, max_num_parked_blocks > 0, "{parked} parked with {max_num_parked_blocks} blocks");
         assert!(recomputed > 0 || max_num_parked_blocks > 0, "{recomputed} recomputed");

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::{InvalidSettings, StoreArgs};
 use super::values::{parse_above_zero, parse_bytes, parse_bytes_above_zero, parse_duration_above_zero, parse_whole};
+use super::{InvalidSettings, StoreArgs};
 use crate::handover::{DecodeLimits, PrefillLimits};
 
 /// The sending end.

@@ -94,9 +94,8 @@ impl Scheduler {
     }
 
     fn num_seats_taken(&self) -> usize {
-        let seated = |state| {
-            matches!(state, SequenceState::Computing | SequenceState::AwaitingKv | SequenceState::Restoring)
-        };
+        let seated =
+            |state| matches!(state, SequenceState::Computing | SequenceState::AwaitingKv | SequenceState::Restoring);
         self.sequences.values().filter(|s| seated(s.state)).map(|s| s.choices.len()).sum()
     }
 

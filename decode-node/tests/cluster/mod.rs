@@ -305,8 +305,7 @@ fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, ste
         is_prefix_caching: true,
         eviction_policy: common::eviction::EvictionPolicy::default(),
     };
-    let options =
-        EngineOptions { limits, host_budget: Arc::default(), role: role.as_str(), node: name.to_string() };
+    let options = EngineOptions { limits, host_budget: Arc::default(), role: role.as_str(), node: name.to_string() };
     engine::core::start(Box::new(sim(num_blocks, step_time)), options).unwrap()
 }
 
