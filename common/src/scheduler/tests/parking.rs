@@ -128,25 +128,36 @@ fn sequence_preempted_while_it_is_restored_is_not_saved_again() {
 #[test]
 fn shared_blocks_are_not_saved_for_growth_that_they_make_no_room_for() {
     let limits = SchedulerLimits {
-        num_blocks: 14,
+        num_blocks: 11,
         max_num_parked_blocks: 100,
         max_num_copied_blocks: 1,
         is_prefix_caching: false,
         ..limits()
     };
     let mut engine = ModelEngine::new(limits);
-    let older = engine.add(&prompt(1, 30), 1, 150, Work::Generate);
-    // The choices share eight of their blocks.
-    let choices = engine.add(&prompt(2, 128), 2, 60, Work::Generate);
-    let mut num_steps = 0;
-    while engine.scheduler.sequence(older).is_some() {
+    // The choices share eight blocks, have one each, and all need the next one in the same step.
+    let group = engine.add(&prompt(2, 128), 3, 40, Work::Generate);
+    while engine.scheduler.preemptions().preempted == 0 {
         assert!(engine.step());
-        num_steps += 1;
-        assert_eq!(engine.told[&(older, ChoiceIndex(0))].len(), num_steps, "nothing holds the older one up");
     }
+    assert_eq!(engine.scheduler.preemptions().preempted, 2, "one block was not enough");
+    let num_saved: usize = engine.saved.values().map(BTreeMap::len).sum();
+    assert!(num_saved <= 2, "{num_saved} blocks were saved for one that was needed");
     engine.run();
-    engine.assert_told(older, &prompt(1, 30), 1, 150);
-    engine.assert_told(choices, &prompt(2, 128), 2, 60);
-    assert!(engine.scheduler.preemptions().preempted >= 2);
+    engine.assert_told(group, &prompt(2, 128), 3, 40);
     engine.assert_clean();
+}
+
+#[test]
+fn new_sequences_wait_for_one_that_is_saved() {
+    let (mut engine, groups) = preempted(16, 1);
+    let newest = engine.add(&prompt(4, 10), 1, 1, Work::Generate);
+    let has_blocks =
+        |engine: &ModelEngine| engine.scheduler.sequence(groups[1]).unwrap().state == SequenceState::Restoring;
+    while !has_blocks(&engine) {
+        assert_eq!(engine.scheduler.sequence(newest).unwrap().state, SequenceState::Waiting);
+        assert!(engine.step());
+    }
+    assert_both_said_what_they_say_alone(&mut engine, groups);
+    engine.assert_told(newest, &prompt(4, 10), 1, 1);
 }
