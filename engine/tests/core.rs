@@ -356,7 +356,7 @@ async fn preempted_requests_generate_the_same_tokens_as_alone() {
         for (number, (task, expected)) in running.into_iter().zip(&alone).enumerate() {
             assert_eq!(&task.await.unwrap(), expected, "request {number}, {max_num_parked_blocks} parked blocks");
         }
-        assert!(counters.value("tandem_preemptions_total") > 5, "{}", counters.value("tandem_preemptions_total"));
+        assert!(counters.value("tandem_preemptions_total") > 0, "nothing was preempted");
         assert_nothing_left(&crowded).await;
         let all_room = soon("the room of what was parked comes back", room.wait_for(|room| *room == BUDGET_BYTES));
         drop(all_room.await.unwrap());
