@@ -371,6 +371,26 @@ async fn preempted_requests_generate_the_same_tokens_as_alone() {
     }
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn sequence_is_restored_in_several_steps_though_nothing_else_runs() {
+    let requests = [generating(prompt(30, 1), 120), generating(prompt(150, 2), 40)];
+    let roomy = engine(limits(64));
+    let alone = [run(&roomy, requests[0].clone()).await, run(&roomy, requests[1].clone()).await];
+    let counters = Counters::default();
+    // The second comes back when the first has ended: they need 22 blocks.
+    let limits = SchedulerLimits { max_num_copied_blocks: 1, is_prefix_caching: false, ..limits(16) };
+    let runner = Box::new(sim(limits.num_blocks, Duration::from_millis(5)));
+    let crowded = metrics::with_local_recorder(&counters, || engine_with(runner, limits));
+    let params = requests.clone().map(|request| request.params);
+    let mut running = requests.map(|request| crowded.submit(request, usize::MAX).unwrap());
+    for ((request, params), expected) in running.iter_mut().zip(&params).zip(&alone) {
+        until_admitted(request).await;
+        assert_eq!(&finish(request, Texts::new(), params).await, expected);
+    }
+    assert_eq!(counters.value("tandem_preempted_restored_total"), 1);
+    assert_nothing_left(&crowded).await;
+}
+
 const BUDGET_BYTES: u64 = 1 << 30;
 
 /// A budget, what it has left, and the least that it had left.
