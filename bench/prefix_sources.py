@@ -6,9 +6,11 @@
     python bench/prefix_sources.py --tandem target/release/tandem --model /tmp/model-s --tokens 512,2048
 
 Each source is a `tandem up` of its own whose settings leave no other way: small pools give the prompt up to the
-prompts that follow it, so that it comes back from one tier, from the decode node, or by computing it again. All
-run at the same time and idle but for the one that is asked; rounds go through all sources in turn. The answer's
-`cached_tokens` prove that the prefix was not computed. Redis is started here if `redis-server` is installed.
+prompts that follow it, so that it comes back from one tier, or by computing it again. For the peer there are two
+prefill nodes with a core each: the one that holds the prefix is busy with a longer prompt, so the proxy goes to the
+other, which fetches the prefix from it. All run at the same time and idle but for the one that is asked; rounds go
+through all sources in turn. The answer's `cached_tokens` prove that the prefix was not computed. Redis is started
+here if `redis-server` is installed.
 """
 import argparse
 import json
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.request
 
@@ -37,11 +40,16 @@ def free_port():
 
 
 class Server:
+    """Every role in one process."""
+
     def __init__(self, tandem, model, flags, log):
         port = free_port()
+        self.start(port, log, [[tandem, "up", "--model", model, "--port", str(port), *flags]])
+
+    def start(self, port, log, commands):
         self.url = f"http://127.0.0.1:{port}"
-        self.process = subprocess.Popen([tandem, "up", "--model", model, "--port", str(port), *flags],
-                                        stdout=subprocess.DEVNULL, stderr=open(log, "w"))
+        self.processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(log, "a"))
+                          for command in commands]
         deadline = time.monotonic() + 120
         while True:
             try:
@@ -49,9 +57,17 @@ class Server:
                     self.model = json.load(answer)["data"][0]["id"]
                     return
             except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"tandem up {' '.join(flags)} did not come up:\n{pathlib.Path(log).read_text()}")
+                if any(process.poll() is not None for process in self.processes) or time.monotonic() > deadline:
+                    self.stop()
+                    sys.exit(f"{commands} did not come up:\n{pathlib.Path(log).read_text()}")
                 time.sleep(0.1)
+
+    def ask_again(self, prompt, others):
+        """The same prompt when `others` have been asked since."""
+        self.ask(prompt)
+        for other in others:
+            self.ask(other)
+        return self.ask(prompt)
 
     def ask(self, prompt):
         """Milliseconds until the first token, and the prompt tokens that were not computed."""
@@ -71,8 +87,44 @@ class Server:
         return (first - begun) * 1e3, cached
 
     def stop(self):
-        self.process.terminate()
-        self.process.wait()
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            process.wait()
+
+
+class Peers(Server):
+    """Two prefill nodes, one of which has the prefix and is busy, so that the other one is asked."""
+
+    def __init__(self, tandem, model, flags, folder):
+        certs = folder / "certs"
+        subprocess.run([tandem, "certs", "--dir", certs, "--prefill-node", "prefill-0", "--prefill-node", "prefill-1",
+                        "--decode-node", "decode-0", "--proxy", "proxy"], check=True, stdout=subprocess.DEVNULL)
+        port, *nodes = (free_port() for _ in range(4))
+        common = ["--tls-dir", str(certs), "--model", model]
+        node = lambda role, name, at: [tandem, role, "--node-id", name, "--port", str(at), "--threads", "1", *common,
+                                       *flags]
+        listed = [word for flag, at in zip(("--prefill-node", "--prefill-node", "--decode-node"), nodes)
+                  for word in (flag, f"127.0.0.1:{at}")]
+        self.start(port, folder / "peers.log", [
+            ["taskset", "-c", "0", *node("prefill-node", "prefill-0", nodes[0])],
+            ["taskset", "-c", "1", *node("prefill-node", "prefill-1", nodes[1])],
+            # It holds no prefix itself: that would be the nearer way.
+            ["taskset", "-c", "1", *node("decode-node", "decode-0", nodes[2]), "--no-enable-prefix-caching"],
+            [tandem, "proxy", "--node-id", "proxy", "--port", str(port), *common, *listed],
+        ])
+
+    def ask_again(self, prompt, others):
+        """`others` follow the prompt where it is held, and keep that node busy."""
+        self.ask(prompt)
+        busy = threading.Thread(target=self.ask, args=(prompt + sum(others, []),))
+        busy.start()
+        # Until it has reached the node.
+        time.sleep(0.3)
+        found = self.ask(prompt + others[0][:16])
+        assert busy.is_alive(), "the node that holds the prefix was not busy: ask for fewer tokens"
+        busy.join()
+        return found
 
 
 def kv_bytes_per_token(model):
@@ -109,6 +161,7 @@ def main():
     try:
         for name, flags in sources.items():
             servers[name] = Server(args.tandem, args.model, flags, folder / f"{name.replace(' ', '-')}.log")
+        servers["peer, busy"] = Peers(args.tandem, args.model, ["--kv-cache-memory-bytes", large], folder)
         rng = random.Random(0)
         prompt = lambda length: [rng.randrange(5, 500) for _ in range(length)]
         print("| prefix from | " + " | ".join(f"{n} tokens, ms (of computed)" for n in lengths) + " |")
@@ -118,11 +171,8 @@ def main():
             for round_number in range(args.rounds + 1):
                 for name, server in servers.items():
                     own = prompt(length)
-                    server.ask(own)
-                    others = 0 if name == "pool" else NUM_OTHERS
-                    for _ in range(others):
-                        server.ask(prompt(max(lengths)))
-                    took, cached = server.ask(own)
+                    others = [prompt(max(lengths)) for _ in range(0 if name == "pool" else NUM_OTHERS)]
+                    took, cached = server.ask_again(own, others)
                     expected = 0 if name == "computed" else length - 16
                     assert (cached >= expected if expected else cached < 16), f"{name}: {cached} of {length} tokens were cached"
                     if round_number:

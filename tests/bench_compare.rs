@@ -94,6 +94,8 @@ async fn setups_are_compared_in_turn_and_drawn() {
     assert!((mean.as_f64().unwrap() - product.sqrt()).abs() < 1e-9, "{ratio}");
     // Only what was started here can be looked at.
     assert!(rounds[0][1]["server_cpu_s"].as_f64().is_some() && rounds[0][0]["server_cpu_s"].is_null());
+    assert!(rounds[0][1]["server_cpu_s_by_process"]["tandem bench"].is_number(), "{}", rounds[0][1]);
+    assert!(rounds[0][0]["client_cpu_s"].as_f64().is_some_and(|cpu_seconds| cpu_seconds >= 0.0));
     let gone = Command::new("ps").args(["-eo", "args"]).output().unwrap();
     let listen = format!("127.0.0.1:{port}");
     assert!(!String::from_utf8_lossy(&gone.stdout).contains(&listen), "what was started has been stopped");

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What splitting prefill from decode is worth on this machine: five comparisons, one command each.
+"""What splitting prefill from decode is worth on this machine, and what it costs: comparisons, one command each.
 
     cargo build --release
     target/release/tandem model random s /tmp/model-s
@@ -11,13 +11,14 @@
 | price | TTFT of one request at a time, split over colocated on the same cores, by length of the prompt |
 | apart | settings that move TTFT and leave ITL, and the reverse |
 | goodput | requests per second that meet three pairs of SLOs, on a trace (`--trace`, Mooncake's format) |
+| handover | what lies between the end of prefill and the decode node's own steps, by length of the prompt |
 | cost | CPU seconds per 1,000 output tokens, and resident memory |
 
 Set-ups: `split` (prefill node on core 0, decode node on core 1), `one-core` and `two-cores` (one decode node that
 prefills by itself), `llama` (`--llama-server` and `--gguf`, written by `tandem model gguf`), `vllm` (`--vllm`, the
 program of its CPU build); bench/peers/README.md says how to have the last two. All are started anew for each round,
-take turns, and get the same load; the load generator and the proxy run on either core, beside the engines. Nothing
-else should run meanwhile.
+take turns, and get the same load; the load generator and the proxy run beside the engines, on either core or where
+`--beside` says, and what they took is in the results. Nothing else should run meanwhile.
 """
 import argparse
 import json
@@ -27,10 +28,12 @@ import sys
 
 PORT = 18100
 KV_BYTES = "1GiB"
+# Of the trace's lengths: see `goodput`.
+DIVISOR = 16
 CONTEXT = 16384
-# Time to the first token and the longest gap between two tokens of an answer, as multiples of the split set-up's
-# medians: see `goodput`.
-SLOS = {"tight ITL": (8.0, 1.5), "tight TTFT": (2.0, 6.0), "both": (2.0, 1.5)}
+# Milliseconds to the first token and of the longest gap between two tokens of an answer: see `goodput`. Shape S on
+# an idle core needs half a second for a prompt of this trace, and 8 ms for a token.
+SLOS = {"tight ITL": (5000, 25), "tight TTFT": (1000, 100), "both": (1000, 25)}
 
 
 def toml(setups):
@@ -74,8 +77,8 @@ class Setups:
             nodes += f" --prefill-node 127.0.0.1:{at}"
         lines.append(f"taskset -c {decode} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
                      f"--metrics-port 0 {engine} {' '.join(decode_flags)} &")
-        lines.append(f"{self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
-        return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait"])],
+        lines.append(f"taskset -c {self.args.beside} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
+        return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait -n"])],
                 "flags": ["--model", self.args.model]}
 
     def split(self, name="split", **more):
@@ -91,14 +94,14 @@ class Setups:
 
     def llama(self):
         port = self.ports()
-        start = [self.args.llama_server, "-m", self.args.gguf, "--host", "127.0.0.1", "--port", port, "-t", 2, "-tb", 2,
+        start = ["taskset", "-c", "0,1", self.args.llama_server, "-m", self.args.gguf, "--host", "127.0.0.1", "--port", port, "-t", 2, "-tb", 2,
                  "-c", CONTEXT * 8, "--parallel", 8, "--no-webui", "--log-disable", "-fa", "on"]
         return {"name": "llama", "url": f"http://127.0.0.1:{port}", "start": start,
                 "flags": ["--model", "m", "--no-keep-alive"]}
 
     def vllm(self, name="vllm", budget=None):
         port = self.ports()
-        start = [self.args.vllm, "serve", self.args.model, "--host", "127.0.0.1", "--port", port, "--dtype", "bfloat16",
+        start = ["taskset", "-c", "0,1", self.args.vllm, "serve", self.args.model, "--host", "127.0.0.1", "--port", port, "--dtype", "bfloat16",
                  "--max-model-len", CONTEXT, "--max-num-seqs", 64, "--disable-log-stats"]
         start += ["--max-num-batched-tokens", budget] if budget else []
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "HF_HUB_OFFLINE": "1",
@@ -119,7 +122,7 @@ def bench(args, command, name, setups, flags, serve_flags):
     path, result = args.out / f"{name}.toml", args.out / f"{name}.json"
     path.write_text(toml(setups))
     vocab = json.loads((pathlib.Path(args.model) / "config.json").read_text())["vocab_size"]
-    all_flags = [args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
+    all_flags = ["taskset", "-c", args.beside, args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
                  *flags, "--", "--vocab-size", min(vocab, 500), *serve_flags]
     subprocess.run([str(flag) for flag in all_flags], check=True)
     return json.loads(result.read_text())
@@ -151,37 +154,40 @@ def price(args, setups):
 
 
 def apart(args, setups):
+    split = lambda name, prefill=(), decode=(): setups.split(name, prefill_flags=prefill, decode_flags=decode)
+    colocated = lambda chunk: setups.colocated("0,1", f"colocated-chunks-of-{chunk}", chunk)
     variants = [
-        setups.split("base", prefill_flags=("--max-num-batched-tokens 512",)),
-        setups.split("prefill-chunk-64", prefill_flags=("--max-num-batched-tokens 64",)),
-        setups.split("two-prefill-nodes", prefill=("0", "0")),
-        setups.split("decode-seqs-4", decode_flags=("--max-num-seqs 4",)),
-        setups.split("local-prefill", decode_flags=("--local-prefill-tokens 512",),
-                     proxy_flags=("--local-prefill-max-tokens 1000000",)),
-        setups.split("local-prefill-32", decode_flags=("--local-prefill-tokens 32",),
-                     proxy_flags=("--local-prefill-max-tokens 1000000",)),
+        split("base"),
+        split("prefill-chunks-of-64", ("--max-num-batched-tokens 64",)),
+        split("prefill-without-prefix-cache", ("--no-enable-prefix-caching",)),
+        split("decode-4-at-a-time", decode=("--max-num-seqs 4",)),
+        split("decode-2-at-a-time", decode=("--max-num-seqs 2",)),
+        *(colocated(chunk) for chunk in (64, 128, 512)),
     ]
+    # Prompts of 512 tokens of which three quarters are shared, in bursts.
     result = bench(args, "compare", "apart", variants, [],
-                   ["--num-prompts", args.requests, "--request-rate", args.rate, "--random-input-len", 512,
-                    "--random-output-len", 128, "--random-range-ratio", 0.5, "--ignore-eos", "--num-warmups", 2])
-    rows = [[name, *(interval(result["ratios_to_first"][figure][name]) for figure in ("median_ttft_ms", "p99_itl_ms"))]
-            for name in result["setups"][1:]]
-    table(["setting", "TTFT to base", "p99 ITL to base"], rows)
+                   ["--num-prompts", args.requests, "--request-rate", args.rate, "--burstiness", 0.5,
+                    "--dataset-name", "prefix_repetition", "--prefix-repetition-num-prefixes", 4,
+                    "--prefix-repetition-prefix-len", 384, "--prefix-repetition-suffix-len", 128,
+                    "--prefix-repetition-output-len", 192, "--ignore-eos", "--num-warmups", 2])
+    figures = ("median_ttft_ms", "p99_itl_ms", "mean_itl_ms", "mean_e2el_ms")
+    rows = [["base", *(f"{result['rounds'][0][0][figure]:.1f} ms" for figure in figures)]]
+    rows += [[name, *(interval(result["ratios_to_first"][figure][name]) for figure in figures)]
+             for name in result["setups"][1:]]
+    table(["setting", "median TTFT", "p99 ITL", "mean ITL", "mean time to the whole answer"], rows)
 
 
 def goodput(args, setups):
     assert args.trace, "--trace is missing: a file in Mooncake's format"
     chosen = [setups.split(), setups.colocated("0"), setups.colocated("0,1"), *setups.peers()]
+    print(f"The first {args.requests} requests of {pathlib.Path(args.trace).name}, lengths divided by {DIVISOR}, "
+          f"{args.rate} per second (Poisson).")
     result = bench(args, "compare", "goodput", chosen, [],
-                   ["--dataset-name", "mooncake", "--dataset-path", args.trace, "--trace-length-divisor", 16,
+                   ["--dataset-name", "mooncake", "--dataset-path", args.trace, "--trace-length-divisor", DIVISOR,
                     "--num-prompts", args.requests, "--request-rate", args.rate, "--ignore-eos", "--save-detailed",
                     "--num-warmups", 2])
-    # The objectives follow from the machine: what the split set-up needs at the median, times a factor.
-    base = result["rounds"][0][0]
-    median_ttft, median_itl = base["median_ttft_ms"], base["median_itl_ms"]
     rows = []
-    for name, (of_ttft, of_itl) in SLOS.items():
-        ttft_max, itl_max = of_ttft * median_ttft, of_itl * median_itl
+    for name, (ttft_max, itl_max) in SLOS.items():
         cells = []
         for index, _ in enumerate(result["setups"]):
             rates = []
@@ -191,8 +197,28 @@ def goodput(args, setups):
                            for ttft, itls, error in zip(run["ttfts"], run["itls"], run["errors"]))
                 rates.append((good / run["duration"], good / len(run["ttfts"])))
             cells.append(" / ".join(f"{rate:.2f} ({share:.0%})" for rate, share in rates))
-        rows.append([f"{name}: TTFT {ttft_max:.0f} ms, ITL {itl_max:.1f} ms", *cells])
+        rows.append([f"{name}: TTFT {ttft_max} ms, ITL {itl_max} ms", *cells])
     table(["objectives", *(f"{name}, good requests/s by round" for name in result["setups"])], rows)
+
+
+def handover(args, setups):
+    rows = []
+    for length in args.lengths:
+        chosen = []
+        for transports in ("quic", "quic,shm"):
+            flags = (f"--kv-transports {transports}",)
+            chosen.append(setups.split(transports.split(",")[-1], prefill_flags=flags, decode_flags=flags))
+        result = bench(args, "compare", f"handover-{length}", chosen, [],
+                       ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
+                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", 2])
+        for index, name in enumerate(result["setups"]):
+            mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
+            itl, handover = mean("median_itl_ms"), mean("median_handover_ms")
+            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", f"{mean('median_transfer_ms'):.1f}",
+                         f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{handover / itl:.2f}",
+                         f"{mean('median_first_gap_ms') / itl:.2f}"])
+    table(["prompt tokens", "transport", "prefill, ms", "first KV byte to last verified, ms",
+           "token #1 to the running batch, p50 / p99 ms", "in ITLs", "gap #1 to #2, in ITLs"], rows)
 
 
 def cost(args, setups):
@@ -216,7 +242,7 @@ def table(head, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comparisons = {found.__name__: found for found in (interference, price, apart, goodput, cost)}
+    comparisons = {found.__name__: found for found in (interference, price, apart, goodput, handover, cost)}
     parser.add_argument("comparison", choices=comparisons)
     parser.add_argument("--tandem", required=True, help="the release binary")
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
@@ -224,11 +250,12 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
     parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")
+    parser.add_argument("--beside", default="0,1", help="cores of the load generator and of Tandem's proxies")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a colocated prompt chunk: tune it first")
     parser.add_argument("--prompt-len", type=int, default=1024, help="interference: tokens of a long prompt")
     parser.add_argument("--stream-len", type=int, default=512, help="interference: tokens of a stream")
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")],
-                        default=[64, 256, 512, 1024, 2048, 4096, 8192], help="price: prompt lengths")
+                        default=[64, 256, 512, 1024, 2048, 4096, 8192], help="price, handover: prompt lengths")
     parser.add_argument("--trace", help="goodput: a trace in Mooncake's format")
     parser.add_argument("--llama-server", help="llama.cpp's server; needs --gguf")
     parser.add_argument("--gguf", help="the same weights for it")

@@ -15,14 +15,14 @@ use serde_json::{Map, Value, json};
 
 use crate::ratio::Ratio;
 use crate::serve::provenance::Provenance;
-use crate::serve::report::Report;
-use crate::serve::{ServeArgs, measure};
+use crate::serve::{ServeArgs, WarmedUp, progress_bar};
 use crate::setup::rounds::in_turn;
 use crate::setup::server::Server;
 use crate::setup::{self, Setup};
+use crate::usage::{Usage, cpu_seconds_between};
 
 /// Figures that are compared where a run has them.
-const FIGURES: [&str; 18] = [
+const FIGURES: [&str; 19] = [
     "mean_ttft_ms",
     "median_ttft_ms",
     "p99_ttft_ms",
@@ -41,9 +41,11 @@ const FIGURES: [&str; 18] = [
     "slo_attainment",
     CPU_PER_1K,
     RESIDENT,
+    "client_cpu_s",
 ];
 const CPU_PER_1K: &str = "server_cpu_s_per_1k_output_tokens";
 const RESIDENT: &str = "server_resident_mib";
+const CPU_BY_PROCESS: &str = "server_cpu_s_by_process";
 
 /// What is compared.
 #[derive(Debug, Clone, Args)]
@@ -96,18 +98,22 @@ pub(crate) fn serve_args(setup: &Setup, flags: &[String]) -> anyhow::Result<Serv
     Ok(args)
 }
 
-/// One run against a server that is there, as `bench serve` would write it, with what the server took.
+/// One run against a server that is there, as `bench serve` would write it, with what the server took behind the
+/// warm-up.
 pub(crate) async fn measure_setup(server: &Server, args: ServeArgs, provenance: Provenance) -> anyhow::Result<Value> {
     let api_key = std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty());
+    let warmed_up = WarmedUp::new(args, api_key).await?;
     let before = server.usage();
-    let report: Report = measure(args, provenance, api_key).await?;
+    let report = warmed_up.measure(provenance, &progress_bar(), std::future::pending()).await?;
     let mut result = report.to_json();
     if let (Some(before), Some(after)) = (before, server.usage()) {
-        let cpu_seconds = after.cpu_seconds - before.cpu_seconds;
+        let by_process = cpu_seconds_between(&before, &after);
+        let cpu_seconds: f64 = by_process.values().sum();
         let tokens = report.summary.total_output_tokens.max(1) as f64;
         result["server_cpu_s"] = json!(cpu_seconds);
+        result[CPU_BY_PROCESS] = json!(by_process);
         result[CPU_PER_1K] = json!(cpu_seconds / tokens * 1e3);
-        result[RESIDENT] = json!(after.resident_bytes as f64 / f64::from(1 << 20));
+        result[RESIDENT] = json!(Usage::sum(after.values()).resident_bytes as f64 / f64::from(1 << 20));
     }
     Ok(result)
 }
@@ -141,6 +147,18 @@ impl Comparison {
     fn values(&self, figure: &str) -> Option<Vec<Vec<f64>>> {
         let of = |index: usize| self.rounds.iter().map(|round| round[index][figure].as_f64()).collect();
         (0..self.names.len()).map(of).collect()
+    }
+
+    /// CPU seconds of a set-up's processes that took a hundredth of one, means over the rounds.
+    fn cpu_by_process(&self, setup: usize) -> BTreeMap<&str, f64> {
+        let mut sums = BTreeMap::<&str, f64>::new();
+        for round in &self.rounds {
+            for (name, cpu_seconds) in round[setup][CPU_BY_PROCESS].as_object().into_iter().flatten() {
+                *sums.entry(name).or_default() += cpu_seconds.as_f64().unwrap_or_default() / self.rounds.len() as f64;
+            }
+        }
+        sums.retain(|_, cpu_seconds| *cpu_seconds >= 0.01);
+        sums
     }
 
     /// By figure, each set-up's ratio to the first.
@@ -196,6 +214,13 @@ impl fmt::Display for Comparison {
                 }
             }
             writeln!(f)?;
+        }
+        for (index, name) in self.names.iter().enumerate() {
+            let shares = self.cpu_by_process(index);
+            if !shares.is_empty() {
+                let shares: Vec<String> = shares.iter().map(|(process, cpu)| format!("{process} {cpu:.2}")).collect();
+                write!(f, "\nCPU seconds of {name}: {}", shares.join(", "))?;
+            }
         }
         write!(f, "\n{}", self.provenance.command)
     }

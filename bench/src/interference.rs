@@ -7,8 +7,10 @@
 //! Medians hide what a long prompt does, since most steps have none beside them: p99, the mean and the longest
 //! stall tell it.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::PathBuf;
+use std::time::Instant;
 
 use anyhow::Context;
 use clap::Args;
@@ -22,9 +24,11 @@ use crate::serve::provenance::Provenance;
 use crate::serve::report::Report;
 use crate::serve::slo::Metric;
 use crate::serve::statistics::Samples;
-use crate::serve::{ServeArgs, measure_until};
+use crate::serve::{ServeArgs, WarmedUp};
 use crate::setup::rounds::in_turn;
+use crate::setup::server::Server;
 use crate::setup::{self, Setup};
+use crate::usage::cpu_seconds_between;
 
 /// Long prompts that may be sent beside one run of the streams.
 const NUM_PROMPTS_MAX: usize = 10_000;
@@ -83,6 +87,8 @@ struct Figures {
     beside: Samples,
     /// TTFT of the long prompts that arrived.
     prompt_ttft: Samples,
+    /// What each process of the set-up, and this one, took meanwhile, in cores.
+    cores: BTreeMap<String, f64>,
 }
 
 /// A figure of an ITL.
@@ -116,9 +122,10 @@ pub fn run(args: &InterferenceArgs, provenance: Provenance) -> anyhow::Result<In
         streams(args, setup, 0)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    let rounds = runtime.block_on(in_turn(&setups, args.num_seeds, args.keep_running, async |round, index, _| {
-        one_round(args, &setups[index], round, &provenance).await
-    }))?;
+    let rounds =
+        runtime.block_on(in_turn(&setups, args.num_seeds, args.keep_running, async |round, index, server| {
+            one_round(args, &setups[index], server, round, &provenance).await
+        }))?;
     let names = setups.iter().map(|setup| setup.name.clone()).collect();
     let result = Interference { names, rounds, load: args.load, provenance };
     if let Some(path) = &args.save_result {
@@ -131,6 +138,7 @@ pub fn run(args: &InterferenceArgs, provenance: Provenance) -> anyhow::Result<In
 async fn one_round(
     args: &InterferenceArgs,
     setup: &Setup,
+    server: &Server,
     round: u64,
     provenance: &Provenance,
 ) -> anyhow::Result<Figures> {
@@ -152,27 +160,34 @@ async fn one_round(
             // Dropped or sent: either way the streams are over.
             let _ = stop.await;
         });
+        let (before, begun) = (server.usage(), Instant::now());
         let (decode, prompts) = tokio::join!(decode, measured(prompts, provenance.clone(), stop));
-        let prompts = prompts.context("the long prompts beside the streams")?;
-        anyhow::Ok((samples(&decode?, Metric::Itl)?, samples(&prompts, Metric::Ttft)?))
+        let elapsed_seconds = begun.elapsed().as_secs_f64();
+        let (decode, prompts) = (decode?, prompts.context("the long prompts beside the streams")?);
+        let taken = before.zip(server.usage()).map(|(before, after)| cpu_seconds_between(&before, &after));
+        let own = decode.client_cpu_s.map(|cpu_seconds| ("load generator".to_owned(), cpu_seconds));
+        let cores = taken.into_iter().flatten().chain(own);
+        let cores = cores.map(|(name, cpu_seconds)| (name, cpu_seconds / elapsed_seconds)).collect();
+        anyhow::Ok((samples(&decode, Metric::Itl)?, samples(&prompts, Metric::Ttft)?, cores))
     };
     let without = |seed| async move {
         samples(&measured(streams(args, setup, seed)?, provenance.clone(), Box::pin(never())).await?, Metric::Itl)
     };
     // Which comes first alternates, so that a drift favours neither.
-    let (alone, (beside, prompt_ttft)) = if round.is_multiple_of(2) {
+    let (alone, (beside, prompt_ttft, cores)) = if round.is_multiple_of(2) {
         let alone = without(2 * round).await?;
         (alone, with_prompts(2 * round + 1).await?)
     } else {
         let beside = with_prompts(2 * round + 1).await?;
         (without(2 * round).await?, beside)
     };
-    Ok(Figures { capacity, idle_ttft, alone, beside, prompt_ttft })
+    Ok(Figures { capacity, idle_ttft, alone, beside, prompt_ttft, cores })
 }
 
 async fn measured(flags: ServeArgs, provenance: Provenance, stop: impl Future<Output = ()>) -> anyhow::Result<Report> {
     let api_key = std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty());
-    let report = measure_until(flags, provenance, api_key, &ProgressBar::hidden(), stop).await?;
+    let warmed_up = WarmedUp::new(flags, api_key).await?;
+    let report = warmed_up.measure(provenance, &ProgressBar::hidden(), stop).await?;
     let summary = &report.summary;
     let first = summary.errors.values().next().map(|(_, first)| first.as_str()).unwrap_or_default();
     anyhow::ensure!(summary.failed == 0, "{} requests failed: {first}", summary.failed);
@@ -235,6 +250,15 @@ impl Interference {
         self.rounds.iter().map(|round| figure(&round[setup])).collect()
     }
 
+    /// What each process took beside the prompts, means over the rounds.
+    fn cores(&self, setup: usize) -> BTreeMap<&str, f64> {
+        let mut cores = BTreeMap::<&str, f64>::new();
+        for (name, of_round) in self.rounds.iter().flat_map(|round| &round[setup].cores) {
+            *cores.entry(name).or_default() += of_round / self.rounds.len() as f64;
+        }
+        cores
+    }
+
     /// What long prompts multiply a statistic of the streams' ITL by.
     fn factor(&self, setup: usize, (_, statistic): Statistic) -> Option<Ratio> {
         let beside = self.each(setup, |figures| statistic(&figures.beside));
@@ -254,6 +278,7 @@ impl Interference {
                 "itl_alone": of_itl(&figures.alone),
                 "itl_beside_prompts": of_itl(&figures.beside),
                 "num_prompts": figures.prompt_ttft.len(),
+                "cores_beside_prompts": figures.cores,
                 "prompt_ttft_ms": {"p50": figures.prompt_ttft.percentile(50.0), "p99": figures.prompt_ttft.percentile(99.0)},
             })
         };
@@ -294,6 +319,9 @@ impl fmt::Display for Interference {
                 capacity * self.load
             )?;
             writeln!(f, "  TTFT of a long prompt: {idle:.1} alone, {busy:.1} at the median beside the streams")?;
+            let cores: Vec<String> =
+                self.cores(index).iter().map(|(process, cores)| format!("{process} {cores:.3}")).collect();
+            writeln!(f, "  cores taken beside the prompts: {}", cores.join(", "))?;
             for statistic in STATISTICS {
                 let alone = mean(self.each(index, |figures| statistic.1(&figures.alone)));
                 let beside = mean(self.each(index, |figures| statistic.1(&figures.beside)));
@@ -317,6 +345,7 @@ mod tests {
             alone: of(alone),
             beside: of(beside),
             prompt_ttft: of(&[600.0, 700.0]),
+            cores: [("a node".into(), 0.5)].into(),
         }
     }
 
@@ -338,6 +367,6 @@ mod tests {
         assert!((factor("other", "p99_itl_factor") - 1.0).abs() < 1e-9);
         assert_eq!(json["setups"]["one"]["rounds"][1]["num_prompts"], 2);
         let text = result.to_string();
-        assert!(text.contains("4 arrived at 1.20/s"), "{text}");
+        assert!(text.contains("4 arrived at 1.20/s") && text.contains("a node 0.500"), "{text}");
     }
 }

@@ -5,7 +5,8 @@
 //! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
 //! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `interference` says what
-//! long prompts do to the streams beside them, `sweep` tries every combination of flags, `report` draws what they wrote, and `mock` is an endpoint whose times are known.
+//! long prompts do to the streams beside them, `sweep` tries every combination of flags, `report` draws what they
+//! wrote, and `mock` is an endpoint whose times are known.
 //! `tandem bench replay` counts the blocks of a trace that a pool finds under each eviction policy, `tandem bench
 //! index` how fast blocks are found and what that takes, `tandem bench store` how fast KV goes into a tier and out.
 //!
@@ -14,7 +15,8 @@
 //! 2. [`transfer`]: the fabric.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`interference`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
-//! 5. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks. [`store_bench`]: the
+//!    [`usage`]: what processes took.
+//! 5. [`mooncake`]: traces. [`replay`]: eviction policies against the optimum. [`index_bench`]: the index of blocks. [`store_bench`]: the
 //!    tiers beyond the pool.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -24,6 +26,7 @@ pub mod engine_bench;
 pub mod index_bench;
 pub mod interference;
 pub mod mock;
+pub mod mooncake;
 pub mod random_checkpoint;
 pub mod ratio;
 pub mod replay;
@@ -33,6 +36,7 @@ pub mod setup;
 pub mod store_bench;
 pub mod sweep;
 pub mod transfer;
+pub mod usage;
 
 use std::ffi::OsString;
 use std::fmt;

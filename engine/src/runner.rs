@@ -69,7 +69,7 @@ pub trait Runner: Send {
     /// The memory its KV is in.
     fn pool(&self) -> &Arc<KvPool>;
 
-    /// Starts a step and returns at once. What the step before it draws may be named in the plan without
+    /// Starts a step and returns at once. The sink is dropped when the step is done and can be waited for. What the step before it draws may be named in the plan without
     /// being known ([`FromSlot`](crate::plan::FromSlot)).
     fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket;
 

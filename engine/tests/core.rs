@@ -819,6 +819,24 @@ async fn a_pinned_prefix_stays_where_it_is_until_it_is_dropped() {
     assert_nothing_left(&engine).await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn cached_blocks_are_pinned_while_a_long_step_runs() {
+    let limits = SchedulerLimits { max_num_batched_tokens: 640, max_num_prefill_tokens: 640, ..limits(64) };
+    let token_time = Duration::from_millis(50);
+    let options = SimOptions { block_size: BLOCK, num_blocks: 64, token_time, ..SimOptions::default() };
+    let engine = engine_with(Box::new(SimRunner::new(options).unwrap()), limits);
+    let text = prompt(16, 3);
+    run(&engine, generating(text.clone(), 1)).await;
+    let mut chain = ContentChain::new(&ChainRoot::of_model(engine.model().identity));
+    chain.extend(&text);
+    // One step of half a minute.
+    let mut long = engine.submit(generating(prompt(640, 4), 1), usize::MAX).unwrap();
+    until_admitted(&mut long).await;
+    let pinned = soon("the pin", engine.pin_prefix(chain.granules().to_vec())).await;
+    assert_eq!(pinned.map(|pinned| pinned.blocks().len()), Some(1));
+    assert_eq!(long.try_next(), None, "the step has ended");
+}
+
 /// Polls a future once and drops it.
 async fn polled_once<T>(future: impl Future<Output = T>) -> Option<T> {
     tokio::select! {

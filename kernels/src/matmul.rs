@@ -1,7 +1,8 @@
 //! The product of activations with a packed weight matrix.
 //!
 //! ```text
-//! x [m, k]  --pack-->  a, tiles of up to 12 rows: [tile][depth][rows of the tile]   (depth = k or k/2)
+//! x [m, k]  --pack-->  a, tiles of up to 12 rows: [tile][depth][rows of the tile]   (depth = k or k/2; a bf16
+//!                      pair is one lane, or two where the instruction set multiplies f32 alone)
 //! w panels [n/32][depth][32]
 //! unit of work = some tiles x some panels; tile x panel = 12 x 2 vectors of 16 accumulators in registers
 //! ```
@@ -16,7 +17,7 @@ use std::ops::Range;
 
 use crate::ctx::{Columns, Ctx};
 use crate::isa::{Isa, Kind};
-use crate::numerics::{LANES, bf16_pair, fold_pair};
+use crate::numerics::{LANES, bf16_pair, fold_pair, round_bf16};
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::Pages;
 use crate::simd::{Simd, fold_tile, vectorised, with_simd};
@@ -58,7 +59,8 @@ pub fn matmul_into(
         return;
     }
     let tiles = Tiles::of(m, tile_rows(ctx.isa));
-    with_packed_buffer(m * w.depth(), |packed| {
+    let row_lanes = w.depth() * step_lanes(ctx.isa, w.dtype());
+    with_packed_buffer(m * row_lanes, |packed| {
         pack_activations(ctx, x, &tiles, w, packed);
         let out =
             Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
@@ -134,7 +136,7 @@ fn finish(mut y: f32, bias: Option<f32>, residual: Option<f32>) -> f32 {
 /// What all units of one product share. Units write disjoint parts of `out`.
 struct Job<'a> {
     x: &'a [f32],
-    /// Packed activations; tile t starts at `first_row(t) * depth`.
+    /// Packed activations; tile t starts at `first_row(t) * depth` steps.
     a: *const u32,
     tiles: Tiles,
     w: &'a PackedMatrix,
@@ -230,6 +232,20 @@ fn tile_rows(isa: Isa) -> usize {
     }
 }
 
+/// Lanes of one step of a packed row.
+fn step_lanes(isa: Isa, dtype: WeightDtype) -> usize {
+    match isa.0 {
+        _ if dtype == WeightDtype::F32 => 1,
+        Kind::Portable => 1,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx2 => crate::simd::Avx2::PAIR_LANES,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512 | Kind::Avx512Vnni => crate::simd::Avx512::PAIR_LANES,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512Bf16 => crate::simd::Avx512Bf16::PAIR_LANES,
+    }
+}
+
 fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     let (n, k) = (job.w.rows(), job.w.cols());
     for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
@@ -306,14 +322,15 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     let depth = job.w.depth();
     let first_column = panel * PANEL + vector * LANES;
     let panel = job.w.panel(panel).as_ptr();
-    // SAFETY: the packed tile holds `depth * MR` lanes, the panel `depth * 32`; the row is one of the job's.
+    // SAFETY: the packed tile holds `depth * MR` steps, the panel `depth * 32`; the row is one of the job's.
     unsafe {
         let mut acc = [[S::splat(0.0); NR]; MR];
         let mut b = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
         }
-        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, job.a.add(first_row * depth), &b, PANEL);
+        let row_lanes = depth * if PAIRS { S::PAIR_LANES } else { 1 };
+        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, job.a.add(first_row * row_lanes), &b, PANEL);
         for r in 0..MR {
             for c in 0..NR {
                 job.out.put_lanes::<S>(first_row + r, first_column + c * LANES, acc[r][c]);
@@ -330,15 +347,17 @@ fn pack_activations(ctx: &Ctx<'_>, x: &[f32], tiles: &Tiles, w: &PackedMatrix, p
     if ctx.isa == Isa::PORTABLE {
         return; // the reference reads x itself
     }
-    let (k, depth, dtype) = (w.cols(), w.depth(), w.dtype());
+    let (k, dtype, step_lanes) = (w.cols(), w.dtype(), step_lanes(ctx.isa, w.dtype()));
+    let row_lanes = w.depth() * step_lanes;
     let shared = Shared(packed.as_mut_ptr());
     let (shared, isa) = (&shared, ctx.isa);
     let pack_tile = |tile: usize| {
         let rows = tiles.rows(tile);
         let x = &x[rows.start * k..rows.end * k];
-        // SAFETY: the range of this tile, inside the buffer of m * depth lanes.
-        let into = unsafe { std::slice::from_raw_parts_mut(shared.0.add(rows.start * depth), rows.len() * depth) };
-        vectorised!(isa, pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]));
+        let (first, len) = (rows.start * row_lanes, rows.len() * row_lanes);
+        // SAFETY: the range of this tile, inside the buffer of m * row_lanes lanes.
+        let into = unsafe { std::slice::from_raw_parts_mut(shared.0.add(first), len) };
+        vectorised!(isa, pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, step_lanes: usize, into: &mut [u32]));
     };
     if x.len() < 1 << 16 {
         (0..tiles.count).for_each(pack_tile);
@@ -348,7 +367,7 @@ fn pack_activations(ctx: &Ctx<'_>, x: &[f32], tiles: &Tiles, w: &PackedMatrix, p
 }
 
 #[inline(always)]
-fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]) {
+fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, step_lanes: usize, into: &mut [u32]) {
     let num_rows = x.len() / k;
     for (r, row) in x.chunks_exact(k).enumerate() {
         match dtype {
@@ -356,6 +375,14 @@ fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, into: &mut [u32]) {
                 for (step, &x) in row.iter().enumerate() {
                     into[step * num_rows + r] = x.to_bits();
                 }
+            }
+            WeightDtype::Bf16 if step_lanes == 2 => {
+                let widened = |x: f32| u32::from(round_bf16(x)) << 16;
+                let into = into.as_chunks_mut::<2>().0[r..].iter_mut().step_by(num_rows);
+                let pairs = row.chunks_exact(2);
+                let last = pairs.remainder().first().map(|last| [widened(*last), 0]);
+                let pairs = pairs.map(|pair| [widened(pair[0]), widened(pair[1])]).chain(last);
+                into.zip(pairs).for_each(|(into, pair)| *into = pair);
             }
             WeightDtype::Bf16 => {
                 let pairs = row.chunks_exact(2);

@@ -20,6 +20,9 @@ pub(crate) trait Simd {
     const TILE_ROWS: usize;
     /// Vectors side by side in a matmul tile: 1 or 2.
     const TILE_COLS: usize;
+    /// Lanes of a bf16 pair on the left of [`fold_tile`]: 1, or 2 with its elements widened to f32, the even one
+    /// first. Without an instruction that multiplies pairs, every panel would have to take them apart anew.
+    const PAIR_LANES: usize;
     /// Rows of an attention tile.
     const QUERY_ROWS: usize;
     /// Most vectors side by side in an attention tile: 1 or 4.
@@ -38,16 +41,17 @@ pub(crate) trait Simd {
     unsafe fn tree_sum(x: Self::V) -> f32;
     /// The highest of all lanes.
     unsafe fn tree_max(x: Self::V) -> f32;
-    unsafe fn splat_pair(pair: u32) -> Self::P;
+    /// The pair that lies in [`PAIR_LANES`](Self::PAIR_LANES) lanes.
+    unsafe fn splat_pair(from: *const u32) -> Self::P;
     unsafe fn load_pairs(from: *const u32) -> Self::P;
     /// Per lane `fma(a.low, b.low, fma(a.high, b.high, acc))`: [`fold_pair`](crate::numerics::fold_pair).
     unsafe fn fold_pairs(acc: Self::V, a: Self::P, b: Self::P) -> Self::V;
 }
 
 /// The common core of `matmul` and `attention`: `acc[r][c] = fold over steps of a[r, step] * b[c][step]`,
-/// on top of what `acc` holds. `a` is `[depth][MR]` if `A_ROW` is 0, else `[MR][A_ROW]`; `b[c]` is the first
-/// step's 16 lanes of column vector c, further steps `stride` lanes apart. With `PAIRS` a lane is a bf16 pair,
-/// else an f32.
+/// on top of what `acc` holds. `a` is `[depth][MR]` if `A_ROW` is 0, else `[MR][A_ROW lanes]`; `b[c]` is the first
+/// step's 16 lanes of column vector c, further steps `stride` lanes apart. With `PAIRS` a lane of `b` is a bf16
+/// pair, and `PAIR_LANES` of `a` are; else a lane is an f32.
 ///
 /// # Safety
 /// `a` is valid for these lanes, each `b[c]` for 16 lanes at every step.
@@ -62,15 +66,16 @@ pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const 
     // SAFETY: pointers stay inside the ranges the caller vouches for.
     unsafe {
         for step in 0..depth {
-            let a = a.add(if A_ROW == 0 { step * MR } else { step });
-            let row_stride = if A_ROW == 0 { 1 } else { A_ROW };
+            let lanes = if PAIRS { S::PAIR_LANES } else { 1 };
+            let a = a.add(lanes * if A_ROW == 0 { step * MR } else { step });
+            let row_stride = if A_ROW == 0 { lanes } else { A_ROW };
             if PAIRS {
-                let mut columns = [S::splat_pair(0); NR];
-                for c in 0..NR {
+                let mut columns = [S::load_pairs(b[0].add(step * stride)); NR];
+                for c in 1..NR {
                     columns[c] = S::load_pairs(b[c].add(step * stride));
                 }
                 for r in 0..MR {
-                    let row = S::splat_pair(*a.add(r * row_stride));
+                    let row = S::splat_pair(a.add(r * row_stride));
                     for c in 0..NR {
                         acc[r][c] = S::fold_pairs(acc[r][c], row, columns[c]);
                     }
@@ -109,6 +114,7 @@ impl Simd for Avx2 {
     // 16 registers: two for each row's sums, two (bf16: four) for the weights, one (two) for the activation.
     const TILE_ROWS: usize = 6;
     const TILE_COLS: usize = 1;
+    const PAIR_LANES: usize = 2;
     const QUERY_ROWS: usize = 6;
     const QUERY_COLS: usize = 1;
     type V = [__m256; 2];
@@ -164,9 +170,9 @@ impl Simd for Avx2 {
         unsafe { tree!(_mm256_max_ps(x[0], x[1]), _mm_max_ps) }
     }
     #[inline(always)]
-    unsafe fn splat_pair(pair: u32) -> Self::P {
-        // SAFETY: AVX2 is there.
-        unsafe { [Self::splat(f32::from_bits(pair << 16)), Self::splat(f32::from_bits(pair & 0xffff_0000))] }
+    unsafe fn splat_pair(from: *const u32) -> Self::P {
+        // SAFETY: AVX2 is there, and two lanes are valid (the trait's contract).
+        unsafe { [Self::splat(*from.cast()), Self::splat(*from.add(1).cast())] }
     }
     #[inline(always)]
     unsafe fn load_pairs(from: *const u32) -> Self::P {
@@ -196,15 +202,16 @@ impl Simd for Avx2 {
 
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx512 {
-    ($name:ident, rows $rows:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
+    ($name:ident, query rows $rows:literal, pair lanes $pair_lanes:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
         #[cfg(target_arch = "x86_64")]
         pub(crate) struct $name;
 
         #[cfg(target_arch = "x86_64")]
         impl Simd for $name {
-            const TILE_ROWS: usize = $rows;
+            const TILE_ROWS: usize = 12;
             const TILE_COLS: usize = 2;
-            const QUERY_ROWS: usize = 6;
+            const PAIR_LANES: usize = $pair_lanes;
+            const QUERY_ROWS: usize = $rows;
             const QUERY_COLS: usize = 4;
             type V = __m512;
             type P = $pairs;
@@ -267,13 +274,13 @@ macro_rules! avx512 {
 #[cfg(target_arch = "x86_64")]
 avx512!(
     Avx512,
-    rows 12,
+    // 32 registers: with 4 vectors of keys taken apart into 8, 6 rows of sums would leave none.
+    query rows 5,
+    pair lanes 2,
     [__m512; 2],
-    unsafe fn splat_pair(pair: u32) -> [__m512; 2] {
-        // SAFETY: AVX-512F is there (the trait's contract).
-        unsafe {
-            [_mm512_set1_ps(f32::from_bits(pair << 16)), _mm512_set1_ps(f32::from_bits(pair & 0xffff_0000))]
-        }
+    unsafe fn splat_pair(from: *const u32) -> [__m512; 2] {
+        // SAFETY: AVX-512F is there, and two lanes are valid (the trait's contract).
+        unsafe { [_mm512_set1_ps(*from.cast()), _mm512_set1_ps(*from.add(1).cast())] }
     }
     unsafe fn load_pairs(from: *const u32) -> [__m512; 2] {
         // SAFETY: 16 lanes are valid (the trait's contract).
@@ -292,11 +299,12 @@ avx512!(
 #[cfg(target_arch = "x86_64")]
 avx512!(
     Avx512Bf16,
-    rows 12,
+    query rows 6,
+    pair lanes 1,
     __m512bh,
-    unsafe fn splat_pair(pair: u32) -> __m512bh {
-        // SAFETY: AVX-512F is there (the trait's contract); both types are 64 bytes.
-        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair as i32)) }
+    unsafe fn splat_pair(from: *const u32) -> __m512bh {
+        // SAFETY: AVX-512F is there, and the lane is valid (the trait's contract); both types are 64 bytes.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(*from as i32)) }
     }
     unsafe fn load_pairs(from: *const u32) -> __m512bh {
         // SAFETY: 16 lanes are valid (the trait's contract); both types are 64 bytes.

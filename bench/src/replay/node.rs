@@ -94,17 +94,16 @@ async fn serve(engine: &EngineHandle, blocks: &[u32]) -> anyhow::Result<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mooncake::trace_of;
 
     #[test]
     fn a_node_finds_what_the_block_manager_alone_finds() {
-        let text: String = (0..60u32)
-            .map(|n| {
-                let (chat, turn) = (n * 7 % 12, n % 5);
-                let blocks: Vec<String> = (0..2 + turn).map(|depth| (chat * 100 + depth).to_string()).collect();
-                format!("{{\"hash_ids\": [{}]}}\n", blocks.join(","))
-            })
-            .collect();
-        let trace = Trace::parse(text.as_bytes()).unwrap();
+        let requests = (0..60u64).map(|n| {
+            let (chat, turn) = (n * 7 % 12, n % 5);
+            (0..2 + turn).map(|depth| chat * 100 + depth).collect()
+        });
+        let requests: Vec<Vec<u64>> = requests.collect();
+        let trace = Trace::parse(trace_of(&requests).as_bytes()).unwrap();
         let names = trace.names();
         // Room for all: where something is evicted, the block of the last token makes a difference.
         for policy in [EvictionPolicy::Lru, EvictionPolicy::ReuseRate] {

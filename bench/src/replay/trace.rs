@@ -1,4 +1,4 @@
-//! A trace in Mooncake's format: one JSON object per line, of which the content matters here.
+//! A trace in [Mooncake's format](crate::mooncake), of which only the content matters here.
 //!
 //! `hash_ids` names the blocks of a prompt, the partial last one too. The names are chained: two prompts that
 //! share a block share all blocks before it, which is checked.
@@ -12,8 +12,8 @@ use common::content::{ChainRoot, ContentChain, ContentName, GRANULE_TOKENS};
 use common::model::ModelIdentity;
 use common::tokens::Token;
 
-/// Blocks of one prompt; Mooncake's longest has 246.
-const NUM_BLOCKS_MAX: usize = 65_536;
+use crate::mooncake::{TraceRow, rows};
+
 /// Blocks of all prompts of a trace.
 const NUM_BLOCKS_TOTAL_MAX: usize = 100_000_000;
 
@@ -45,26 +45,16 @@ impl Trace {
         // Number and predecessor of each hash.
         let mut known: HashMap<u64, (u32, Option<u32>)> = HashMap::new();
         let mut num_blocks_total = 0;
-        for (number, line) in (1..).zip(lines.lines()) {
-            let line = line?;
-            if line.trim().is_empty() {
-                continue;
-            }
-            let request: serde_json::Value = serde_json::from_str(&line).with_context(|| format!("line {number}"))?;
-            let hashes = request["hash_ids"].as_array();
-            let hashes = hashes.with_context(|| format!("line {number} has no list hash_ids"))?;
-            num_blocks_total += hashes.len();
-            ensure!(!hashes.is_empty(), "line {number} has an empty hash_ids, expected at least one block");
+        for row in rows(lines) {
+            let (number, TraceRow { hash_ids, .. }) = row?;
+            num_blocks_total += hash_ids.len();
             ensure!(
-                hashes.len() <= NUM_BLOCKS_MAX && num_blocks_total <= NUM_BLOCKS_TOTAL_MAX,
-                "line {number} brings more blocks than are taken ({NUM_BLOCKS_MAX} per prompt, \
-                 {NUM_BLOCKS_TOTAL_MAX} in all)"
+                num_blocks_total <= NUM_BLOCKS_TOTAL_MAX,
+                "line {number} brings more blocks than are taken, which are {NUM_BLOCKS_TOTAL_MAX} in all"
             );
-            let mut blocks = Vec::with_capacity(hashes.len());
+            let mut blocks = Vec::with_capacity(hash_ids.len());
             let mut parent = None;
-            for hash in hashes {
-                let hash = hash.as_u64();
-                let hash = hash.with_context(|| format!("line {number} has a block that is no whole number"))?;
+            for hash in hash_ids {
                 let next = known.len() as u32;
                 let (block, known_parent) = *known.entry(hash).or_insert((next, parent));
                 ensure!(
@@ -108,6 +98,7 @@ impl Trace {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::mooncake::trace_of;
 
     fn parse(text: &str) -> anyhow::Result<Trace> {
         Trace::parse(text.as_bytes())
@@ -115,7 +106,7 @@ mod tests {
 
     #[test]
     fn blocks_are_numbered_as_they_appear() {
-        let trace = parse("{\"hash_ids\": [9, 5]}\n\n{\"hash_ids\": [9, 7, 1]}\n").unwrap();
+        let trace = parse(&trace_of(&[vec![9, 5], vec![9, 7, 1]])).unwrap();
         assert_eq!(trace.requests, [vec![0, 1], vec![0, 2, 3]]);
         assert_eq!(trace.names().iter().collect::<std::collections::HashSet<_>>().len(), 4);
     }
@@ -123,15 +114,13 @@ mod tests {
     #[test]
     fn what_is_no_trace_is_a_sentence_with_its_line() {
         for (text, expected) in [
-            ("", "no request"),
-            ("{\"hash_ids\": [1]}\n{\"hash_ids\": []}", "line 2 has an empty"),
-            ("{\"timestamp\": 1}", "line 1 has no list"),
-            ("{\"hash_ids\": [-1]}", "no whole number"),
-            ("{\"hash_ids\": [1, 2]}\n{\"hash_ids\": [3, 2]}", "line 2 has block 2 behind another"),
-            ("{\"hash_ids\": [1, 1]}", "block 1 behind another"),
-            ("nonsense", "line 1"),
+            (String::new(), "no request"),
+            (trace_of(&[vec![1], vec![]]), "line 2"),
+            (trace_of(&[vec![1, 2], vec![3, 2]]), "line 2 has block 2 behind another"),
+            (trace_of(&[vec![1, 1]]), "block 1 behind another"),
+            ("nonsense".into(), "line 1"),
         ] {
-            let error = format!("{:#}", parse(text).unwrap_err());
+            let error = format!("{:#}", parse(&text).unwrap_err());
             assert!(error.contains(expected), "{error}");
         }
     }

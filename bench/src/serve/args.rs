@@ -9,11 +9,13 @@ use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use serde_json::{Map, Value};
 
+use crate::mooncake::BLOCK_TOKENS;
+
 use super::arrivals::{Arrivals, BURSTINESS_RANGE, REQUEST_RATE_RANGE, Rate};
 use super::client::{Backend, Endpoint};
 use super::load::Pace;
 use super::slo::{Metric, Objective};
-use super::workload::mooncake::{BLOCK_TOKENS, TraceScale};
+use super::workload::mooncake::TraceScale;
 use super::workload::{FromFile, MooncakeTrace, RandomPrompts, Workload, conversations, read, tasks};
 
 /// Requests of a run unless told otherwise, or the rows of a file if it has fewer.

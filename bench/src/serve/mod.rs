@@ -36,7 +36,9 @@ use client::Client;
 use provenance::Provenance;
 use report::Report;
 use summary::Summary;
-use workload::Phase;
+use workload::{Phase, Workload};
+
+use crate::usage::of_process;
 
 /// Runs the load and writes the result, if that was asked for.
 ///
@@ -64,45 +66,68 @@ pub fn run(args: ServeArgs, provenance: Provenance) -> anyhow::Result<Report> {
 /// # Errors
 /// If a warm-up fails or no request is answered.
 pub async fn measure(args: ServeArgs, provenance: Provenance, api_key: Option<String>) -> anyhow::Result<Report> {
-    let progress = ProgressBar::new(0).with_style(
-        ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
-            .expect("the template is right"),
-    );
-    measure_until(args, provenance, api_key, &progress, std::future::pending()).await
+    WarmedUp::new(args, api_key).await?.measure(provenance, &progress_bar(), std::future::pending()).await
 }
 
-/// [`measure`], but what has not begun when `stop` completes is not sent. `progress` is moved by each session.
-///
-/// # Errors
-/// If a warm-up fails or no request is answered.
-pub async fn measure_until(
+/// How far a run is, for people.
+pub fn progress_bar() -> ProgressBar {
+    ProgressBar::new(0).with_style(
+        ProgressStyle::with_template("{elapsed_precise} [{bar:40}] {pos}/{len} requests, {per_sec}, {eta} left")
+            .expect("the template is right"),
+    )
+}
+
+/// An endpoint that has answered its warm-up requests, and the load that it is to get.
+pub struct WarmedUp {
     args: ServeArgs,
-    provenance: Provenance,
-    api_key: Option<String>,
-    progress: &ProgressBar,
-    stop: impl Future<Output = ()>,
-) -> anyhow::Result<Report> {
-    let client = Arc::new(Client::new(args.endpoint(api_key))?);
-    let (workload, num_sessions) = args.workload()?;
-    let pace = args.pace();
-    let hidden = ProgressBar::hidden();
-    let warmups = vec![Duration::ZERO; args.num_warmups];
-    let never = std::future::pending();
-    let warmups = load::run(client.clone(), &workload, Phase::Warmup, &warmups, pace, &hidden, never).await;
-    if let Some(failure) = warmups.into_iter().find_map(|record| record.outcome.err()) {
-        return Err(anyhow::Error::new(failure).context("a warm-up request failed"));
+    client: Arc<Client>,
+    workload: Workload,
+    num_sessions: usize,
+}
+
+impl WarmedUp {
+    /// Makes the load and sends the warm-up requests.
+    ///
+    /// # Errors
+    /// If the load cannot be made, or a warm-up fails.
+    pub async fn new(args: ServeArgs, api_key: Option<String>) -> anyhow::Result<Self> {
+        let client = Arc::new(Client::new(args.endpoint(api_key))?);
+        let (workload, num_sessions) = args.workload()?;
+        let times = vec![Duration::ZERO; args.num_warmups];
+        let (hidden, never) = (ProgressBar::hidden(), std::future::pending());
+        let records = load::run(client.clone(), &workload, Phase::Warmup, &times, args.pace(), &hidden, never).await;
+        if let Some(failure) = records.into_iter().find_map(|record| record.outcome.err()) {
+            return Err(anyhow::Error::new(failure).context("a warm-up request failed"));
+        }
+        Ok(Self { args, client, workload, num_sessions })
     }
-    let schedule = args.arrivals(&workload).schedule(num_sessions, args.seed);
-    progress.set_length(num_sessions as u64);
-    progress.reset();
-    let records = load::run(client, &workload, Phase::Measured, &schedule, pace, progress, stop).await;
-    progress.finish_and_clear();
-    let summary = Summary::new(&records, &args.goodput);
-    if summary.completed == 0 {
-        let kinds = summary.errors.iter().map(|(kind, (num, first))| format!("{num} {kind} ({first})"));
-        let kinds: Vec<String> = kinds.collect();
-        let why = if kinds.is_empty() { "all were left by the generator".into() } else { kinds.join(", ") };
-        anyhow::bail!("none of {} requests was answered: {why}", records.len());
+
+    /// Sends the load. What has not begun when `stop` completes is not sent. `progress` is moved by each session.
+    ///
+    /// # Errors
+    /// If no request is answered.
+    pub async fn measure(
+        self,
+        provenance: Provenance,
+        progress: &ProgressBar,
+        stop: impl Future<Output = ()>,
+    ) -> anyhow::Result<Report> {
+        let Self { args, client, workload, num_sessions } = self;
+        let schedule = args.arrivals(&workload).schedule(num_sessions, args.seed);
+        progress.set_length(num_sessions as u64);
+        progress.reset();
+        let cpu_seconds = || of_process(std::process::id()).map(|usage| usage.cpu_seconds);
+        let before = cpu_seconds();
+        let records = load::run(client, &workload, Phase::Measured, &schedule, args.pace(), progress, stop).await;
+        let client_cpu_s = before.zip(cpu_seconds()).map(|(before, after)| after - before);
+        progress.finish_and_clear();
+        let summary = Summary::new(&records, &args.goodput);
+        if summary.completed == 0 {
+            let kinds = summary.errors.iter().map(|(kind, (num, first))| format!("{num} {kind} ({first})"));
+            let kinds: Vec<String> = kinds.collect();
+            let why = if kinds.is_empty() { "all were left by the generator".into() } else { kinds.join(", ") };
+            anyhow::bail!("none of {} requests was answered: {why}", records.len());
+        }
+        Ok(Report { args, provenance, summary, client_cpu_s, records })
     }
-    Ok(Report { args, provenance, summary, records })
 }

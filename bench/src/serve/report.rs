@@ -21,6 +21,9 @@ pub struct Report {
     pub provenance: Provenance,
     /// What was found.
     pub summary: Summary,
+    /// User and system time of this process during the load, where there is a `/proc`: little, or the generator
+    /// takes from what it measures. Loads of one process at the same time count together.
+    pub client_cpu_s: Option<f64>,
     /// Every request.
     pub records: Vec<RequestRecord>,
 }
@@ -42,7 +45,7 @@ fn metric_title(metric: Metric) -> &'static str {
 impl Report {
     /// The result. A latency without a sample is `null`.
     pub fn to_json(&self) -> Value {
-        let Self { args, provenance, summary, records } = self;
+        let Self { args, provenance, summary, client_cpu_s, records } = self;
         let rate = args.request_rate.0;
         let errors: Map<String, Value> =
             summary.errors.iter().map(|(kind, (num, _))| (kind.clone(), json!(num))).collect();
@@ -69,6 +72,7 @@ impl Report {
             "output_throughput": summary.output_throughput(),
             "total_token_throughput": summary.total_token_throughput(),
             "num_itl_spread": summary.num_itl_spread,
+            "client_cpu_s": client_cpu_s,
             "warnings": summary.warnings(),
         });
         let percents = &args.metric_percentiles;

@@ -1,11 +1,10 @@
 //! What is compared or swept: an endpoint that is there, or a command that starts one.
 //!
 //! 1. This file: what a set-up is, from a TOML file. 2. [`server`]: its process, from start to end.
-//! 3. [`usage`]: what that process took. 4. [`rounds`]: several set-ups in turn.
+//! 3. [`rounds`]: several set-ups in turn.
 
 pub mod rounds;
 pub mod server;
-pub mod usage;
 
 use std::collections::BTreeMap;
 use std::path::Path;

@@ -1,5 +1,6 @@
 //! The process of a set-up: started, waited for, told to end.
 
+use std::collections::BTreeMap;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -9,7 +10,7 @@ use reqwest::StatusCode;
 use rustix::process::{Pid, Signal, kill_process_group};
 
 use super::Setup;
-use super::usage::{Usage, of_group};
+use crate::usage::{Usage, of_group};
 
 /// Between two looks at an endpoint that is not there yet, or a process that is ending.
 const POLL: Duration = Duration::from_millis(100);
@@ -70,8 +71,8 @@ impl Server {
         }
     }
 
-    /// What its processes have taken so far; `None` of an endpoint that was there.
-    pub fn usage(&self) -> Option<Usage> {
+    /// What its processes have taken so far, by what they are called; `None` of an endpoint that was there.
+    pub fn usage(&self) -> Option<BTreeMap<String, Usage>> {
         of_group(self.child.as_ref()?.id())
     }
 

@@ -17,7 +17,6 @@
 //! 4. `report`: the table.
 
 mod baseline;
-mod cpu_time;
 mod receiver;
 mod report;
 mod sender;

@@ -16,7 +16,8 @@ use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan, LandingZon
 use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
 
 use super::report::{Report, Row};
-use super::{TransferBenchArgs, Transport, baseline, cpu_time, workload};
+use super::{TransferBenchArgs, Transport, baseline, workload};
+use crate::usage::of_process;
 
 /// One row: a process that sends, and the connections to it.
 struct Pair {
@@ -202,17 +203,17 @@ impl Landings {
     }
 }
 
-/// CPU time of both processes so far.
-struct Cpu(Duration);
+/// CPU seconds of both processes so far.
+struct Cpu(f64);
 
 impl Cpu {
     fn now(sender: u32) -> anyhow::Result<Self> {
-        let both = cpu_time::of(std::process::id()).zip(cpu_time::of(sender));
+        let both = of_process(std::process::id()).zip(of_process(sender));
         let (ours, theirs) = both.context("read CPU times from /proc")?;
-        Ok(Self(ours + theirs))
+        Ok(Self(ours.cpu_seconds + theirs.cpu_seconds))
     }
 
     fn since(&self, sender: u32) -> anyhow::Result<Duration> {
-        Ok(Self::now(sender)?.0.saturating_sub(self.0))
+        Ok(Duration::from_secs_f64((Self::now(sender)?.0 - self.0).max(0.0)))
     }
 }

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{self as std_mpsc, TryRecvError};
+use std::sync::mpsc as std_mpsc;
 use std::time::{Duration, Instant};
 
 use common::block_events::BlockSink;
@@ -28,7 +28,7 @@ use common::wire::NodeLoad;
 use metrics::{Counter, Gauge, Label};
 use tokio::sync::{mpsc, watch};
 
-use crate::core::handle::{Command, EngineEvent, EngineHandle, EngineStatus, RequestTicket};
+use crate::core::handle::{Command, EngineEvent, EngineHandle, EngineStatus, Inbox, RequestTicket};
 use crate::core::parked::ParkedKv;
 use crate::core::plan_builder;
 use crate::plan::{Span, StepPlan};
@@ -79,7 +79,7 @@ pub fn start_reporting(
     let (inbox, commands) = std_mpsc::channel();
     let (status_sender, status) = watch::channel(EngineStatus { is_idle: true, ..EngineStatus::default() });
     let handle = EngineHandle {
-        inbox,
+        inbox: Arc::new(Inbox(inbox.clone())),
         status,
         model: Arc::new(runner.model().clone()),
         pool: runner.pool().clone(),
@@ -95,6 +95,9 @@ pub fn start_reporting(
         blocks,
         runner,
         commands,
+        inbox,
+        postponed: VecDeque::new(),
+        num_steps_done: 0,
         status: status_sender,
         requests: HashMap::new(),
         groups: HashMap::new(),
@@ -125,6 +128,12 @@ struct Engine {
     blocks: Option<Arc<dyn BlockSink>>,
     runner: Box<dyn Runner>,
     commands: std_mpsc::Receiver<Command>,
+    /// Where the runner says that a step is done.
+    inbox: std_mpsc::Sender<Command>,
+    /// Commands that came while a step was waited for, and belong between two steps.
+    postponed: VecDeque<Command>,
+    /// Steps that the runner is done with and that are not taken in yet.
+    num_steps_done: usize,
     status: watch::Sender<EngineStatus>,
     requests: HashMap<SequenceId, Request>,
     groups: HashMap<RequestTicket, SequenceId>,
@@ -215,19 +224,35 @@ impl Engine {
 
     /// Takes all commands that are there; waits for one if there is nothing to compute.
     fn drain_inbox(&mut self, is_busy: bool) -> Flow {
-        let mut next = if is_busy {
-            self.commands.try_recv()
-        } else {
-            self.commands.recv().map_err(|_| TryRecvError::Disconnected)
+        let mut next = match self.postponed.pop_front() {
+            Some(command) => Some(command),
+            None if is_busy => self.commands.try_recv().ok(),
+            None => Some(self.receive()),
         };
-        loop {
-            match next {
-                Ok(Command::Shutdown) | Err(TryRecvError::Disconnected) => return Flow::Stop,
-                Ok(command) => self.on_command(command),
-                Err(TryRecvError::Empty) => return Flow::Continue,
+        while let Some(command) = next {
+            if let Command::Shutdown = command {
+                return Flow::Stop;
             }
-            next = self.commands.try_recv();
+            self.on_command(command);
+            next = self.postponed.pop_front().or_else(|| self.commands.try_recv().ok());
         }
+        Flow::Continue
+    }
+
+    fn receive(&self) -> Command {
+        self.commands.recv().expect("the engine has a sender of its own")
+    }
+
+    /// Until the runner is done with the oldest step. Whoever wants to read cached blocks is answered meanwhile: a
+    /// prompt chunk can take longer than sending them does.
+    fn wait_for_step(&mut self) {
+        while self.num_steps_done == 0 {
+            match self.receive() {
+                command @ (Command::StepDone | Command::Pin { .. } | Command::Unpin { .. }) => self.on_command(command),
+                command => self.postponed.push_back(command),
+            }
+        }
+        self.num_steps_done -= 1;
     }
 
     fn on_command(&mut self, command: Command) {
@@ -266,6 +291,7 @@ impl Engine {
             }
             Command::Unpin { pin } => self.scheduler.unpin(pin),
             Command::ClearCache => self.scheduler.clear_cache(),
+            Command::StepDone => self.num_steps_done += 1,
             Command::Shutdown => unreachable!("handled by the caller"),
         }
     }
@@ -322,6 +348,7 @@ impl Engine {
     /// Waits for the oldest step in flight and takes it in. False if there is none.
     fn complete_step(&mut self) -> Result<bool, StepError> {
         let Some(oldest) = self.in_flight.pop_front() else { return Ok(false) };
+        self.wait_for_step();
         let output = self.runner.wait(oldest.ticket)?;
         let started_at = oldest.submitted_at.max(self.last_done_at);
         self.last_done_at = Instant::now();
@@ -360,7 +387,7 @@ impl Engine {
         let mut plan = self.spare_plans.pop().unwrap_or_default();
         plan_builder::build(&mut plan, &self.scheduler, &step.spans, &self.slots, is_reported);
         plan_builder::list_slots(&plan, &mut self.slots);
-        (plan, Arc::new(LayerReports { listeners }))
+        (plan, Arc::new(LayerReports { listeners, inbox: self.inbox.clone() }))
     }
 
     fn make_copies(&mut self) {
@@ -424,9 +451,18 @@ impl Engine {
     }
 }
 
-/// Sends written layers to the requests that asked, from the runner's thread.
+/// Sends written layers to the requests that asked, from the runner's thread, and lets the engine know when the
+/// runner lets go of it: the step is done, or never will be.
 struct LayerReports {
     listeners: HashMap<SequenceId, (mpsc::Sender<EngineEvent>, usize)>,
+    inbox: std_mpsc::Sender<Command>,
+}
+
+impl Drop for LayerReports {
+    fn drop(&mut self) {
+        // An engine that has stopped waits for no step.
+        let _ = self.inbox.send(Command::StepDone);
+    }
 }
 
 impl KvSink for LayerReports {

@@ -49,8 +49,27 @@ pub(super) enum Command {
     Unpin { pin: PinId },
     /// Forget unreferenced cached blocks.
     ClearCache,
+    /// The runner is done with a step.
+    StepDone,
     /// Stop the thread.
     Shutdown,
+}
+
+/// The way into the engine. When the last handle that has it is gone, the engine is told to stop.
+#[derive(Debug)]
+pub(super) struct Inbox(pub(super) std_mpsc::Sender<Command>);
+
+impl Inbox {
+    fn send(&self, command: Command) -> Result<(), std_mpsc::SendError<Command>> {
+        self.0.send(command)
+    }
+}
+
+impl Drop for Inbox {
+    fn drop(&mut self) {
+        // It may have stopped already.
+        let _ = self.0.send(Command::Shutdown);
+    }
 }
 
 /// What happens to a request's sequence.
@@ -130,7 +149,7 @@ pub struct EngineStatus {
 /// Submits sequences to an engine. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct EngineHandle {
-    pub(super) inbox: std_mpsc::Sender<Command>,
+    pub(super) inbox: Arc<Inbox>,
     pub(super) status: watch::Receiver<EngineStatus>,
     pub(super) model: Arc<ModelInfo>,
     pub(super) pool: Arc<KvPool>,
@@ -223,7 +242,7 @@ impl EngineHandle {
 pub struct RequestHandle {
     ticket: RequestTicket,
     events: mpsc::Receiver<EngineEvent>,
-    inbox: std_mpsc::Sender<Command>,
+    inbox: Arc<Inbox>,
 }
 
 impl RequestHandle {
@@ -270,7 +289,7 @@ impl Drop for RequestHandle {
 pub struct PinnedPrefix {
     blocks: Vec<BlockId>,
     pin: PinId,
-    inbox: std_mpsc::Sender<Command>,
+    inbox: Arc<Inbox>,
 }
 
 impl PinnedPrefix {

@@ -8,6 +8,7 @@
 //!                        <─ EngineEvent ─  on_step_done  <───────────── wait ───────
 //! ```
 //!
+//! While a step runs, only who wants to read cached blocks is answered; all else waits for the step's end.
 //! Dropping a [`RequestHandle`] cancels the request and unpins its blocks at the top of the next step;
 //! beside it there is only [`PinnedPrefix`], which holds cached blocks while they are read. The queues are bounded: a request's event channel has room for
 //! every event the request can cause, and it sends at most a handful of commands.

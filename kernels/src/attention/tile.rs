@@ -22,7 +22,7 @@ pub(super) const QUERY_ROWS_MAX: usize = 6;
 /// Scores of a subtile with the positions of a tile, then their weights.
 pub(super) type Scores = [[f32; ATTENTION_TILE]; QUERY_ROWS_MAX];
 
-/// The weights as `fold_tile` reads them: bf16 pairs (half of each row) or f32.
+/// The weights as `fold_tile` reads them: bf16 pairs (half of each row, or all of it widened) or f32.
 pub(super) type Weights = [[u32; ATTENTION_TILE]; QUERY_ROWS_MAX];
 
 /// Where the keys and values of 64 positions lie. Granules outside `granules` are not to be read.
@@ -199,8 +199,12 @@ pub(super) unsafe fn softmax_step<S: Simd>(
 
 /// Makes one row's weights what `value_tile` reads.
 #[inline(always)]
-pub(super) fn pack_weights(pairs: bool, weights: &[f32; ATTENTION_TILE], into: &mut [u32; ATTENTION_TILE]) {
-    if pairs {
+pub(super) fn pack_weights<S: Simd>(pairs: bool, weights: &[f32; ATTENTION_TILE], into: &mut [u32; ATTENTION_TILE]) {
+    if pairs && S::PAIR_LANES == 2 {
+        for i in 0..ATTENTION_TILE {
+            into[i] = u32::from(round_bf16(weights[i])) << 16;
+        }
+    } else if pairs {
         // Neighbours are the halves of a pair, so the rounded weights in order are the pairs in order: taking
         // them apart and together again would cost as much as the rounding.
         let mut halves = [0u16; ATTENTION_TILE];
@@ -268,7 +272,8 @@ unsafe fn value_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: 
             for c in 0..NR {
                 v[c] = tile.v[g].add((column + c) * LANES);
             }
-            let p = weights.as_ptr().cast::<u32>().add(g * steps);
+            let lanes = if PAIRS { S::PAIR_LANES } else { 1 };
+            let p = weights.as_ptr().cast::<u32>().add(g * steps * lanes);
             fold_tile::<S, MR, NR, PAIRS, ATTENTION_TILE>(&mut fold, steps, p, &v, tile.v_stride);
         }
         for r in 0..MR {

@@ -14,7 +14,7 @@ use super::tile::{QUERY_ROWS_MAX, Scores, Weights, locate, pack_weights, score_t
 use super::{Job, first_visible};
 use crate::ctx::Ctx;
 use crate::kv_layout::KvDtype;
-use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, bf16_pair, exp};
+use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, bf16_pair, exp, round_bf16};
 use crate::simd::{Simd, vectorised, with_simd};
 
 /// Rows of a unit at most: K and V of a tile stay in the first-level cache while they pass over them.
@@ -154,7 +154,7 @@ impl States {
 
 /// What a thread keeps between units.
 struct Scratch {
-    /// Packed queries, subtile after subtile: `[depth][rows of the subtile]`.
+    /// Packed queries, subtile after subtile: `[depth][rows of the subtile]`, each step in the lanes it takes.
     q: Vec<u32>,
     part: States,
     total: States,
@@ -220,16 +220,25 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
     let subtile = |i: usize| i * num_rows / num_subtiles..(i + 1) * num_rows / num_subtiles;
     let pairs = job.layout.dtype == KvDtype::Bf16;
     let depth = if pairs { job.layout.head_dim / 2 } else { job.layout.head_dim };
-    scratch.q.resize(num_rows * depth, 0);
+    let step_lanes = if pairs { S::PAIR_LANES } else { 1 };
+    let row_lanes = depth * step_lanes;
+    scratch.q.resize(num_rows * row_lanes, 0);
     for i in 0..num_subtiles {
         let rows = subtile(i);
-        let into = &mut scratch.q[rows.start * depth..rows.end * depth];
+        let into = &mut scratch.q[rows.start * row_lanes..rows.end * row_lanes];
         for (r, row) in rows.clone().enumerate() {
             let (q_row, head) = job.place(unit, row);
             let q = job.query(q_row, head);
             for step in 0..depth {
-                into[step * rows.len() + r] =
-                    if pairs { bf16_pair(q[2 * step], q[2 * step + 1]) } else { q[step].to_bits() };
+                let at = (step * rows.len() + r) * step_lanes;
+                match (pairs, step_lanes) {
+                    (false, _) => into[at] = q[step].to_bits(),
+                    (true, 1) => into[at] = bf16_pair(q[2 * step], q[2 * step + 1]),
+                    (true, _) => {
+                        into[at] = u32::from(round_bf16(q[2 * step])) << 16;
+                        into[at + 1] = u32::from(round_bf16(q[2 * step + 1])) << 16;
+                    }
+                }
             }
         }
     }
@@ -250,10 +259,10 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
                 if clip(&seen, start..start + ATTENTION_TILE).is_empty() {
                     continue;
                 }
-                let q = scratch.q[rows.start * depth..].as_ptr();
+                let q = scratch.q[rows.start * row_lanes..].as_ptr();
                 let (num, padded) = (rows.len(), padded_dim);
                 let corrections = &mut corrections[..num];
-                // SAFETY: the caller has the instruction set; q holds this subtile's `depth * rows` lanes, the
+                // SAFETY: the caller has the instruction set; q holds this subtile's `depth * rows` steps, the
                 // tile's pointers lead to heads of its layout.
                 unsafe {
                     by_rows!(num, score_tile::<S, pairs>(&tile, depth, q, &mut scratch.scores));
@@ -265,7 +274,7 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
                             let (max, sum) = (&mut scratch.part.max[row], &mut scratch.part.sum[row]);
                             softmax_step::<S>(scores, job.params, seen, max, sum)
                         });
-                        pack_weights(pairs, &scratch.scores[r], &mut scratch.weights[r]);
+                        pack_weights::<S>(pairs, &scratch.scores[r], &mut scratch.weights[r]);
                     }
                     let acc = &mut scratch.part.acc[rows.start * padded..rows.end * padded];
                     by_rows!(num, value_tile::<S, pairs>(&tile, &scratch.weights, corrections, acc));

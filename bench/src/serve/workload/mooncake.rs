@@ -4,30 +4,11 @@
 
 use std::time::Duration;
 
-use anyhow::Context;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use serde_json::Value;
 
 use super::Session;
-
-/// Tokens that a hash of the published traces stands for.
-pub const BLOCK_TOKENS: usize = 512;
-/// A prompt of a trace is not longer.
-const INPUT_LEN_MAX: u64 = 10_000_000;
-
-/// One request of a trace.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct TraceRow {
-    /// When it came, counted from the trace's beginning.
-    pub timestamp: Duration,
-    /// Tokens of its prompt.
-    pub input_len: usize,
-    /// Tokens that were generated.
-    pub output_len: usize,
-    /// Its blocks of [`BLOCK_TOKENS`] tokens, the partial last one included.
-    pub hash_ids: Vec<u64>,
-}
+use crate::mooncake::{BLOCK_TOKENS, TraceRow, rows};
 
 /// How a trace is bent to what can be run: all of it is part of the result.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -54,7 +35,7 @@ impl MooncakeTrace {
     /// The first `num_rows_max` rows of a trace.
     ///
     /// # Errors
-    /// As [`parse`].
+    /// If a line is no request, or there is none.
     pub fn parse(
         text: &str,
         num_rows_max: usize,
@@ -62,7 +43,10 @@ impl MooncakeTrace {
         vocab_size: u32,
         seed: u64,
     ) -> anyhow::Result<Self> {
-        Ok(Self::new(parse(text, num_rows_max)?, scale, vocab_size, seed))
+        let rows = rows(text.as_bytes()).take(num_rows_max).map(|row| Ok(row?.1));
+        let rows: Vec<TraceRow> = rows.collect::<anyhow::Result<_>>()?;
+        anyhow::ensure!(!rows.is_empty(), "there is no row");
+        Ok(Self::new(rows, scale, vocab_size, seed))
     }
 
     fn new(mut rows: Vec<TraceRow>, scale: TraceScale, vocab_size: u32, seed: u64) -> Self {
@@ -102,44 +86,6 @@ impl MooncakeTrace {
     }
 }
 
-/// Rows of a trace, one JSON object a line.
-///
-/// # Errors
-/// With the number of the line that is wrong.
-pub fn parse(text: &str, num_rows_max: usize) -> anyhow::Result<Vec<TraceRow>> {
-    let lines = text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()).take(num_rows_max);
-    let rows: Vec<TraceRow> = lines
-        .map(|(number, line)| parse_row(line).with_context(|| format!("line {}", number + 1)))
-        .collect::<anyhow::Result<_>>()?;
-    anyhow::ensure!(!rows.is_empty(), "there is no row");
-    Ok(rows)
-}
-
-fn parse_row(line: &str) -> anyhow::Result<TraceRow> {
-    let row: Value = serde_json::from_str(line).context("it is no JSON object")?;
-    let number = |key: &str| row[key].as_u64().with_context(|| format!("{key} is {}, expected a number", row[key]));
-    let hash_ids = row["hash_ids"].as_array().context("hash_ids is no list")?;
-    let hash_ids: Option<Vec<u64>> = hash_ids.iter().map(Value::as_u64).collect();
-    let (input_len, output_len) = (number("input_length")?, number("output_length")?);
-    anyhow::ensure!(
-        (1..=INPUT_LEN_MAX).contains(&input_len) && (1..=INPUT_LEN_MAX).contains(&output_len),
-        "input_length is {input_len} and output_length {output_len}, expected 1 to {INPUT_LEN_MAX}"
-    );
-    let row = TraceRow {
-        timestamp: Duration::from_millis(number("timestamp")?.min(u64::from(u32::MAX))),
-        input_len: input_len as usize,
-        output_len: output_len as usize,
-        hash_ids: hash_ids.context("hash_ids has something that is no number")?,
-    };
-    let expected = row.input_len.div_ceil(BLOCK_TOKENS);
-    anyhow::ensure!(
-        row.hash_ids.len() == expected,
-        "hash_ids has {} entries, expected {expected} for {input_len} tokens in blocks of {BLOCK_TOKENS}",
-        row.hash_ids.len()
-    );
-    Ok(row)
-}
-
 #[cfg(test)]
 #[allow(clippy::unwrap_used)]
 mod tests {
@@ -154,7 +100,7 @@ mod tests {
     const AS_IT_IS: TraceScale = TraceScale { length_divisor: 1, time_scale: 1.0, jitter: Duration::ZERO };
 
     fn trace(scale: TraceScale) -> MooncakeTrace {
-        MooncakeTrace::new(parse(ROWS, 10).unwrap(), scale, 512, 3)
+        MooncakeTrace::parse(ROWS, 10, scale, 512, 3).unwrap()
     }
 
     fn request(trace: &MooncakeTrace, index: usize) -> (Vec<u32>, usize) {
@@ -196,19 +142,10 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_row_is_named_by_its_line() {
-        for (row, expected) in [
-            ("{", "no JSON"),
-            (r#"{"timestamp": 0, "input_length": 5, "output_length": 1}"#, "hash_ids"),
-            (r#"{"timestamp": 0, "input_length": 0, "output_length": 1, "hash_ids": []}"#, "expected 1 to"),
-            (r#"{"timestamp": 0, "input_length": 513, "output_length": 1, "hash_ids": [1]}"#, "expected 2"),
-            (r#"{"timestamp": -1, "input_length": 5, "output_length": 1, "hash_ids": [1]}"#, "timestamp"),
-        ] {
-            let text = format!("{}\n{row}\n", ROWS.lines().next().unwrap());
-            let reason = format!("{:#}", parse(&text, 10).unwrap_err());
-            assert!(reason.contains("line 2") && reason.contains(expected), "{reason}");
-        }
+    fn as_many_rows_as_asked_for_are_read_and_none_is_an_error() {
+        let parse = |text, num_rows_max| MooncakeTrace::parse(text, num_rows_max, AS_IT_IS, 512, 3);
+        assert_eq!(parse(ROWS, 2).unwrap().num_rows(), 2);
         assert!(parse("\n", 10).is_err());
-        assert_eq!(parse(ROWS, 2).unwrap().len(), 2);
+        assert!(parse("{\n", 10).is_err());
     }
 }
