@@ -1,31 +1,49 @@
 //! Entries in this process's memory: foyer's cache, least recently used out first.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
+use common::block_events::{BlockSink, Medium, StoredBlock};
 use foyer::{Cache, CacheBuilder, Event, EventListener, LruConfig};
 
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
+use super::tier_events::TierEvents;
 
 /// What an entry takes beside its bytes: key, hash table, list.
 const OVERHEAD_BYTES: usize = 256;
 
 /// Host memory with a budget.
 pub struct HostBackend {
-    cache: Cache<EntryKey, Bytes>,
+    cache: Arc<HostCache>,
     evicted_bytes: Arc<AtomicU64>,
+    events: Option<Arc<TierEvents>>,
 }
 
-struct CountEvicted(Arc<AtomicU64>);
+type HostCache = Cache<EntryKey, Bytes>;
 
-impl EventListener for CountEvicted {
+/// Counts what is evicted, and tells what goes, for whatever reason.
+struct Leaving {
+    evicted_bytes: Arc<AtomicU64>,
+    events: Option<Arc<TierEvents>>,
+    /// Where it is looked up whether something is really gone: a replaced entry leaves, too. The cache owns this.
+    cache: Arc<OnceLock<Weak<HostCache>>>,
+}
+
+impl EventListener for Leaving {
     type Key = EntryKey;
     type Value = Bytes;
 
-    fn on_leave(&self, reason: Event, _key: &EntryKey, value: &Bytes) {
+    /// Called without the cache's locks.
+    fn on_leave(&self, reason: Event, key: &EntryKey, value: &Bytes) {
         if reason == Event::Evict {
-            self.0.fetch_add(weight(value) as u64, Ordering::Relaxed);
+            self.evicted_bytes.fetch_add(weight(value) as u64, Ordering::Relaxed);
+        }
+        // Without a cache this is the end of the tier, and of the node.
+        if let Some(events) = &self.events
+            && let Some(cache) = self.cache.get().and_then(Weak::upgrade)
+        {
+            events.on_left(key.content, || cache.contains(key));
         }
     }
 }
@@ -35,18 +53,31 @@ fn weight(value: &Bytes) -> usize {
 }
 
 impl HostBackend {
-    /// An empty one.
+    /// An empty one that tells nobody what it keeps.
     pub fn new(budget_bytes: usize) -> Self {
-        let evicted_bytes = Arc::default();
+        Self::with_listener(budget_bytes, None)
+    }
+
+    /// An empty one that tells `sink` what it keeps and gives up.
+    pub fn telling(budget_bytes: usize, sink: Arc<dyn BlockSink>) -> Self {
+        Self::with_listener(budget_bytes, Some(Arc::new(TierEvents::new(Medium::Host, sink))))
+    }
+
+    fn with_listener(budget_bytes: usize, events: Option<Arc<TierEvents>>) -> Self {
+        let (evicted_bytes, own_cache) = (Arc::<AtomicU64>::default(), Arc::<OnceLock<_>>::default());
+        let leaving =
+            Leaving { evicted_bytes: evicted_bytes.clone(), events: events.clone(), cache: own_cache.clone() };
         let cache = CacheBuilder::new(budget_bytes)
             // One budget: shards would each have their own, too small for an entry where the whole is small.
             .with_shards(1)
             .with_weighter(|_: &EntryKey, value: &Bytes| weight(value))
             // The place to change how entries are chosen that go.
             .with_eviction_config(LruConfig::default())
-            .with_event_listener(Arc::new(CountEvicted(Arc::clone(&evicted_bytes))))
+            .with_event_listener(Arc::new(leaving))
             .build();
-        Self { cache, evicted_bytes }
+        let cache = Arc::new(cache);
+        own_cache.set(Arc::downgrade(&cache)).expect("only this function sets it, once");
+        Self { cache, evicted_bytes, events }
     }
 }
 
@@ -81,6 +112,12 @@ impl TierBackend for HostBackend {
             self.cache.remove(&key);
             Ok(())
         })
+    }
+
+    fn tell_stored(&self, key: EntryKey, block: StoredBlock) {
+        if let Some(events) = &self.events {
+            events.on_put(block, || self.cache.contains(&key));
+        }
     }
 
     fn used_bytes(&self) -> Option<u64> {
