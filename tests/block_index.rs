@@ -35,7 +35,9 @@ enum Prefilled {
 /// in the host tier alone, as long as that has room.
 fn small_pools(prefilled: Prefilled, host_bytes: &'static str) -> Shape {
     let nodes = vec!["--threads", "1", "--block-size", "32", "--kv-cache-memory-bytes", "512KiB"];
-    let store = vec!["--store-host-bytes", host_bytes, "--store-bytes-per-second", "1000GB"];
+    let mut store = vec!["--store-host-bytes", host_bytes, "--store-bytes-per-second", "1000GB"];
+    // The machine may be busy, which is not what these tests are about.
+    store.extend(["--store-load-stall-timeout", "1m"]);
     // A decode node that does not prefill shall not hold prefixes either.
     let bare = vec!["--no-enable-prefix-caching", "--local-offer-max-tokens", "0"];
     match prefilled {
