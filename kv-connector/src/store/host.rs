@@ -17,17 +17,21 @@ const OVERHEAD_BYTES: usize = 256;
 pub struct HostBackend {
     cache: Arc<HostCache>,
     evicted_bytes: Arc<AtomicU64>,
-    events: Option<Arc<TierEvents>>,
+    told: Arc<OnceLock<Told>>,
 }
 
 type HostCache = Cache<EntryKey, Bytes>;
 
-/// Counts what is evicted, and tells what goes, for whatever reason.
+/// Who is told what is kept and given up, and where it is looked up whether that is still so. The cache owns this.
+struct Told {
+    events: TierEvents,
+    cache: Weak<HostCache>,
+}
+
+/// Counts what is evicted, and tells what goes, for whatever reason: a replaced entry leaves, too.
 struct Leaving {
     evicted_bytes: Arc<AtomicU64>,
-    events: Option<Arc<TierEvents>>,
-    /// Where it is looked up whether something is really gone: a replaced entry leaves, too. The cache owns this.
-    cache: Arc<OnceLock<Weak<HostCache>>>,
+    told: Arc<OnceLock<Told>>,
 }
 
 impl EventListener for Leaving {
@@ -40,10 +44,10 @@ impl EventListener for Leaving {
             self.evicted_bytes.fetch_add(weight(value) as u64, Ordering::Relaxed);
         }
         // Without a cache this is the end of the tier, and of the node.
-        if let Some(events) = &self.events
-            && let Some(cache) = self.cache.get().and_then(Weak::upgrade)
+        if let Some(told) = self.told.get()
+            && let Some(cache) = told.cache.upgrade()
         {
-            events.on_left(key.content, || cache.contains(key));
+            told.events.on_left(key.content, || cache.contains(key));
         }
     }
 }
@@ -53,20 +57,10 @@ fn weight(value: &Bytes) -> usize {
 }
 
 impl HostBackend {
-    /// An empty one that tells nobody what it keeps.
+    /// An empty one.
     pub fn new(budget_bytes: usize) -> Self {
-        Self::with_listener(budget_bytes, None)
-    }
-
-    /// An empty one that tells `sink` what it keeps and gives up.
-    pub fn telling(budget_bytes: usize, sink: Arc<dyn BlockSink>) -> Self {
-        Self::with_listener(budget_bytes, Some(Arc::new(TierEvents::new(Medium::Host, sink))))
-    }
-
-    fn with_listener(budget_bytes: usize, events: Option<Arc<TierEvents>>) -> Self {
-        let (evicted_bytes, own_cache) = (Arc::<AtomicU64>::default(), Arc::<OnceLock<_>>::default());
-        let leaving =
-            Leaving { evicted_bytes: evicted_bytes.clone(), events: events.clone(), cache: own_cache.clone() };
+        let (evicted_bytes, told) = (Arc::<AtomicU64>::default(), Arc::<OnceLock<Told>>::default());
+        let leaving = Leaving { evicted_bytes: evicted_bytes.clone(), told: told.clone() };
         let cache = CacheBuilder::new(budget_bytes)
             // One budget: shards would each have their own, too small for an entry where the whole is small.
             .with_shards(1)
@@ -75,9 +69,17 @@ impl HostBackend {
             .with_eviction_config(LruConfig::default())
             .with_event_listener(Arc::new(leaving))
             .build();
-        let cache = Arc::new(cache);
-        own_cache.set(Arc::downgrade(&cache)).expect("only this function sets it, once");
-        Self { cache, evicted_bytes, events }
+        Self { cache: Arc::new(cache), evicted_bytes, told }
+    }
+
+    /// Tells `sink` what it keeps and gives up from now on. To be called while it is empty.
+    ///
+    /// # Panics
+    /// If it tells somebody already.
+    pub fn telling(self, sink: Arc<dyn BlockSink>) -> Self {
+        let told = Told { events: TierEvents::new(Medium::Host, sink), cache: Arc::downgrade(&self.cache) };
+        assert!(self.told.set(told).is_ok(), "a host tier tells one listener");
+        self
     }
 }
 
@@ -115,8 +117,8 @@ impl TierBackend for HostBackend {
     }
 
     fn tell_stored(&self, key: EntryKey, block: StoredBlock) {
-        if let Some(events) = &self.events {
-            events.on_put(block, || self.cache.contains(&key));
+        if let Some(told) = self.told.get() {
+            told.events.on_put(block, || self.cache.contains(&key));
         }
     }
 

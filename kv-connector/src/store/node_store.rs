@@ -104,7 +104,7 @@ impl NodeStore {
             if config.host_bytes < num_bytes_min {
                 return Err(OpenStoreError::HostTooSmall { host_bytes: config.host_bytes, num_bytes_min });
             }
-            let backend = Arc::new(HostBackend::telling(config.host_bytes as usize, events));
+            let backend = Arc::new(HostBackend::new(config.host_bytes as usize).telling(events));
             tiers.push(Tier::new(TierKind::Host, backend, format, HOST_TIMEOUT, &labels));
         }
         if let Some((folder, budget_bytes)) = &config.disk {

@@ -109,7 +109,7 @@ mod tests {
         const ENTRY_BYTES: usize = 1000;
         let heard = Arc::new(Heard::default());
         // Room for three and a small one, each with what the cache itself needs.
-        let host = HostBackend::telling(3 * (ENTRY_BYTES + 256) + 300, heard.clone());
+        let host = HostBackend::new(3 * (ENTRY_BYTES + 256) + 300).telling(heard.clone());
         let put = async |key: u128, num_bytes: usize| {
             host.put(entry_key(key), Bytes::from(vec![0; num_bytes])).await.unwrap();
             host.tell_stored(entry_key(key), block(key));
@@ -133,7 +133,7 @@ mod tests {
     fn events_of_several_threads_end_with_what_is_there() {
         const NUM_KEYS: u128 = 6;
         let heard = Arc::new(Heard::default());
-        let host = HostBackend::telling(4 * 300, heard.clone());
+        let host = HostBackend::new(4 * 300).telling(heard.clone());
         std::thread::scope(|scope| {
             for thread in 0..4u128 {
                 let host = &host;
@@ -184,7 +184,7 @@ mod tests {
         let slow: Arc<dyn TierBackend> = Arc::new(FaultyBackend::new(Arc::new(HostBackend::new(1 << 20))));
         let tier = |kind, backend| Tier::new(kind, backend, format, Duration::from_secs(3600), &[]);
         let tiers = vec![
-            tier(TierKind::Host, Arc::new(HostBackend::telling(1 << 20, heard.clone())) as Arc<dyn TierBackend>),
+            tier(TierKind::Host, Arc::new(HostBackend::new(1 << 20).telling(heard.clone())) as Arc<dyn TierBackend>),
             tier(TierKind::Disk, slow),
         ];
         let store = TieredStore::new(tiers.clone(), format, 1 << 20, None);
