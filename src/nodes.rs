@@ -217,7 +217,7 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     let blocks = Arc::new(BlockFeed::default());
     let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
         .context("start the engine's thread")?;
-    let opened = store::open(&store, &node, role.role(), &engine, host_budget).await;
+    let opened = store::open(&store, &node, role.role(), &engine, host_budget, blocks.clone()).await;
     let store = opened.with_context(|| format!("open the prefix-block store of {node}"))?;
     let hello = Hello {
         node: node.clone(),

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use common::block_events::BlockSink;
 use common::config::StoreArgs;
 use common::content::{ContentName, GRANULE_TOKENS};
 use common::host_budget::HostBudget;
@@ -13,7 +14,7 @@ use kv_connector::store::{
 use metrics::Label;
 
 /// Opens the store of a node, if its settings have a tier. `host_budget` is that of the host tier, with what is
-/// parked.
+/// parked; `events` hears what the host tier keeps and gives up.
 ///
 /// # Errors
 /// If a tier cannot be had.
@@ -23,6 +24,7 @@ pub async fn open(
     role: Role,
     engine: &EngineHandle,
     host_budget: Arc<HostBudget>,
+    events: Arc<dyn BlockSink>,
 ) -> Result<Option<Arc<NodeStore>>, OpenStoreError> {
     let config = StoreConfig {
         host_budget,
@@ -38,7 +40,7 @@ pub async fn open(
     let pool = engine.pool();
     let format = EntryFormat::new(engine.model(), pool.num_layers() as usize, pool.extent_bytes(1));
     let labels = vec![Label::new("role", role.as_str()), Label::new("node", node.to_string())];
-    NodeStore::open(&config, format, Arc::new(EnginePool(engine.clone())), labels).await
+    NodeStore::open(&config, format, Arc::new(EnginePool(engine.clone())), events, labels).await
 }
 
 struct EnginePool(EngineHandle);

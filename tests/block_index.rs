@@ -1,5 +1,5 @@
-//! The proxy knows what its nodes hold and sends requests there: through restarts of nodes and proxy, within
-//! its bound, and never across tenants.
+//! The proxy knows what its nodes hold, in their pools and in their host tiers, and sends requests there: through
+//! restarts of nodes and proxy, within its bound, and never across tenants.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -14,6 +14,59 @@ fn shape(num_prefill: usize, num_decode: usize) -> Shape {
     let mut shape = Shape { num_prefill, num_decode, ..Shape::default() };
     shape.nodes.extend(["--block-size", "32"]);
     shape
+}
+
+/// Tokens of a prompt that fills a pool of [`small_pools`].
+const NUM_FILLING: usize = 490;
+/// Of them, in full granules and in full blocks.
+const NUM_KEPT: u64 = 480;
+const NUM_KEPT_GRANULES: usize = 30;
+/// What an entry of the host tier counts for: 1 KiB for each of 16 tokens, its header, what the cache needs.
+const ENTRY_BYTES: f64 = 16.0 * 1024.0 + 128.0 + 256.0;
+
+/// Who prefills: two prefill nodes, or two decode nodes for themselves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prefilled {
+    Apart,
+    Locally,
+}
+
+/// Two nodes that prefill, and load whatever their host tier has. One prompt fills a pool: what was there before is
+/// in the host tier alone, as long as that has room.
+fn small_pools(prefilled: Prefilled, host_bytes: &'static str) -> Shape {
+    let nodes = vec!["--threads", "1", "--block-size", "32", "--kv-cache-memory-bytes", "512KiB"];
+    let mut store = vec!["--store-host-bytes", host_bytes, "--store-bytes-per-second", "1000GB"];
+    // The machine may be busy, which is not what these tests are about.
+    store.extend(["--store-load-stall-timeout", "1m"]);
+    // A decode node that does not prefill shall not hold prefixes either.
+    let bare = vec!["--no-enable-prefix-caching", "--local-offer-max-tokens", "0"];
+    match prefilled {
+        Prefilled::Apart => {
+            Shape { num_prefill: 2, num_decode: 1, nodes, prefill: store, decode: bare, ..Shape::default() }
+        }
+        Prefilled::Locally => Shape { num_prefill: 0, num_decode: 2, nodes, decode: store, ..Shape::default() },
+    }
+}
+
+/// Asks for the first time, and waits until the host tier of the node that answers has it.
+async fn fill_and_publish(cluster: &Cluster, texts: &[Vec<u32>]) {
+    for (number, text) in texts.iter().enumerate() {
+        assert_eq!(cached_tokens(&cluster.api, &body(text)).await, 0);
+        cluster.settle().await;
+        wait::until("it is in the host tier", wait::SOON, async || {
+            let scrape = cluster.node_metrics().await;
+            let written = scrape.sum("tandem_store_written_total", &[("tier", "host")]);
+            let is_done = written == ((number + 1) * NUM_KEPT_GRANULES) as f64
+                && scrape.sum("tandem_store_publications", &[]) == 0.0;
+            is_done.then_some(()).ok_or_else(|| format!("{written} entries are"))
+        })
+        .await;
+    }
+}
+
+/// Granules that the host tiers hold.
+async fn num_on_hosts(cluster: &Cluster) -> f64 {
+    cluster.node_metrics().await.sum("tandem_store_used_bytes", &[("tier", "host")]) / ENTRY_BYTES
 }
 
 fn body(prompt: &[u32]) -> Value {
@@ -76,6 +129,54 @@ async fn second_turn_goes_where_the_first_one_was_computed() {
         assert_eq!(rise("tandem_believed_cached_tokens_total", &[("node_role", role)]), 5.0 * 384.0, "{role}");
     }
     assert_eq!(after.sum("tandem_believed_cached_error_tokens_total", &[]), 0.0, "what was believed was so");
+    cluster.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefix_that_only_a_host_tier_holds_is_routed_to_that_node() {
+    let seed = Seed::draw();
+    let mut rng = seed.stream(5);
+    for prefilled in [Prefilled::Locally, Prefilled::Apart] {
+        let cluster = Cluster::start(small_pools(prefilled, "16MiB")).await;
+        let texts: Vec<Vec<u32>> = (0..5).map(|_| corpus::prompt(&mut rng, NUM_FILLING)).collect();
+        fill_and_publish(&cluster, &texts).await;
+        let num_granules = num_on_hosts(&cluster).await;
+        assert_eq!(num_granules, 5.0 * NUM_KEPT_GRANULES as f64, "{prefilled:?}");
+        // What the pools still have is among them.
+        index_has(&cluster, num_granules).await;
+        let before = cluster.metrics().await;
+        // An odd number of them again: by turns, each would go to the node that never saw it.
+        for text in &texts {
+            assert_eq!(cached_tokens(&cluster.api, &body(text)).await, NUM_KEPT, "{prefilled:?}");
+        }
+        let after = cluster.metrics().await;
+        let rise = |name: &str, labels: &[(&str, &str)]| after.sum(name, labels) - before.sum(name, labels);
+        assert_eq!(rise("tandem_believed_cached_tokens_total", &[]), 5.0 * NUM_KEPT as f64, "{prefilled:?}");
+        let num_in_tier = rise("tandem_believed_cached_tokens_total", &[("held_in", "tier")]);
+        assert!(num_in_tier >= 3.0 * NUM_KEPT as f64, "{prefilled:?}: {num_in_tier} tokens in a tier");
+        assert!(rise("tandem_store_loaded_tokens_total", &[]) >= 3.0 * NUM_KEPT as f64, "{prefilled:?}");
+        cluster.shut_down().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prefix_that_left_the_host_tier_too_is_routed_to_no_longer() {
+    let seed = Seed::draw();
+    let mut rng = seed.stream(6);
+    // Room for one such prompt and one granule more.
+    let mut cluster = Cluster::start(small_pools(Prefilled::Locally, "512KiB")).await;
+    let texts: Vec<Vec<u32>> = (0..5).map(|_| corpus::prompt(&mut rng, NUM_FILLING)).collect();
+    fill_and_publish(&cluster, &texts).await;
+    let num_granules = num_on_hosts(&cluster).await;
+    assert!(num_granules < 3.0 * NUM_KEPT_GRANULES as f64, "{num_granules} granules are kept");
+    // Another proxy knows nothing but what is there now.
+    cluster.restart_proxy().await;
+    index_has(&cluster, num_granules).await;
+    assert_eq!(cached_tokens(&cluster.api, &body(&texts[4])).await, NUM_KEPT);
+    let before = believed(&cluster.metrics().await);
+    assert_eq!(before, NUM_KEPT as f64);
+    assert_eq!(cached_tokens(&cluster.api, &body(&texts[0])).await, 0);
+    assert_eq!(believed(&cluster.metrics().await), before, "nobody is believed to hold what nobody holds");
     cluster.shut_down().await;
 }
 

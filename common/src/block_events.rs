@@ -1,9 +1,12 @@
 //! What happened to the named blocks of a node: the vocabulary of block events.
 //!
 //! The block manager notes in a [`BlockJournal`] what it names and forgets; the engine's loop hands that on to
-//! a [`BlockSink`] after every step. Who listens (the proxies' index, later tiers and other event formats) is
-//! not known here. An event says enough to tell a block to anyone: its key, its parent's, the tokens it stands
-//! for, and in which medium it is.
+//! a [`BlockSink`] after every step. A tier that knows what it keeps and gives up tells the same sink. Who listens
+//! (the proxies' index, later other event formats) is not known here. An event says enough to tell a block to
+//! anyone: its key, its parent's, the tokens it stands for, and in which medium it is.
+//!
+//! What is a block depends on the medium: in the pool one of the node's block size, in a tier one granule. Keys and
+//! parents are those of granules in both, so a block of the pool and the last of its granules have one key.
 
 use std::sync::Arc;
 
@@ -19,15 +22,25 @@ pub enum Medium {
     Pool,
     /// Host memory beside the pool.
     Host,
-    /// A local disk.
+    /// A local disk. No node tells it: what leaves the disk is not known there.
     Disk,
-    /// A store that several nodes share.
+    /// A store that several nodes share. No node tells it: it is nobody's own.
     Remote,
 }
 
 impl Medium {
     /// All of them.
     pub const ALL: [Medium; 4] = [Medium::Pool, Medium::Host, Medium::Disk, Medium::Remote];
+
+    /// The value of the metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Medium::Pool => "pool",
+            Medium::Host => "host",
+            Medium::Disk => "disk",
+            Medium::Remote => "remote",
+        }
+    }
 }
 
 /// A block that can be found.
@@ -64,7 +77,7 @@ pub enum BlockEvent {
 
 /// Takes events in the order in which they happened.
 pub trait BlockSink: Send + Sync {
-    /// Called by the engine's thread: must not wait for anybody who listens.
+    /// Called by the engine's thread, and by whoever changes a tier: must not wait for anybody who listens.
     fn on_blocks(&self, events: Vec<BlockEvent>);
 }
 

@@ -91,8 +91,13 @@ impl BlockLog {
         self.stored.len()
     }
 
-    /// Takes an event in.
+    /// Takes an event in; not the removal of what is not stored, which would say nothing and take room in the ring.
     pub fn append(&mut self, event: BlockEvent) {
+        if let BlockEvent::Removed { medium, key } = &event
+            && !self.numbers.contains_key(&(*medium, *key))
+        {
+            return;
+        }
         self.newest += 1;
         match event {
             BlockEvent::Stored(block) => {
@@ -172,19 +177,29 @@ mod tests {
     use proptest::prelude::*;
     use std::collections::HashSet;
 
-    fn stored(n: u8) -> BlockEvent {
+    use Medium::{Host, Pool};
+
+    fn stored_in(medium: Medium, n: u8) -> BlockEvent {
         let key = ContentKey(n.into());
-        BlockEvent::Stored(StoredBlock { medium: Medium::Pool, key, parent: None, tokens: [u32::from(n); 16].into() })
+        BlockEvent::Stored(StoredBlock { medium, key, parent: None, tokens: [u32::from(n); 16].into() })
+    }
+
+    fn removed_from(medium: Medium, n: u8) -> BlockEvent {
+        BlockEvent::Removed { medium, key: ContentKey(n.into()) }
+    }
+
+    fn stored(n: u8) -> BlockEvent {
+        stored_in(Pool, n)
     }
 
     fn removed(n: u8) -> BlockEvent {
-        BlockEvent::Removed { medium: Medium::Pool, key: ContentKey(n.into()) }
+        removed_from(Pool, n)
     }
 
     /// What a listener makes of the events.
     #[derive(Debug, Default, Clone)]
     struct Listener {
-        known: HashSet<ContentKey>,
+        known: HashSet<(Medium, ContentKey)>,
         num_restarts: usize,
     }
 
@@ -197,12 +212,12 @@ mod tests {
             for event in batch.events {
                 match event {
                     BlockEvent::Stored(block) => {
-                        self.known.insert(block.key);
+                        self.known.insert((block.medium, block.key));
                     }
-                    BlockEvent::Removed { key, .. } => {
-                        self.known.remove(&key);
+                    BlockEvent::Removed { medium, key } => {
+                        self.known.remove(&(medium, key));
                     }
-                    BlockEvent::Cleared { .. } => self.known.clear(),
+                    BlockEvent::Cleared { medium } => self.known.retain(|(of, _)| *of != medium),
                 }
             }
         }
@@ -250,32 +265,54 @@ mod tests {
     }
 
     #[test]
+    fn removal_of_what_is_not_stored_is_no_event() {
+        let mut log = BlockLog::new(1);
+        [stored(1), removed(1), removed(1), removed_from(Host, 2)].into_iter().for_each(|event| log.append(event));
+        assert_eq!(log.newest(), 2);
+        assert_eq!(log.read(&mut LogReader::new(Some(1)), usize::MAX).events, [removed(1)], "the ring still has it");
+    }
+
+    #[test]
     fn cleared_medium_leaves_the_others() {
         let mut log = BlockLog::new(10);
         log.append(stored(1));
-        let BlockEvent::Stored(block) = stored(1) else { unreachable!() };
-        let on_host = BlockEvent::Stored(StoredBlock { medium: Medium::Host, ..block });
-        log.append(on_host.clone());
-        log.append(BlockEvent::Cleared { medium: Medium::Pool });
-        assert_eq!(log.read(&mut LogReader::new(None), usize::MAX).events, [on_host]);
+        log.append(stored_in(Host, 1));
+        log.append(BlockEvent::Cleared { medium: Pool });
+        assert_eq!(log.read(&mut LogReader::new(None), usize::MAX).events, [stored_in(Host, 1)]);
+    }
+
+    #[test]
+    fn block_that_moves_from_the_pool_to_a_tier_is_told_at_each_step() {
+        let mut log = BlockLog::new(10);
+        let mut reader = LogReader::new(None);
+        log.read(&mut reader, usize::MAX);
+        let steps = [stored(1), stored_in(Host, 1), removed(1), removed_from(Host, 1)];
+        for step in steps {
+            log.append(step.clone());
+            assert_eq!(log.read(&mut reader, usize::MAX).events, [step]);
+            // Whoever was away sees the same, from where it was.
+            assert!(log.read(&mut LogReader::new(Some(log.newest())), usize::MAX).is_empty());
+        }
+        assert_eq!(log.num_stored(), 0);
     }
 
     proptest! {
-        /// Whatever happens between the pieces it reads, a listener ends with exactly what is stored.
+        /// Whatever happens between the pieces it reads, a listener ends with exactly what is stored, in each medium.
         #[test]
         fn listeners_agree_with_the_log(
-            ops in prop::collection::vec((0u8..20, 0u8..12), 0..300),
+            ops in prop::collection::vec((0u8..20, 0u8..12, any::<bool>()), 0..300),
             num_gone_max in 0usize..12,
         ) {
             let mut log = BlockLog::new(num_gone_max);
             let mut truth = HashSet::new();
             let mut listeners = [(LogReader::new(None), Listener::default()), (LogReader::new(None), Listener::default())];
-            for (op, n) in ops {
-                let key = ContentKey(n.into());
+            for (op, n, is_host) in ops {
+                let medium = if is_host { Host } else { Pool };
+                let place = (medium, ContentKey(n.into()));
                 match op {
-                    0..9 => { log.append(stored(n)); truth.insert(key); }
-                    9..15 => { log.append(removed(n)); truth.remove(&key); }
-                    15 => { log.append(BlockEvent::Cleared { medium: Medium::Pool }); truth.clear(); }
+                    0..9 => { log.append(stored_in(medium, n)); truth.insert(place); }
+                    9..15 => { log.append(removed_from(medium, n)); truth.remove(&place); }
+                    15 => { log.append(BlockEvent::Cleared { medium }); truth.retain(|(of, _)| *of != medium); }
                     16..18 => {
                         let (reader, listener) = &mut listeners[0];
                         listener.hear(log.read(reader, 1));

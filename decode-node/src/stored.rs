@@ -16,7 +16,7 @@ use crate::node::Node;
 /// The longest prefix that the store holds of a prompt that is prefilled here.
 pub(crate) async fn find(node: &Node, generate: &Generate) -> FoundPrefix {
     match &node.store {
-        Some(store) => store.find(&node.content_chain(generate), generate.tokens.0.len()).await,
+        Some(store) => store.find(&node.content_chain(generate), &generate.tokens.0).await,
         None => FoundPrefix::default(),
     }
 }
@@ -66,12 +66,12 @@ impl Generated {
         let Some(store) = &node.store else { return };
         let prompt: ContentChain = node.content_chain(generate);
         if self.0.is_empty() {
-            store.publish(prompt.granules());
+            store.publish(&prompt, &generate.tokens.0);
         }
         for tokens in self.0.into_values() {
-            let mut chain = prompt.clone();
-            chain.extend(&[&generate.tokens.0[..], &tokens].concat());
-            store.publish(chain.granules());
+            let (mut chain, tokens) = (prompt.clone(), [&generate.tokens.0[..], &tokens].concat());
+            chain.extend(&tokens);
+            store.publish(&chain, &tokens);
         }
     }
 }

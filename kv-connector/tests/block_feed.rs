@@ -15,14 +15,22 @@ use kv_connector::membership::NodePresence;
 use kv_connector::{ControlReceiver, ControlSender, Fabric, Link};
 use support::{Cluster, assert_nothing_left, soon};
 
-fn stored(key: u128) -> BlockEvent {
+fn stored_in(medium: Medium, key: u128) -> BlockEvent {
     let parent = key.checked_sub(1).map(ContentKey);
     let tokens = vec![key as u32; 16].into();
-    BlockEvent::Stored(StoredBlock { medium: Medium::Pool, key: ContentKey(key), parent, tokens })
+    BlockEvent::Stored(StoredBlock { medium, key: ContentKey(key), parent, tokens })
+}
+
+fn removed_from(medium: Medium, key: u128) -> BlockEvent {
+    BlockEvent::Removed { medium, key: ContentKey(key) }
+}
+
+fn stored(key: u128) -> BlockEvent {
+    stored_in(Medium::Pool, key)
 }
 
 fn removed(key: u128) -> BlockEvent {
-    BlockEvent::Removed { medium: Medium::Pool, key: ContentKey(key) }
+    removed_from(Medium::Pool, key)
 }
 
 /// A proxy and a prefill node whose feed remembers `num_removals_max` removals.
@@ -89,6 +97,35 @@ async fn proxy_that_was_away_goes_on_behind_the_last_event() {
     let again = news(&mut receiver).await;
     assert!(again.is_restart && again.events.len() == 3, "{again:?}");
     drop((_sender, receiver, pair.link));
+    assert_nothing_left([pair.proxy, pair.node]).await;
+}
+
+#[tokio::test]
+async fn block_that_moves_to_a_tier_while_the_proxy_is_away_is_told_when_it_is_back() {
+    let pair = Pair::start(100).await;
+    let told =
+        |events: &[BlockEvent]| -> Vec<_> { events.iter().map(|event| blocks::BlockEvent::of(event, false)).collect() };
+    pair.feed.on_blocks(vec![stored(0), stored(1)]);
+    let (sender, mut receiver) = pair.watch(None, false).await;
+    let first = news(&mut receiver).await;
+    drop((sender, receiver));
+
+    // Copied into host memory, then evicted from the pool.
+    let moved = [stored_in(Medium::Host, 1), removed(1)];
+    pair.feed.on_blocks(moved.to_vec());
+    let (sender, mut receiver) = pair.watch(first.resume_at, false).await;
+    let next = news(&mut receiver).await;
+    assert_eq!((next.is_restart, next.events), (false, told(&moved)));
+    drop((sender, receiver));
+
+    // Whoever knows nothing yet is told what is in either medium.
+    let (sender, mut receiver) = pair.watch(None, false).await;
+    let snapshot = news(&mut receiver).await;
+    assert_eq!((snapshot.is_restart, snapshot.events), (true, told(&[stored(0), moved[0].clone()])));
+    let gone = [removed_from(Medium::Host, 1)];
+    pair.feed.on_blocks(gone.to_vec());
+    assert_eq!(news(&mut receiver).await.events, told(&gone));
+    drop((sender, receiver, pair.link));
     assert_nothing_left([pair.proxy, pair.node]).await;
 }
 

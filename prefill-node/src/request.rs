@@ -98,7 +98,7 @@ async fn admit(
     chain.extend(&prefill.tokens.0);
     let stored = tokio::select! {
         () = sender.stopped() => return Err(Refusal::Gone),
-        stored = stored::find(node, &chain, prefill.tokens.0.len()) => stored,
+        stored = stored::find(node, &chain, &prefill.tokens.0) => stored,
     };
     let peer_prefix = peer::usable(node, prefill);
     let num_peer_tokens = peer_prefix.as_ref().map_or(0, |peer| peer.num_tokens);
@@ -460,7 +460,7 @@ impl HandOver<'_> {
             PrefillAction::StopExtents => self.sends.abort_all(),
             PrefillAction::Unpin => {
                 // While its blocks are still held: what is published is found in the pool by its content.
-                stored::publish(self.node, &self.admitted.source.chain);
+                stored::publish(self.node, &self.admitted.source.chain, &self.prefill.tokens.0);
                 self.sender.finish();
                 return true;
             }

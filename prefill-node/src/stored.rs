@@ -5,14 +5,15 @@ use std::sync::Arc;
 use common::content::ContentChain;
 use common::handover::PrefixCosts;
 use common::ids::BlockId;
+use common::tokens::Token;
 use kv_connector::store::{FoundPrefix, LoadPlan, PrefixLoad};
 
 use crate::node::Node;
 
 /// The longest prefix that the store holds.
-pub(crate) async fn find(node: &Node, chain: &ContentChain, num_tokens: usize) -> FoundPrefix {
+pub(crate) async fn find(node: &Node, chain: &ContentChain, tokens: &[Token]) -> FoundPrefix {
     match &node.store {
-        Some(store) => store.find(chain, num_tokens).await,
+        Some(store) => store.find(chain, tokens).await,
         None => FoundPrefix::default(),
     }
 }
@@ -26,8 +27,8 @@ pub(crate) fn load(node: &Node, found: FoundPrefix, costs: &PrefixCosts, blocks:
 }
 
 /// Offers to the store what the pool has of this prompt.
-pub(crate) fn publish(node: &Node, chain: &ContentChain) {
+pub(crate) fn publish(node: &Node, chain: &ContentChain, tokens: &[Token]) {
     if let Some(store) = &node.store {
-        store.publish(chain.granules());
+        store.publish(chain, tokens);
     }
 }

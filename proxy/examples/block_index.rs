@@ -1,12 +1,13 @@
 //! What the block index costs: bytes per block, events taken in per second, and lookups: how many, how long.
 //!
 //! ```text
-//! cargo run --release -p proxy --example block_index [NUM_BLOCKS [NUM_NODES]]
+//! cargo run --release -p proxy --example block_index [NUM_BLOCKS [NUM_NODES [host]]]
 //! ```
 //!
 //! 10 million blocks of 16 nodes by default, as conversations of 64 blocks (2,048 tokens in blocks of 32), each
-//! held by two of the nodes. A lookup is one request's: the keys of its 128 granules, of which half, all or
-//! none are held. The keys are made outside of what is timed.
+//! held by two of the nodes in their pools. With `host`, one of the two has it in its host tier, too, which is told
+//! by granules: twice as many entries, of which half are those of the pool. A lookup is one request's: the keys of
+//! its 128 granules, of which half, all or none are held. The keys are made outside of what is timed.
 #![allow(clippy::print_stdout)]
 
 use std::hint::black_box;
@@ -14,7 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::block_events::Medium;
-use common::content::ContentKey;
+use common::content::{ContentKey, GRANULE_TOKENS};
 use common::ids::{Epoch, NodeId};
 use common::tokens::PackedTokens;
 use common::wire::BlockNews;
@@ -35,16 +36,17 @@ fn key(chain: usize, granule: usize) -> ContentKey {
     ContentKey(x ^ (x >> 64))
 }
 
-fn chain_events(chain: usize) -> Vec<BlockEvent> {
-    let last_granule = |block: usize| key(chain, block * GRANULES_PER_BLOCK + 1);
+/// A conversation in a medium whose blocks have so many granules.
+fn chain_events(chain: usize, medium: Medium, granules_per_block: usize) -> Vec<BlockEvent> {
+    let last_granule = |block: usize| key(chain, (block + 1) * granules_per_block - 1);
     let event = |block: usize| BlockEvent::Stored {
-        medium: Medium::Pool,
+        medium,
         key: last_granule(block),
         parent: block.checked_sub(1).map(last_granule),
-        num_tokens: 32,
+        num_tokens: (granules_per_block * GRANULE_TOKENS) as u32,
         tokens: PackedTokens::default(),
     };
-    (0..BLOCKS_PER_CHAIN).map(event).collect()
+    (0..BLOCKS_PER_CHAIN * GRANULES_PER_BLOCK / granules_per_block).map(event).collect()
 }
 
 /// Resident memory of this process in bytes.
@@ -56,27 +58,36 @@ fn resident_bytes() -> usize {
 }
 
 fn main() {
-    let mut args = std::env::args().skip(1).map(|arg| arg.parse::<usize>().expect("a number"));
+    let (words, numbers): (Vec<_>, Vec<_>) = std::env::args().skip(1).partition(|arg| arg == "host");
+    let has_host_tier = !words.is_empty();
+    let mut args = numbers.iter().map(|arg| arg.parse::<usize>().expect("a number, or the word host"));
     let num_blocks = args.next().unwrap_or(10_000_000);
     let num_nodes = args.next().unwrap_or(16).max(2);
     let num_chains = num_blocks / BLOCKS_PER_CHAIN;
     let metrics = ProxyMetrics::new(&NodeId::new("proxy").expect("a name"), "bench");
-    let index = Arc::new(BlockIndex::new(num_blocks, Arc::new(metrics)));
+    // Room for the granules between the blocks, too.
+    let index = Arc::new(BlockIndex::new(num_blocks * GRANULES_PER_BLOCK, Arc::new(metrics)));
     let life = |node: usize| (NodeId::new(format!("n{node}")).expect("a name"), Epoch(1));
     let mut nodes: Vec<IndexedNode> = (0..num_nodes).map(|node| index.join(life(node), GRANULES_PER_BLOCK)).collect();
 
     let before_bytes = resident_bytes();
-    let mut spent = Duration::ZERO;
+    let (mut spent, mut num_events) = (Duration::ZERO, 0);
     for chain in 0..num_chains {
-        let news = BlockNews { is_restart: false, events: chain_events(chain), resume_at: None };
+        let news = |events| BlockNews { is_restart: false, events, resume_at: None };
+        let in_pool = news(chain_events(chain, Medium::Pool, GRANULES_PER_BLOCK));
+        let on_host = has_host_tier.then(|| news(chain_events(chain, Medium::Host, 1)));
         let started = Instant::now();
-        nodes[chain % num_nodes].apply(&news);
-        nodes[(chain + 1) % num_nodes].apply(&news);
+        nodes[chain % num_nodes].apply(&in_pool);
+        nodes[(chain + 1) % num_nodes].apply(&in_pool);
+        num_events += 2 * in_pool.events.len();
+        if let Some(on_host) = &on_host {
+            nodes[chain % num_nodes].apply(on_host);
+            num_events += on_host.events.len();
+        }
         spent += started.elapsed();
     }
     let num_held = index.num_blocks();
     let bytes_per_block = (resident_bytes().saturating_sub(before_bytes)) as f64 / num_held as f64;
-    let num_events = 2 * num_chains * BLOCKS_PER_CHAIN;
     println!("{num_held} blocks of {num_nodes} nodes: {bytes_per_block:.1} bytes each");
     println!("events      {:>12.0} /s", num_events as f64 / spent.as_secs_f64());
 
@@ -91,7 +102,7 @@ fn main() {
             let started = Instant::now();
             let held = black_box(index.held_prefixes(black_box(&keys)));
             times.push(started.elapsed());
-            assert_eq!(held.num_tokens(&life(chain % num_nodes)), num_known * 16);
+            assert_eq!(held.num_pool_tokens(&life(chain % num_nodes)), num_known * GRANULE_TOKENS);
         }
         let total: Duration = times.iter().sum();
         times.sort_unstable();

@@ -7,6 +7,7 @@
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use common::block_events::Medium;
 use common::ids::NodeId;
 use common::shared_metrics::{
     FIRST_TOKEN_GAP_SECONDS, KV_TRANSFERRED_BYTES, LOCAL_PREFILLS, OPEN_REQUESTS, REQUEST_HANDOVER_SECONDS,
@@ -96,7 +97,10 @@ fn describe() {
         ("tandem_block_index_events_total", "Block events of nodes that were taken in"),
         ("tandem_block_index_dropped_total", "Blocks of nodes that were left out of the index for want of room"),
         ("tandem_block_index_restarts_total", "Times that a node's blocks were learnt from nothing"),
-        ("tandem_believed_cached_tokens_total", "Prompt tokens that the chosen node was believed to hold"),
+        (
+            "tandem_believed_cached_tokens_total",
+            "Prompt tokens that the chosen node was believed to hold, in its pool or in a tier",
+        ),
         ("tandem_prefix_peers_named_total", "Requests that were sent with the name of another holder of their prefix"),
         ("tandem_believed_cached_error_tokens_total", "Difference between the cached tokens believed and told"),
         ("tandem_busy_total", "Times that a node said it was full"),
@@ -223,8 +227,8 @@ impl ProxyMetrics {
     }
 
     /// The index took in events.
-    pub fn on_index_events(&self, num_events: u64) {
-        counter!("tandem_block_index_events_total", self.labels.clone()).increment(num_events);
+    pub fn on_index_events(&self, medium: Medium, num_events: u64) {
+        counter!("tandem_block_index_events_total", self.with("medium", medium.as_str().into())).increment(num_events);
     }
 
     /// The index left blocks out.
@@ -237,15 +241,13 @@ impl ProxyMetrics {
         counter!("tandem_block_index_restarts_total", self.labels.clone()).increment(1);
     }
 
-    /// A request goes to a decode node, and perhaps a prefill node, that are believed to hold so much of it.
-    pub fn on_routed(&self, decode_tokens: usize, prefill_tokens: Option<usize>) {
-        let count = |role: &str, num_tokens: usize| {
-            counter!("tandem_believed_cached_tokens_total", self.with("node_role", role.into()))
-                .increment(num_tokens as u64);
-        };
-        count("decode-node", decode_tokens);
-        if let Some(num_tokens) = prefill_tokens {
-            count("prefill-node", num_tokens);
+    /// A request goes to a node of `role` that is believed to hold so many of its tokens: in its pool, and behind
+    /// those in a tier.
+    pub fn on_routed(&self, role: &str, (num_pool_tokens, num_tier_tokens): (usize, usize)) {
+        for (held_in, num_tokens) in [("pool", num_pool_tokens), ("tier", num_tier_tokens)] {
+            let mut labels = self.with("node_role", role.into());
+            labels.push(Label::new("held_in", held_in));
+            counter!("tandem_believed_cached_tokens_total", labels).increment(num_tokens as u64);
         }
     }
 

@@ -47,7 +47,7 @@ pub enum BlockEvent {
         key: ContentKey,
         /// Key of the block before it; `None` for the first of a chain.
         parent: Option<ContentKey>,
-        /// Tokens in the block.
+        /// Tokens in the block: the node's block size in the pool, a granule in a tier.
         num_tokens: u32,
         /// The tokens; empty unless asked for.
         tokens: PackedTokens,
@@ -67,6 +67,15 @@ pub enum BlockEvent {
 }
 
 impl BlockEvent {
+    /// Where it happened.
+    pub fn medium(&self) -> Medium {
+        match self {
+            BlockEvent::Stored { medium, .. } | BlockEvent::Removed { medium, .. } | BlockEvent::Cleared { medium } => {
+                *medium
+            }
+        }
+    }
+
     /// The event to be sent.
     pub fn of(event: &block_events::BlockEvent, with_tokens: bool) -> Self {
         match event {

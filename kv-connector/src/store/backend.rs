@@ -5,6 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 
 use bytes::Bytes;
+use common::block_events::StoredBlock;
 use common::content::{ContentKey, hex};
 
 /// A future of the store.
@@ -48,6 +49,10 @@ pub trait TierBackend: Send + Sync {
 
     /// Forgets what is kept under `key`.
     fn remove(&self, key: EntryKey) -> StoreFuture<'_, Result<(), BackendError>>;
+
+    /// The entry that was put under `key` is this block, as block events call it. For a backend that tells what it
+    /// keeps; what leaves, it tells by itself.
+    fn tell_stored(&self, _key: EntryKey, _block: StoredBlock) {}
 
     /// Puts everything where it belongs; nothing is done afterwards.
     fn close(&self) -> StoreFuture<'_, ()> {

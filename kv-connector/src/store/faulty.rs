@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
+use common::block_events::StoredBlock;
 
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
 
@@ -106,5 +107,9 @@ impl TierBackend for FaultyBackend {
             self.stumble().await?;
             self.inner.remove(key).await
         })
+    }
+
+    fn tell_stored(&self, key: EntryKey, block: StoredBlock) {
+        self.inner.tell_stored(key, block);
     }
 }

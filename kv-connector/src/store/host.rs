@@ -1,35 +1,57 @@
 //! Entries in this process's memory: foyer's cache, least recently used out first. Its budget may be shared with
 //! parked KV, which then takes the place of entries.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, OnceLock, Weak};
 
 use bytes::Bytes;
+use common::block_events::{BlockSink, Medium, StoredBlock};
 use common::host_budget::HostBudget;
 use foyer::{Cache, CacheBuilder, Event, EventListener, LruConfig};
 
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
+use super::tier_events::TierEvents;
 
 /// What an entry takes beside its bytes: key, hash table, list.
 const OVERHEAD_BYTES: usize = 256;
 
 /// Host memory with a budget.
 pub struct HostBackend {
-    cache: Cache<EntryKey, Bytes>,
+    cache: Arc<HostCache>,
     /// What the cache may hold now; its own `capacity` stays what it was made with.
     room_bytes: Arc<AtomicUsize>,
     evicted_bytes: Arc<AtomicU64>,
+    told: Arc<OnceLock<Told>>,
 }
 
-struct CountEvicted(Arc<AtomicU64>);
+type HostCache = Cache<EntryKey, Bytes>;
 
-impl EventListener for CountEvicted {
+/// Who is told what is kept and given up, and where it is looked up whether that is still so. The cache owns this.
+struct Told {
+    events: TierEvents,
+    cache: Weak<HostCache>,
+}
+
+/// Counts what is evicted, and tells what goes, for whatever reason: a replaced entry leaves, too.
+struct Leaving {
+    evicted_bytes: Arc<AtomicU64>,
+    told: Arc<OnceLock<Told>>,
+}
+
+impl EventListener for Leaving {
     type Key = EntryKey;
     type Value = Bytes;
 
-    fn on_leave(&self, reason: Event, _key: &EntryKey, value: &Bytes) {
+    /// Called without the cache's locks.
+    fn on_leave(&self, reason: Event, key: &EntryKey, value: &Bytes) {
         if reason == Event::Evict {
-            self.0.fetch_add(weight(value) as u64, Ordering::Relaxed);
+            self.evicted_bytes.fetch_add(weight(value) as u64, Ordering::Relaxed);
+        }
+        // Without a cache this is the end of the tier, and of the node.
+        if let Some(told) = self.told.get()
+            && let Some(cache) = told.cache.upgrade()
+        {
+            told.events.on_left(key.content, || cache.contains(key));
         }
     }
 }
@@ -41,16 +63,17 @@ fn weight(value: &Bytes) -> usize {
 impl HostBackend {
     /// An empty one.
     pub fn new(budget_bytes: usize) -> Self {
-        let evicted_bytes = Arc::default();
+        let (evicted_bytes, told) = (Arc::<AtomicU64>::default(), Arc::<OnceLock<Told>>::default());
+        let leaving = Leaving { evicted_bytes: evicted_bytes.clone(), told: told.clone() };
         let cache = CacheBuilder::new(budget_bytes)
             // One budget: shards would each have their own, too small for an entry where the whole is small.
             .with_shards(1)
             .with_weighter(|_: &EntryKey, value: &Bytes| weight(value))
             // The place to change how entries are chosen that go.
             .with_eviction_config(LruConfig::default())
-            .with_event_listener(Arc::new(CountEvicted(Arc::clone(&evicted_bytes))))
+            .with_event_listener(Arc::new(leaving))
             .build();
-        Self { cache, room_bytes: Arc::new(AtomicUsize::new(budget_bytes)), evicted_bytes }
+        Self { cache: Arc::new(cache), room_bytes: Arc::new(AtomicUsize::new(budget_bytes)), evicted_bytes, told }
     }
 
     /// An empty one with what `budget` has left beside parked KV, now and whenever that changes.
@@ -65,6 +88,16 @@ impl HostBackend {
             }
         });
         this
+    }
+
+    /// Tells `sink` what it keeps and gives up from now on. To be called while it is empty.
+    ///
+    /// # Panics
+    /// If it tells somebody already.
+    pub fn telling(self, sink: Arc<dyn BlockSink>) -> Self {
+        let told = Told { events: TierEvents::new(Medium::Host, sink), cache: Arc::downgrade(&self.cache) };
+        assert!(self.told.set(told).is_ok(), "a host tier tells one listener");
+        self
     }
 
     fn has_room_for(&self, bytes: &Bytes) -> bool {
@@ -107,6 +140,12 @@ impl TierBackend for HostBackend {
             self.cache.remove(&key);
             Ok(())
         })
+    }
+
+    fn tell_stored(&self, key: EntryKey, block: StoredBlock) {
+        if let Some(told) = self.told.get() {
+            told.events.on_put(block, || self.cache.contains(&key));
+        }
     }
 
     fn used_bytes(&self) -> Option<u64> {

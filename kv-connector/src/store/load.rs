@@ -19,7 +19,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::content::{ContentName, GRANULE_TOKENS};
+use common::content::GRANULE_TOKENS;
 use common::handover::{Overlap, OverlapPace, PrefixCosts};
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
@@ -28,8 +28,8 @@ use futures::{StreamExt, stream};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use super::BlockStore;
 use super::entry::Entry;
+use super::named_tokens::NamedTokens;
 use super::tiered::{Lookup, TieredStore};
 
 /// Entries asked for at a time, however small they are.
@@ -40,15 +40,14 @@ const DIVIDE_AFTER_MIN: Duration = Duration::from_millis(5);
 /// A prefix that the store holds, as it was found.
 #[derive(Debug, Clone, Default)]
 pub struct FoundPrefix {
-    /// Of its granules.
-    pub(super) names: Vec<ContentName>,
+    pub(super) granules: NamedTokens,
     pub(super) lookup: Lookup,
 }
 
 impl FoundPrefix {
     /// Leading tokens whose KV is there.
     pub fn num_tokens(&self) -> usize {
-        self.names.len() * GRANULE_TOKENS
+        self.granules.names().len() * GRANULE_TOKENS
     }
 }
 
@@ -190,14 +189,14 @@ pub(super) async fn load(
     let started_at = Instant::now();
     let entry_bytes = store.format().entry_bytes();
     let num_asked = (limits.window_bytes as usize / entry_bytes).clamp(1, NUM_ASKED_MAX);
-    let names: Vec<_> =
-        plan.prefix.granules().filter_map(|granule| Some((granule, *found.names.get(granule)?))).collect();
-    let num_stored = names.len();
-    let get = |(granule, name): (usize, ContentName)| async move { (granule, store.get(name).await) };
-    let mut entries = stream::iter(names).map(get).buffered(num_asked);
+    let num_found = found.granules.names().len();
+    let stored: Vec<_> = plan.prefix.granules().filter(|granule| *granule < num_found).collect();
+    let num_stored = stored.len();
+    let get = |granule: usize| async move { (granule, store.get_granule(&found.granules, granule).await) };
+    let mut entries = stream::iter(stored).map(get).buffered(num_asked);
     let mut pace = Pace::new(&plan, limits, started_at, store.is_speed_set());
     // Not answered yet: everything before this granule.
-    let mut next_granule = found.names.len();
+    let mut next_granule = num_found;
     let (mut num_answered, mut num_placed, mut num_missing) = (0, 0, 0);
     let end = loop {
         tokio::select! {
@@ -239,12 +238,7 @@ pub(super) async fn load(
     plan.prefix.finish();
     (plan.wake)();
     let took = started_at.elapsed();
-    store.on_loaded(
-        &found.lookup,
-        next_granule.min(found.names.len().saturating_sub(1)),
-        num_placed * entry_bytes,
-        took,
-    );
+    store.on_loaded(&found.lookup, next_granule.min(num_found.saturating_sub(1)), num_placed * entry_bytes, took);
     Loaded { num_tokens: num_placed * GRANULE_TOKENS, num_computed_tokens, end, took }
 }
 

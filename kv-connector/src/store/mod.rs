@@ -12,12 +12,13 @@
 //! write. A tier that fails is a miss within a deadline, and is then left alone. Everything has a bound.
 //!
 //! What it does not do: choose between loading and computing (`common::handover::prefix_choice`), know which
-//! sequences are in the pool (the engine), tell other nodes what it holds, or decide who may share with whom: the
-//! salt in the root of every name has done that.
+//! sequences are in the pool (the engine), tell other nodes what it holds (the host tier tells the node's block feed),
+//! or decide who may share with whom: the salt in the root of every name has done that.
 //!
 //! Reading order: [`entry`] (the format, and what is checked), [`backend`] (a place for bytes) with [`host`],
-//! [`disk`], [`remote`] and [`faulty`], [`tier`] (checks, deadlines, counts), [`tiered`] (several as one),
-//! `write_queue`, `load`, `publish`, `node_store` (what a node has).
+//! [`disk`], [`remote`] and [`faulty`], `tier_events` (what is told of a tier), [`tier`] (checks, deadlines, counts),
+//! [`tiered`] (several as one), `write_queue`, `named_tokens` (granules of a text), `load`, `publish`, `node_store`
+//! (what a node has).
 
 use common::content::ContentName;
 
@@ -27,6 +28,7 @@ pub mod entry;
 pub mod faulty;
 pub mod host;
 mod load;
+mod named_tokens;
 mod node_store;
 mod publish;
 pub mod remote;
@@ -34,6 +36,7 @@ mod remote_url;
 mod store_metrics;
 mod sweep;
 pub mod tier;
+mod tier_events;
 pub mod tiered;
 mod write_queue;
 

@@ -4,8 +4,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::content::{ContentChain, ContentName, GRANULE_TOKENS};
+use common::block_events::BlockSink;
+use common::content::{ContentChain, GRANULE_TOKENS};
 use common::host_budget::HostBudget;
+use common::tokens::Token;
 use metrics::Label;
 use tokio_util::sync::CancellationToken;
 
@@ -13,6 +15,7 @@ use super::disk::{DiskBackend, OpenDiskError};
 use super::entry::EntryFormat;
 use super::host::HostBackend;
 use super::load::{self, FoundPrefix, LoadLimits, LoadPlan, PrefixLoad};
+use super::named_tokens::NamedTokens;
 use super::publish::{PinPrefix, Publisher};
 use super::remote::RemoteBackend;
 use super::remote_url::BadRemoteUrl;
@@ -84,8 +87,8 @@ pub struct NodeStore {
 }
 
 impl NodeStore {
-    /// Opens the tiers of `config`; `None` if there are none. `pool` is where published KV is found, `labels` say
-    /// whose metrics they are.
+    /// Opens the tiers of `config`; `None` if there are none. `pool` is where published KV is found, `events` hears
+    /// what the host tier keeps and gives up, `labels` say whose metrics they are.
     ///
     /// # Errors
     /// [`OpenStoreError`]. A shared storage that does not answer is none: it may come later.
@@ -93,6 +96,7 @@ impl NodeStore {
         config: &StoreConfig,
         format: EntryFormat,
         pool: Arc<dyn PinPrefix>,
+        events: Arc<dyn BlockSink>,
         labels: Vec<Label>,
     ) -> Result<Option<Arc<Self>>, OpenStoreError> {
         let mut tiers = Vec::new();
@@ -102,7 +106,7 @@ impl NodeStore {
             if host_bytes < num_bytes_min {
                 return Err(OpenStoreError::HostTooSmall { host_bytes, num_bytes_min });
             }
-            let backend = Arc::new(HostBackend::sharing(&config.host_budget));
+            let backend = Arc::new(HostBackend::sharing(&config.host_budget).telling(events));
             tiers.push(Tier::new(TierKind::Host, backend, format, HOST_TIMEOUT, &labels));
         }
         if let Some((folder, budget_bytes)) = &config.disk {
@@ -139,12 +143,13 @@ impl NodeStore {
         &self.store
     }
 
-    /// The longest prefix of `num_tokens` tokens that is held, never with the last token: its logits are needed.
-    pub async fn find(&self, chain: &ContentChain, num_tokens: usize) -> FoundPrefix {
-        let num_granules = (num_tokens.saturating_sub(1) / GRANULE_TOKENS).min(chain.granules().len());
-        let names = &chain.granules()[..num_granules];
-        let lookup = self.store.look_up(names).await;
-        FoundPrefix { names: names[..lookup.num_held()].to_vec(), lookup }
+    /// The longest prefix of `tokens`, whose granules `chain` names, that is held; never with the last token, whose
+    /// logits are needed.
+    pub async fn find(&self, chain: &ContentChain, tokens: &[Token]) -> FoundPrefix {
+        let mut granules = NamedTokens::new(chain, tokens, tokens.len().saturating_sub(1) / GRANULE_TOKENS);
+        let lookup = self.store.look_up(granules.names()).await;
+        granules.truncate(lookup.num_held());
+        FoundPrefix { granules, lookup }
     }
 
     /// What loading what was found is expected to take, behind `first_token`.
@@ -171,10 +176,11 @@ impl NodeStore {
         PrefixLoad::new(prefix, met, loading)
     }
 
-    /// Offers the KV of these granules, as far as it is still in the pool, to every tier that lacks it. Returns at
-    /// once.
-    pub fn publish(&self, names: &[ContentName]) {
-        if !names.is_empty() && !self.publisher.offer(names.to_vec()) {
+    /// Offers the KV of `tokens`, whose granules `chain` names, as far as it is still in the pool, to every tier that
+    /// lacks it. Returns at once.
+    pub fn publish(&self, chain: &ContentChain, tokens: &[Token]) {
+        let granules = NamedTokens::new(chain, tokens, usize::MAX);
+        if !granules.names().is_empty() && !self.publisher.offer(granules) {
             self.metrics.dropped_publications.increment(1);
         }
     }

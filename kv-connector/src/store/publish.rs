@@ -15,9 +15,9 @@ use common::kv_memory::KvMemory;
 use metrics::Gauge;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
-use super::BlockStore;
 use super::backend::StoreFuture;
 use super::entry::Entry;
+use super::named_tokens::NamedTokens;
 use super::tiered::TieredStore;
 
 /// Sequences that may wait to be published.
@@ -44,7 +44,7 @@ pub struct PinnedKv {
 }
 
 struct Publication {
-    names: Vec<ContentName>,
+    granules: NamedTokens,
     _waiting: OwnedSemaphorePermit,
     _counted: Counted,
 }
@@ -71,18 +71,18 @@ impl Publisher {
         let (sender, mut receiver) = mpsc::unbounded_channel::<Publication>();
         tokio::spawn(async move {
             while let Some(publication) = receiver.recv().await {
-                publish(&store, pool.as_ref(), &publication.names).await;
+                publish(&store, pool.as_ref(), publication.granules).await;
             }
         });
         Self { sender, waiting: Arc::new(Semaphore::new(NUM_WAITING_MAX)), publications }
     }
 
     /// False if too many wait.
-    pub(super) fn offer(&self, names: Vec<ContentName>) -> bool {
+    pub(super) fn offer(&self, granules: NamedTokens) -> bool {
         let Ok(waiting) = self.waiting.clone().try_acquire_owned() else { return false };
         self.publications.increment(1);
         let counted = Counted(self.publications.clone());
-        self.sender.send(Publication { names, _waiting: waiting, _counted: counted }).is_ok()
+        self.sender.send(Publication { granules, _waiting: waiting, _counted: counted }).is_ok()
     }
 
     /// Resolves when everything that was offered before has been put.
@@ -92,24 +92,25 @@ impl Publisher {
     }
 }
 
-async fn publish(store: &Arc<TieredStore>, pool: &dyn PinPrefix, names: &[ContentName]) {
+async fn publish(store: &Arc<TieredStore>, pool: &dyn PinPrefix, granules: NamedTokens) {
+    let names = granules.names();
     let Some(first) = names.iter().position(|name| store.lacks(*name)) else { return };
     let Some(pinned) = pool.pin(names.to_vec()).await else { return };
     let pinned = Arc::new(pinned);
     let end = pinned.num_granules.min(names.len());
     for start in (first..end).step_by(NUM_COPIED) {
-        let granules = start..end.min(start + NUM_COPIED);
+        let copied = start..end.min(start + NUM_COPIED);
         let lacking: Vec<_> =
-            granules.map(|granule| (granule, names[granule])).filter(|(_, name)| store.lacks(*name)).collect();
+            copied.map(|granule| (granule, names[granule])).filter(|(_, name)| store.lacks(*name)).collect();
         let (store_, pinned) = (store.clone(), pinned.clone());
         // Hashing and copying some megabytes would hold a thread of the runtime up.
         let copying = tokio::task::spawn_blocking(move || {
-            let copy = |(granule, name)| (name, copy(&store_, &pinned, granule, name));
-            lacking.into_iter().map(copy).collect::<Vec<(ContentName, Entry)>>()
+            let copy = |(granule, name)| (granule, copy(&store_, &pinned, granule, name));
+            lacking.into_iter().map(copy).collect::<Vec<(usize, Entry)>>()
         });
         let Ok(entries) = copying.await else { return };
-        for (name, entry) in entries {
-            store.put(name, entry).await;
+        for (granule, entry) in entries {
+            store.put_granule(&granules, granule, entry).await;
         }
     }
 }

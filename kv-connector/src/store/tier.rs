@@ -15,6 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
+use common::block_events::{Medium, StoredBlock};
 use common::content::{ContentKey, ContentName};
 use futures::{StreamExt, stream};
 use tokio::sync::Semaphore;
@@ -53,6 +54,15 @@ impl TierKind {
             TierKind::Host => "host",
             TierKind::Disk => "disk",
             TierKind::Remote => "remote",
+        }
+    }
+
+    /// What block events call it.
+    pub(super) fn medium(self) -> Medium {
+        match self {
+            TierKind::Host => Medium::Host,
+            TierKind::Disk => Medium::Disk,
+            TierKind::Remote => Medium::Remote,
         }
     }
 
@@ -120,6 +130,11 @@ impl Tier {
         }
         let known = self.backend.is_known_to_hold(self.key(name));
         known.or_else(|| self.remembered().has(name.key).then_some(true))
+    }
+
+    /// What the entry is that was put under `name`, for who follows this tier.
+    pub(super) fn tell_stored(&self, name: ContentName, block: StoredBlock) {
+        self.backend.tell_stored(self.key(name), block);
     }
 
     /// Bytes kept and bytes given up, as far as they are known, into the gauges.

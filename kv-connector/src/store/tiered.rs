@@ -4,6 +4,9 @@
 //! get   host ──miss──> disk ──miss──> remote      a hit is kept by the faster tiers too
 //! put   host now, disk and remote through a queue each; a tier that has it already is left out
 //! ```
+//!
+//! Where the caller says which granule of which text an entry is, a tier that tells its events tells this one. The
+//! trait's `get` and `put` know only a name, so what they keep is told to nobody.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,6 +18,7 @@ use tokio::time::Instant;
 use super::BlockStore;
 use super::backend::StoreFuture;
 use super::entry::{Entry, EntryFormat};
+use super::named_tokens::NamedTokens;
 use super::tier::{Tier, TierKind};
 use super::write_queue::WriteQueue;
 
@@ -154,7 +158,36 @@ impl TieredStore {
         }
     }
 
-    async fn keep(&self, tiers: &[Placed], name: ContentName, entry: &Entry) -> bool {
+    /// Puts the entry of granule `index`, and tells it where that is told. False if a tier has dropped it.
+    pub(super) async fn put_granule(&self, granules: &NamedTokens, index: usize, entry: Entry) -> bool {
+        self.keep(&self.tiers, granules.names()[index], &entry, Some((granules, index))).await
+    }
+
+    /// Gets the entry of granule `index`, which the faster tiers keep, and tell, too.
+    pub(super) async fn get_granule(&self, granules: &NamedTokens, index: usize) -> Option<Entry> {
+        self.find(granules.names()[index], Some((granules, index))).await
+    }
+
+    async fn find(&self, name: ContentName, granule: Option<(&NamedTokens, usize)>) -> Option<Entry> {
+        for (index, placed) in self.tiers.iter().enumerate() {
+            if placed.tier.is_known_to_hold(name) == Some(false) {
+                continue;
+            }
+            if let Some(entry) = placed.tier.get(name).await {
+                self.keep(&self.tiers[..index], name, &entry, granule).await;
+                return Some(entry);
+            }
+        }
+        None
+    }
+
+    async fn keep(
+        &self,
+        tiers: &[Placed],
+        name: ContentName,
+        entry: &Entry,
+        granule: Option<(&NamedTokens, usize)>,
+    ) -> bool {
         let mut is_kept = true;
         for placed in tiers {
             if placed.tier.is_known_to_hold(name) == Some(true) {
@@ -164,6 +197,9 @@ impl TieredStore {
                 Some(queue) => queue.offer(name, entry.clone()),
                 None => {
                     let is_put = placed.tier.put(name, entry.clone()).await;
+                    if let Some((granules, index)) = granule.filter(|_| is_put) {
+                        placed.tier.tell_stored(name, granules.stored(index, placed.tier.kind().medium()));
+                    }
                     placed.tier.show_usage();
                     is_put
                 }
@@ -179,23 +215,12 @@ impl BlockStore for TieredStore {
     }
 
     fn get(&self, name: ContentName) -> StoreFuture<'_, Option<Entry>> {
-        Box::pin(async move {
-            for (index, placed) in self.tiers.iter().enumerate() {
-                if placed.tier.is_known_to_hold(name) == Some(false) {
-                    continue;
-                }
-                if let Some(entry) = placed.tier.get(name).await {
-                    self.keep(&self.tiers[..index], name, &entry).await;
-                    return Some(entry);
-                }
-            }
-            None
-        })
+        Box::pin(self.find(name, None))
     }
 
     /// False if a tier has dropped it.
     fn put(&self, name: ContentName, entry: Entry) -> StoreFuture<'_, bool> {
-        Box::pin(async move { self.keep(&self.tiers, name, &entry).await })
+        Box::pin(async move { self.keep(&self.tiers, name, &entry, None).await })
     }
 
     fn remove(&self, name: ContentName) -> StoreFuture<'_, ()> {

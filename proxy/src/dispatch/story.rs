@@ -169,9 +169,6 @@ impl Dispatch {
         }
         let held = dispatcher.nodes.held_prefixes(&|| self.granule_keys(&view, &tokens));
         let demand = PromptDemand { num_tokens: tokens.len(), held };
-        let picked = pick_decode_node(&view, &avoided, &demand, settings.request_weight_tokens, turn);
-        let Some(node) = picked else { return self.on_no_node(choices) };
-        self.stranded_since = None;
         let prefill_candidates = pick_prefill_nodes(
             &view,
             &demand,
@@ -179,12 +176,21 @@ impl Dispatch {
             settings.num_prefill_candidates,
             turn,
         );
+        // A decode node looks into its tiers only for what it prefills itself.
+        let at_decode = if prefill_candidates.is_empty() { demand.clone() } else { demand.only_in_pools() };
+        let picked = pick_decode_node(&view, &avoided, &at_decode, settings.request_weight_tokens, turn);
+        let Some(node) = picked else { return self.on_no_node(choices) };
+        self.stranded_since = None;
         self.attempt += 1;
         let prefill = prefill_candidates.first().copied();
-        let held_at_decode = demand.num_held_tokens(node);
+        let held_at_decode = at_decode.num_held_tokens(node);
         let held_at_prefill = prefill.map(|node| demand.num_held_tokens(node));
         let num_believed_tokens = held_at_decode.max(held_at_prefill.unwrap_or(0));
-        dispatcher.metrics.on_routed(held_at_decode, held_at_prefill);
+        let believed = |demand: &PromptDemand, node| (demand.num_pool_tokens(node), demand.num_tier_tokens(node));
+        dispatcher.metrics.on_routed("decode-node", believed(&at_decode, node));
+        if let Some(node) = prefill {
+            dispatcher.metrics.on_routed("prefill-node", believed(&demand, node));
+        }
         let prefix_peer = pick_prefix_peer(&view, &demand, prefill, node);
         if prefix_peer.is_some() {
             dispatcher.metrics.on_prefix_peer_named();

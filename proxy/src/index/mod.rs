@@ -2,13 +2,17 @@
 //!
 //! Coarse, bounded, and only ever a hint: a block is 64 bits of its key and one bit per holder, nothing is
 //! verified, and a request that follows a wrong hint is computed like any other. What is kept exactly is the
-//! bound: beyond `num_blocks_max` nothing is taken in, which is counted and logged. What is taken in always
-//! continues a prefix that is known, so a full index holds whole beginnings and no orphans.
+//! bound: beyond `num_blocks_max` nothing is taken in, which is counted and logged. Once that has happened to a node,
+//! what is taken in continues a prefix that is known there: room is not spent on what no lookup would reach.
 //!
 //! ```text
 //! table 0    key ──> 64 bits: one per holder 0..64       a holder is a node's life and a medium (pool, host, ...)
 //! table 1    key ──> 64 bits: holders 64..128            made when there are so many
 //! ```
+//!
+//! A block in the pool is one of the node's block size, in a tier one granule of 16 tokens. Its key is that of its
+//! last granule in both, so what a node holds in two media is one entry with two bits; a tier of a node with larger
+//! blocks has entries between those of the pool.
 //!
 //! A node's followers write ([`IndexedNode`]); every request reads ([`BlockIndex::held_prefixes`]). Tables are
 //! cut into shards, so that neither waits for the other for long.
@@ -19,6 +23,7 @@ mod table;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use common::block_events::Medium;
 use common::content::ContentKey;
 
 use crate::metrics::ProxyMetrics;
@@ -60,7 +65,36 @@ struct NodeBits {
     id: u64,
     life: NodeLife,
     granules_per_block: usize,
-    holders: Vec<Holder>,
+    pool: Vec<Holder>,
+    /// Any of them: a node looks a prefix up in all its tiers together.
+    tiers: Vec<Holder>,
+}
+
+/// How far a prefix was found at one node, in its pool or in its tiers.
+struct Walk<'a> {
+    node: &'a NodeBits,
+    is_in_tiers: bool,
+    num_held_granules: usize,
+}
+
+impl Walk<'_> {
+    fn holders(&self) -> &[Holder] {
+        if self.is_in_tiers { &self.node.tiers } else { &self.node.pool }
+    }
+
+    /// Whether the block that ends with `granule` is the next one.
+    fn is_due(&self, granule: usize) -> bool {
+        let num_granules = if self.is_in_tiers { 1 } else { self.node.granules_per_block };
+        self.num_held_granules + num_granules == granule + 1
+    }
+
+    fn end(&self, held: &mut HeldPrefixes) {
+        if self.is_in_tiers {
+            held.add_in_tiers(&self.node.life, self.num_held_granules);
+        } else {
+            held.add(&self.node.life, self.num_held_granules);
+        }
+    }
 }
 
 impl BlockIndex {
@@ -93,41 +127,41 @@ impl BlockIndex {
         self.num_blocks() < self.num_blocks_max / 4 * 3
     }
 
-    /// How long a prefix each node is believed to hold of the prompt whose granules have these keys. Nodes that
-    /// hold nothing are left out.
+    /// How long a prefix each node is believed to hold of the prompt whose granules have these keys, in its pool and
+    /// in its tiers. Nodes that hold nothing are left out.
     pub fn held_prefixes(&self, keys: &[ContentKey]) -> HeldPrefixes {
         let view = self.view();
-        // (node, granules held), as long as the next block may be held as well.
-        let mut going: Vec<(usize, usize)> = (0..view.nodes.len()).map(|node| (node, 0)).collect();
+        let walk = |node, is_in_tiers| Walk { node, is_in_tiers, num_held_granules: 0 };
+        // Those who may hold the next block as well.
+        let mut going: Vec<Walk<'_>> =
+            view.nodes.iter().flat_map(|node| [walk(node, false), walk(node, true)]).collect();
+        going.retain(|walk| !walk.holders().is_empty());
         let mut held = HeldPrefixes::default();
         let mut masks = vec![0; view.tables.len()];
         for (granule, key) in keys.iter().enumerate() {
-            let is_due =
-                |(node, num_held): &(usize, usize)| num_held + view.nodes[*node].granules_per_block == granule + 1;
-            if !going.iter().any(is_due) {
+            if !going.iter().any(|walk| walk.is_due(granule)) {
                 continue;
             }
             for (mask, table) in masks.iter_mut().zip(&view.tables) {
                 *mask = table.holders_of(*key);
             }
-            going.retain_mut(|state| {
-                if !is_due(state) {
+            going.retain_mut(|walk| {
+                if !walk.is_due(granule) {
                     return true;
                 }
-                let holders = &view.nodes[state.0].holders;
-                if holders.iter().any(|holder| masks[holder.table] & holder.bit != 0) {
-                    state.1 = granule + 1;
+                if walk.holders().iter().any(|holder| masks[holder.table] & holder.bit != 0) {
+                    walk.num_held_granules = granule + 1;
                     return true;
                 }
-                held.add(&view.nodes[state.0].life, state.1);
+                walk.end(&mut held);
                 false
             });
             if going.is_empty() {
                 return held;
             }
         }
-        for (node, num_held) in going {
-            held.add(&view.nodes[node].life, num_held);
+        for walk in going {
+            walk.end(&mut held);
         }
         held
     }
@@ -135,8 +169,13 @@ impl BlockIndex {
     /// The life of a node whose blocks have `granules_per_block` granules, of which nothing is known yet.
     pub fn join(self: &Arc<Self>, life: NodeLife, granules_per_block: usize) -> IndexedNode {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
-        let bits =
-            NodeBits { id, life: life.clone(), granules_per_block: granules_per_block.max(1), holders: Vec::new() };
+        let bits = NodeBits {
+            id,
+            life: life.clone(),
+            granules_per_block: granules_per_block.max(1),
+            pool: Vec::new(),
+            tiers: Vec::new(),
+        };
         self.change_view(|view| view.nodes.push(bits));
         IndexedNode::new(self.clone(), id, life)
     }
@@ -151,11 +190,14 @@ impl BlockIndex {
     }
 
     /// One more holder for a node, and its table; `None` if there are too many.
-    fn take_holder(&self, id: u64) -> Option<(Holder, Arc<Table>)> {
+    fn take_holder(&self, id: u64, medium: Medium) -> Option<(Holder, Arc<Table>)> {
         let free = self.free_holders().pop();
         let holder = free.or_else(|| self.new_holders())?;
         self.change_view(|view| {
-            view.nodes.iter_mut().filter(|node| node.id == id).for_each(|node| node.holders.push(holder));
+            for node in view.nodes.iter_mut().filter(|node| node.id == id) {
+                let holders = if medium == Medium::Pool { &mut node.pool } else { &mut node.tiers };
+                holders.push(holder);
+            }
         });
         Some((holder, self.view().tables[holder.table].clone()))
     }
@@ -215,11 +257,14 @@ impl BlockIndex {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use common::block_events::Medium;
+    use common::block_events::{self, StoredBlock};
+    use common::block_log::{BlockLog, LogReader};
     use common::ids::{Epoch, NodeId};
     use common::tokens::PackedTokens;
     use common::wire::BlockNews;
     use common::wire::blocks::BlockEvent;
+    use proptest::prelude::*;
+    use std::collections::HashSet;
 
     fn index(num_blocks_max: usize) -> Arc<BlockIndex> {
         let metrics = ProxyMetrics::new(&NodeId::new("proxy").unwrap(), "tiny");
@@ -243,8 +288,12 @@ mod tests {
         stored_in(Medium::Pool, key, parent)
     }
 
+    fn removed_from(medium: Medium, key: u128) -> BlockEvent {
+        BlockEvent::Removed { medium, key: ContentKey(key) }
+    }
+
     fn removed(key: u128) -> BlockEvent {
-        BlockEvent::Removed { medium: Medium::Pool, key: ContentKey(key) }
+        removed_from(Medium::Pool, key)
     }
 
     fn news(events: Vec<BlockEvent>) -> BlockNews {
@@ -264,9 +313,9 @@ mod tests {
         a.apply(&chain(1..=4));
         b.apply(&chain(1..=2));
         let held = index.held_prefixes(&keys(1..=6));
-        assert_eq!((held.num_tokens(&life("a")), held.num_tokens(&life("b"))), (64, 32));
+        assert_eq!((held.num_pool_tokens(&life("a")), held.num_pool_tokens(&life("b"))), (64, 32));
         a.apply(&news(vec![removed(2)]));
-        assert_eq!(index.held_prefixes(&keys(1..=6)).num_tokens(&life("a")), 16);
+        assert_eq!(index.held_prefixes(&keys(1..=6)).num_pool_tokens(&life("a")), 16);
         assert_eq!(index.held_prefixes(&keys([9, 1, 2])), HeldPrefixes::default());
         assert_eq!(index.num_blocks(), 4, "a block that two nodes hold counts once");
     }
@@ -279,8 +328,8 @@ mod tests {
         // Its blocks are named by their last granules.
         large.apply(&chain([4, 8]));
         let held = index.held_prefixes(&keys(1..=11));
-        assert_eq!((held.num_tokens(&life("s")), held.num_tokens(&life("l"))), (5 * 16, 8 * 16));
-        assert_eq!(index.held_prefixes(&keys(1..=3)).num_tokens(&life("l")), 0);
+        assert_eq!((held.num_pool_tokens(&life("s")), held.num_pool_tokens(&life("l"))), (5 * 16, 8 * 16));
+        assert_eq!(index.held_prefixes(&keys(1..=3)).num_pool_tokens(&life("l")), 0);
     }
 
     #[test]
@@ -293,7 +342,7 @@ mod tests {
         // 7 continues what is not known.
         node.apply(&news(vec![stored(7, Some(6)), stored(8, None)]));
         assert_eq!((index.num_blocks(), node.num_left_out()), (3, 3));
-        assert_eq!(index.held_prefixes(&keys([8])).num_tokens(&life("a")), 16);
+        assert_eq!(index.held_prefixes(&keys([8])).num_pool_tokens(&life("a")), 16);
         node.apply(&BlockNews { is_restart: true, ..chain(1..=3) });
         assert_eq!((index.num_blocks(), node.num_left_out()), (3, 0));
     }
@@ -311,20 +360,65 @@ mod tests {
         assert!(b.is_worth_relearning());
         b.apply(&BlockNews { is_restart: true, ..chain(11..=12) });
         assert!(!b.is_worth_relearning());
-        assert_eq!(index.held_prefixes(&keys(11..=12)).num_tokens(&life("b")), 32);
-        // An orphan is one however often it is told.
+        assert_eq!(index.held_prefixes(&keys(11..=12)).num_pool_tokens(&life("b")), 32);
+        // What continues nothing that is known is taken in where there is room.
         b.apply(&news(vec![stored(20, Some(19))]));
         assert!(!b.is_worth_relearning() && b.num_left_out() == 0);
     }
 
+    /// Tokens of the prompt with these granules that `a` holds, in its pool and in its tiers.
+    fn held_by_a(index: &BlockIndex, granules: impl IntoIterator<Item = u128>) -> (usize, usize) {
+        let held = index.held_prefixes(&keys(granules));
+        (held.num_pool_tokens(&life("a")), held.num_tier_tokens(&life("a")))
+    }
+
     #[test]
-    fn block_stays_known_until_its_last_medium_is_gone() {
+    fn index_follows_a_block_from_the_pool_into_a_tier_and_out_of_it() {
         let index = index(10);
         let mut node = index.join(life("a"), 1);
-        node.apply(&news(vec![stored(1, None), stored_in(Medium::Host, 1, None), removed(1)]));
-        assert_eq!(index.held_prefixes(&keys([1])).num_tokens(&life("a")), 16);
-        node.apply(&news(vec![BlockEvent::Cleared { medium: Medium::Host }]));
-        assert_eq!((index.held_prefixes(&keys([1])), index.num_blocks()), (HeldPrefixes::default(), 0));
+        let steps = [
+            (stored(1, None), (16, 0)),
+            (stored_in(Medium::Host, 1, None), (16, 16)),
+            (removed(1), (0, 16)),
+            // Loaded again.
+            (stored(1, None), (16, 16)),
+            (removed(1), (0, 16)),
+            (removed_from(Medium::Host, 1), (0, 0)),
+        ];
+        for (step, (event, expected)) in steps.into_iter().enumerate() {
+            node.apply(&news(vec![event]));
+            assert_eq!(held_by_a(&index, [1]), expected, "step {step}");
+            assert_eq!(index.num_blocks(), usize::from(expected != (0, 0)), "one entry, whatever media it is in");
+        }
+        node.apply(&news(vec![stored(1, None), stored_in(Medium::Host, 1, None)]));
+        node.apply(&news(vec![BlockEvent::Cleared { medium: Medium::Pool }]));
+        assert_eq!((held_by_a(&index, [1]), index.num_blocks()), ((0, 16), 1));
+    }
+
+    #[test]
+    fn tiers_are_looked_up_by_granules_and_the_pool_by_blocks() {
+        let index = index(100);
+        let mut node = index.join(life("a"), 2);
+        // Two blocks of two granules in the pool; on the host four granules, one of them told twice.
+        let mut events = vec![stored(2, None), stored(4, Some(2))];
+        let host = |key: u128| stored_in(Medium::Host, key, (key > 1).then(|| key - 1));
+        events.extend([1, 2, 3, 5, 2].map(host));
+        node.apply(&news(events));
+        assert_eq!(held_by_a(&index, 1..=6), (64, 48), "the pool's blocks do not continue the host's");
+        node.apply(&news(vec![stored_in(Medium::Disk, 4, Some(3))]));
+        assert_eq!(held_by_a(&index, 1..=6), (64, 80), "tiers continue each other");
+        assert_eq!(held_by_a(&index, 2..=6), (0, 64), "blocks of the pool end where they end");
+        assert_eq!(index.num_blocks(), 5);
+    }
+
+    #[test]
+    fn beginning_that_comes_back_joins_what_was_left_of_it() {
+        let index = index(10);
+        let mut node = index.join(life("a"), 1);
+        // As a snapshot of the node tells it: the granule that came back has the newest number.
+        let host = |key: u128| stored_in(Medium::Host, key, (key > 1).then(|| key - 1));
+        node.apply(&BlockNews { is_restart: true, ..news(vec![host(2), host(3), host(1)]) });
+        assert_eq!(held_by_a(&index, 1..=3), (0, 48));
     }
 
     #[test]
@@ -348,8 +442,76 @@ mod tests {
             node.apply(&chain([1, 100 + i as u128]));
         }
         let held = index.held_prefixes(&keys([1, 229]));
-        assert_eq!((held.num_tokens(&life("n129")), held.num_tokens(&life("n0"))), (32, 16));
+        assert_eq!((held.num_pool_tokens(&life("n129")), held.num_pool_tokens(&life("n0"))), (32, 16));
         drop(nodes);
         assert_eq!(index.num_blocks(), 0);
+    }
+
+    proptest! {
+        /// Two nodes, each with a pool and a host tier, whose logs are read in pieces, by connections that end, and
+        /// now and then too late: once all is read, the index says what the nodes hold, block by block.
+        #[test]
+        fn index_agrees_with_what_the_nodes_hold(
+            ops in prop::collection::vec((0u8..16, any::<bool>(), any::<bool>(), 1u128..9), 0..200),
+            num_gone_max in 0usize..8,
+        ) {
+            let index = index(1000);
+            let names = ["a", "b"];
+            let mut nodes = names.map(|name| (BlockLog::new(num_gone_max), LogReader::new(None), index.join(life(name), 1)));
+            let mut truth: HashSet<(usize, Medium, u128)> = HashSet::new();
+            let hear = |log: &BlockLog, reader: &mut LogReader, node: &mut IndexedNode, num_bytes_max: usize| {
+                let batch = log.read(reader, num_bytes_max);
+                let resume_at = batch.resume_at;
+                let is_empty = batch.is_empty();
+                let events = batch.events.iter().map(|event| BlockEvent::of(event, false)).collect();
+                node.apply(&BlockNews { is_restart: batch.is_restart, events, resume_at: None });
+                (is_empty, resume_at)
+            };
+            for (op, is_b, is_host, key) in ops {
+                let at = usize::from(is_b);
+                let (log, reader, node) = &mut nodes[at];
+                let medium = if is_host { Medium::Host } else { Medium::Pool };
+                match op {
+                    0..8 => {
+                        let parent = (key > 1).then(|| ContentKey(key - 1));
+                        let block = StoredBlock { medium, key: ContentKey(key), parent, tokens: [0; 16].into() };
+                        log.append(block_events::BlockEvent::Stored(block));
+                        truth.insert((at, medium, key));
+                    }
+                    8..13 => {
+                        log.append(block_events::BlockEvent::Removed { medium, key: ContentKey(key) });
+                        truth.remove(&(at, medium, key));
+                    }
+                    13 => {
+                        log.append(block_events::BlockEvent::Cleared { medium });
+                        truth.retain(|(of, cleared, _)| (*of, *cleared) != (at, medium));
+                    }
+                    14 => { hear(log, reader, node, 1); }
+                    // The connection ends: the next one goes on where the last message said.
+                    _ => {
+                        let (_, resume_at) = hear(log, reader, node, 200);
+                        *reader = LogReader::new(resume_at);
+                    }
+                }
+            }
+            for (log, reader, node) in &mut nodes {
+                while !hear(log, reader, node, 300).0 {}
+            }
+            for (at, name) in names.into_iter().enumerate() {
+                let expected = |medium| (1..9).take_while(|key| truth.contains(&(at, medium, *key))).count() * 16;
+                let held = index.held_prefixes(&keys(1..9));
+                let found = (held.num_pool_tokens(&life(name)), held.num_tier_tokens(&life(name)));
+                prop_assert_eq!(found, (expected(Medium::Pool), expected(Medium::Host)));
+                // Each block by itself, whatever comes before it.
+                for key in 1..9u128 {
+                    let held = index.held_prefixes(&keys([key]));
+                    let found = [held.num_pool_tokens(&life(name)), held.num_tier_tokens(&life(name))];
+                    let expected = [Medium::Pool, Medium::Host].map(|medium| usize::from(truth.contains(&(at, medium, key))) * 16);
+                    prop_assert_eq!(found, expected);
+                }
+            }
+            let known: HashSet<u128> = truth.iter().map(|(_, _, key)| *key).collect();
+            prop_assert_eq!(index.num_blocks(), known.len());
+        }
     }
 }

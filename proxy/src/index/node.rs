@@ -76,14 +76,20 @@ impl IndexedNode {
             self.index.on_left_out(&self.life, self.num_left_out - num_left_out);
         }
         self.cursor = news.resume_at;
-        self.index.metrics.on_index_events(news.events.len() as u64);
+        for medium in Medium::ALL {
+            let num_events = news.events.iter().filter(|event| event.medium() == medium).count();
+            if num_events > 0 {
+                self.index.metrics.on_index_events(medium, num_events as u64);
+            }
+        }
         self.index.show();
     }
 
     fn on_stored(&mut self, medium: Medium, key: ContentKey, parent: Option<ContentKey>) {
-        if !parent.is_none_or(|parent| self.holds(parent)) {
-            // Its beginning was evicted there, or left out here.
-            self.num_left_out += u64::from(self.has_lacked_room);
+        // Its beginning may come back to the node, and a snapshot may tell it behind this one; but what was left out
+        // here does not.
+        if self.has_lacked_room && !parent.is_none_or(|parent| self.holds(parent)) {
+            self.num_left_out += 1;
             return;
         }
         let Some(at) = self.bit_of(medium) else {
@@ -112,7 +118,7 @@ impl IndexedNode {
         if let Some(at) = self.media.iter().position(|marked| marked.medium == medium) {
             return Some(at);
         }
-        let (holder, table) = self.index.take_holder(self.id)?;
+        let (holder, table) = self.index.take_holder(self.id, medium)?;
         self.media.push(MediumBit { medium, holder, table });
         Some(self.media.len() - 1)
     }

@@ -3,6 +3,9 @@
 //! A prefix that a node holds is worth the tokens that need not be computed (prefill) or sent (decode), and no
 //! more. So a popular prefix draws requests to the node that holds it until what waits there outweighs it; then
 //! the next one goes elsewhere, which holds it from then on, too.
+//!
+//! What a node holds only in a tier has to be loaded: eight such tokens cost as much as one that is computed. So the
+//! pool comes before a tier, and a tier long before nothing.
 
 use std::cmp::Reverse;
 use std::collections::HashSet;
@@ -11,6 +14,10 @@ use common::wire::PrefixPeer;
 
 use super::held::HeldPrefixes;
 use super::view::{ClusterView, NodeLife, NodeView};
+
+/// Tokens that are loaded from a tier in the time in which one is computed. Measured for host memory, they are 17 to
+/// 33 (`docs/performance.md`, prefixes by their source); fewer here, since a node may also find computing faster.
+const TIER_TOKENS_PER_TOKEN: usize = 8;
 
 /// A prompt to be placed.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -22,14 +29,36 @@ pub struct PromptDemand {
 }
 
 impl PromptDemand {
-    /// Leading tokens that the node is believed to hold. At least the last one is not: it is always computed.
+    /// Leading tokens that the node is believed to hold, in its pool or in a tier. At least the last one is not: it
+    /// is always computed.
     pub fn num_held_tokens(&self, node: &NodeView) -> usize {
-        self.held.num_tokens(&node.life()).min(self.num_tokens.saturating_sub(1))
+        self.num_pool_tokens(node).max(self.without_last(self.held.num_tier_tokens(&node.life())))
     }
 
-    /// Tokens that the node lacks.
+    /// Leading tokens that the node is believed to hold in its pool.
+    pub fn num_pool_tokens(&self, node: &NodeView) -> usize {
+        self.without_last(self.held.num_pool_tokens(&node.life()))
+    }
+
+    /// Leading tokens behind those of its pool that it is believed to hold in a tier.
+    pub fn num_tier_tokens(&self, node: &NodeView) -> usize {
+        self.num_held_tokens(node) - self.num_pool_tokens(node)
+    }
+
+    /// What the prompt costs there, in computed tokens: those that the node lacks, and a share of those that it
+    /// has to load.
     pub fn num_missing_tokens(&self, node: &NodeView) -> usize {
-        self.num_tokens - self.num_held_tokens(node)
+        let num_computed_tokens = self.num_tokens - self.num_held_tokens(node);
+        num_computed_tokens + self.num_tier_tokens(node).div_ceil(TIER_TOKENS_PER_TOKEN)
+    }
+
+    /// For nodes that do not look into their tiers.
+    pub fn only_in_pools(&self) -> Self {
+        Self { num_tokens: self.num_tokens, held: self.held.only_in_pools() }
+    }
+
+    fn without_last(&self, num_tokens: usize) -> usize {
+        num_tokens.min(self.num_tokens.saturating_sub(1))
     }
 }
 
@@ -79,9 +108,10 @@ pub fn pick_prefill_nodes<'a>(
     candidates
 }
 
-/// The prefill node from which `candidate` may fetch what it lacks: the one that holds the longest prefix, if that
-/// is longer than what the candidate and the decode node hold; of equal ones the one with fewer requests. Nodes that
-/// drain count, too. `None` without a candidate: a prefix that a decode node lacks is prefilled as any other.
+/// The prefill node from which `candidate` may fetch what it lacks: the one whose pool, out of which alone peers are
+/// served, holds the longest prefix, if that is longer than what the candidate holds anywhere and the decode node in
+/// its pool; of equal ones the one with fewer requests. Nodes that drain count, too. `None` without a candidate: a
+/// prefix that a decode node lacks is prefilled as any other.
 pub fn pick_prefix_peer(
     view: &ClusterView,
     demand: &PromptDemand,
@@ -89,9 +119,9 @@ pub fn pick_prefix_peer(
     decode_node: &NodeView,
 ) -> Option<PrefixPeer> {
     let candidate = candidate?;
-    let num_held_tokens = demand.num_held_tokens(candidate).max(demand.num_held_tokens(decode_node));
+    let num_held_tokens = demand.num_held_tokens(candidate).max(demand.num_pool_tokens(decode_node));
     let others = view.prefill.iter().chain(&view.draining_prefill).filter(|node| node.node != candidate.node);
-    let holders = others.map(|node| (demand.num_held_tokens(node), node)).filter(|(num, _)| *num > num_held_tokens);
+    let holders = others.map(|node| (demand.num_pool_tokens(node), node)).filter(|(num, _)| *num > num_held_tokens);
     let (num_tokens, node) = holders.max_by_key(|(num, node)| (*num, Reverse(node.num_requests())))?;
     Some(PrefixPeer { node: node.node.clone(), num_tokens: num_tokens as u32 })
 }
@@ -128,6 +158,14 @@ mod tests {
             prefixes.add(&(NodeId::new(*node).unwrap(), Epoch(1)), *num_granules);
         }
         PromptDemand { num_tokens, held: prefixes }
+    }
+
+    /// The same with what these nodes hold in tiers.
+    fn with_tiers(mut demand: PromptDemand, held: &[(&str, usize)]) -> PromptDemand {
+        for (node, num_granules) in held {
+            demand.held.add_in_tiers(&(NodeId::new(*node).unwrap(), Epoch(1)), *num_granules);
+        }
+        demand
     }
 
     fn pick<'a>(view: &'a ClusterView, demand: &PromptDemand, turn: usize) -> Option<&'a str> {
@@ -210,6 +248,49 @@ mod tests {
         assert_eq!(pick(&view, &at_decode, Some(1), 0), None, "the decode node has as much");
         assert_eq!(pick(&view, &at_decode, Some(1), 1), Some(("a".to_string(), 320)));
         assert_eq!(pick(&view, &demand(2000, &[]), Some(1), 1), None);
+    }
+
+    #[test]
+    fn prefix_in_the_pool_comes_before_one_in_a_tier_and_that_before_none() {
+        // 1,024 of 2,000 tokens: in a tier they cost 128.
+        let held = with_tiers(demand(2000, &[("a", 64)]), &[("b", 64)]);
+        for (queued_at, expected) in [([0, 0, 0], "a"), ([129, 0, 0], "b"), ([127, 0, 0], "a"), ([9999, 897, 0], "c")] {
+            let nodes = ["a", "b", "c"].into_iter().zip(queued_at);
+            let prefill: Vec<_> = nodes.map(|(name, queued)| node(name, 0, 0, 0, queued)).collect();
+            let view = ClusterView { prefill, ..ClusterView::default() };
+            let picked = pick_prefill_nodes(&view, &held, 64, 1, 2)[0];
+            assert_eq!(picked.node.as_str(), expected, "{queued_at:?} tokens queued");
+        }
+    }
+
+    #[test]
+    fn pool_and_tier_of_one_node_count_once() {
+        let missing = |held: &PromptDemand| held.num_missing_tokens(&node("a", 0, 0, 0, 0));
+        assert_eq!(missing(&with_tiers(demand(2000, &[("a", 64)]), &[("a", 64)])), 976);
+        assert_eq!(missing(&with_tiers(demand(2000, &[("a", 32)]), &[("a", 64)])), 976 + 64);
+        assert_eq!(missing(&with_tiers(demand(2000, &[("a", 64)]), &[("a", 32)])), 976);
+        // The last token is computed wherever the rest is.
+        assert_eq!(missing(&with_tiers(demand(32, &[]), &[("a", 2)])), 1 + 4);
+    }
+
+    #[test]
+    fn node_that_holds_a_prefix_only_in_a_tier_is_nobodys_prefix_peer() {
+        let view = ClusterView {
+            prefill: vec![node("a", 0, 0, 0, 0), node("b", 0, 0, 0, 0)],
+            decode: vec![node("d", 0, 0, 9, 0)],
+            draining_prefill: vec![node("c", 0, 0, 0, 0)],
+            ..ClusterView::default()
+        };
+        let peer = |held: &PromptDemand| {
+            let peer = pick_prefix_peer(&view, held, Some(&view.prefill[1]), &view.decode[0]);
+            peer.map(|peer| (peer.node.to_string(), peer.num_tokens))
+        };
+        assert_eq!(peer(&with_tiers(demand(2000, &[]), &[("a", 64), ("c", 64)])), None);
+        assert_eq!(peer(&with_tiers(demand(2000, &[("a", 8)]), &[("a", 64)])), Some(("a".to_string(), 128)));
+        // Who has it in a tier of its own loads it.
+        assert_eq!(peer(&with_tiers(demand(2000, &[("a", 64)]), &[("b", 64)])), None);
+        // A decode node sends from its pool alone.
+        assert!(peer(&with_tiers(demand(2000, &[("a", 64)]), &[("d", 64)])).is_some());
     }
 
     #[test]

@@ -9,7 +9,7 @@ use common::kv_spec::{KvDtype, KvSpec};
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
 
 use super::*;
-use crate::store::{EntryFormat, Fault, FaultyBackend, HostBackend, Tier, TierKind};
+use crate::store::{BlockStore, EntryFormat, Fault, FaultyBackend, HostBackend, Tier, TierKind};
 
 const MS: Duration = Duration::from_millis(1);
 const NUM_GRANULES: usize = 20;
@@ -46,7 +46,7 @@ impl KvMemory for Pool {
 struct Bench {
     store: TieredStore,
     backend: Arc<FaultyBackend>,
-    names: Vec<ContentName>,
+    granules: NamedTokens,
     pool: Arc<Pool>,
     is_speed_set: bool,
 }
@@ -65,15 +65,16 @@ impl Bench {
         };
         let format = EntryFormat::new(&model, 1, GRANULE_BYTES);
         let mut chain = ContentChain::new(&ChainRoot::of_model(model.identity));
-        chain.extend(&[7; NUM_GRANULES * GRANULE_TOKENS]);
+        let tokens = [7; NUM_GRANULES * GRANULE_TOKENS];
+        chain.extend(&tokens);
         let backend = Arc::new(FaultyBackend::new(Arc::new(HostBackend::new(1 << 20))));
         let tier = Tier::new(TierKind::Host, backend.clone(), format, Duration::from_secs(3600), &[]);
         let store = TieredStore::new(vec![tier], format, 1 << 20, is_speed_set.then_some(1e6));
-        let names = chain.granules().to_vec();
-        for (granule, name) in names.iter().enumerate() {
+        let granules = NamedTokens::new(&chain, &tokens, usize::MAX);
+        for (granule, name) in granules.names().iter().enumerate() {
             assert!(store.put(*name, format.encode(*name, |payload| payload.fill(granule as u8))).await);
         }
-        Self { store, backend, names, pool: Arc::default(), is_speed_set }
+        Self { store, backend, granules, pool: Arc::default(), is_speed_set }
     }
 
     /// From granule 4 on, as `load` is expected to take.
@@ -95,8 +96,8 @@ impl Bench {
     }
 
     async fn load(&self, plan: LoadPlan) -> Loaded {
-        let lookup = self.store.look_up(&self.names).await;
-        let found = FoundPrefix { names: self.names.clone(), lookup };
+        let lookup = self.store.look_up(self.granules.names()).await;
+        let found = FoundPrefix { granules: self.granules.clone(), lookup };
         load(&self.store, &found, plan, LIMITS, CancellationToken::new()).await
     }
 
@@ -122,7 +123,7 @@ async fn entries_are_placed_from_the_end_to_the_front() {
 #[tokio::test(start_paused = true)]
 async fn what_is_missing_or_damaged_is_left_out_and_the_rest_loaded() {
     let bench = Bench::new(false).await;
-    bench.store.remove(bench.names[18]).await;
+    bench.store.remove(bench.granules.names()[18]).await;
     let loaded = bench.load(bench.plan(Duration::ZERO, Box::new(|| {}))).await;
     assert_eq!((loaded.end, loaded.num_tokens), (LoadEnd::Missing, 240));
     assert_eq!(bench.written(), [19].into_iter().chain((4..18).rev()).collect::<Vec<_>>());
@@ -156,9 +157,9 @@ async fn late_load_lets_more_be_computed_long_before_it_is_given_up() {
         let told = goals.clone();
         let plan = bench.plan(64 * MS, Box::new(move || told.lock().unwrap().push(started_at.elapsed())));
         let prefix = plan.prefix.clone();
-        let lookup = bench.store.look_up(&bench.names).await;
+        let lookup = bench.store.look_up(bench.granules.names()).await;
         bench.backend.set(Fault::Hang);
-        let found = FoundPrefix { names: bench.names.clone(), lookup };
+        let found = FoundPrefix { granules: bench.granules.clone(), lookup };
         let loading = load(&bench.store, &found, plan, LIMITS, CancellationToken::new());
         tokio::pin!(loading);
         let first = tokio::time::timeout(Duration::from_secs(1), &mut loading).await;
@@ -204,7 +205,7 @@ async fn load_ends_when_the_sequence_is_gone_or_the_rest_is_computed() {
     bench.backend.set(Fault::Hang);
     let plan = bench.plan(4 * MS, Box::new(|| {}));
     let met = CancellationToken::new();
-    let found = FoundPrefix { names: bench.names.clone(), lookup: Lookup::default() };
+    let found = FoundPrefix { granules: bench.granules.clone(), lookup: Lookup::default() };
     let loading = load(&bench.store, &found, plan, LIMITS, met.clone());
     tokio::pin!(loading);
     assert!(futures::poll!(&mut loading).is_pending());
