@@ -177,7 +177,7 @@ impl Fabric {
             return Ok(socket);
         }
         let addr = SocketAddr::new(self.local_addr().ip(), 0);
-        let socket = socket::bind(addr, Traffic::Bulk, None).map_err(|error| DialError::Unreachable {
+        let socket = socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None).map_err(|error| DialError::Unreachable {
             addr: remote,
             role: Role::PrefillNode,
             reason: format!("no UDP socket on {addr}: {error}"),

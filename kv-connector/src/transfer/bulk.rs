@@ -48,6 +48,12 @@ impl BulkSender {
         self.transport.is_closed()
     }
 
+    /// Bytes of the largest UDP payload that KV is sent in now: what was found that the path carries. `None` where it
+    /// does not travel in datagrams.
+    pub fn datagram_bytes(&self) -> Option<u16> {
+        self.transport.datagram_bytes()
+    }
+
     /// What carries the extents.
     pub fn transport(&self) -> &Arc<dyn Transport> {
         &self.transport
@@ -165,13 +171,17 @@ impl Transport for PeerTransport {
         Box::pin(async move {
             match self.shared_runs(&payload) {
                 Some(runs) => shm::send(&self.quic, header, &runs, end).await,
-                None => self.quic.send(header, payload.into_bytes(), end).await,
+                None => self.quic.send(header, payload, end).await,
             }
         })
     }
 
     fn is_closed(&self) -> bool {
         self.quic.connection.close_reason().is_some()
+    }
+
+    fn datagram_bytes(&self) -> Option<u16> {
+        (!self.is_attached()).then(|| self.quic.connection.stats().path.current_mtu)
     }
 }
 

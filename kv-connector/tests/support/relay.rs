@@ -1,0 +1,89 @@
+//! A path between two nodes that carries datagrams of a limited size only: between them on loopback, it forwards what
+//! is small enough and drops the rest.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::net::UdpSocket;
+use tokio::task::JoinSet;
+
+use kv_connector::Fabric;
+
+/// Where the far end seems to be.
+const NEAR: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
+
+/// The path; gone when this is dropped.
+pub struct Relay {
+    size_max: Arc<AtomicUsize>,
+    num_dropped: Arc<AtomicUsize>,
+    control: SocketAddr,
+    _tasks: JoinSet<()>,
+}
+
+impl Relay {
+    /// In front of both ports of `fabric`, for one node that dials it.
+    pub async fn before(fabric: &Fabric, size_max: usize) -> Self {
+        let size_max = Arc::new(AtomicUsize::new(size_max));
+        let num_dropped = Arc::new(AtomicUsize::new(0));
+        let control = SocketAddr::from((NEAR, fabric.local_addr().port()));
+        let mut tasks = JoinSet::new();
+        for far in [fabric.local_addr(), fabric.bulk_addr().unwrap()] {
+            let near = bind(SocketAddr::from((NEAR, far.port())));
+            let onward = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
+            onward.connect(far).await.unwrap();
+            tasks.spawn(forward(near, onward, size_max.clone(), num_dropped.clone()));
+        }
+        Self { size_max, num_dropped, control, _tasks: tasks }
+    }
+
+    /// What is to be dialled.
+    pub fn control(&self) -> SocketAddr {
+        self.control
+    }
+
+    /// Carries up to `size_max` bytes from now on; with 0 nothing.
+    pub fn carry(&self, size_max: usize) {
+        self.size_max.store(size_max, Ordering::SeqCst);
+    }
+
+    pub fn num_dropped(&self) -> usize {
+        self.num_dropped.load(Ordering::SeqCst)
+    }
+}
+
+fn bind(addr: SocketAddr) -> UdpSocket {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).unwrap();
+    socket.set_recv_buffer_size(8 << 20).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket.bind(&addr.into()).unwrap();
+    UdpSocket::from_std(socket.into()).unwrap()
+}
+
+async fn forward(near: UdpSocket, onward: UdpSocket, size_max: Arc<AtomicUsize>, num_dropped: Arc<AtomicUsize>) {
+    let (mut from_near, mut from_far) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    let mut dialler = None;
+    let fits = |len: usize| {
+        let fits = len <= size_max.load(Ordering::SeqCst);
+        num_dropped.fetch_add(usize::from(!fits), Ordering::SeqCst);
+        fits
+    };
+    loop {
+        // An error is that of an end that is gone, or of a datagram: a path does not tell.
+        tokio::select! {
+            Ok((len, addr)) = near.recv_from(&mut from_near) => {
+                dialler = Some(addr);
+                if fits(len) {
+                    let _ = onward.send(&from_near[..len]).await;
+                }
+            }
+            Ok(len) = onward.recv(&mut from_far) => {
+                if let Some(dialler) = dialler.filter(|_| fits(len)) {
+                    let _ = near.send_to(&from_far[..len], dialler).await;
+                }
+            }
+            else => {}
+        }
+    }
+}
