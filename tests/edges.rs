@@ -316,7 +316,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--dtype", "float7"], "float32"),
         (&["--kv-transports", "shm"], "add quic"),
         (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
-        (&["--kv-congestion-control", "reno"], "auto, cubic, bbr, fixed"),
+        (&["--kv-congestion-control", "reno"], "cubic, bbr, fixed"),
         (&["--kv-max-udp-payload-size", "576"], "use 1200, which QUIC needs, to 65507"),
         (&["--kv-window-bytes", "2GiB"], "use 256KiB"),
         (&["--config", &nowhere], "nowhere"),

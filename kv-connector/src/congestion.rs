@@ -21,14 +21,12 @@ const UNPACED_WINDOW_BYTES: u64 = 1 << 32;
 /// Makes the controllers of connections over which `chosen` decides.
 pub(crate) fn factory(chosen: CongestionControl, is_loopback: bool) -> Arc<dyn ControllerFactory + Send + Sync> {
     let initial_window = if is_loopback { LOOPBACK_INITIAL_WINDOW_BYTES } else { INITIAL_WINDOW_BYTES };
-    let cubic = || {
-        let mut config = CubicConfig::default();
-        config.initial_window(initial_window);
-        Arc::new(config)
-    };
     match chosen {
-        CongestionControl::Auto if is_loopback => Arc::new(FixedWindow),
-        CongestionControl::Auto | CongestionControl::Cubic => cubic(),
+        CongestionControl::Cubic => {
+            let mut config = CubicConfig::default();
+            config.initial_window(initial_window);
+            Arc::new(config)
+        }
         CongestionControl::Bbr => {
             let mut config = BbrConfig::default();
             config.initial_window(initial_window);

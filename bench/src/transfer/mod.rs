@@ -58,7 +58,7 @@ pub struct TransferBenchArgs {
     #[arg(long, value_name = "BYTES", value_delimiter = ',', default_value = "65507")]
     pub max_udp_payload_size: Vec<u64>,
     /// Who decides how much may be on the way over quic.
-    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Auto)]
+    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub congestion_control: CongestionControl,
     /// KV that a quic connection may have on the way.
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]

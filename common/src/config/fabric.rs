@@ -157,10 +157,10 @@ impl KvTransport {
 pub struct KvQuicArgs {
     /// How a node that sends KV over quic decides how much may be on the way.
     ///
-    /// auto serves a data centre: cubic between hosts, fixed within one. On a link that loses packets for other
-    /// reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses. fixed never slows
-    /// down and is for links that carry nothing else: it takes from others whatever it can.
-    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Auto)]
+    /// cubic serves a data centre, and shares any network with others as TCP does. On a link that loses packets for
+    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses. fixed never
+    /// slows down and is for links that carry nothing else: it takes from others whatever it can.
+    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub kv_congestion_control: CongestionControl,
 
     /// KV that one connection may have on the way: unread, or unacknowledged.
@@ -190,7 +190,7 @@ const WINDOW_BYTES_MAX: u64 = 1 << 30;
 impl Default for KvQuicArgs {
     fn default() -> Self {
         Self {
-            kv_congestion_control: CongestionControl::Auto,
+            kv_congestion_control: CongestionControl::Cubic,
             kv_window_bytes: 16 << 20,
             kv_max_udp_payload_size: UDP_PAYLOAD_BYTES_MAX,
         }
@@ -223,8 +223,6 @@ impl KvQuicArgs {
 /// Who decides how much KV may be on the way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum CongestionControl {
-    /// cubic between hosts, fixed within one.
-    Auto,
     /// RFC 9438: what TCP does on most hosts; slows down for every loss.
     Cubic,
     /// By measured bandwidth and round trip; losses alone do not slow it down.

@@ -28,8 +28,7 @@ pub struct Arriving {
 }
 
 /// What is hashed at a time: while it is still in the core's own cache, and enough that BLAKE3 works on 16 of its
-/// chunks of 1 KiB at once. Fed datagram by datagram it falls back to one at a time: twice as slow at 64 KiB, five
-/// times at 1.4 KiB.
+/// chunks of 1 KiB at once. Fed datagram by datagram it works on few at a time, or on one.
 const HASHED_BYTES_MIN: usize = 128 << 10;
 
 impl Arriving {

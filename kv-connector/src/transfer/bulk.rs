@@ -223,7 +223,7 @@ impl BulkReceiver {
         let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
         tasks.spawn(async move {
             let reason = receive(&accepting, &context, &tracker).await;
-            tracing::debug!(remote = %accepting.remote_address(), %reason, "a bulk connection ended");
+            tell_end(&accepting, &reason);
             drop(held);
         });
         Self { connection, sender, carrier }
@@ -248,6 +248,21 @@ impl BulkReceiver {
     pub async fn closed(&self) -> CloseReason {
         self.connection.closed().await.into()
     }
+}
+
+/// Logs what a connection was like from here: the size of the datagrams sent at its end, how many were lost, and how
+/// often its path came to carry less.
+pub(crate) fn tell_end(connection: &Connection, reason: &CloseReason) {
+    let path = connection.stats().path;
+    tracing::debug!(
+        remote = %connection.remote_address(),
+        %reason,
+        datagram_bytes = path.current_mtu,
+        num_sent = path.sent_packets,
+        num_lost = path.lost_packets,
+        num_black_holes = path.black_holes_detected,
+        "a bulk connection ended"
+    );
 }
 
 /// An extent that begins.
