@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{
-    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvQuicArgs, KvTransport, LogArgs, ModelArgs, PrefillArgs,
-    PrefillNodeArgs, StoreArgs, WeightsArgs,
+    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvQuicArgs, KvTransport, LogArgs, ModelArgs,
+    PrefillArgs, PrefillNodeArgs, StoreArgs, WeightsArgs,
 };
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;

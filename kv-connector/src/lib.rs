@@ -56,7 +56,7 @@ pub use dial::DialError;
 pub use fabric::{BindError, Fabric, FabricConfig, check_holder};
 pub use hello::{HelloCheck, compatible_models};
 pub use limits::FabricLimits;
-pub use socket::BulkPath;
 pub use link::{CloseReason, Link, OpenError};
+pub use socket::BulkPath;
 pub use stream::{ControlReceiver, ControlSender, RecvError, SendError};
 pub use tls::TlsError;

@@ -86,11 +86,15 @@ impl TransferBenchArgs {
             Transport::Quic => &self.max_udp_payload_size[..],
             Transport::Shm => &self.max_udp_payload_size[..1],
         };
-        let paths = self.transports.iter().flat_map(|transport| payloads(*transport).iter().map(move |size| (*transport, *size)));
-        paths.flat_map(|(transport, size)| {
-            self.extent_tokens.iter().map(move |tokens| (transport, self.kv_quic(size), *tokens))
-        })
-        .collect()
+        let paths = self
+            .transports
+            .iter()
+            .flat_map(|transport| payloads(*transport).iter().map(move |size| (*transport, *size)));
+        paths
+            .flat_map(|(transport, size)| {
+                self.extent_tokens.iter().map(move |tokens| (transport, self.kv_quic(size), *tokens))
+            })
+            .collect()
     }
 }
 

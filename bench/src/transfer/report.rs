@@ -75,7 +75,10 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pinned = if self.is_pinned { "one core each" } else { "not pinned to cores" };
-        writeln!(f, "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP, TLS and memcpy")?;
+        writeln!(
+            f,
+            "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP, TLS and memcpy"
+        )?;
         writeln!(
             f,
             "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22}",

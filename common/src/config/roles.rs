@@ -7,8 +7,8 @@ use clap::{Args, Parser, ValueEnum};
 
 use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
-    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvQuicArgs, KvTransport,
-    ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
+    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvQuicArgs,
+    KvTransport, ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 

@@ -43,7 +43,18 @@ impl Arriving {
         let hasher = extent_hasher(header.request, header.attempt, header.generation, &extent, content);
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
         let (ledger, header) = (ledger.clone(), *header);
-        Ok(Self { state, ledger, header, place, granules, hasher, num_bytes: 0, num_hashed: 0, is_verified: false, _held: held })
+        Ok(Self {
+            state,
+            ledger,
+            header,
+            place,
+            granules,
+            hasher,
+            num_bytes: 0,
+            num_hashed: 0,
+            is_verified: false,
+            _held: held,
+        })
     }
 
     /// Writes the next piece into the blocks.
