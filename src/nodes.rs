@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{
-    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvTransport, LogArgs, ModelArgs, PrefillArgs,
-    PrefillNodeArgs, StoreArgs, WeightsArgs,
+    DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvQuicArgs, KvTransport, LogArgs, ModelArgs,
+    PrefillArgs, PrefillNodeArgs, StoreArgs, WeightsArgs,
 };
 use common::host_budget::HostBudget;
 use common::ids::{Epoch, NodeId, Role};
@@ -64,6 +64,8 @@ pub struct NodeSetup {
     pub bulk_port: u16,
     /// What KV may travel over.
     pub kv_transports: Vec<KvTransport>,
+    /// How it travels over QUIC.
+    pub kv_quic: KvQuicArgs,
     /// Its engine.
     pub engine: EngineArgs,
     /// Longest sequence, if shorter than the model's.
@@ -134,6 +136,7 @@ async fn run_node(
         listen,
         bulk_port,
         kv_transports: fabric.kv_transports.clone(),
+        kv_quic: fabric.kv_quic.clone(),
         engine,
         max_model_len: weights.max_model_len,
         store,
@@ -193,7 +196,8 @@ pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineA
 /// # Errors
 /// If the KV cache does not fit, the address is taken or the certificate is not usable.
 pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<RunningNode> {
-    let NodeSetup { node, identity, listen, bulk_port, kv_transports, engine, max_model_len, store, role } = setup;
+    let NodeSetup { node, identity, listen, bulk_port, kv_transports, kv_quic, engine, max_model_len, store, role } =
+        setup;
     let is_sharing = kv_transports.contains(&KvTransport::Shm);
     // KV is read out of the pool of a prefill node; nobody else's is looked into.
     let memory = match role {
@@ -232,6 +236,7 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
     }
     config.shared_pool = shared_pool(engine.pool()).with_context(|| format!("share the KV cache of {node}"))?;
     config.is_reading_shared_pools = is_sharing;
+    config.set_kv_quic(&kv_quic);
     let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;
     let status = engine.status();
     let presence = NodePresence::new(move || status.borrow().load).with_blocks(blocks);

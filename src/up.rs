@@ -48,6 +48,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             listen: loopback(),
             bulk_port: 0,
             kv_transports: args.kv_transports.clone(),
+            kv_quic: args.kv_quic.clone(),
             engine: args.engine.clone(),
             max_model_len: args.weights.max_model_len,
             store: args.store.clone(),

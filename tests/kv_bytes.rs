@@ -56,6 +56,7 @@ async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
             listen,
             bulk_port: 0,
             kv_transports: args.kv_transports.clone(),
+            kv_quic: args.kv_quic.clone(),
             engine,
             max_model_len: None,
             store: args.store.clone(),

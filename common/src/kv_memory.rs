@@ -41,6 +41,13 @@ pub trait KvMemory: Send + Sync {
         visit: &mut dyn FnMut(u64, &[u8]),
     );
 
+    /// The bytes at a place that [`visit_granules`](Self::visit_granules) has told, if this memory keeps them there for
+    /// as long as it lives; else they are copied. Their blocks stay pinned and final while they are used.
+    fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {
+        let _ = (offset, num_bytes);
+        None
+    }
+
     /// Bytes of one granule in one layer, all planes.
     fn granule_bytes(&self) -> usize;
 

@@ -355,6 +355,10 @@ impl KvMemory for KvPool {
             self.arena.visit(offset, run.len(), |bytes| visit(offset as u64, bytes));
         });
     }
+
+    fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {
+        Some(self.arena.bytes_at(offset as usize, num_bytes))
+    }
 }
 
 /// The one shape of K and V that all layers have.

@@ -72,6 +72,13 @@ impl KvArena {
         visit(unsafe { std::slice::from_raw_parts(from, len) })
     }
 
+    /// The `len` bytes at `offset` where they lie. Panics beyond the end.
+    pub fn bytes_at(&self, offset: usize, len: usize) -> &[u8] {
+        // SAFETY: in bounds by `bytes`, initialised (zeroed by the kernel) and mapped for as long as the arena lives;
+        // nobody writes these bytes while the reference is used (the module's invariant).
+        unsafe { std::slice::from_raw_parts(self.bytes(offset, len), len) }
+    }
+
     /// Copies `from` to `offset`. Panics beyond the end.
     pub fn write(&self, offset: usize, from: &[u8]) {
         let into = self.bytes(offset, from.len());
@@ -138,6 +145,7 @@ mod tests {
         arena.fill(104, 3, |bytes| bytes.iter_mut().for_each(|byte| *byte += 1));
         arena.read(100, &mut bytes);
         assert_eq!(bytes[..8], [0, 0, 0, 0, 8, 8, 8, 7]);
+        assert_eq!(arena.bytes_at(104, 4), [8, 8, 8, 7]);
         assert_eq!(arena.len(), 10_000);
         assert!(!arena.is_empty());
     }

@@ -179,7 +179,7 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     };
     drop(open_registration);
     shared.bulk_senders.remove(&peer, &connection);
-    tracing::debug!(peer = %peer.node, %reason, "a bulk connection ended");
+    bulk::tell_end(&connection, &reason);
     drop((held, window));
 }
 

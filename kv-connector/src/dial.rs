@@ -177,11 +177,12 @@ impl Fabric {
             return Ok(socket);
         }
         let addr = SocketAddr::new(self.local_addr().ip(), 0);
-        let socket = socket::bind(addr, Traffic::Bulk, None).map_err(|error| DialError::Unreachable {
-            addr: remote,
-            role: Role::PrefillNode,
-            reason: format!("no UDP socket on {addr}: {error}"),
-        })?;
+        let socket =
+            socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None).map_err(|error| DialError::Unreachable {
+                addr: remote,
+                role: Role::PrefillNode,
+                reason: format!("no UDP socket on {addr}: {error}"),
+            })?;
         Ok(self.shared.bulk_dialler.get_or_init(|| socket))
     }
 

@@ -16,6 +16,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
+use common::config::KvQuicArgs;
 use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, PROTOCOL_VERSIONS};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
@@ -30,7 +31,7 @@ use crate::hello::{Greeter, HelloCheck, compatible_models};
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
 use crate::quiet::Quiet;
-use crate::socket::{self, Socket, Traffic};
+use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
@@ -54,6 +55,8 @@ pub struct FabricConfig {
     pub check: HelloCheck,
     /// Bounds.
     pub limits: FabricLimits,
+    /// How KV travels over QUIC.
+    pub bulk_path: BulkPath,
     /// Versions of the protocol that are spoken, newest first; never empty.
     pub versions: Vec<u16>,
     /// This node's pool, for peers on the same host to read KV in; they become one trust domain with it. With a
@@ -77,11 +80,21 @@ impl FabricConfig {
             hello,
             check,
             limits,
+            bulk_path: BulkPath::default(),
             versions: PROTOCOL_VERSIONS.to_vec(),
             shared_pool: None,
             is_reading_shared_pools: false,
             transport_layer: None,
         }
+    }
+
+    /// Takes over what an operator has set; `args` have been validated.
+    pub fn set_kv_quic(&mut self, args: &KvQuicArgs) {
+        self.bulk_path = BulkPath {
+            congestion_control: args.kv_congestion_control,
+            max_udp_payload_bytes: u16::try_from(args.kv_max_udp_payload_size).unwrap_or(u16::MAX),
+        };
+        self.limits.bulk_window_bytes = u32::try_from(args.kv_window_bytes).unwrap_or(u32::MAX);
     }
 }
 
@@ -145,6 +158,7 @@ pub(crate) struct Shared {
     pub(crate) hello: Hello,
     pub(crate) check: HelloCheck,
     pub(crate) limits: FabricLimits,
+    pub(crate) bulk_path: BulkPath,
     pub(crate) versions: Vec<u16>,
     pub(crate) ledger: Arc<Ledger>,
     /// Refused connections, which anyone can cause.
@@ -185,6 +199,7 @@ impl Fabric {
             mut hello,
             check,
             limits,
+            bulk_path,
             versions,
             shared_pool,
             is_reading_shared_pools,
@@ -198,7 +213,7 @@ impl Fabric {
         let listener = |addr: SocketAddr, traffic: Traffic| {
             // Replaced for every connection that is accepted.
             let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
-            socket::bind(addr, traffic, Some(server)).map_err(|source| BindError::Socket { addr, source })
+            socket::bind(addr, traffic, bulk_path, Some(server)).map_err(|source| BindError::Socket { addr, source })
         };
         let control = listener(listen, Traffic::Control)?;
         let bulk_listener = bulk_listen.map(|addr| listener(addr, Traffic::Bulk)).transpose()?;
@@ -226,6 +241,7 @@ impl Fabric {
             is_reading_shared_pools,
             zone,
             limits,
+            bulk_path,
             versions,
             ledger,
             refusals: Quiet::default(),

@@ -22,7 +22,8 @@
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
-//! 7. `socket`, [`limits`], [`accounting`]: datagram sizes, bounds, what is held.
+//! 7. `socket`, `segments`, `congestion`, [`limits`], [`accounting`]: datagram sizes, what is on the way, bounds, what
+//!    is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -30,6 +31,7 @@ mod accept;
 pub mod accounting;
 pub mod block_feed;
 pub mod certs;
+mod congestion;
 mod dial;
 pub mod fabric;
 pub mod fencing;
@@ -39,6 +41,7 @@ pub mod link;
 pub mod membership;
 pub mod peers;
 mod quiet;
+mod segments;
 mod socket;
 pub mod store;
 pub mod stream;
@@ -54,5 +57,6 @@ pub use fabric::{BindError, Fabric, FabricConfig, check_holder};
 pub use hello::{HelloCheck, compatible_models};
 pub use limits::FabricLimits;
 pub use link::{CloseReason, Link, OpenError};
+pub use socket::BulkPath;
 pub use stream::{ControlReceiver, ControlSender, RecvError, SendError};
 pub use tls::TlsError;

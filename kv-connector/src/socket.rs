@@ -1,48 +1,51 @@
 //! UDP sockets and QUIC transport parameters.
 //!
-//! Datagram size decides how fast QUIC is (per-packet work dominates), so:
+//! Datagram size decides how fast QUIC is (per-packet work dominates). Every connection begins with the 1,200
+//! bytes that any path carries and probes from there up to what both ends announce
+//! (`max_udp_payload_size`): 8,952 bytes for messages, 65,507 for KV. Probes that a path does not carry are
+//! lost without harm, datagrams are never fragmented, and a path that comes to carry less is noticed by the
+//! losses and falls back to 1,200. So loopback ends at 65,507, a jumbo network at about 8,950 and an ordinary
+//! one at about 1,450, without a setting.
 //!
-//! ```text
-//! peer on                datagrams                       segments per send
-//! loopback, bulk         65,507 bytes from the start     1   (segmentation off)
-//! loopback, control      1,200, searched up to 8,952     up to 7
-//! a network              1,200, searched up to 8,952     up to 7
-//! ```
-//!
-//! Three traps that decide these numbers. One send of several segments may not exceed 65,507 bytes in
-//! all, or the kernel refuses it and the connection falls back to small datagrams: the socket allows 7
-//! segments, and loopback bulk one. A congestion window that starts below the datagram size never sends:
-//! the bulk window starts at several datagrams. Loopback loses what does not fit the receiving socket's
-//! buffer, 3 % of all datagrams with a window of twice the buffer: there a receiver grants half of it. And
-//! a node announces the datagrams it takes
-//! (`max_udp_payload_size`), which is 1,472 unless raised. A path that takes less than was assumed is
-//! found out by QUIC's own black-hole detection and falls back to 1,200 bytes.
+//! Traps that decide the rest. One send of several segments may not exceed 65,507 bytes
+//! ([`segments`](crate::segments)). A congestion window below the datagram size never sends: windows begin
+//! above 1,200 bytes and rise with what is discovered. Loopback loses what does not fit the receiving socket's
+//! buffer, 3 % of all datagrams with a window of twice the buffer: there a receiver grants half of it.
 
-use std::fmt;
-use std::io::{self, IoSliceMut};
+use std::io;
 use std::net::{SocketAddr, UdpSocket};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 
-use quinn::congestion::CubicConfig;
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, TokioRuntime};
-use quinn::{ServerConfig, TransportConfig, UdpPoller, VarInt};
+use common::config::CongestionControl;
+use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, TokioRuntime};
+use quinn::{ServerConfig, TransportConfig, VarInt};
 
+use crate::congestion;
 use crate::limits::FabricLimits;
+use crate::segments::{SEND_BYTES_MAX, SegmentedSocket};
 
 /// Largest UDP payload over IPv4; over IPv6 20 bytes more would fit.
-const LOOPBACK_DATAGRAM_BYTES: u16 = 65_507;
+const DATAGRAM_BYTES_MAX: u16 = 65_507;
 /// UDP payload of a 9,000-byte MTU over IPv6.
-const NETWORK_DATAGRAM_BYTES: u16 = 8_952;
-/// 7 x 8,952 = 62,664 <= 65,507.
-const NUM_SEGMENTS_MAX: usize = 7;
+const CONTROL_DATAGRAM_BYTES: u16 = 8_952;
 /// Asked of the kernel, which caps it at `net.core.rmem_max` and `wmem_max`.
 const BULK_SOCKET_BYTES: usize = 8 << 20;
 const CONTROL_SOCKET_BYTES: usize = 2 << 20;
-/// Extents are large and windows few: the first round trip already carries this much.
-const BULK_INITIAL_WINDOW_BYTES: u64 = 512 << 10;
+
+/// How KV travels over QUIC.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BulkPath {
+    /// Who decides how much may be on the way.
+    pub congestion_control: CongestionControl,
+    /// Largest UDP payload sent or received; from 1,200 to 65,507.
+    pub max_udp_payload_bytes: u16,
+}
+
+impl Default for BulkPath {
+    fn default() -> Self {
+        Self { congestion_control: CongestionControl::Cubic, max_udp_payload_bytes: DATAGRAM_BYTES_MAX }
+    }
+}
 
 /// What a socket carries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,17 +70,23 @@ impl Traffic {
 pub(crate) struct Socket {
     pub(crate) endpoint: Endpoint,
     pub(crate) traffic: Traffic,
+    path: BulkPath,
     /// What the kernel granted for datagrams that wait to be read.
     buffer_bytes: usize,
 }
 
-/// Binds an endpoint. With `server` it also accepts.
-pub(crate) fn bind(addr: SocketAddr, traffic: Traffic, server: Option<ServerConfig>) -> io::Result<Socket> {
+/// Binds an endpoint. With `server` it also accepts; `path` is that of KV.
+pub(crate) fn bind(
+    addr: SocketAddr,
+    traffic: Traffic,
+    path: BulkPath,
+    server: Option<ServerConfig>,
+) -> io::Result<Socket> {
     let domain = socket2::Domain::for_address(addr);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
-    let num_bytes = match traffic {
-        Traffic::Control => CONTROL_SOCKET_BYTES,
-        Traffic::Bulk => BULK_SOCKET_BYTES,
+    let (num_bytes, max_payload) = match traffic {
+        Traffic::Control => (CONTROL_SOCKET_BYTES, CONTROL_DATAGRAM_BYTES),
+        Traffic::Bulk => (BULK_SOCKET_BYTES, path.max_udp_payload_bytes),
     };
     // Less than asked for is slower, not wrong.
     let _ = socket.set_recv_buffer_size(num_bytes);
@@ -85,15 +94,11 @@ pub(crate) fn bind(addr: SocketAddr, traffic: Traffic, server: Option<ServerConf
     let buffer_bytes = socket.recv_buffer_size()?;
     socket.bind(&addr.into())?;
     let mut config = EndpointConfig::default();
-    let max_payload = match traffic {
-        Traffic::Control => NETWORK_DATAGRAM_BYTES,
-        Traffic::Bulk => LOOPBACK_DATAGRAM_BYTES,
-    };
     config.max_udp_payload_size(max_payload).map_err(io::Error::other)?;
     let inner = TokioRuntime.wrap_udp_socket(UdpSocket::from(socket))?;
-    let socket = Arc::new(SegmentCap { inner });
+    let socket = Arc::new(SegmentedSocket::new(inner, max_payload));
     let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
-    Ok(Socket { endpoint, traffic, buffer_bytes })
+    Ok(Socket { endpoint, traffic, path, buffer_bytes })
 }
 
 impl Socket {
@@ -106,14 +111,14 @@ impl Socket {
     }
 
     fn bulk_transport(&self, limits: &FabricLimits, is_loopback: bool) -> TransportConfig {
-        let mut config = common(limits);
-        let mut congestion = CubicConfig::default();
-        congestion.initial_window(BULK_INITIAL_WINDOW_BYTES);
+        let BulkPath { congestion_control, max_udp_payload_bytes } = self.path;
+        let mut config = common(limits, max_udp_payload_bytes);
         let mut window_bytes = limits.bulk_window_bytes;
         if is_loopback {
             let buffered = u32::try_from(self.buffer_bytes / 2).unwrap_or(u32::MAX);
-            window_bytes = window_bytes.min(buffered.max(2 * u32::from(LOOPBACK_DATAGRAM_BYTES)));
-            config.initial_mtu(LOOPBACK_DATAGRAM_BYTES).mtu_discovery_config(None).enable_segmentation_offload(false);
+            window_bytes = window_bytes.min(buffered.max(2 * u32::from(DATAGRAM_BYTES_MAX)));
+            // No two of the datagrams that are soon found would fit one send.
+            config.enable_segmentation_offload(2 * usize::from(max_udp_payload_bytes) <= SEND_BYTES_MAX);
         }
         config
             // The hello, and nothing else.
@@ -124,13 +129,13 @@ impl Socket {
             .send_window(u64::from(limits.bulk_window_bytes))
             // Whole extents one after another: the first is complete, and of use, as early as can be.
             .send_fairness(false)
-            .congestion_controller_factory(Arc::new(congestion));
+            .congestion_controller_factory(congestion::factory(congestion_control, is_loopback));
         config
     }
 }
 
 fn control_transport(limits: &FabricLimits) -> TransportConfig {
-    let mut config = common(limits);
+    let mut config = common(limits, CONTROL_DATAGRAM_BYTES);
     config
         .max_concurrent_bidi_streams(VarInt::from_u32(limits.num_streams_max))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
@@ -140,10 +145,10 @@ fn control_transport(limits: &FabricLimits) -> TransportConfig {
     config
 }
 
-fn common(limits: &FabricLimits) -> TransportConfig {
+fn common(limits: &FabricLimits, max_udp_payload_bytes: u16) -> TransportConfig {
     let mut config = TransportConfig::default();
     let mut discovery = MtuDiscoveryConfig::default();
-    discovery.upper_bound(NETWORK_DATAGRAM_BYTES);
+    discovery.upper_bound(max_udp_payload_bytes);
     let idle = IdleTimeout::try_from(limits.idle_timeout).expect("an idle limit of seconds fits a QUIC integer");
     config
         .keep_alive_interval(Some(limits.keep_alive))
@@ -153,55 +158,11 @@ fn common(limits: &FabricLimits) -> TransportConfig {
     config
 }
 
-/// A socket that never sends more than [`NUM_SEGMENTS_MAX`] segments at once.
-struct SegmentCap {
-    inner: Arc<dyn AsyncUdpSocket>,
-}
-
-impl fmt::Debug for SegmentCap {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.inner.fmt(f)
-    }
-}
-
-impl AsyncUdpSocket for SegmentCap {
-    fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
-    }
-
-    fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        self.inner.try_send(transmit)
-    }
-
-    fn poll_recv(
-        &self,
-        cx: &mut Context<'_>,
-        bufs: &mut [IoSliceMut<'_>],
-        meta: &mut [RecvMeta],
-    ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
-    }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
-    }
-
-    fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments().min(NUM_SEGMENTS_MAX)
-    }
-
-    fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
-    }
-
-    fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use std::time::Duration;
 
     use bytes::Bytes;
     use common::ids::{NodeId, Role};
@@ -210,16 +171,14 @@ mod tests {
 
     const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
-    /// The three traps of large datagrams would each show here: as small datagrams, as losses, or as
-    /// nothing arriving at all.
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn loopback_bulk_travels_in_large_datagrams_and_loses_none() {
+    /// Each trap of large datagrams would show here: as small datagrams, as losses, or as nothing arriving at all.
+    async fn loopback_bulk(path: BulkPath) {
         let (ca, limits) = (ClusterCa::generate().unwrap(), FabricLimits::default());
         let identity = ca.issue(Role::PrefillNode, &NodeId::new("p0").unwrap()).unwrap();
         let alpn = || vec![b"test".to_vec()];
         let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn()).unwrap());
-        let receiver = bind(LOOPBACK, Traffic::Bulk, None).unwrap();
-        let sender = bind(LOOPBACK, Traffic::Bulk, Some(server.clone())).unwrap();
+        let receiver = bind(LOOPBACK, Traffic::Bulk, path, None).unwrap();
+        let sender = bind(LOOPBACK, Traffic::Bulk, path, Some(server.clone())).unwrap();
         let addr = sender.endpoint.local_addr().unwrap();
         server.transport_config(sender.transport(&limits, LOOPBACK));
         let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());
@@ -231,8 +190,15 @@ mod tests {
         let connecting = receiver.endpoint.connect_with(client, addr, &role_name(Role::PrefillNode)).unwrap();
         let (from, to) = tokio::join!(accepting, connecting);
         let (from, to) = (from, to.unwrap());
+        let discovered = async {
+            while from.stats().path.current_mtu != path.max_udp_payload_bytes {
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), discovered).await.expect("the path's size is found");
 
-        const NUM_BYTES: usize = 64 << 20;
+        const NUM_BYTES: usize = 32 << 20;
+        let before = from.stats();
         let writing = tokio::spawn({
             let from = from.clone();
             async move {
@@ -246,9 +212,26 @@ mod tests {
         assert_eq!(stream.read_to_end(NUM_BYTES).await.unwrap().len(), NUM_BYTES);
         writing.await.unwrap();
         let stats = from.stats();
-        assert_eq!(stats.path.current_mtu, LOOPBACK_DATAGRAM_BYTES);
-        assert_eq!(stats.path.black_holes_detected, 0);
-        assert!(stats.udp_tx.datagrams < 2 * (NUM_BYTES as u64 / u64::from(LOOPBACK_DATAGRAM_BYTES)), "{stats:?}");
+        assert_eq!((stats.path.current_mtu, stats.path.black_holes_detected), (path.max_udp_payload_bytes, 0));
+        let num_datagrams = stats.udp_tx.datagrams - before.udp_tx.datagrams;
+        assert!(num_datagrams < 2 * (NUM_BYTES as u64 / u64::from(path.max_udp_payload_bytes)), "{stats:?}");
         assert!(stats.path.lost_packets * 100 <= stats.path.sent_packets, "{stats:?}");
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn loopback_bulk_travels_in_large_datagrams_and_loses_none() {
+        loopback_bulk(BulkPath::default()).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn segments_beyond_one_send_are_divided() {
+        let congestion_control = CongestionControl::Fixed;
+        loopback_bulk(BulkPath { congestion_control, max_udp_payload_bytes: 30_000 }).await;
+    }
+
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn datagrams_are_never_larger_than_they_may_be() {
+        let congestion_control = CongestionControl::Bbr;
+        loopback_bulk(BulkPath { congestion_control, max_udp_payload_bytes: 1472 }).await;
     }
 }

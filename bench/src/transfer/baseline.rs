@@ -1,22 +1,70 @@
-//! What a transfer is held against: blocking TCP between the same two processes, and a copy within one.
+//! What a transfer is held against: blocking TCP between the same two processes, plain and under TLS, and a copy
+//! within one.
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
+use rustls::crypto::CryptoProvider;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use rustls::version::TLS13;
+use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned};
 
-/// One blocking TCP connection over loopback, without encryption or digest.
+/// The first byte on a connection: what follows is plain.
+pub(super) const PLAIN: u8 = 0;
+/// What follows is TLS.
+pub(super) const TLS: u8 = 1;
+
+trait Connection: Read + Write {}
+
+impl<C: Read + Write> Connection for C {}
+
+/// One blocking TCP connection over loopback, without digest.
 pub(super) struct Tcp {
-    stream: TcpStream,
+    stream: Box<dyn Connection>,
     buffer: Vec<u8>,
+}
+
+fn connect(addr: SocketAddr, kind: u8) -> anyhow::Result<TcpStream> {
+    let mut stream = TcpStream::connect(addr).context("connect for the TCP baseline")?;
+    stream.set_nodelay(true).context("turn Nagle's algorithm off")?;
+    stream.write_all(&[kind]).context("say what follows over TCP")?;
+    Ok(stream)
+}
+
+/// As the fabric has it: AES-128-GCM of aws-lc.
+fn provider() -> Arc<CryptoProvider> {
+    let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    provider.cipher_suites.retain(|suite| suite.suite() == rustls::CipherSuite::TLS13_AES_128_GCM_SHA256);
+    Arc::new(provider)
+}
+
+/// TLS 1.3 of the sender, whose certificate lies in `dir`.
+pub(super) fn tls_server(dir: &Path) -> anyhow::Result<Arc<ServerConfig>> {
+    let certificate = CertificateDer::from_pem_file(dir.join("sender.pem")).context("read the sender's certificate")?;
+    let key = PrivateKeyDer::from_pem_file(dir.join("sender.key")).context("read the sender's key")?;
+    let config = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+    Ok(Arc::new(config.with_no_client_auth().with_single_cert(vec![certificate], key)?))
 }
 
 impl Tcp {
     pub(super) fn connect(addr: SocketAddr) -> anyhow::Result<Self> {
-        let stream = TcpStream::connect(addr).context("connect for the TCP baseline")?;
-        stream.set_nodelay(true).context("turn Nagle's algorithm off")?;
-        Ok(Self { stream, buffer: vec![0; 1 << 20] })
+        Ok(Self { stream: Box::new(connect(addr, PLAIN)?), buffer: vec![0; 1 << 20] })
+    }
+
+    /// Under TLS 1.3; the CA lies in `dir`.
+    pub(super) fn connect_tls(addr: SocketAddr, dir: &Path, name: &str) -> anyhow::Result<Self> {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_file(dir.join("ca.pem")).context("read the CA's certificate")?)?;
+        let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+        let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
+        let name = ServerName::try_from(name.to_string()).context("the name in the sender's certificate")?;
+        let stream = StreamOwned::new(ClientConnection::new(config, name)?, connect(addr, TLS)?);
+        Ok(Self { stream: Box::new(stream), buffer: vec![0; 1 << 20] })
     }
 
     /// Asks for `num_bytes` and reads them, over and over into the same 1 MiB.

@@ -27,6 +27,7 @@ use std::process::Command;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
+use common::config::{CongestionControl, KvQuicArgs};
 
 pub use report::Report;
 
@@ -51,10 +52,49 @@ pub struct TransferBenchArgs {
     /// Requests of one extent each, for the latency of every round.
     #[arg(long, value_name = "REQUESTS", default_value_t = 200, value_parser = clap::value_parser!(u32).range(1..=100_000))]
     pub num_single: u32,
+    /// Largest UDP payloads to measure quic with: 1472 and 8972 are those of networks with an MTU of 1500 and 9000
+    /// bytes, 65507 is what loopback carries. A row each.
+    #[arg(long, value_name = "BYTES", value_delimiter = ',', default_value = "65507")]
+    pub max_udp_payload_size: Vec<u64>,
+    /// Who decides how much may be on the way over quic.
+    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
+    pub congestion_control: CongestionControl,
+    /// KV that a quic connection may have on the way.
+    #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
+    pub window_bytes: u64,
     /// Cores for the receiver and the senders, which are pinned with taskset. Without it, and without two cores,
     /// nothing is pinned.
     #[arg(long, value_name = "CORES", value_delimiter = ',', default_value = "0,1")]
     pub cores: Vec<usize>,
+}
+
+impl TransferBenchArgs {
+    /// What the nodes of one row are set to.
+    fn kv_quic(&self, max_udp_payload_size: u64) -> KvQuicArgs {
+        KvQuicArgs {
+            kv_congestion_control: self.congestion_control,
+            kv_window_bytes: self.window_bytes,
+            kv_max_udp_payload_size: max_udp_payload_size,
+        }
+    }
+
+    /// The rows of KV: transport, its largest UDP payload and tokens of an extent. Sizes of datagrams mean nothing
+    /// to shared memory.
+    fn rows(&self) -> Vec<(Transport, KvQuicArgs, usize)> {
+        let payloads = |transport: Transport| match transport {
+            Transport::Quic => &self.max_udp_payload_size[..],
+            Transport::Shm => &self.max_udp_payload_size[..1],
+        };
+        let paths = self
+            .transports
+            .iter()
+            .flat_map(|transport| payloads(*transport).iter().map(move |size| (*transport, *size)));
+        paths
+            .flat_map(|(transport, size)| {
+                self.extent_tokens.iter().map(move |tokens| (transport, self.kv_quic(size), *tokens))
+            })
+            .collect()
+    }
 }
 
 /// A way that KV may take.
@@ -93,6 +133,9 @@ pub struct TransferSenderArgs {
     /// Whether the pool may be read by the receiver.
     #[arg(long)]
     pub is_shared: bool,
+    /// As the nodes have them.
+    #[command(flatten)]
+    pub kv_quic: KvQuicArgs,
 }
 
 /// Runs the measurement.
@@ -112,6 +155,9 @@ pub fn run(args: &TransferBenchArgs) -> anyhow::Result<Report> {
                 "--request-mib {mib} holds {held} tokens, less than an extent of {tokens}: raise it or lower --extent-tokens"
             );
         }
+    }
+    for size in &args.max_udp_payload_size {
+        args.kv_quic(*size).validate()?;
     }
     let pinned = pin(&args.cores);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;

@@ -7,15 +7,16 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use common::config::KvQuicArgs;
 use common::content::ContentChain;
 use common::ids::Role;
 use common::tokens::Token;
 use common::wire::Open;
 use engine::pool::KvPool;
-use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan, LandingZone};
+use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan};
 use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
 
-use super::report::{Report, Row};
+use super::report::{CpuTime, Report, Row};
 use super::{TransferBenchArgs, Transport, baseline, workload};
 use crate::usage::of_process;
 
@@ -23,6 +24,7 @@ use crate::usage::of_process;
 struct Pair {
     transport: Transport,
     extent_tokens: usize,
+    fabric: Fabric,
     link: Link,
     _bulk: BulkReceiver,
     process: SenderProcess,
@@ -42,7 +44,6 @@ impl Drop for SenderProcess {
 
 /// Where KV lands, over and over in the same blocks.
 struct Landings {
-    zone: LandingZone,
     pool: Arc<KvPool>,
     tokens: Vec<Token>,
     chain: ContentChain,
@@ -67,44 +68,47 @@ async fn measure_in(
     dir: &std::path::Path,
 ) -> anyhow::Result<Report> {
     let num_tokens = workload::num_tokens(args.request_mib);
-    let identity = ca.issue(Role::DecodeNode, &workload::node("receiver"))?;
-    let hello = workload::hello("receiver", Role::DecodeNode, num_tokens);
-    let mut config = FabricConfig::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, hello);
-    config.is_reading_shared_pools = true;
-    let fabric = Fabric::bind(config)?;
     let num_blocks = workload::num_blocks(num_tokens);
     let pool = Arc::new(KvPool::new(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks)?);
     let tokens = workload::tokens(num_tokens);
     let chain = workload::chain(&tokens);
-    let mut landings = Landings { zone: fabric.landing_zone(), pool, tokens, chain, number: 0 };
+    let mut landings = Landings { pool, tokens, chain, number: 0 };
 
     let mut pairs = Vec::new();
-    let mut tcp = None;
-    for transport in &args.transports {
-        for extent_tokens in &args.extent_tokens {
-            let (process, addr, tcp_addr) = start_sender(args, *transport, *extent_tokens, sender_core, dir)?;
-            let link = fabric.dial(addr, Role::PrefillNode, None).await?;
-            let bulk = fabric.connect_bulk(&link, &landings.zone).await?;
-            let (found, expected) = (bulk.transport_name(), transport.as_str());
-            ensure!(
-                found == expected,
-                "KV comes over {found}, expected {expected}: the two processes did not agree on it"
-            );
-            tcp = Some(baseline::Tcp::connect(tcp_addr)?);
-            let row = Row::new(format!("{expected}, {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024));
-            pairs.push(Pair { transport: *transport, extent_tokens: *extent_tokens, link, _bulk: bulk, process, row });
-        }
+    let mut baselines = None;
+    for (transport, kv_quic, extent_tokens) in args.rows() {
+        let (process, addr, tcp_addr) = start_sender(args, transport, &kv_quic, extent_tokens, sender_core, dir)?;
+        let identity = ca.issue(Role::DecodeNode, &workload::node("receiver"))?;
+        let hello = workload::hello("receiver", Role::DecodeNode, num_tokens);
+        let mut config = FabricConfig::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, hello);
+        config.is_reading_shared_pools = transport == Transport::Shm;
+        config.set_kv_quic(&kv_quic);
+        let fabric = Fabric::bind(config)?;
+        let link = fabric.dial(addr, Role::PrefillNode, None).await?;
+        let bulk = fabric.connect_bulk(&link, &fabric.landing_zone()).await?;
+        let (found, expected) = (bulk.transport_name(), transport.as_str());
+        ensure!(found == expected, "KV comes over {found}, expected {expected}: the two processes did not agree on it");
+        baselines =
+            Some((baseline::Tcp::connect(tcp_addr)?, baseline::Tcp::connect_tls(tcp_addr, dir, workload::TLS_NAME)?));
+        let datagrams = match kv_quic.kv_max_udp_payload_size {
+            size if transport == Transport::Quic && args.max_udp_payload_size.len() > 1 => format!(" {size}"),
+            _ => String::new(),
+        };
+        let row = Row::new(format!("{expected}{datagrams}, {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024));
+        pairs.push(Pair { transport, extent_tokens, fabric, link, _bulk: bulk, process, row });
     }
-    let mut tcp = tcp.context("no transport was asked for")?;
+    let (mut tcp, mut tls) = baselines.context("no transport was asked for")?;
     let last = pairs.last().context("no extent size was asked for")?.process.0.id();
     let num_bytes = args.request_mib as usize * (1 << 20);
     let mut memcpy = baseline::Memcpy::new(num_bytes);
-    let (mut tcp_row, mut memcpy_row) = (Row::new("TCP, blocking".to_string()), Row::new("memcpy".to_string()));
+    let row = |name: &str| Row::new(name.to_string());
+    let (mut tls_row, mut tcp_row, mut memcpy_row) = (row("TLS over TCP"), row("TCP, blocking"), row("memcpy"));
     for pair in &pairs {
         landings.request(pair, num_tokens).await?; // the first touches every page
     }
     memcpy.copy();
     tcp.receive(num_bytes)?;
+    tls.receive(num_bytes)?;
     for round in 0..args.rounds {
         eprint!("\rround {} of {}", round + 1, args.rounds);
         for pair in &mut pairs {
@@ -115,23 +119,29 @@ async fn measure_in(
                 pair.row.observe_single(landings.request(pair, pair.extent_tokens).await?);
             }
         }
-        let cpu = Cpu::now(last)?;
-        let took = tcp.receive(num_bytes)?;
-        tcp_row.observe(num_bytes, took, cpu.since(last)?);
+        for (connection, row) in [(&mut tls, &mut tls_row), (&mut tcp, &mut tcp_row)] {
+            let cpu = Cpu::now(last)?;
+            let took = connection.receive(num_bytes)?;
+            row.observe(num_bytes, took, cpu.since(last)?);
+        }
         let cpu = Cpu::now(last)?;
         let took = memcpy.copy();
         memcpy_row.observe(num_bytes, took, cpu.since(last)?);
     }
     eprintln!();
-    let rows = pairs.iter().map(|pair| pair.row.clone()).chain([tcp_row, memcpy_row]).collect();
-    drop(pairs);
-    fabric.close().await;
+    let rows = pairs.iter().map(|pair| pair.row.clone()).chain([tls_row, tcp_row, memcpy_row]).collect();
+    for pair in pairs {
+        let fabric = pair.fabric.clone();
+        drop(pair);
+        fabric.close().await;
+    }
     Ok(Report::new(rows, sender_core.is_some()))
 }
 
 fn start_sender(
     args: &TransferBenchArgs,
     transport: Transport,
+    kv_quic: &KvQuicArgs,
     extent_tokens: usize,
     core: Option<usize>,
     dir: &std::path::Path,
@@ -153,6 +163,9 @@ fn start_sender(
     command.arg("--extent-tokens").arg(extent_tokens.to_string());
     command.arg("--num-tokens").arg(workload::num_tokens(args.request_mib).to_string());
     command.arg("--window").arg(args.window.to_string());
+    command.arg("--kv-congestion-control").arg(kv_quic.kv_congestion_control.to_string());
+    command.arg("--kv-window-bytes").arg(kv_quic.kv_window_bytes.to_string());
+    command.arg("--kv-max-udp-payload-size").arg(kv_quic.kv_max_udp_payload_size.to_string());
     if transport == Transport::Shm {
         command.arg("--is-shared");
     }
@@ -185,7 +198,7 @@ impl Landings {
             memory: self.pool.clone(),
         };
         let open = Open::Prefill(Box::new(prefill));
-        let (_landing, mut landed) = self.zone.open(plan);
+        let (_landing, mut landed) = pair.fabric.landing_zone().open(plan);
         let started_at = Instant::now();
         let landing = async {
             let _stream = pair.link.open(&open).await.context("ask for KV")?;
@@ -203,17 +216,21 @@ impl Landings {
     }
 }
 
-/// CPU seconds of both processes so far.
-struct Cpu(f64);
+/// CPU time of both processes so far.
+struct Cpu(CpuTime);
 
 impl Cpu {
     fn now(sender: u32) -> anyhow::Result<Self> {
-        let both = of_process(std::process::id()).zip(of_process(sender));
-        let (ours, theirs) = both.context("read CPU times from /proc")?;
-        Ok(Self(ours.cpu_seconds + theirs.cpu_seconds))
+        let of = |process| of_process(process).map(|usage| Duration::from_secs_f64(usage.cpu_seconds));
+        let (sender, receiver) = of(sender).zip(of(std::process::id())).context("read CPU times from /proc")?;
+        Ok(Self(CpuTime { sender, receiver }))
     }
 
-    fn since(&self, sender: u32) -> anyhow::Result<Duration> {
-        Ok(Duration::from_secs_f64((Self::now(sender)?.0 - self.0).max(0.0)))
+    fn since(&self, sender: u32) -> anyhow::Result<CpuTime> {
+        let now = Self::now(sender)?.0;
+        Ok(CpuTime {
+            sender: now.sender.saturating_sub(self.0.sender),
+            receiver: now.receiver.saturating_sub(self.0.receiver),
+        })
     }
 }

@@ -3,6 +3,13 @@
 use std::fmt;
 use std::time::Duration;
 
+/// CPU time of the two processes.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct CpuTime {
+    pub(super) sender: Duration,
+    pub(super) receiver: Duration,
+}
+
 /// What was seen of one row, over all rounds.
 #[derive(Debug, Clone)]
 pub(super) struct Row {
@@ -10,19 +17,20 @@ pub(super) struct Row {
     /// Bytes per second of each round.
     rates: Vec<f64>,
     num_bytes: f64,
-    cpu: Duration,
+    cpu: CpuTime,
     singles: Vec<Duration>,
 }
 
 impl Row {
     pub(super) fn new(name: String) -> Self {
-        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: Duration::ZERO, singles: Vec::new() }
+        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: CpuTime::default(), singles: Vec::new() }
     }
 
-    pub(super) fn observe(&mut self, num_bytes: usize, took: Duration, cpu: Duration) {
+    pub(super) fn observe(&mut self, num_bytes: usize, took: Duration, cpu: CpuTime) {
         self.rates.push(num_bytes as f64 / took.as_secs_f64());
         self.num_bytes += num_bytes as f64;
-        self.cpu += cpu;
+        self.cpu.sender += cpu.sender;
+        self.cpu.receiver += cpu.receiver;
     }
 
     pub(super) fn observe_single(&mut self, took: Duration) {
@@ -36,9 +44,10 @@ impl Row {
         rates.get(rates.len() / 2).copied().unwrap_or_default()
     }
 
-    /// CPU seconds of both processes per GB.
-    fn cpu_per_gb(&self) -> f64 {
-        self.cpu.as_secs_f64() / (self.num_bytes / 1e9)
+    /// CPU seconds of sender and receiver per GB.
+    fn cpu_per_gb(&self) -> (f64, f64) {
+        let per_gb = |time: Duration| time.as_secs_f64() / (self.num_bytes / 1e9);
+        (per_gb(self.cpu.sender), per_gb(self.cpu.receiver))
     }
 
     fn single_at(&self, share: f64) -> Option<Duration> {
@@ -49,7 +58,7 @@ impl Row {
     }
 }
 
-/// GB/s of each row, held against TCP and memcpy of the same rounds.
+/// GB/s of each row, held against TCP, plain and under TLS, and memcpy of the same rounds.
 #[derive(Debug)]
 pub struct Report {
     rows: Vec<Row>,
@@ -57,7 +66,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// The last two rows are TCP and memcpy.
+    /// The last three rows are TLS over TCP, TCP and memcpy.
     pub(super) fn new(rows: Vec<Row>, is_pinned: bool) -> Self {
         Self { rows, is_pinned }
     }
@@ -66,21 +75,29 @@ impl Report {
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let pinned = if self.is_pinned { "one core each" } else { "not pinned to cores" };
-        writeln!(f, "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP and memcpy")?;
         writeln!(
             f,
-            "{:<20} {:>8} {:>8} {:>8} {:>10} {:>22}",
-            "", "GB/s", "of TCP", "of copy", "CPU s/GB", "4 extents p50/p99, us"
+            "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP, TLS and memcpy"
         )?;
-        let [.., tcp, memcpy] = &self.rows[..] else { return Ok(()) };
+        writeln!(
+            f,
+            "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22}",
+            "", "GB/s", "of TCP", "of TLS", "of copy", "CPU s/GB", "send / recv", "4 extents p50/p99, us"
+        )?;
+        let [.., tls, tcp, memcpy] = &self.rows[..] else { return Ok(()) };
         for row in &self.rows {
-            let (tcp, memcpy) = (row.rate() / tcp.rate(), row.rate() / memcpy.rate());
+            let of = |other: &Row| row.rate() / other.rate();
+            let (sender, receiver) = row.cpu_per_gb();
             write!(
                 f,
-                "{:<20} {:>8.2} {tcp:>8.2} {memcpy:>8.2} {:>10.2}",
+                "{:<20} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13}",
                 row.name,
                 row.rate() / 1e9,
-                row.cpu_per_gb()
+                of(tcp),
+                of(tls),
+                of(memcpy),
+                sender + receiver,
+                format!("{sender:.2} / {receiver:.2}")
             )?;
             match row.single_at(0.5).zip(row.single_at(0.99)) {
                 Some((p50, p99)) => {
@@ -102,20 +119,24 @@ mod tests {
     fn figures_are_medians_and_sums_of_what_was_observed() {
         let mut row = Row::new("quic".to_string());
         for (millis, cpu) in [(100, 10), (50, 20), (200, 30)] {
-            row.observe(100_000_000, Duration::from_millis(millis), Duration::from_millis(cpu));
+            let (sender, receiver) = (Duration::from_millis(cpu), Duration::from_millis(2 * cpu));
+            row.observe(100_000_000, Duration::from_millis(millis), CpuTime { sender, receiver });
         }
         assert!((row.rate() - 1e9).abs() < 1.0);
-        assert!((row.cpu_per_gb() - 0.2).abs() < 1e-9);
+        let (sender, receiver) = row.cpu_per_gb();
+        assert!((sender - 0.2).abs() < 1e-9 && (receiver - 0.4).abs() < 1e-9);
         (1..=101).for_each(|micros| row.observe_single(Duration::from_micros(micros)));
         assert_eq!(row.single_at(0.5), Some(Duration::from_micros(51)));
         assert_eq!(row.single_at(0.99), Some(Duration::from_micros(100)));
         let mut tcp = Row::new("TCP, blocking".to_string());
-        tcp.observe(100_000_000, Duration::from_millis(50), Duration::ZERO);
-        let text = Report::new(vec![row, tcp.clone(), tcp], true).to_string();
+        tcp.observe(100_000_000, Duration::from_millis(50), CpuTime::default());
+        let mut tls = Row::new("TLS over TCP".to_string());
+        tls.observe(100_000_000, Duration::from_millis(80), CpuTime::default());
+        let text = Report::new(vec![row, tls, tcp.clone(), tcp], true).to_string();
         let line = text.lines().find(|line| line.starts_with("quic")).unwrap_or_default();
         assert_eq!(
             line.split_whitespace().collect::<Vec<_>>(),
-            ["quic", "1.00", "0.50", "0.50", "0.20", "51", "/", "100"]
+            ["quic", "1.00", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100"]
         );
     }
 }

@@ -12,9 +12,10 @@ use engine::pool::{KvPool, PoolMemory};
 use kv_connector::certs::Identity;
 use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, SharedPool};
 use kv_connector::{Fabric, FabricConfig, IncomingStream};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::task::JoinSet;
 
-use super::{TransferSenderArgs, workload};
+use super::{TransferSenderArgs, baseline, workload};
 
 /// Bytes per write of the TCP baseline.
 const TCP_WRITE_BYTES: usize = 1 << 20;
@@ -30,6 +31,7 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     fill(&pool, args.num_tokens);
     let mut config = FabricConfig::new(loopback, identity, hello);
     config.bulk_listen = Some(loopback);
+    config.set_kv_quic(&args.kv_quic);
     if let Some((file, num_bytes)) = pool.shared_file() {
         let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);
         config.shared_pool = Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 });
@@ -38,7 +40,8 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     let tcp = TcpListener::bind(loopback).context("listen for the TCP baseline")?;
     println!("{} {}", fabric.local_addr(), tcp.local_addr().context("ask for the TCP port")?);
     std::io::stdout().flush().context("tell the receiver")?;
-    std::thread::spawn(move || serve_tcp(&tcp));
+    let tls = baseline::tls_server(&args.identity)?;
+    std::thread::spawn(move || serve_tcp(&tcp, &tls));
 
     let ended = tokio::task::spawn_blocking(|| {
         // Until the other end of the pipe is gone.
@@ -63,11 +66,15 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
             chain: chain.clone(),
             request: ExtentRequest { epoch: peer.epoch, request, attempt, generation },
         };
-        let (num_extents, num_bytes) = send_all(args, &source, &bulk, &prefill).await;
-        // A receiver that has gone has nobody to be told.
-        if sender.send(&PrefillEvent::Sent { num_extents, num_bytes }).await.is_ok() {
-            sender.finish();
-        }
+        let (extent_tokens, window) = (args.extent_tokens, args.window);
+        // The next request does not wait for the last acknowledgements of this one.
+        tokio::spawn(async move {
+            let (num_extents, num_bytes) = send_all(extent_tokens, window, &source, &bulk, &prefill).await;
+            // A receiver that has gone has nobody to be told.
+            if sender.send(&PrefillEvent::Sent { num_extents, num_bytes }).await.is_ok() {
+                sender.finish();
+            }
+        });
     }
     fabric.close().await;
     Ok(())
@@ -75,7 +82,8 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
 
 /// Layer by layer, `window` extents at a time. What is refused or lost the receiver notices.
 async fn send_all(
-    args: &TransferSenderArgs,
+    extent_tokens: usize,
+    window: usize,
     source: &ExtentSource,
     bulk: &BulkSender,
     prefill: &Prefill,
@@ -84,10 +92,10 @@ async fn send_all(
     let mut sends = JoinSet::new();
     let (mut num_extents, mut num_bytes_sent) = (0, 0);
     for layer in 0..workload::NUM_LAYERS {
-        for first in (0..tokens.len()).step_by(args.extent_tokens) {
-            let end = tokens.len().min(first + args.extent_tokens);
+        for first in (0..tokens.len()).step_by(extent_tokens) {
+            let end = tokens.len().min(first + extent_tokens);
             for (extent, num_bytes) in source.extents(layer, first, end) {
-                if sends.len() == args.window {
+                if sends.len() == window {
                     sends.join_next().await;
                 }
                 let (header, payload) = source.seal(tokens, extent);
@@ -120,20 +128,38 @@ fn fill(pool: &KvPool, num_tokens: usize) {
     }
 }
 
-/// Sends as many bytes as each 8-byte question asks for.
-fn serve_tcp(listener: &TcpListener) {
-    let buffer = vec![0x5a; TCP_WRITE_BYTES];
+/// Serves the baseline: connections that say first whether they are plain or under TLS.
+fn serve_tcp(listener: &TcpListener, tls: &Arc<ServerConfig>) {
     while let Ok((mut stream, _)) = listener.accept() {
-        let mut question = [0; 8];
-        while stream.read_exact(&mut question).is_ok() {
-            let mut left = u64::from_le_bytes(question) as usize;
-            while left > 0 {
-                let count = left.min(buffer.len());
-                if stream.write_all(&buffer[..count]).is_err() {
-                    break;
-                }
-                left -= count;
+        let tls = tls.clone();
+        std::thread::spawn(move || {
+            let mut kind = [0];
+            if stream.read_exact(&mut kind).is_err() {
+                return;
             }
+            match (kind, ServerConnection::new(tls)) {
+                ([baseline::TLS], Ok(connection)) => answer(&mut StreamOwned::new(connection, stream)),
+                _ => answer(&mut stream),
+            }
+        });
+    }
+}
+
+/// Sends as many bytes as each 8-byte question asks for.
+fn answer(stream: &mut (impl Read + Write)) {
+    let buffer = vec![0x5a; TCP_WRITE_BYTES];
+    let mut question = [0; 8];
+    while stream.read_exact(&mut question).is_ok() {
+        let mut left = u64::from_le_bytes(question) as usize;
+        while left > 0 {
+            let count = left.min(buffer.len());
+            if stream.write_all(&buffer[..count]).is_err() {
+                return;
+            }
+            left -= count;
+        }
+        if stream.flush().is_err() {
+            return;
         }
     }
 }

@@ -14,6 +14,8 @@ pub(super) const NUM_LAYERS: u32 = 4;
 /// K and V of one token in one layer: 4 heads of 64 in bf16.
 pub(super) const TOKEN_BYTES: usize = 1024;
 pub(super) const BLOCK_SIZE: usize = 32;
+/// The sender's certificate names its role so.
+pub(super) const TLS_NAME: &str = "prefill-node.role.tandem";
 /// A request is never waited for longer.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 

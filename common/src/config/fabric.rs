@@ -6,7 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 
 use super::InvalidSettings;
-use super::values::{HostPort, parse_duration, parse_port};
+use super::values::{HostPort, parse_bytes_above_zero, parse_duration, parse_port};
 use crate::ids::NodeId;
 
 /// Name, certificates and farewell of any process of the cluster.
@@ -117,6 +117,10 @@ pub struct FabricArgs {
     )]
     pub kv_transports: Vec<KvTransport>,
 
+    /// KV over quic.
+    #[command(flatten)]
+    pub kv_quic: KvQuicArgs,
+
     /// TCP port of the node's own /metrics and /health on --host. 0 takes a free one. Default: off.
     #[arg(long, value_name = "PORT", value_parser = parse_port, help_heading = "Fabric")]
     pub metrics_port: Option<u16>,
@@ -147,9 +151,109 @@ impl KvTransport {
     }
 }
 
+/// How KV travels over QUIC.
+#[derive(Debug, Clone, PartialEq, Args)]
+#[command(next_help_heading = "Fabric")]
+pub struct KvQuicArgs {
+    /// How a node that sends KV over quic decides how much may be on the way.
+    ///
+    /// cubic serves a data centre, and shares any network with others as TCP does. On a link that loses packets for
+    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses. fixed never
+    /// slows down and is for links that carry nothing else: it takes from others whatever it can.
+    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
+    pub kv_congestion_control: CongestionControl,
+
+    /// KV that one connection may have on the way: unread, or unacknowledged.
+    ///
+    /// It bounds the speed to this many bytes per round trip, so a fast or long link needs bandwidth times round trip:
+    /// 16MiB carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive memory.
+    #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_bytes_above_zero)]
+    pub kv_window_bytes: u64,
+
+    /// Largest UDP payload of KV over quic, sent or received.
+    ///
+    /// What a path really carries is found out by probing, from 1200 up to this. Lower it only to measure, or where
+    /// probes do harm.
+    #[arg(long, value_name = "BYTES", default_value = "65507", value_parser = parse_bytes_above_zero)]
+    pub kv_max_udp_payload_size: u64,
+}
+
+/// Every path of QUIC carries this.
+const UDP_PAYLOAD_BYTES_MIN: u64 = 1200;
+/// What fits a UDP datagram over IPv4.
+const UDP_PAYLOAD_BYTES_MAX: u64 = 65_507;
+/// Less holds no two of the largest datagrams.
+const WINDOW_BYTES_MIN: u64 = 256 << 10;
+/// A node's receive memory.
+const WINDOW_BYTES_MAX: u64 = 1 << 30;
+
+impl Default for KvQuicArgs {
+    fn default() -> Self {
+        Self {
+            kv_congestion_control: CongestionControl::Cubic,
+            kv_window_bytes: 16 << 20,
+            kv_max_udp_payload_size: UDP_PAYLOAD_BYTES_MAX,
+        }
+    }
+}
+
+impl KvQuicArgs {
+    /// Checks the sizes.
+    ///
+    /// # Errors
+    /// [`InvalidSettings`] if one cannot be.
+    pub fn validate(&self) -> Result<(), InvalidSettings> {
+        let Self { kv_window_bytes: window, kv_max_udp_payload_size: payload, .. } = *self;
+        if !(UDP_PAYLOAD_BYTES_MIN..=UDP_PAYLOAD_BYTES_MAX).contains(&payload) {
+            return Err(InvalidSettings(format!(
+                "--kv-max-udp-payload-size is {payload}: use {UDP_PAYLOAD_BYTES_MIN}, which QUIC needs, to \
+                 {UDP_PAYLOAD_BYTES_MAX}, the most that UDP carries"
+            )));
+        }
+        if !(WINDOW_BYTES_MIN..=WINDOW_BYTES_MAX).contains(&window) {
+            return Err(InvalidSettings(format!(
+                "--kv-window-bytes is {window}: use 256KiB, below which large datagrams do not fit, to 1GiB, which is \
+                 all receive memory of a node"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Who decides how much KV may be on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CongestionControl {
+    /// RFC 9438: what TCP does on most hosts; slows down for every loss.
+    Cubic,
+    /// By measured bandwidth and round trip; losses alone do not slow it down.
+    Bbr,
+    /// As much as the receiver's window takes, whatever is lost.
+    Fixed,
+}
+
+impl std::fmt::Display for CongestionControl {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let value = self.to_possible_value().expect("no variant is hidden");
+        f.write_str(value.get_name())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_that_cannot_be_are_refused_in_words() {
+        assert!(KvQuicArgs::default().validate().is_ok());
+        let payload = |bytes| KvQuicArgs { kv_max_udp_payload_size: bytes, ..KvQuicArgs::default() }.validate();
+        let window = |bytes| KvQuicArgs { kv_window_bytes: bytes, ..KvQuicArgs::default() }.validate();
+        assert!(payload(1200).is_ok() && payload(1472).is_ok());
+        assert!(payload(1199).unwrap_err().0.contains("use 1200, which QUIC needs, to 65507"));
+        assert!(payload(65_508).is_err() && payload(1 << 40).is_err());
+        assert!(window(256 << 10).is_ok() && window(1 << 30).is_ok());
+        assert!(window(1).unwrap_err().0.contains("--kv-window-bytes is 1: use 256KiB"));
+        assert!(window((1 << 30) + 1).is_err());
+    }
 
     #[test]
     fn quic_is_always_among_the_transports() {

@@ -31,7 +31,7 @@ pub mod values;
 
 pub use endpoint::{HttpArgs, RoutingArgs};
 pub use engine::EngineArgs;
-pub use fabric::{FabricArgs, IdentityArgs, KvTransport, TlsPaths};
+pub use fabric::{CongestionControl, FabricArgs, IdentityArgs, KvQuicArgs, KvTransport, TlsPaths};
 pub use handover::{DecodeArgs, PrefillArgs};
 pub use layers::{ConfigError, ConfigFileArgs, parse};
 pub use misspelt::{UnknownVariable, unknown_variables};

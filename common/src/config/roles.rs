@@ -7,8 +7,8 @@ use clap::{Args, Parser, ValueEnum};
 
 use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
-    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvTransport,
-    ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
+    ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvQuicArgs,
+    KvTransport, ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 
@@ -74,6 +74,7 @@ impl PrefillNodeArgs {
     /// [`InvalidSettings`] of the engine, the transports or the store.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.fabric.kv_transports)?;
+        self.fabric.kv_quic.validate()?;
         self.engine.validate()?;
         self.store.validate(&self.engine)
     }
@@ -116,6 +117,7 @@ impl DecodeNodeArgs {
     /// [`InvalidSettings`] of the engine, the transports, the store or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.fabric.kv_transports)?;
+        self.fabric.kv_quic.validate()?;
         self.engine.validate()?;
         self.store.validate(&self.engine)?;
         self.decode.validate(&self.store)
@@ -218,6 +220,9 @@ pub struct UpArgs {
         help_heading = "Nodes"
     )]
     pub kv_transports: Vec<KvTransport>,
+    /// KV over quic.
+    #[command(flatten)]
+    pub kv_quic: KvQuicArgs,
     /// Each node's engine; the memory is per node.
     #[command(flatten)]
     pub engine: EngineArgs,
@@ -248,6 +253,7 @@ impl UpArgs {
     /// [`InvalidSettings`] of the engine, the transports, the store or the hand-over.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         KvTransport::check(&self.kv_transports)?;
+        self.kv_quic.validate()?;
         self.engine.validate()?;
         self.store.validate(&self.engine)?;
         self.decode.validate(&self.store)

@@ -21,9 +21,15 @@ pub struct Arriving {
     granules: Range<usize>,
     hasher: blake3::Hasher,
     num_bytes: usize,
+    /// Of the bytes that are in the blocks, how many the hasher has seen: whole granules.
+    num_hashed: usize,
     is_verified: bool,
     _held: Held,
 }
+
+/// What is hashed at a time: while it is still in the core's own cache, and enough that BLAKE3 works on 16 of its
+/// chunks of 1 KiB at once. Fed datagram by datagram it works on few at a time, or on one.
+const HASHED_BYTES_MIN: usize = 128 << 10;
 
 impl Arriving {
     pub(super) fn claim(state: Arc<State>, header: &ExtentHeader, ledger: &Arc<Ledger>) -> Result<Self, RefusedExtent> {
@@ -37,7 +43,18 @@ impl Arriving {
         let hasher = extent_hasher(header.request, header.attempt, header.generation, &extent, content);
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
         let (ledger, header) = (ledger.clone(), *header);
-        Ok(Self { state, ledger, header, place, granules, hasher, num_bytes: 0, is_verified: false, _held: held })
+        Ok(Self {
+            state,
+            ledger,
+            header,
+            place,
+            granules,
+            hasher,
+            num_bytes: 0,
+            num_hashed: 0,
+            is_verified: false,
+            _held: held,
+        })
     }
 
     /// Writes the next piece into the blocks.
@@ -50,8 +67,28 @@ impl Arriving {
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, self.num_bytes, bytes))?;
-        self.hasher.update(bytes);
         self.num_bytes = end;
+        if self.num_bytes - self.num_hashed >= HASHED_BYTES_MIN {
+            self.hash_what_is_there()?;
+        }
+        Ok(())
+    }
+
+    /// Hashes the whole granules that are in the blocks and were not hashed yet.
+    fn hash_what_is_there(&mut self) -> Result<(), RefusedExtent> {
+        let plan = &self.state.plan;
+        let granule_bytes = plan.memory.granule_bytes();
+        let num_granules = (self.num_bytes - self.num_hashed) / granule_bytes;
+        let (layer, first_granule) = self.first_granule();
+        let first_granule = first_granule + self.num_hashed / granule_bytes;
+        let hasher = &mut self.hasher;
+        let mut hash = |_, bytes: &[u8]| {
+            hasher.update(bytes);
+        };
+        self.state.while_open(|| {
+            plan.memory.visit_granules(layer, &plan.blocks, first_granule, num_granules, &mut hash);
+        })?;
+        self.num_hashed += num_granules * granule_bytes;
         Ok(())
     }
 
@@ -73,6 +110,7 @@ impl Arriving {
             plan.memory.fill_at(layer, &plan.blocks, first_granule, self.num_bytes, num_bytes, &mut fill);
         })?;
         self.num_bytes = end;
+        self.num_hashed = end;
         Ok(())
     }
 
@@ -122,6 +160,7 @@ impl Arriving {
         if self.num_bytes < num_payload_bytes {
             return Err(RefusedExtent::Truncated);
         }
+        self.hash_what_is_there()?;
         if *self.hasher.finalize().as_bytes() != self.header.digest {
             return Err(RefusedExtent::Corrupted);
         }

@@ -48,6 +48,12 @@ impl BulkSender {
         self.transport.is_closed()
     }
 
+    /// Bytes of the largest UDP payload that KV is sent in now: what was found that the path carries. `None` where it
+    /// does not travel in datagrams.
+    pub fn datagram_bytes(&self) -> Option<u16> {
+        self.transport.datagram_bytes()
+    }
+
     /// What carries the extents.
     pub fn transport(&self) -> &Arc<dyn Transport> {
         &self.transport
@@ -165,13 +171,17 @@ impl Transport for PeerTransport {
         Box::pin(async move {
             match self.shared_runs(&payload) {
                 Some(runs) => shm::send(&self.quic, header, &runs, end).await,
-                None => self.quic.send(header, payload.into_bytes(), end).await,
+                None => self.quic.send(header, payload, end).await,
             }
         })
     }
 
     fn is_closed(&self) -> bool {
         self.quic.connection.close_reason().is_some()
+    }
+
+    fn datagram_bytes(&self) -> Option<u16> {
+        (!self.is_attached()).then(|| self.quic.connection.stats().path.current_mtu)
     }
 }
 
@@ -213,7 +223,7 @@ impl BulkReceiver {
         let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
         tasks.spawn(async move {
             let reason = receive(&accepting, &context, &tracker).await;
-            tracing::debug!(remote = %accepting.remote_address(), %reason, "a bulk connection ended");
+            tell_end(&accepting, &reason);
             drop(held);
         });
         Self { connection, sender, carrier }
@@ -238,6 +248,21 @@ impl BulkReceiver {
     pub async fn closed(&self) -> CloseReason {
         self.connection.closed().await.into()
     }
+}
+
+/// Logs what a connection was like from here: the size of the datagrams sent at its end, how many were lost, and how
+/// often its path came to carry less.
+pub(crate) fn tell_end(connection: &Connection, reason: &CloseReason) {
+    let path = connection.stats().path;
+    tracing::debug!(
+        remote = %connection.remote_address(),
+        %reason,
+        datagram_bytes = path.current_mtu,
+        num_sent = path.sent_packets,
+        num_lost = path.lost_packets,
+        num_black_holes = path.black_holes_detected,
+        "a bulk connection ended"
+    );
 }
 
 /// An extent that begins.

@@ -147,6 +147,10 @@ impl Transport for FaultyTransport {
     fn is_closed(&self) -> bool {
         self.inner.is_closed()
     }
+
+    fn datagram_bytes(&self) -> Option<u16> {
+        self.inner.datagram_bytes()
+    }
 }
 
 /// SplitMix64: a seed gives the same faults on every machine and in every version.

@@ -87,11 +87,16 @@ pub trait Transport: Send + Sync {
     fn name(&self) -> &'static str;
 
     /// Sends one extent. Resolves when nobody needs the payload any more: the transport has copied all of it,
-    /// or the receiver has read it.
+    /// or the receiver has read it. Nobody does either once the future has been dropped.
     fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a>;
 
     /// Whether nothing can be sent any more.
     fn is_closed(&self) -> bool;
+
+    /// Bytes of the largest UDP payload that it sends now, where it sends datagrams.
+    fn datagram_bytes(&self) -> Option<u16> {
+        None
+    }
 }
 
 /// Puts something around a transport, for tests.

@@ -1,11 +1,16 @@
 //! The bytes of an extent on the sending side: of their own, or where they lie in a pool.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use common::wire::PoolRun;
+use tokio::sync::mpsc;
+
+/// Smaller pieces cost more to keep track of than to copy.
+const SHARED_PIECE_BYTES_MIN: usize = 8 << 10;
 
 /// What an extent carries.
 #[derive(Clone)]
@@ -51,6 +56,17 @@ impl Payload {
         }
     }
 
+    /// Its bytes in pieces: where they lie in a pool that can show them there in large pieces, else as
+    /// [`into_bytes`](Self::into_bytes).
+    pub(super) fn into_pieces(self) -> Pieces {
+        if let Payload::Pool(extent) = &self
+            && let Some(shared) = extent.share()
+        {
+            return shared;
+        }
+        Pieces { bytes: vec![self.into_bytes()], in_use: None }
+    }
+
     /// Its bytes, copied out of the pool if that is where they are.
     pub fn into_bytes(self) -> Bytes {
         match self {
@@ -61,6 +77,38 @@ impl Payload {
                 bytes.into()
             }
         }
+    }
+}
+
+/// The bytes of a payload, piece by piece.
+pub(super) struct Pieces {
+    pub(super) bytes: Vec<Bytes>,
+    /// Of bytes that lie in a pool: says when the last reference to them is gone.
+    pub(super) in_use: Option<InUse>,
+}
+
+/// Whether anybody still refers to bytes in a pool.
+pub(super) struct InUse(mpsc::Receiver<Infallible>);
+
+impl InUse {
+    /// Resolves when nobody does.
+    pub(super) async fn ended(mut self) {
+        // Nothing is ever sent: it ends with the last sender, which the bytes hold.
+        let _ = self.0.recv().await;
+    }
+}
+
+/// A piece of a pool, which lives as long as this.
+struct PoolBytes {
+    memory: Arc<dyn KvMemory>,
+    offset: u64,
+    num_bytes: usize,
+    _in_use: mpsc::Sender<Infallible>,
+}
+
+impl AsRef<[u8]> for PoolBytes {
+    fn as_ref(&self) -> &[u8] {
+        self.memory.bytes_at(self.offset, self.num_bytes).expect("a memory that shows bytes in place always does")
     }
 }
 
@@ -82,6 +130,22 @@ impl PoolExtent {
             }
         };
         self.memory.visit_granules(self.layer, &self.blocks, self.first_granule, self.num_granules, &mut piece);
+    }
+
+    /// The bytes where they lie; `None` if the memory cannot show them or they lie in small pieces.
+    fn share(&self) -> Option<Pieces> {
+        let runs = self.runs((self.num_bytes / SHARED_PIECE_BYTES_MIN).max(1))?;
+        let (sender, receiver) = mpsc::channel(1);
+        let pieces = runs.iter().map(|run| {
+            self.memory.bytes_at(run.offset, run.num_bytes as usize)?;
+            Some(Bytes::from_owner(PoolBytes {
+                memory: self.memory.clone(),
+                offset: run.offset,
+                num_bytes: run.num_bytes as usize,
+                _in_use: sender.clone(),
+            }))
+        });
+        Some(Pieces { bytes: pieces.collect::<Option<_>>()?, in_use: Some(InUse(receiver)) })
     }
 
     /// Where the bytes lie, neighbours joined; `None` beyond `num_runs_max`.

@@ -6,16 +6,17 @@ use std::time::Duration;
 use bytes::Bytes;
 use common::wire::ExtentHeader;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
-use quinn::{Connection, ReadError, ReadExactError, RecvStream, WriteError};
+use quinn::{Connection, ReadError, ReadExactError, RecvStream, StoppedError, WriteError};
 
 use crate::accounting::{Carrier, Kind, Ledger};
 use crate::socket::Traffic;
 use crate::stream::StreamCode;
 use crate::transfer::bulk::ReceiveContext;
-use crate::transfer::{Arriving, ExtentEnd, RefusedExtent, SendExtentError};
+use crate::transfer::payload::Pieces;
+use crate::transfer::{Arriving, ExtentEnd, Payload, RefusedExtent, SendExtentError};
 
-/// Payload bytes taken from the connection at a time.
-const READ_BYTES: usize = 256 << 10;
+/// Pieces of a payload, a datagram's worth each, that are taken from the connection at a time.
+const NUM_PIECES_PER_READ: usize = 64;
 
 /// Sends over one connection.
 pub(super) struct QuicTransport {
@@ -24,56 +25,84 @@ pub(super) struct QuicTransport {
 }
 
 /// quinn finishes a stream that is dropped; here a dropped stream is an extent given up.
+///
+/// A reset also takes back what was written and not acknowledged, at once: when this has been dropped, the connection
+/// refers to none of it any more.
 pub(super) struct ExtentStream {
     stream: quinn::SendStream,
-    is_finished: bool,
+    is_done: bool,
 }
 
 impl ExtentStream {
     pub(super) fn new(stream: quinn::SendStream) -> Self {
-        Self { stream, is_finished: false }
+        Self { stream, is_done: false }
     }
 
-    pub(super) async fn write(&mut self, mut chunks: [Bytes; 2]) -> Result<(), SendExtentError> {
-        self.stream.write_all_chunks(&mut chunks).await.map_err(|error| match error {
+    pub(super) async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), SendExtentError> {
+        self.stream.write_all_chunks(chunks).await.map_err(|error| match error {
             WriteError::Stopped(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected => SendExtentError::Refused,
             WriteError::ConnectionLost(error) => SendExtentError::ConnectionLost(error.into()),
         })
     }
 
-    pub(super) fn finish(&mut self) -> Result<(), SendExtentError> {
+    /// What was written will arrive, though this is dropped.
+    pub(super) fn finish(mut self) -> Result<(), SendExtentError> {
         self.stream.finish().map_err(|_| SendExtentError::Refused)?;
-        self.is_finished = true;
+        self.is_done = true;
         Ok(())
+    }
+
+    /// Resolves when all that was written has arrived; dropped before, it is given up.
+    async fn finish_and_arrive(mut self) -> Result<(), SendExtentError> {
+        self.stream.finish().map_err(|_| SendExtentError::Refused)?;
+        match self.stream.stopped().await {
+            Ok(None) => {
+                self.is_done = true;
+                Ok(())
+            }
+            Ok(Some(_)) | Err(StoppedError::ZeroRttRejected) => Err(SendExtentError::Refused),
+            Err(StoppedError::ConnectionLost(error)) => Err(SendExtentError::ConnectionLost(error.into())),
+        }
     }
 }
 
 impl Drop for ExtentStream {
     fn drop(&mut self) {
-        if !self.is_finished {
-            // Fails only if the receiver stopped it already.
+        if !self.is_done {
+            // Fails only if all of it has arrived, or the receiver stopped it already.
             let _ = self.stream.reset(StreamCode::Cancelled.code());
         }
     }
 }
 
 impl QuicTransport {
-    /// Resolves when the connection has taken all of it.
+    /// Resolves when the connection has taken a copy of all of it, or where it reads the payload in the pool, when all
+    /// of it has arrived. Dropped before, it is given up, and the pool no longer read.
     pub(super) async fn send(
         &self,
         header: &ExtentHeader,
-        payload: Bytes,
+        payload: Payload,
         end: ExtentEnd,
     ) -> Result<(), SendExtentError> {
         let _held = self.ledger.hold(Kind::Stream(Traffic::Bulk));
         let num_bytes = payload.len();
         let stream = self.connection.open_uni().await.map_err(|error| SendExtentError::ConnectionLost(error.into()))?;
+        let Pieces { mut bytes, in_use } = payload.into_pieces();
+        // Behind the pieces, so that it is dropped before them.
         let mut extent = ExtentStream::new(stream);
-        extent.write([Bytes::copy_from_slice(&header.encode()), payload]).await?;
+        extent.write(&mut [Bytes::copy_from_slice(&header.encode())]).await?;
+        extent.write(&mut bytes).await?;
         if end == ExtentEnd::Reset {
             return Ok(());
         }
-        extent.finish()?;
+        match in_use {
+            Some(in_use) => {
+                extent.finish_and_arrive().await?;
+                drop(bytes);
+                in_use.ended().await;
+            }
+            None => extent.finish()?,
+        }
         self.ledger.count_sent(Carrier::Quic, num_bytes);
         Ok(())
     }
@@ -135,14 +164,19 @@ async fn read_payload(
 ) -> Result<(), RefusedExtent> {
     let closed = arriving.closed();
     tokio::pin!(closed);
+    let mut pieces = [const { Bytes::new() }; NUM_PIECES_PER_READ];
     loop {
-        let chunk = tokio::select! {
+        let read = tokio::select! {
             biased;
             () = &mut closed => return Err(RefusedExtent::Closed),
-            chunk = tokio::time::timeout(deadline, stream.read_chunk(READ_BYTES, true)) => chunk,
+            read = tokio::time::timeout(deadline, stream.read_chunks(&mut pieces)) => read,
         };
-        match chunk {
-            Ok(Ok(Some(chunk))) => arriving.write(&chunk.bytes)?,
+        match read {
+            Ok(Ok(Some(count))) => {
+                for piece in &mut pieces[..count] {
+                    arriving.write(&std::mem::take(piece))?;
+                }
+            }
             Ok(Ok(None)) => return Ok(()),
             Ok(Err(error)) => return Err(refused_by(&error)),
             Err(_) => return Err(RefusedExtent::Stalled),

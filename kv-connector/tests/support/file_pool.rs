@@ -12,10 +12,23 @@ use kv_connector::transfer::{ExtentRequest, ExtentSource, SharedPool};
 
 use super::{GRANULE_BYTES, GRANULES_PER_BLOCK, Job, NUM_LAYERS, kv_spec};
 
-/// Written with file calls, so it is sealed against another size only.
+/// Written with file calls, so it is sealed against another size only. Mapped, to be shown in place.
 pub struct FilePool {
     file: File,
+    mapped: *const u8,
     num_blocks: usize,
+}
+
+// SAFETY: plain memory without thread affinity; the tests write to the file only while nobody reads.
+unsafe impl Send for FilePool {}
+// SAFETY: as above.
+unsafe impl Sync for FilePool {}
+
+impl Drop for FilePool {
+    fn drop(&mut self) {
+        // SAFETY: mapped in `sealed` with this size, and nothing refers to it any more.
+        unsafe { libc::munmap(self.mapped.cast_mut().cast(), self.num_bytes() as usize) };
+    }
 }
 
 impl FilePool {
@@ -30,8 +43,13 @@ impl FilePool {
             assert!(fd >= 0, "{}", std::io::Error::last_os_error());
             File::from_raw_fd(fd)
         };
-        let pool = Self { file, num_blocks };
-        pool.file.set_len(pool.num_bytes()).unwrap();
+        let num_bytes = (NUM_LAYERS * num_blocks * GRANULES_PER_BLOCK * GRANULE_BYTES) as u64;
+        file.set_len(num_bytes).unwrap();
+        let (len, fd) = (num_bytes as usize, file.as_raw_fd());
+        // SAFETY: a fresh mapping at an address of the kernel's choice, of a file of this size.
+        let mapped = unsafe { libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, fd, 0) };
+        assert!(mapped != libc::MAP_FAILED, "{}", std::io::Error::last_os_error());
+        let pool = Self { file, mapped: mapped.cast(), num_blocks };
         // SAFETY: an integer call on a descriptor that is open.
         assert_eq!(unsafe { libc::fcntl(pool.file.as_raw_fd(), libc::F_ADD_SEALS, seals) }, 0);
         Arc::new(pool)
@@ -114,6 +132,12 @@ impl KvMemory for FilePool {
             self.file.read_exact_at(&mut bytes, offset).unwrap();
             visit(offset, &bytes);
         }
+    }
+
+    fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {
+        assert!(offset + num_bytes as u64 <= self.num_bytes());
+        // SAFETY: within the mapping, which lives as long as this.
+        Some(unsafe { std::slice::from_raw_parts(self.mapped.add(offset as usize), num_bytes) })
     }
 
     fn granule_bytes(&self) -> usize {

@@ -3,6 +3,7 @@
 
 pub mod file_pool;
 pub mod raw;
+pub mod relay;
 pub mod values;
 
 use std::future::Future;

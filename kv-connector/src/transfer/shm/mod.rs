@@ -70,7 +70,7 @@ pub(super) async fn send(
     let _held = quic.ledger.hold(Kind::Stream(Traffic::Bulk));
     let (stream, mut answer) = quic.connection.open_bi().await.map_err(lost)?;
     let mut extent = ExtentStream::new(stream);
-    extent.write([Bytes::copy_from_slice(&header.encode()), encode_runs(runs).into()]).await?;
+    extent.write(&mut [Bytes::copy_from_slice(&header.encode()), encode_runs(runs).into()]).await?;
     if end == ExtentEnd::Reset {
         return Ok(());
     }
