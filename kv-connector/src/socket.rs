@@ -192,7 +192,7 @@ mod tests {
         let (from, to) = (from, to.unwrap());
         let discovered = async {
             while from.stats().path.current_mtu != path.max_udp_payload_bytes {
-                tokio::time::sleep(Duration::from_millis(2)).await;
+                tokio::task::yield_now().await;
             }
         };
         tokio::time::timeout(Duration::from_secs(30), discovered).await.expect("the path's size is found");

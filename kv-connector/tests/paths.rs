@@ -13,7 +13,7 @@ use kv_connector::transfer::{BulkReceiver, BulkSender, LandingEvent};
 use kv_connector::{Fabric, Link};
 use support::file_pool::FilePool;
 use support::relay::Relay;
-use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, node, soon};
+use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, eventually_within, node, soon};
 
 /// Discovery waits for three losses of each size that does not get through.
 const DISCOVERED: Duration = Duration::from_secs(60);
@@ -72,13 +72,8 @@ impl Path {
 
     /// Waits until KV travels in datagrams of a size that `is_right`.
     async fn datagrams_become(&self, what: &str, is_right: impl Fn(u16) -> bool) {
-        let found = async {
-            while !is_right(self.sender.datagram_bytes().unwrap()) {
-                tokio::time::sleep(Duration::from_millis(5)).await;
-            }
-        };
-        let found = tokio::time::timeout(DISCOVERED, found).await;
-        found.unwrap_or_else(|_| panic!("{what}: datagrams of {:?} bytes", self.sender.datagram_bytes()));
+        let datagram_bytes = || self.sender.datagram_bytes().unwrap();
+        eventually_within(DISCOVERED, what, || is_right(datagram_bytes())).await;
     }
 
     async fn close(self) {

@@ -36,13 +36,19 @@ pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 }
 
 /// Polls a condition that no event announces.
-pub async fn eventually(what: &str, mut is_true: impl FnMut() -> bool) {
-    soon(what, async {
+pub async fn eventually(what: &str, is_true: impl FnMut() -> bool) {
+    eventually_within(SOON, what, is_true).await;
+}
+
+/// As [`eventually`], for what takes longer by its nature.
+pub async fn eventually_within(deadline: Duration, what: &str, mut is_true: impl FnMut() -> bool) {
+    let polling = async {
         while !is_true() {
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
-    })
-    .await;
+    };
+    let polled = tokio::time::timeout(deadline, polling).await;
+    polled.unwrap_or_else(|_| panic!("{what}: not within {deadline:?}"));
 }
 
 pub fn kv_spec() -> KvSpec {
