@@ -264,8 +264,8 @@ impl KvPool {
         }
     }
 
-    /// Zeroes a block in all layers. Every block is cleared when it is allocated: attention reads whole
-    /// granules, and 0 x NaN is NaN.
+    /// Zeroes a block in all layers. A block that is read before it is full is cleared when it is allocated:
+    /// attention reads whole granules, and 0 x NaN is NaN.
     pub fn clear_block(&self, block: BlockId) {
         for layer in 0..self.layout.num_layers {
             let offset = self.layout.offset(layer, block.0);

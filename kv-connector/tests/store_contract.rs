@@ -293,6 +293,21 @@ fn files_below(folder: &std::path::Path) -> Vec<PathBuf> {
     found
 }
 
+/// Large entries, all put at once: as many as the tier's writers would, and more.
+#[tokio::test(flavor = "multi_thread")]
+async fn disk_keeps_all_that_is_put_at_the_same_time() {
+    const NUM_ENTRIES: usize = 24;
+    let (folder, entry_bytes) = (Folder::new(), 6 << 20);
+    let disk = DiskBackend::open(&folder.path("disk"), 512 * MIB, entry_bytes).await.unwrap();
+    let key = |n: usize| EntryKey { content: common::content::ContentKey(n as u128), tag: 0 };
+    let puts = (0..NUM_ENTRIES).map(|n| disk.put(key(n), vec![n as u8; entry_bytes].into()));
+    futures::future::try_join_all(puts).await.unwrap();
+    for n in 0..NUM_ENTRIES {
+        let found = disk.get(key(n), entry_bytes).await.unwrap();
+        assert_eq!(found.map(|bytes| (bytes.len(), bytes[0])), Some((entry_bytes, n as u8)));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_is_read_again_after_a_restart_and_damage_in_its_files_is_a_miss() {
     let folder = Folder::new();

@@ -147,9 +147,11 @@ impl Scheduler {
         let num_hit_tokens = hits.len() * block_size;
         let sequence = self.sequences.get_mut(&id).expect("admitted sequences are known");
         sequence.num_published_blocks = hits.len();
-        // What is restored is written as a whole.
         let num_restored_blocks = sequence.num_parked_blocks(block_size).saturating_sub(hits.len());
-        step.fresh_blocks.extend_from_slice(&fresh[num_restored_blocks..]);
+        // What its tokens fill is written as a whole before it is read, whether it is restored, computed or arrives.
+        // A long prompt would otherwise stop everybody else for as long as its KV takes to clear.
+        let num_filled_blocks = (sequence.tokens.len() / block_size).saturating_sub(hits.len());
+        step.fresh_blocks.extend_from_slice(&fresh[num_filled_blocks.max(num_restored_blocks)..]);
         sequence.num_restored_blocks = hits.len();
         sequence.blocks = hits;
         sequence.blocks.extend(fresh);

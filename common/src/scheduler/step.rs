@@ -25,7 +25,7 @@ pub struct ScheduledSpan {
 pub struct ScheduledStep {
     /// KV to save in host memory. Steps in flight read these blocks at most.
     pub saves: Vec<BlockCopy>,
-    /// Blocks that must read as zero before anyone uses them.
+    /// Blocks that must read as zero before anyone uses them: those that may be read before they are full.
     pub fresh_blocks: Vec<BlockId>,
     /// KV to write back. What was saved of the sequence is kept until it is named in `restored`.
     pub restores: Vec<BlockCopy>,

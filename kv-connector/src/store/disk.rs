@@ -11,13 +11,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use bytes::Bytes;
+use common::content::ContentKey;
 use foyer::{
     BlockEngineConfig, Code, DeviceBuilder, EvictionInfo, EvictionPicker, FifoPicker, FsDeviceBuilder, HybridCache,
     HybridCacheBuilder, HybridCachePolicy, InvalidRatioPicker, Load, RecoverMode,
 };
 
+use tokio::sync::Semaphore;
+
 use super::backend::{BackendError, EntryKey, StoreFuture, TierBackend};
-use common::content::ContentKey;
 
 /// A region is given up as a whole: as foyer suggests where the budget is large.
 const REGION_BYTES_MAX: usize = 16 << 20;
@@ -62,6 +64,8 @@ pub enum OpenDiskError {
 /// A folder with a budget.
 pub struct DiskBackend {
     cache: HybridCache<EntryKey, Stored>,
+    /// One permit for each entry on its way to the disk.
+    writes: Semaphore,
     evicted_bytes: Arc<AtomicU64>,
     /// Locked while this lives.
     _lock: File,
@@ -107,7 +111,9 @@ impl DiskBackend {
             .build()
             .await
             .map_err(|error| unusable(error.to_string()))?;
-        Ok(Self { cache, evicted_bytes, _lock: lock })
+        // Half of what the buffer takes: two at least.
+        let writes = Semaphore::new(buffer_bytes / (entry_bytes + OVERHEAD_BYTES) / 2);
+        Ok(Self { cache, writes, evicted_bytes, _lock: lock })
     }
 }
 
@@ -174,8 +180,9 @@ impl TierBackend for DiskBackend {
 
     fn put(&self, key: EntryKey, bytes: Bytes) -> StoreFuture<'_, Result<(), BackendError>> {
         Box::pin(async move {
+            // foyer silently forgets what exceeds its own buffer, so no more goes in than fits, until it is written.
+            let _place = self.writes.acquire().await.expect("it is never closed");
             drop(self.cache.storage_writer(key).force().insert(Stored(bytes)));
-            // Until it is written: foyer would silently forget what exceeds its own queue.
             self.cache.storage().wait().await;
             Ok(())
         })
