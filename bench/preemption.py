@@ -97,7 +97,10 @@ class Node:
         # Their connections end with it, and so do they.
         others.kill()
         others.communicate()
+        deadline = time.monotonic() + 60
         while self.metric("num_requests_running") + self.metric("num_requests_waiting") > 0:
+            if time.monotonic() > deadline:
+                sys.exit(f"{self.name} still works on requests whose clients left a minute ago")
             time.sleep(0.01)
         itls = sorted(itl * 1e3 for of_stream in json.loads(result.read_text())["itls"] for itl in of_stream)
         counted = {counter: self.metric(counter) - before[counter] for counter in COUNTERS}
