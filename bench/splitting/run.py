@@ -48,6 +48,22 @@ def toml(setups):
     return text
 
 
+# Whether this user may put processes before others.
+MAY_GO_FIRST = subprocess.run(["chrt", "--rr", "1", "true"], stderr=subprocess.DEVNULL).returncode == 0
+
+
+def beside(args):
+    """How the load generator and the proxies are started: on their cores, before anything that computes there if this
+    user may. They stand for machines of their own, and a token must not wait for a prefill node's turn on the core to
+    end before it is counted."""
+    return [*(["chrt", "--rr", "1"] if MAY_GO_FIRST else []), "taskset", "-c", args.beside]
+
+
+def computing(cores):
+    """How whatever computes is started: on its cores, as an ordinary process though the load generator starts it."""
+    return ["chrt", "--other", "0", "taskset", "-c", cores]
+
+
 class Setups:
     """Every set-up of the comparisons, on ports of its own."""
 
@@ -72,12 +88,12 @@ class Setups:
         lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
         for index, cores in enumerate(prefill):
             at = port + 2 + index
-            lines.append(f"taskset -c {cores} {self.args.tandem} prefill-node --node-id prefill-{index} --port {at} "
+            lines.append(f"{' '.join(computing(cores))} {self.args.tandem} prefill-node --node-id prefill-{index} --port {at} "
                          f"--metrics-port 0 {engine} {' '.join(prefill_flags)} &")
             nodes += f" --prefill-node 127.0.0.1:{at}"
-        lines.append(f"taskset -c {decode} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
+        lines.append(f"{' '.join(computing(decode))} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
                      f"--metrics-port 0 {engine} {' '.join(decode_flags)} &")
-        lines.append(f"taskset -c {self.args.beside} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
+        lines.append(f"{' '.join(beside(self.args))} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
         return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait -n"])],
                 "flags": ["--model", self.args.model]}
 
@@ -94,14 +110,14 @@ class Setups:
 
     def llama(self):
         port = self.ports()
-        start = ["taskset", "-c", "0,1", self.args.llama_server, "-m", self.args.gguf, "--host", "127.0.0.1", "--port", port, "-t", 2, "-tb", 2,
+        start = [*computing("0,1"), self.args.llama_server, "-m", self.args.gguf, "--host", "127.0.0.1", "--port", port, "-t", 2, "-tb", 2,
                  "-c", CONTEXT * 8, "--parallel", 8, "--no-webui", "--log-disable", "-fa", "on"]
         return {"name": "llama", "url": f"http://127.0.0.1:{port}", "start": start,
                 "flags": ["--model", "m", "--no-keep-alive"]}
 
     def vllm(self, name="vllm", budget=None):
         port = self.ports()
-        start = ["taskset", "-c", "0,1", self.args.vllm, "serve", self.args.model, "--host", "127.0.0.1", "--port", port, "--dtype", "bfloat16",
+        start = [*computing("0,1"), self.args.vllm, "serve", self.args.model, "--host", "127.0.0.1", "--port", port, "--dtype", "bfloat16",
                  "--max-model-len", CONTEXT, "--max-num-seqs", 64, "--disable-log-stats"]
         start += ["--max-num-batched-tokens", budget] if budget else []
         env = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0-1", "HF_HUB_OFFLINE": "1",
@@ -119,10 +135,13 @@ class Setups:
 
 def bench(args, command, name, setups, flags, serve_flags):
     """Runs a `tandem bench` command over set-ups and returns what it wrote; its table goes to the output."""
+    if args.only:
+        setups = [setup for setup in setups if setup["name"] in args.only]
+        assert setups, "--only names none of the set-ups of this comparison"
     path, result = args.out / f"{name}.toml", args.out / f"{name}.json"
     path.write_text(toml(setups))
     vocab = json.loads((pathlib.Path(args.model) / "config.json").read_text())["vocab_size"]
-    all_flags = ["taskset", "-c", args.beside, args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
+    all_flags = [*beside(args), args.tandem, "bench", command, "--setups", path, "--num-seeds", args.rounds, "--save-result", result,
                  *flags, "--", "--vocab-size", min(vocab, 500), *serve_flags]
     subprocess.run([str(flag) for flag in all_flags], check=True)
     return json.loads(result.read_text())
@@ -154,24 +173,46 @@ def price(args, setups):
 
 
 def apart(args, setups):
-    split = lambda name, prefill=(), decode=(): setups.split(name, prefill_flags=prefill, decode_flags=decode)
-    colocated = lambda chunk: setups.colocated("0,1", f"colocated-chunks-of-{chunk}", chunk)
-    variants = [
-        split("base"),
+    def split(name, prefill=(), decode=(), proxy=()):
+        return setups.split(name, prefill_flags=prefill, decode_flags=decode, proxy_flags=proxy)
+
+    no_cache = ("--no-enable-prefix-caching",)
+    colocated = [setups.colocated("0,1", f"colocated-chunks-of-{chunk}", chunk) for chunk in (64, 128, 512)]
+    shared = [
+        split("no-prefix-cache", no_cache, no_cache),
+        split("prefix-cache-of-the-decode-node", no_cache),
+        split("prefix-caches"),
         split("prefill-chunks-of-64", ("--max-num-batched-tokens 64",)),
-        split("prefill-without-prefix-cache", ("--no-enable-prefix-caching",)),
         split("decode-4-at-a-time", decode=("--max-num-seqs 4",)),
-        split("decode-2-at-a-time", decode=("--max-num-seqs 2",)),
-        *(colocated(chunk) for chunk in (64, 128, 512)),
+        *colocated,
     ]
     # Prompts of 512 tokens of which three quarters are shared, in bursts.
-    result = bench(args, "compare", "apart", variants, [],
-                   ["--num-prompts", args.requests, "--request-rate", args.rate, "--burstiness", 0.5,
-                    "--dataset-name", "prefix_repetition", "--prefix-repetition-num-prefixes", 4,
-                    "--prefix-repetition-prefix-len", 384, "--prefix-repetition-suffix-len", 128,
-                    "--prefix-repetition-output-len", 192, "--ignore-eos", "--num-warmups", 2])
+    apart_table(args, "apart-shared", shared,
+                ["--dataset-name", "prefix_repetition", "--prefix-repetition-num-prefixes", 4,
+                 "--prefix-repetition-prefix-len", 384, "--prefix-repetition-suffix-len", 128,
+                 "--prefix-repetition-output-len", 192])
+    short = [
+        split("short-prompts-at-the-decode-node", proxy=("--local-prefill-max-tokens 256",),
+              decode=("--local-prefill-tokens 256",)),
+        split("the-same-in-chunks-of-64", proxy=("--local-prefill-max-tokens 256",),
+              decode=("--local-prefill-tokens 64",)),
+        split("every-prompt-at-the-prefill-node"),
+        split("decode-4-at-a-time", decode=("--max-num-seqs 4",)),
+        *colocated,
+    ]
+    # Prompts of 256 tokens that share nothing, in bursts.
+    apart_table(args, "apart-short", short,
+                ["--dataset-name", "random", "--random-input-len", 256, "--random-output-len", 192])
+
+
+def apart_table(args, name, setups, load):
+    """What each set-up does to TTFT and ITL, as a ratio to the first."""
+    result = bench(args, "compare", name, setups, [],
+                   ["--num-prompts", args.requests, "--request-rate", args.rate, "--burstiness", 0.5, "--ignore-eos",
+                    "--num-warmups", 2, *load])
     figures = ("median_ttft_ms", "p99_itl_ms", "mean_itl_ms", "mean_e2el_ms")
-    rows = [["base", *(f"{result['rounds'][0][0][figure]:.1f} ms" for figure in figures)]]
+    first = [[round[0][figure] for round in result["rounds"]] for figure in figures]
+    rows = [[result["setups"][0], *(f"{sum(values) / len(values):.1f} ms" for values in first)]]
     rows += [[name, *(interval(result["ratios_to_first"][figure][name]) for figure in figures)]
              for name in result["setups"][1:]]
     table(["setting", "median TTFT", "p99 ITL", "mean ITL", "mean time to the whole answer"], rows)
@@ -250,6 +291,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
     parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="interference, apart, goodput, cost: set-ups "
+                        "to run, by their names")
     parser.add_argument("--beside", default="0,1", help="cores of the load generator and of Tandem's proxies")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a colocated prompt chunk: tune it first")
     parser.add_argument("--prompt-len", type=int, default=1024, help="interference: tokens of a long prompt")

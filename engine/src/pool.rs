@@ -59,6 +59,16 @@ pub enum PoolError {
         /// Tokens per block.
         block_size: usize,
     },
+    /// The system has less memory than the pool takes.
+    #[error(
+        "the system has no memory for a KV pool of {bytes} bytes ({reason}): lower --kv-cache-memory-bytes or free memory"
+    )]
+    NoMemory {
+        /// Bytes of the pool.
+        bytes: usize,
+        /// What the kernel says.
+        reason: String,
+    },
 }
 
 /// A range of granules that a block table does not hold.
@@ -88,12 +98,12 @@ pub struct KvPool {
 }
 
 impl KvPool {
-    /// A zeroed pool of `num_blocks` blocks of `block_size` tokens. Memory is taken from the system as it is
-    /// first touched.
+    /// A zeroed pool of `num_blocks` blocks of `block_size` tokens. All of its memory is taken from the system
+    /// now: a page that is touched for the first time in a step would hold up every sequence in it.
     ///
     /// # Errors
-    /// [`PoolError`] if the shape is not one the CPU kernels have, the block size is not a multiple of 16, or
-    /// the pool cannot be addressed.
+    /// [`PoolError`] if the shape is not one the CPU kernels have, the block size is not a multiple of 16, the
+    /// pool cannot be addressed, or there is no memory for it.
     pub fn new(spec: &KvSpec, block_size: usize, num_blocks: usize) -> Result<Self, PoolError> {
         Self::with_memory(spec, block_size, num_blocks, PoolMemory::Private)
     }
@@ -140,6 +150,9 @@ impl KvPool {
             }
             None => KvArena::new(num_bytes),
         };
+        arena
+            .populate()
+            .map_err(|error| PoolError::NoMemory { bytes: num_bytes, reason: error.to_string() })?;
         Ok(Self { arena, layout })
     }
 

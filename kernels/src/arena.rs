@@ -40,6 +40,15 @@ impl KvArena {
         Ok(KvArena { pages: Pages::shareable(len)?, len })
     }
 
+    /// Takes all of the arena's memory from the system now instead of on first touch. Nothing happens on kernels
+    /// that cannot (before 5.14).
+    ///
+    /// # Errors
+    /// The kernel's, if there is not that much memory.
+    pub fn populate(&self) -> io::Result<()> {
+        self.pages.populate()
+    }
+
     /// The file of a shareable arena and its size in bytes, which is that of the arena in whole pages. An
     /// offset in the arena is the offset in the file.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, usize)> {

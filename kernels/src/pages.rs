@@ -5,6 +5,8 @@
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
+#[cfg(not(miri))]
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 /// Zeroed memory, given back on drop. Owns its bytes like a `Box<[u8]>`, but hands out only a raw pointer:
 /// who may touch which bytes is its owner's contract.
@@ -129,6 +131,51 @@ impl Pages {
         }
     }
 
+    /// Has the kernel find memory for every page now, on several threads, rather than when it is first touched:
+    /// zeroing a huge page takes longer than a step of a small model. Does nothing on kernels that cannot
+    /// (before 5.14), where memory comes with the first touch.
+    ///
+    /// # Errors
+    /// The kernel's, if there is not that much memory.
+    #[cfg(not(miri))]
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        /// What one thread takes at a time: enough to be worth a thread, whole huge pages.
+        const PIECE: usize = 64 << 20;
+        let num_threads = std::thread::available_parallelism().map_or(1, |n| n.get()).min(self.len.div_ceil(PIECE));
+        let next = AtomicUsize::new(0);
+        let pieces = || {
+            loop {
+                let at = next.fetch_add(PIECE, Relaxed);
+                if at >= self.len {
+                    return Ok(());
+                }
+                // SAFETY: whole pages of our own mapping; populating them changes no byte.
+                let result = unsafe {
+                    libc::madvise(
+                        self.start.as_ptr().add(at).cast(),
+                        PIECE.min(self.len - at),
+                        libc::MADV_POPULATE_WRITE,
+                    )
+                };
+                let error = io::Error::last_os_error();
+                if result != 0 && error.raw_os_error() != Some(libc::EINVAL) {
+                    return Err(error);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..num_threads).map(|_| scope.spawn(pieces)).collect();
+            let mine = pieces();
+            others.into_iter().map(|thread| thread.join().expect("populating does not panic")).fold(mine, Result::and)
+        })
+    }
+
+    /// Miri's memory is there as soon as it is allocated.
+    #[cfg(miri)]
+    pub(crate) fn populate(&self) -> io::Result<()> {
+        Ok(())
+    }
+
     /// `len` zeroed bytes, aligned to 4096: Miri knows no `madvise`.
     #[cfg(miri)]
     pub(crate) fn zeroed(len: usize) -> Pages {
@@ -164,6 +211,30 @@ impl Drop for Pages {
                 self.start.as_ptr(),
                 std::alloc::Layout::from_size_align(self.len, 4096).expect("as in zeroed"),
             );
+        }
+    }
+}
+
+#[cfg(all(test, not(miri)))]
+mod tests {
+    use super::*;
+
+    fn resident_pages(pages: &Pages) -> usize {
+        let mut resident = vec![0u8; pages.len.div_ceil(4096)];
+        // SAFETY: a mapping of our own, and a byte for each of its pages.
+        let result = unsafe { libc::mincore(pages.start.as_ptr().cast(), pages.len, resident.as_mut_ptr()) };
+        assert_eq!(result, 0, "{}", io::Error::last_os_error());
+        resident.iter().filter(|page| **page & 1 == 1).count()
+    }
+
+    #[test]
+    fn populated_memory_is_there_before_it_is_touched() {
+        // More than one piece, so that more than one thread may take part, and no whole number of them.
+        let len = (130 << 20) + 4096;
+        for pages in [Pages::zeroed(len), Pages::shareable(len).unwrap()] {
+            assert_eq!(resident_pages(&pages), 0);
+            pages.populate().unwrap();
+            assert_eq!(resident_pages(&pages), len / 4096);
         }
     }
 }
