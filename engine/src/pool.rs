@@ -150,9 +150,7 @@ impl KvPool {
             }
             None => KvArena::new(num_bytes),
         };
-        arena
-            .populate()
-            .map_err(|error| PoolError::NoMemory { bytes: num_bytes, reason: error.to_string() })?;
+        arena.populate().map_err(|error| PoolError::NoMemory { bytes: num_bytes, reason: error.to_string() })?;
         Ok(Self { arena, layout })
     }
 

@@ -819,22 +819,50 @@ async fn a_pinned_prefix_stays_where_it_is_until_it_is_dropped() {
     assert_nothing_left(&engine).await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn cached_blocks_are_pinned_while_a_long_step_runs() {
+/// An engine in the middle of a step of half a minute, and whose step it is; `text` is cached.
+async fn in_a_long_step(text: &[u32]) -> (EngineHandle, RequestHandle) {
     let limits = SchedulerLimits { max_num_batched_tokens: 640, max_num_prefill_tokens: 640, ..limits(64) };
     let token_time = Duration::from_millis(50);
     let options = SimOptions { block_size: BLOCK, num_blocks: 64, token_time, ..SimOptions::default() };
     let engine = engine_with(Box::new(SimRunner::new(options).unwrap()), limits);
-    let text = prompt(16, 3);
-    run(&engine, generating(text.clone(), 1)).await;
-    let mut chain = ContentChain::new(&ChainRoot::of_model(engine.model().identity));
-    chain.extend(&text);
-    // One step of half a minute.
+    run(&engine, generating(text.to_vec(), 1)).await;
     let mut long = engine.submit(generating(prompt(640, 4), 1), usize::MAX).unwrap();
     until_admitted(&mut long).await;
+    (engine, long)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cached_blocks_are_pinned_while_a_long_step_runs() {
+    let text = prompt(16, 3);
+    let (engine, mut long) = in_a_long_step(&text).await;
+    let mut chain = ContentChain::new(&ChainRoot::of_model(engine.model().identity));
+    chain.extend(&text);
     let pinned = soon("the pin", engine.pin_prefix(chain.granules().to_vec())).await;
     assert_eq!(pinned.map(|pinned| pinned.blocks().len()), Some(1));
     assert_eq!(long.try_next(), None, "the step has ended");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn who_awaits_kv_has_its_blocks_while_a_long_step_runs() {
+    let (engine, mut long) = in_a_long_step(&prompt(16, 3)).await;
+    // 64 blocks, of which the long prompt has 41: 21 and one to grow go in once, and again when they are given back.
+    let awaiting = || sequence(prompt(330, 5), 1, SamplingParams::greedy(1), Work::AwaitKv);
+    for _ in 0..3 {
+        let mut request = engine.submit(awaiting(), usize::MAX).unwrap();
+        let (num_cached_tokens, blocks) = until_admitted(&mut request).await;
+        assert_eq!((num_cached_tokens, blocks.len()), (0, 22));
+    }
+    // What is computed here goes in with a step.
+    let mut local = engine.submit(generating(prompt(20, 6), 1), usize::MAX).unwrap();
+    let mut behind = engine.submit(awaiting(), usize::MAX).unwrap();
+    catch_up_with_commands(&engine).await;
+    assert_eq!((local.try_next(), behind.try_next()), (None, None));
+    assert_eq!(long.try_next(), None, "the step has ended");
+}
+
+/// The engine has carried out what was sent to it before, whether a step runs or not.
+async fn catch_up_with_commands(engine: &EngineHandle) {
+    soon("the pin", engine.pin_prefix(Vec::new())).await;
 }
 
 /// Polls a future once and drops it.

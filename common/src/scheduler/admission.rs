@@ -77,7 +77,8 @@ impl Scheduler {
     /// is one of the first.
     pub(super) fn admit(&mut self, step: &mut ScheduledStep) {
         while let Some((arrival, id)) = self.parked.first().copied() {
-            if !self.admit_one(id, step) {
+            // Who comes back takes the place of nobody: a block for each that runs, or it would be preempted again.
+            if !self.admit_one(id, self.running.len(), step) {
                 return;
             }
             self.parked.remove(&(arrival, id));
@@ -86,11 +87,30 @@ impl Scheduler {
             return;
         }
         while let Some(id) = self.waiting.front().copied() {
-            if !self.admit_one(id, step) {
+            if !self.admit_one(id, 0, step) {
                 return;
             }
             self.waiting.pop_front();
         }
+    }
+
+    /// Lets new sequences in that await their KV from elsewhere, also while steps are in flight: what they wait for
+    /// takes longer than a step, and can be asked for before it ends. Nobody loses a right by it: whoever has an
+    /// older one to a block goes first, and a block is left for each sequence that runs.
+    ///
+    /// What comes back has nothing to compute; its fresh blocks and events are those of a step.
+    pub fn admit_awaiting(&mut self) -> ScheduledStep {
+        let mut step = ScheduledStep::default();
+        if !(self.saving.is_empty() && self.parked.is_empty() && self.restoring.is_empty()) {
+            return step;
+        }
+        while let Some(id) = self.waiting.front().copied()
+            && self.sequences[&id].work == Work::AwaitKv
+            && self.admit_one(id, self.running.len(), &mut step)
+        {
+            self.waiting.pop_front();
+        }
+        step
     }
 
     fn num_seats_taken(&self) -> usize {
@@ -99,15 +119,14 @@ impl Scheduler {
         self.sequences.values().filter(|s| seated(s.state)).map(|s| s.choices.len()).sum()
     }
 
-    fn admit_one(&mut self, id: SequenceId, step: &mut ScheduledStep) -> bool {
+    /// Whether there was a seat for `id`, and blocks with `num_spare` left over.
+    fn admit_one(&mut self, id: SequenceId, num_spare: usize, step: &mut ScheduledStep) -> bool {
         let limits = self.limits;
         let num_seats_taken = self.num_seats_taken();
         let sequence = &self.sequences[&id];
         if num_seats_taken > 0 && num_seats_taken + sequence.choices.len() > limits.max_num_seqs {
             return false;
         }
-        // Who comes back takes the place of nobody: a block for each that runs, or it would be preempted again.
-        let num_spare = if sequence.state == SequenceState::Parked { self.running.len() } else { 0 };
         let hits = self.find_hits(id);
         let num_blocks = self.num_blocks_to_reserve(id);
         let num_new = num_blocks.saturating_sub(hits.len());

@@ -14,7 +14,8 @@
 //! Pure: [`Scheduler::schedule`] says what to do, the engine's loop does it and reports back with
 //! [`Scheduler::on_step_done`]. What the loop must do with the blocks of a step, in this order: make
 //! [`ScheduledStep::saves`], clear [`ScheduledStep::fresh_blocks`], make [`ScheduledStep::restores`], then compute;
-//! the first three also where nothing is computed. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
+//! the first three also where nothing is computed. Between two steps [`Scheduler::admit_awaiting`] lets in who
+//! computes nothing yet. Copies of a fork ([`Scheduler::take_copies`]) are made at once.
 //!
 //! **Steps in flight.** The next step may be scheduled before the last one's outcome is known. What makes
 //! that safe: a block is given back only when no step in flight writes it or holds the last reference, nothing is

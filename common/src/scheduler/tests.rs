@@ -240,6 +240,21 @@ impl ModelEngine {
         (true, false)
     }
 
+    /// Lets in who awaits KV, between two steps.
+    fn admit_awaiting(&mut self) {
+        let admitted = self.scheduler.admit_awaiting();
+        self.assert_in_flight_is_left_alone(&admitted);
+        if !admitted.events.is_empty() {
+            let num_available = self.scheduler.blocks.num_available();
+            assert!(num_available >= self.scheduler.running.len(), "{num_available} blocks are left for who runs");
+        }
+        for block in &admitted.fresh_blocks {
+            self.pool[block.0 as usize].fill(0);
+        }
+        self.take_in(admitted.events);
+        self.scheduler.check_integrity().unwrap();
+    }
+
     /// What the steps in flight write is not saved, what they name is not given to anybody else.
     fn assert_in_flight_is_left_alone(&self, step: &ScheduledStep) {
         let size = self.scheduler.limits.block_size;
@@ -393,6 +408,32 @@ fn second_request_computes_only_behind_the_shared_prefix() {
     assert_eq!(engine.num_computed - computed, 4 + 2);
     engine.assert_told(first, &text, 1, 3);
     engine.assert_told(second, &text, 1, 3);
+    engine.assert_clean();
+}
+
+#[test]
+fn who_awaits_kv_is_let_in_while_a_step_is_in_flight_but_takes_no_block_of_who_runs() {
+    let mut engine = ModelEngine::new(SchedulerLimits { num_blocks: 8, ..limits() });
+    let first = engine.add(&prompt(1, 40), 1, 30, Work::Generate);
+    assert!(engine.launch());
+    // Four are left beside the first one's three and its window: three, and one for it to grow.
+    let fitting = engine.add(&prompt(2, 32), 1, 1, Work::AwaitKv);
+    let next = engine.add(&prompt(3, 8), 1, 1, Work::AwaitKv);
+    engine.admit_awaiting();
+    assert_eq!(engine.scheduler.block_counts().referenced, 7);
+    assert!(engine.admitted.contains_key(&fitting) && !engine.admitted.contains_key(&next));
+    engine.scheduler.cancel(fitting);
+    engine.admit_awaiting();
+    assert!(engine.admitted.contains_key(&next));
+    engine.scheduler.cancel(next);
+    // Somebody who computes is let in by a step, and whoever is behind waits for that.
+    engine.add(&prompt(4, 8), 1, 1, Work::Generate);
+    let behind = engine.add(&prompt(5, 8), 1, 1, Work::AwaitKv);
+    engine.admit_awaiting();
+    assert!(!engine.admitted.contains_key(&behind));
+    engine.run();
+    engine.assert_told(first, &prompt(1, 40), 1, 30);
+    engine.scheduler.cancel(behind);
     engine.assert_clean();
 }
 
@@ -742,7 +783,7 @@ proptest! {
         is_prefix_caching in any::<bool>(),
         is_lru in any::<bool>(),
         budget in 24usize..100,
-        depth in 1usize..=2,
+        (depth, admits_between_steps) in (1usize..=2, any::<bool>()),
         stop in prop::option::of(0u32..50),
     ) {
         let eviction_policy = if is_lru { EvictionPolicy::Lru } else { EvictionPolicy::ReuseRate };
@@ -818,6 +859,9 @@ proptest! {
                     }
                     None => prefix.finish(),
                 }
+            }
+            if admits_between_steps {
+                engine.admit_awaiting();
             }
             let is_busy = engine.step();
             if !is_busy && engine.scheduler.is_idle() {

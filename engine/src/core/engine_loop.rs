@@ -19,7 +19,7 @@ use common::block_events::BlockSink;
 use common::block_manager::BlockCounts;
 use common::content::GRANULE_TOKENS;
 use common::host_budget::HostBudget;
-use common::ids::SequenceId;
+use common::ids::{BlockId, SequenceId};
 use common::rate::Rate;
 use common::scheduler::{
     DrawnToken, GroupEvent, PreemptionCounts, ScheduledStep, Scheduler, SchedulerLimits, SequenceEvent,
@@ -96,7 +96,7 @@ pub fn start_reporting(
         runner,
         commands,
         inbox,
-        postponed: VecDeque::new(),
+        is_stopping: false,
         num_steps_done: 0,
         status: status_sender,
         requests: HashMap::new(),
@@ -130,8 +130,8 @@ struct Engine {
     commands: std_mpsc::Receiver<Command>,
     /// Where the runner says that a step is done.
     inbox: std_mpsc::Sender<Command>,
-    /// Commands that came while a step was waited for, and belong between two steps.
-    postponed: VecDeque<Command>,
+    /// Told to stop while a step was waited for.
+    is_stopping: bool,
     /// Steps that the runner is done with and that are not taken in yet.
     num_steps_done: usize,
     status: watch::Sender<EngineStatus>,
@@ -224,17 +224,16 @@ impl Engine {
 
     /// Takes all commands that are there; waits for one if there is nothing to compute.
     fn drain_inbox(&mut self, is_busy: bool) -> Flow {
-        let mut next = match self.postponed.pop_front() {
-            Some(command) => Some(command),
-            None if is_busy => self.commands.try_recv().ok(),
-            None => Some(self.receive()),
-        };
+        if self.is_stopping {
+            return Flow::Stop;
+        }
+        let mut next = if is_busy { self.commands.try_recv().ok() } else { Some(self.receive()) };
         while let Some(command) = next {
             if let Command::Shutdown = command {
                 return Flow::Stop;
             }
             self.on_command(command);
-            next = self.postponed.pop_front().or_else(|| self.commands.try_recv().ok());
+            next = self.commands.try_recv().ok();
         }
         Flow::Continue
     }
@@ -243,16 +242,25 @@ impl Engine {
         self.commands.recv().expect("the engine has a sender of its own")
     }
 
-    /// Until the runner is done with the oldest step. Whoever wants to read cached blocks is answered meanwhile: a
-    /// prompt chunk can take longer than sending them does.
+    /// Until the runner is done with the oldest step. Commands are carried out meanwhile, and who only awaits KV from
+    /// another node is let in: a step is time lost for a prompt that could be computed there.
     fn wait_for_step(&mut self) {
         while self.num_steps_done == 0 {
             match self.receive() {
-                command @ (Command::StepDone | Command::Pin { .. } | Command::Unpin { .. }) => self.on_command(command),
-                command => self.postponed.push_back(command),
+                Command::Shutdown => self.is_stopping = true,
+                command => self.on_command(command),
             }
+            let admitted = self.scheduler.admit_awaiting();
+            self.clear_blocks(&admitted.fresh_blocks);
+            self.dispatch(admitted.events);
         }
         self.num_steps_done -= 1;
+    }
+
+    fn clear_blocks(&self, blocks: &[BlockId]) {
+        for block in blocks {
+            self.runner.pool().clear_block(*block);
+        }
     }
 
     fn on_command(&mut self, command: Command) {
@@ -323,9 +331,7 @@ impl Engine {
         let step = self.scheduler.schedule();
         let pool = self.runner.pool().clone();
         self.parked.save(&step.saves, &pool);
-        for block in &step.fresh_blocks {
-            pool.clear_block(*block);
-        }
+        self.clear_blocks(&step.fresh_blocks);
         self.parked.restore(&step.restores, &pool);
         for sequence in &step.restored {
             self.parked.forget(*sequence);
