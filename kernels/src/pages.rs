@@ -121,6 +121,11 @@ impl Pages {
         }
     }
 
+    /// Whether the kernel is set to give huge pages for this.
+    pub(crate) fn gets_huge_pages(&self) -> bool {
+        self.len >= (2 << 20) && huge_pages_are_given(self.file.is_some())
+    }
+
     #[cfg(not(miri))]
     fn advise_huge(start: *mut u8, len: usize) {
         if len >= Self::HUGE {
@@ -150,6 +155,19 @@ impl Pages {
     }
 }
 
+/// Whether the kernel is set to give huge pages to who asks for them: for memory of one process, or for files in
+/// memory.
+pub(crate) fn huge_pages_are_given(is_shareable: bool) -> bool {
+    let name = if is_shareable { "shmem_enabled" } else { "enabled" };
+    let setting = std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{name}")).unwrap_or_default();
+    is_given(&setting)
+}
+
+/// `always [madvise] never`: the setting in brackets is in force.
+fn is_given(setting: &str) -> bool {
+    ["[always]", "[within_size]", "[advise]", "[madvise]", "[force]"].iter().any(|given| setting.contains(given))
+}
+
 impl Drop for Pages {
     fn drop(&mut self) {
         #[cfg(not(miri))]
@@ -165,5 +183,23 @@ impl Drop for Pages {
                 std::alloc::Layout::from_size_align(self.len, 4096).expect("as in zeroed"),
             );
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn huge_pages_are_given_by_the_setting_in_brackets() {
+        assert!(is_given("always [madvise] never\n"));
+        assert!(is_given("always within_size [advise] never deny force\n"));
+        assert!(!is_given("always madvise [never]\n"));
+        assert!(!is_given(""));
+    }
+
+    #[test]
+    fn small_memory_is_in_no_huge_page() {
+        assert!(!Pages::zeroed(4096).gets_huge_pages());
     }
 }

@@ -1,9 +1,8 @@
 //! From a row of logits to a token.
 
 use std::cell::Cell;
-use std::sync::OnceLock;
 
-use crate::ctx::Ctx;
+use crate::isa::Isa;
 use crate::numerics::{LANES, exp, ln};
 use crate::simd::vectorised;
 
@@ -76,7 +75,8 @@ pub struct Sampled {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Samples each row of `logits` `[params.len(), vocab]`, row-major.
+/// Samples one row of logits `[vocab]` on the calling thread: the rows of a batch are tiles of a
+/// [`WorkerPool`](crate::WorkerPool). Allocates only what it returns.
 ///
 /// A row goes through these steps; the order is vLLM's:
 /// 1. `+ logit_bias`, banned tokens to -infinity;
@@ -92,17 +92,9 @@ pub struct Sampled {
 /// +infinity as the largest finite number.
 ///
 /// Panics on a token id beyond the vocabulary: ids are checked where they enter.
-pub fn sample_rows(ctx: &Ctx<'_>, logits: &[f32], vocab: usize, params: &[SampleParams<'_>]) -> Vec<Sampled> {
-    assert_eq!(logits.len(), params.len() * vocab, "logits of [{}, {vocab}]", params.len());
-    assert!(vocab > 0, "a vocabulary has tokens");
-    let rows: Vec<OnceLock<Sampled>> = params.iter().map(|_| OnceLock::new()).collect();
-    let isa = ctx.isa;
-    ctx.pool.run(ctx.priority, params.len(), &|row| {
-        let (logits, params) = (&logits[row * vocab..][..vocab], &params[row]);
-        let sampled = vectorised!(isa, sample_row(logits: &[f32], params: &SampleParams<'_>) -> Sampled);
-        rows[row].set(sampled).expect("each row is one tile, and tiles run once");
-    });
-    rows.into_iter().map(|row| row.into_inner().expect("run returns when all tiles are done")).collect()
+pub fn sample_row(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sampled {
+    assert!(!logits.is_empty(), "a vocabulary has tokens");
+    vectorised!(isa, sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled)
 }
 
 /// Below this a temperature means greedy, as in vLLM.
@@ -138,7 +130,7 @@ impl Candidate {
 }
 
 #[inline(always)]
-fn sample_row(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
+fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
     let (mut scaled, mut candidates) = SCRATCH.take();
     let token = if params.leaves_logits_alone() && params.temperature < GREEDY_BELOW {
         highest(logits).1
@@ -367,17 +359,9 @@ impl Normaliser {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Isa;
-    use crate::workers::{Priority, WorkerPool};
-
-    fn sample_on(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sampled {
-        let pool = WorkerPool::new(1);
-        let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
-        sample_rows(&ctx, logits, logits.len(), &[*params]).remove(0)
-    }
 
     fn token(logits: &[f32], params: &SampleParams<'_>) -> u32 {
-        sample_on(Isa::detect(), logits, params).token
+        sample_row(Isa::detect(), logits, params).token
     }
 
     /// How often each token comes out over evenly spaced uniforms.
@@ -487,12 +471,12 @@ mod tests {
     fn logprobs_are_of_the_raw_logits_and_alternatives_come_best_first() {
         let logits = logs(&[0.1, 0.4, 0.1, 0.4]);
         let params = SampleParams { banned: &[1, 3], num_logprobs: Some(3), ..SampleParams::GREEDY };
-        let sampled = sample_on(Isa::detect(), &logits, &params);
+        let sampled = sample_row(Isa::detect(), &logits, &params);
         assert_eq!(sampled.token, 0);
         assert!((sampled.logprob.unwrap() - 0.1f32.ln()).abs() < 1e-6);
         assert_eq!(sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 0]);
         assert!((sampled.top[0].1 - 0.4f32.ln()).abs() < 1e-6);
-        let none = sample_on(Isa::detect(), &logits, &SampleParams { num_logprobs: Some(0), ..DRAW });
+        let none = sample_row(Isa::detect(), &logits, &SampleParams { num_logprobs: Some(0), ..DRAW });
         assert!(none.logprob.is_some() && none.top.is_empty());
     }
 
@@ -509,9 +493,9 @@ mod tests {
                 num_logprobs: Some(5),
                 ..SampleParams::GREEDY
             };
-            let want = sample_on(Isa::PORTABLE, &logits, &params);
+            let want = sample_row(Isa::PORTABLE, &logits, &params);
             for &isa in Isa::available() {
-                assert_eq!(sample_on(isa, &logits, &params), want, "{isa:?} {params:?}");
+                assert_eq!(sample_row(isa, &logits, &params), want, "{isa:?} {params:?}");
             }
         }
     }
