@@ -119,8 +119,8 @@ impl Model {
         };
         let backend = CpuBackend::new(workers, options.isa);
         // Both read all of the checkpoint, so both do it while it is in memory.
+        let cache_folder = options.cache_folder.as_deref();
         let (weights, identity) = std::thread::scope(|scope| {
-            let cache_folder = options.cache_folder.as_deref();
             let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
             let weights = Weights::load(&backend, &spec, &checkpoint, dtype, workers.threads());
             (weights, identity.join().expect("a digest of mapped bytes does not panic"))

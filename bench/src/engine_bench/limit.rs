@@ -52,9 +52,9 @@ impl StepWork {
         let attended = |layer: usize| {
             let window = spec.windows[layer].map_or(usize::MAX, |window| window as usize);
             let is_last = layer + 1 == spec.num_layers();
-            let seen = positions.clone().map(|position| (position + 1).min(window));
             // Of a prompt, the last layer's attention is asked for at its end alone.
-            let seen = if is_last { seen.last().unwrap_or(0) } else { seen.sum() };
+            let first = if is_last { positions.end - 1 } else { positions.start };
+            let seen: usize = (first..positions.end).map(|position| (position + 1).min(window)).sum();
             4.0 * (spec.num_heads * spec.head_dim) as f64 * seen as f64
         };
         let attention: f64 = (0..spec.num_layers()).map(attended).sum();

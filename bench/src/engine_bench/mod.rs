@@ -194,3 +194,50 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
     }
     Ok(report)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: EngineBenchArgs,
+    }
+
+    #[test]
+    fn every_row_is_measured_in_every_round_beside_its_limit() {
+        let file = std::env::temp_dir().join(format!("tandem-engine-bench-{}.json", std::process::id()));
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let line = ["engine", "--model", model, "--prompt-len", "40,80", "--batch", "3", "--context", "30"];
+        let rest = ["--num-tokens", "6", "--rounds", "2", "--threads", "2", "--save-result"];
+        let mut args = Command::parse_from(line.iter().chain(&rest).copied().chain([file.to_str().unwrap()])).args;
+        args.dtype = Dtype::Bfloat16;
+        let provenance = Provenance { command: "bench engine".into(), commit: None, cpu_model: None, num_cores: None };
+        let report = run(&args, provenance).unwrap();
+        let json: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        std::fs::remove_file(&file).unwrap();
+        assert_eq!((&json["setting"], &json["command"]), (&report.to_json()["setting"], &json!("bench engine")));
+        let rows = json["rows"].as_array().unwrap();
+        assert_eq!(rows.len(), 3);
+        for row in rows {
+            for figures in ["tokens_per_second", "share_of_limit", "limit_tokens_per_second", "bytes_per_second"] {
+                let figures = row[figures].as_array().unwrap();
+                assert_eq!(figures.len(), 2);
+                assert!(figures.iter().all(|figure| figure.as_f64().is_some_and(|figure| figure > 0.0)), "{row}");
+            }
+        }
+        assert_eq!(rows[2]["row"]["batch"], json!(3));
+    }
+
+    #[test]
+    fn no_row_is_an_error() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let mut args = Command::parse_from(["engine", "--model", model]).args;
+        (args.prompt_len, args.batch) = (Vec::new(), Vec::new());
+        let provenance = Provenance { command: "bench engine".into(), commit: None, cpu_model: None, num_cores: None };
+        assert!(run(&args, provenance).unwrap_err().to_string().starts_with("nothing to measure"));
+    }
+}
