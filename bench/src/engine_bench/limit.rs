@@ -53,7 +53,7 @@ impl StepWork {
             let window = spec.windows[layer].map_or(usize::MAX, |window| window as usize);
             let is_last = layer + 1 == spec.num_layers();
             // Of a prompt, the last layer's attention is asked for at its end alone.
-            let first = if is_last { positions.end - 1 } else { positions.start };
+            let first = if is_last { positions.end.saturating_sub(1) } else { positions.start };
             let seen: usize = (first..positions.end).map(|position| (position + 1).min(window)).sum();
             4.0 * (spec.num_heads * spec.head_dim) as f64 * seen as f64
         };

@@ -158,6 +158,11 @@ impl Row {
 pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<EngineReport> {
     let rows = args.rows();
     anyhow::ensure!(!rows.is_empty(), "nothing to measure: give --prompt-len or --batch");
+    let has_tokens = |row: &Row| match *row {
+        Row::Prefill { num_tokens } => num_tokens > 0,
+        Row::Decode { batch, context, .. } => batch > 0 && context > 0,
+    };
+    anyhow::ensure!(rows.iter().all(has_tokens), "--prompt-len, --batch and --context are at least 1");
     let isa = kernels::Isa::parse(&args.isa)?;
     let options = engine::model::LoadOptions {
         dtype: args.dtype,
@@ -238,6 +243,8 @@ mod tests {
         let mut args = Command::parse_from(["engine", "--model", model]).args;
         (args.prompt_len, args.batch) = (Vec::new(), Vec::new());
         let provenance = Provenance { command: "bench engine".into(), commit: None, cpu_model: None, num_cores: None };
-        assert!(run(&args, provenance).unwrap_err().to_string().starts_with("nothing to measure"));
+        assert!(run(&args, provenance.clone()).unwrap_err().to_string().starts_with("nothing to measure"));
+        args.batch = vec![0];
+        assert!(run(&args, provenance).unwrap_err().to_string().ends_with("are at least 1"));
     }
 }
