@@ -1,7 +1,8 @@
 //! Measuring: the engine alone, KV between two processes, and any OpenAI-compatible endpoint under load.
 //!
 //! `tandem bench engine` drives the engine loop, scheduler, pool and runner of a node, without a network, and
-//! prints prompt tokens per second and decode tokens per second at several batch sizes. `tandem bench transfer`
+//! prints prompt tokens per second and decode tokens per second at several batch sizes, beside the limits of the
+//! machine and other engines. `tandem bench transfer`
 //! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
 //! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `interference` says what
@@ -50,8 +51,8 @@ use serve::provenance::Provenance;
 #[derive(Debug, Parser)]
 #[command(name = "bench", version)]
 enum Args {
-    /// Prefill and decode speed of the engine on this machine.
-    Engine(engine_bench::EngineBenchArgs),
+    /// Prefill and decode speed of the engine, beside the limits of this machine and other engines.
+    Engine(Box<engine_bench::EngineBenchArgs>),
     /// Speed of KV between two processes, by transport and size of extents.
     Transfer(transfer::TransferBenchArgs),
     /// The other process of `transfer`, which starts it itself.
@@ -80,7 +81,7 @@ enum Args {
 /// Runs `bench` with the given arguments (the first is the program's name).
 pub fn run(args: Vec<OsString>) -> ExitCode {
     match Args::parse_from(&args) {
-        Args::Engine(engine) => told(engine_bench::run(&engine)),
+        Args::Engine(engine) => told(engine_bench::run(&engine, Provenance::of_process(&args))),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
         Args::Store(store) => told(store_bench::run(&store)),

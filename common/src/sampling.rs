@@ -147,7 +147,7 @@ pub enum FinishReason {
 }
 
 /// A generated token.
-#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+#[derive(Debug, Clone, Default, PartialEq, Encode, Decode)]
 pub struct SampledToken {
     /// Its id.
     pub id: Token,

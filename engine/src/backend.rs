@@ -139,14 +139,16 @@ pub trait Backend: Sized {
     /// `out` `[_, ffn]` = silu(gate) * up, from rows of gate and up side by side.
     fn silu_mul(&self, gate_up: &Self::Tensor, ffn: usize, out: &mut Self::Tensor);
 
-    /// Draws a token for each entry of `samples`; entry i has row `logit_rows[i]` of `logits` `[_, vocab]`.
+    /// Draws a token into `out` for each entry of `samples`; entry i has row `logit_rows[i]` of `logits` `[_, vocab]`.
+    /// What `out` held is gone, its memory is used again.
     fn sample(
         &self,
         logits: &Self::Tensor,
         vocab: usize,
         logit_rows: &[usize],
         samples: &[SampleRow],
-    ) -> Vec<SampledToken>;
+        out: &mut Vec<SampledToken>,
+    );
 
     /// Norm, q, k and v with their biases and norms, rotation, and k and v into the pool. `qkv` holds the
     /// rotated q afterwards.

@@ -1,20 +1,23 @@
 //! The decoder's operations on CPUs: a thin skin over `kernels`.
 
+use std::cell::Cell;
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 use common::sampling::SampledToken;
 use common::tokens::Token;
 use half::bf16;
 use kernels::kv_layout::KvLayout;
 use kernels::{
-    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, QuerySpan,
-    RopeTable, SampleParams, TokenCount, WeightDtype, WorkerPool,
+    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, QueryBatch,
+    QuerySpan, RopeTable, SampleParams, TokenCount, WeightDtype, WorkerPool,
 };
 
 use crate::backend::{Backend, HeadRange, MatrixPart, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
+use crate::weight_sizes::MatrixSizes;
 
 /// Threads, instruction set and priority. None of them changes a result.
 #[derive(Clone, Copy)]
@@ -72,6 +75,25 @@ impl CpuMatrix {
             matrix.sections.push((first_row, section));
         }
         matrix
+    }
+
+    /// Of each section.
+    pub(crate) fn section_sizes(&self) -> impl Iterator<Item = MatrixSizes> {
+        self.sections.iter().map(|(_, section)| {
+            let num_weights = (section.rows() * self.cols) as u64;
+            match section {
+                Section::Float(w) => MatrixSizes {
+                    num_bytes: w.size_bytes() as u64,
+                    num_float_weights: num_weights,
+                    ..MatrixSizes::default()
+                },
+                Section::Quantized(w) => MatrixSizes {
+                    num_bytes: w.size_bytes() as u64,
+                    num_quantized_weights: num_weights,
+                    ..MatrixSizes::default()
+                },
+            }
+        })
     }
 
     fn multiply(&self, ctx: &Ctx<'_>, x: &[f32], bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
@@ -142,7 +164,8 @@ impl CpuBackend {
         Self { priority, ..self }
     }
 
-    fn ctx(&self) -> Ctx<'static> {
+    /// What the operations are given: threads, instruction set, priority.
+    pub fn ctx(&self) -> Ctx<'static> {
         Ctx { pool: self.workers, isa: self.isa, priority: self.priority }
     }
 }
@@ -255,16 +278,15 @@ impl Backend for CpuBackend {
     ) {
         let layout = pool.layout();
         let q_columns = columns(heads.q, layout.head_dim, qkv_width(heads, layout));
-        let spans: Vec<QuerySpan<'_>> = plan
-            .spans
-            .iter()
-            .map(|span| QuerySpan {
-                first_row: span.first_row,
-                num_rows: span.num_rows,
-                first_position: span.first_position,
-                block_table: &plan.block_tables[span.block_table.clone()],
-            })
-            .collect();
+        let mut spans = SPANS.take();
+        spans.clear();
+        spans.extend(plan.spans.iter().map(|span| QuerySpan {
+            first_row: span.first_row,
+            num_rows: span.num_rows,
+            first_position: span.first_position,
+            block_table: span.block_table.clone(),
+        }));
+        let batch = QueryBatch { spans: &spans, block_tables: &plan.block_tables };
         let params = AttentionParams {
             num_heads: heads.q.num_heads,
             scale: 1.0 / (layout.head_dim as f32).sqrt(),
@@ -272,7 +294,8 @@ impl Backend for CpuBackend {
             softcap: None,
         };
         let out = out.sized(plan.num_rows() * heads.q.num_heads * layout.head_dim);
-        kernels::attention(&self.ctx(), pool.arena(), layout, layer, &qkv.0, q_columns, &spans, &params, out);
+        kernels::attention(&self.ctx(), pool.arena(), layout, layer, &qkv.0, q_columns, batch, &params, out);
+        SPANS.set(spans);
     }
 
     fn silu_mul(&self, gate_up: &CpuTensor, ffn: usize, out: &mut CpuTensor) {
@@ -285,26 +308,25 @@ impl Backend for CpuBackend {
         vocab: usize,
         logit_rows: &[usize],
         samples: &[SampleRow],
-    ) -> Vec<SampledToken> {
-        let inputs: Vec<SampleInputs> = samples.iter().map(|sample| SampleInputs::of(sample, vocab)).collect();
-        let params: Vec<SampleParams<'_>> =
-            samples.iter().zip(&inputs).map(|(sample, inputs)| inputs.params(sample)).collect();
-        let repeated: Vec<f32>;
-        let logits = if logit_rows.iter().enumerate().all(|(sample, row)| sample == *row) {
-            &logits.0
-        } else {
-            repeated = logit_rows.iter().flat_map(|row| &logits.0[row * vocab..][..vocab]).copied().collect();
-            &repeated
-        };
-        kernels::sample_rows(&self.ctx(), logits, vocab, &params)
-            .into_iter()
-            .map(|sampled| SampledToken {
-                id: sampled.token,
-                logprob: sampled.logprob.unwrap_or(0.0),
-                top_logprobs: sampled.top,
-            })
-            .collect()
+        out: &mut Vec<SampledToken>,
+    ) {
+        out.clear();
+        out.resize_with(samples.len(), SampledToken::default);
+        let out = Mutex::new(out);
+        self.workers.run(self.priority, samples.len(), &|index| {
+            let inputs = SampleInputs::of(&samples[index], vocab);
+            let logits = &logits.0[logit_rows[index] * vocab..][..vocab];
+            let sampled = kernels::sample_row(self.isa, logits, &inputs.params(&samples[index]));
+            // A poisoned lock means that another row panicked, which the pool raises again.
+            out.lock().unwrap_or_else(PoisonError::into_inner)[index] =
+                SampledToken { id: sampled.token, logprob: sampled.logprob.unwrap_or(0.0), top_logprobs: sampled.top };
+        });
     }
+}
+
+thread_local! {
+    /// The spans of an attention call as the kernel wants them, kept for their memory.
+    static SPANS: Cell<Vec<QuerySpan>> = const { Cell::new(Vec::new()) };
 }
 
 /// What the kernel wants as slices. Ids beyond the vocabulary stand for nothing and are left out.

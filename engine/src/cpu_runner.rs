@@ -14,6 +14,7 @@ use crate::pool::{KvPool, PoolMemory};
 use crate::rope::RopeAngles;
 use crate::runner::{KvSink, Runner, StepError, StepOutput, StepToken, Ticket};
 use crate::step_thread::StepThread;
+use crate::weight_sizes::WeightSizes;
 
 /// A model, a pool, and the thread that computes with them.
 pub struct CpuRunner {
@@ -73,6 +74,7 @@ impl CpuRunner {
             );
         }
         let pool = Arc::new(KvPool::with_memory(&kv_spec, block_size, num_blocks, memory)?);
+        tracing::info!("{}", memory_report(&model.weights().sizes(), &pool));
         let info = ModelInfo { max_model_len: wanted as u32, ..model.info_for(block_size, num_blocks) };
         let mut worker = Worker {
             rope: model.backend().rope_table(model.spec().rope.angles(wanted)),
@@ -84,6 +86,19 @@ impl CpuRunner {
             .map_err(|error| LoadError::Thread { reason: error.to_string() })?;
         Ok(Self { info, pool, thread })
     }
+}
+
+/// What weights and KV take, in one sentence.
+fn memory_report(weights: &WeightSizes, pool: &KvPool) -> String {
+    let mib = |num_bytes: u64| num_bytes.div_ceil(1 << 20);
+    let pages = if pool.gets_huge_pages() { "in huge pages" } else { "not in huge pages" };
+    format!(
+        "memory: {} MiB of weights, once per process, and {} MiB of KV pool ({} blocks of {} tokens), {pages}",
+        mib(weights.num_bytes()),
+        mib(pool.num_bytes() as u64),
+        pool.num_blocks(),
+        pool.block_size(),
+    )
 }
 
 impl Runner for CpuRunner {
@@ -112,9 +127,12 @@ struct Worker {
 }
 
 impl Worker {
-    fn step(&mut self, plan: StepPlan, sink: &dyn KvSink) -> StepOutput {
+    /// Allocates nothing once it has seen a step of this size, unless a row asks for penalties or log-probabilities.
+    fn step(&mut self, mut plan: StepPlan, sink: &dyn KvSink) -> StepOutput {
+        let mut tokens = std::mem::take(&mut plan.spare_tokens);
+        tokens.clear();
         if plan.num_rows() == 0 {
-            return StepOutput { tokens: Vec::new(), plan };
+            return StepOutput { tokens, plan };
         }
         let priority = if plan.has_decode { Priority::Decode } else { Priority::Prefill };
         let decoder = Decoder {
@@ -125,8 +143,25 @@ impl Worker {
             pool: &self.pool,
         };
         let drawn = decoder.forward(&plan, sink, &mut self.workspace);
-        let tokens = plan.samples.iter().zip(drawn);
-        let tokens = tokens.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token });
-        StepOutput { tokens: tokens.collect(), plan }
+        let drawn = plan.samples.iter().zip(drawn.drain(..));
+        tokens.extend(drawn.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token }));
+        StepOutput { tokens, plan }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::kv_spec::{KvDtype, KvSpec};
+
+    use super::*;
+
+    #[test]
+    fn the_memory_report_names_weights_blocks_and_pages() {
+        let pool = KvPool::new(&KvSpec::uniform(2, 2, 16, KvDtype::Bf16, None), 16, 10).unwrap();
+        let weights = WeightSizes { table_bytes: 3 << 20, vector_bytes: 1, ..WeightSizes::default() };
+        assert_eq!(
+            memory_report(&weights, &pool),
+            "memory: 4 MiB of weights, once per process, and 1 MiB of KV pool (10 blocks of 16 tokens), not in huge pages"
+        );
     }
 }

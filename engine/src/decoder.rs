@@ -9,8 +9,8 @@ use crate::runner::KvSink;
 use crate::spec::ModelSpec;
 use crate::weights::{LayerWeights, Weights};
 
-/// Activations of a step; kept between steps for their memory.
-pub struct Workspace<B: Backend> {
+/// Activations of some rows as they go through a layer.
+struct Activations<B: Backend> {
     /// The residual stream `[num_rows, hidden]`.
     hidden: B::Tensor,
     /// Its norm, the input of the products `[num_rows, hidden]`.
@@ -23,13 +23,9 @@ pub struct Workspace<B: Backend> {
     gate_up: B::Tensor,
     /// `[num_rows, ffn]`
     gated: B::Tensor,
-    /// Rows to be sampled `[num_logit_rows, hidden]`.
-    gathered: B::Tensor,
-    /// `[num_logit_rows, vocab]`
-    logits: B::Tensor,
 }
 
-impl<B: Backend> Default for Workspace<B> {
+impl<B: Backend> Default for Activations<B> {
     fn default() -> Self {
         Self {
             hidden: B::Tensor::default(),
@@ -38,8 +34,44 @@ impl<B: Backend> Default for Workspace<B> {
             attended: B::Tensor::default(),
             gate_up: B::Tensor::default(),
             gated: B::Tensor::default(),
+        }
+    }
+}
+
+/// What a step computes in; kept between steps for its memory.
+pub struct Workspace<B: Backend> {
+    /// Of all rows.
+    all: Activations<B>,
+    /// Of the rows that are sampled, behind the last layer's KV.
+    sampled: Activations<B>,
+    /// The plan of the latter.
+    sampled_plan: StepPlan,
+    /// Which rows are sampled, each once.
+    rows: Vec<usize>,
+    /// For every sample its index in `rows`: n choices of one prompt share a row.
+    logit_rows: Vec<usize>,
+    /// Rows to be sampled `[rows.len(), hidden]`.
+    gathered: B::Tensor,
+    /// Their norm.
+    normed: B::Tensor,
+    /// `[rows.len(), vocab]`
+    logits: B::Tensor,
+    /// What was drawn.
+    drawn: Vec<SampledToken>,
+}
+
+impl<B: Backend> Default for Workspace<B> {
+    fn default() -> Self {
+        Self {
+            all: Activations::default(),
+            sampled: Activations::default(),
+            sampled_plan: StepPlan::default(),
+            rows: Vec::new(),
+            logit_rows: Vec::new(),
             gathered: B::Tensor::default(),
+            normed: B::Tensor::default(),
             logits: B::Tensor::default(),
+            drawn: Vec::new(),
         }
     }
 }
@@ -66,46 +98,87 @@ pub struct Decoder<'a, B: Backend> {
 }
 
 impl<B: Backend> Decoder<'_, B> {
-    /// Computes one step: K and V of all rows into the pool, a token for each of the plan's samples.
+    /// Computes one step: K and V of all rows into the pool, a token for each of the plan's samples, in their order
+    /// and in the workspace's memory.
     ///
     /// `sink` hears of each reported span when a layer's K and V are written, before that layer's attention.
-    pub fn forward(&self, plan: &StepPlan, sink: &dyn KvSink, workspace: &mut Workspace<B>) -> Vec<SampledToken> {
-        let Workspace { hidden, normed, qkv, attended, gate_up, gated, gathered, logits } = workspace;
-        let Self { backend, spec, weights, rope, pool } = self;
-        let heads = QkvHeads::of(spec);
+    pub fn forward<'w>(
+        &self,
+        plan: &StepPlan,
+        sink: &dyn KvSink,
+        workspace: &'w mut Workspace<B>,
+    ) -> &'w mut Vec<SampledToken> {
+        let Workspace { all, sampled, sampled_plan, rows, logit_rows, gathered, normed, logits, drawn } = workspace;
+        let Self { backend, spec, weights, .. } = self;
         let last = spec.num_layers() - 1;
 
-        backend.embed(&weights.embedding, spec.hidden_size, &plan.tokens, hidden);
+        drawn.clear();
+        backend.embed(&weights.embedding, spec.hidden_size, &plan.tokens, &mut all.hidden);
         for (index, layer) in weights.layers.iter().enumerate() {
-            let LayerWeights { attention, mlp } = layer;
-            backend.norm_qkv_rope_write(spec, index, attention, rope, pool, plan, hidden, normed, qkv);
-            for span in plan.spans.iter().filter(|span| span.is_reported) {
-                sink.on_layer_written(index as u32, span);
+            self.write_kv(index, layer, plan, sink, all);
+            if index < last {
+                self.finish_layer(index, layer, plan, all);
             }
-            if index == last && plan.samples.is_empty() {
-                return Vec::new(); // a chunk in the middle of a prompt: its KV is all that was wanted
-            }
-            backend.attention(pool, index, qkv, &heads, plan, spec.windows[index], attended);
-            backend.matmul_residual(attended, &attention.output, attention.output_bias.as_ref(), hidden);
-            backend.norm_gate_up_act(spec, mlp, hidden, normed, gate_up, gated);
-            backend.matmul_residual(gated, &mlp.down, mlp.down_bias.as_ref(), hidden);
         }
-        let (rows, logit_rows) = distinct_rows(&plan.samples);
-        backend.norm_logits(spec, &weights.norm, &weights.head, hidden, &rows, gathered, normed, logits);
-        backend.sample(logits, spec.vocab_size, &logit_rows, &plan.samples)
+        if plan.samples.is_empty() {
+            return drawn; // a chunk in the middle of a prompt: its KV is all that was wanted
+        }
+        distinct_rows(&plan.samples, rows, logit_rows);
+        let layer = &weights.layers[last];
+        let hidden = if rows.len() < plan.num_rows() {
+            // Nobody looks at the other rows behind the last layer's KV.
+            sampled_plan.take_rows(plan, rows);
+            backend.gather(&all.hidden, spec.hidden_size, rows, &mut sampled.hidden);
+            backend.gather(&all.qkv, spec.qkv_width(), rows, &mut sampled.qkv);
+            self.finish_layer(last, layer, sampled_plan, sampled);
+            rows.iter_mut().enumerate().for_each(|(index, row)| *row = index);
+            &sampled.hidden
+        } else {
+            self.finish_layer(last, layer, plan, all);
+            &all.hidden
+        };
+        backend.norm_logits(spec, &weights.norm, &weights.head, hidden, rows, gathered, normed, logits);
+        backend.sample(logits, spec.vocab_size, logit_rows, &plan.samples, drawn);
+        drawn
+    }
+
+    /// Norm and q, k, v of a layer; k and v into the pool.
+    fn write_kv(
+        &self,
+        index: usize,
+        layer: &LayerWeights<B>,
+        plan: &StepPlan,
+        sink: &dyn KvSink,
+        rows: &mut Activations<B>,
+    ) {
+        let Self { backend, spec, rope, pool, .. } = self;
+        let Activations { hidden, normed, qkv, .. } = rows;
+        backend.norm_qkv_rope_write(spec, index, &layer.attention, rope, pool, plan, hidden, normed, qkv);
+        for span in plan.spans.iter().filter(|span| span.is_reported) {
+            sink.on_layer_written(index as u32, span);
+        }
+    }
+
+    /// Attention over the pool, and the feed-forward half.
+    fn finish_layer(&self, index: usize, layer: &LayerWeights<B>, plan: &StepPlan, rows: &mut Activations<B>) {
+        let Self { backend, spec, pool, .. } = self;
+        let Activations { hidden, normed, qkv, attended, gate_up, gated } = rows;
+        let LayerWeights { attention, mlp } = layer;
+        backend.attention(pool, index, qkv, &QkvHeads::of(spec), plan, spec.windows[index], attended);
+        backend.matmul_residual(attended, &attention.output, attention.output_bias.as_ref(), hidden);
+        backend.norm_gate_up_act(spec, mlp, hidden, normed, gate_up, gated);
+        backend.matmul_residual(gated, &mlp.down, mlp.down_bias.as_ref(), hidden);
     }
 }
 
-/// The rows that are sampled, each once, and for every sample its index among them: n choices of one prompt
-/// share a row.
-fn distinct_rows(samples: &[SampleRow]) -> (Vec<usize>, Vec<usize>) {
-    let mut rows: Vec<usize> = Vec::new();
-    let mut logit_rows = Vec::with_capacity(samples.len());
+/// The rows that are sampled, each once, and for every sample its index among them.
+fn distinct_rows(samples: &[SampleRow], rows: &mut Vec<usize>, logit_rows: &mut Vec<usize>) {
+    rows.clear();
+    logit_rows.clear();
     for sample in samples {
         if rows.last() != Some(&sample.row) {
             rows.push(sample.row);
         }
         logit_rows.push(rows.len() - 1);
     }
-    (rows, logit_rows)
 }

@@ -10,7 +10,7 @@
 //!    name; [`gguf`]: so does a GGUF file.
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
 //! 3. [`pool`]: the memory that KV lies in.
-//! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`cpu`].
+//! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`weight_sizes`], [`cpu`].
 //! 5. [`runner`]: submit a plan, wait for its tokens; [`model`], [`cpu_runner`]: who does it.
 //! 6. [`core`]: the thread that schedules and runs steps.
 //! 7. [`sim`]: a runner without arithmetic; [`oracle`]: arithmetic without a runner.
@@ -38,4 +38,5 @@ pub mod spec;
 mod step_thread;
 #[cfg(test)]
 mod test_folder;
+pub mod weight_sizes;
 pub mod weights;

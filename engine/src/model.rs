@@ -1,6 +1,7 @@
 //! A model loaded into memory, ready to be shared by the runners of a process.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
 use common::config::Dtype;
 use common::kv_spec::KvDtype;
@@ -100,6 +101,7 @@ impl Model {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_with(folder: &Path, options: LoadOptions) -> Result<Self, LoadError> {
+        let started_at = Instant::now();
         let (spec, checkpoint) = open(folder)?;
         let formats = checkpoint.quantized_formats();
         let dtype = match options.dtype {
@@ -116,8 +118,14 @@ impl Model {
             None => WorkerPool::global(),
         };
         let backend = CpuBackend::new(workers, options.isa);
-        let weights = Weights::load(&backend, &spec, &checkpoint, dtype)?;
-        let identity = model_identity(&checkpoint, &spec, dtype.as_str(), options.cache_folder.as_deref());
+        // Both read all of the checkpoint, so both do it while it is in memory.
+        let cache_folder = options.cache_folder.as_deref();
+        let (weights, identity) = std::thread::scope(|scope| {
+            let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
+            let weights = Weights::load(&backend, &spec, &checkpoint, dtype, workers.threads());
+            (weights, identity.join().expect("a digest of mapped bytes does not panic"))
+        });
+        let weights = weights?;
         let kv = match dtype {
             ComputeDtype::F32 => KvDtype::F32,
             ComputeDtype::Bf16 => KvDtype::Bf16,
@@ -125,7 +133,7 @@ impl Model {
         let weight_format = std::iter::once(kv.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
         tracing::info!(
             model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format, isa = options.isa.name(),
-            threads = workers.threads(), "model loaded"
+            threads = workers.threads(), seconds = started_at.elapsed().as_secs_f32(), "model loaded"
         );
         Ok(Self { folder: folder.to_path_buf(), spec, dtype, weight_format, identity, weights, backend })
     }

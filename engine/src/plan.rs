@@ -18,6 +18,8 @@ use common::ids::{ChoiceIndex, SequenceId};
 use common::sampling::SamplingParams;
 use common::tokens::Token;
 
+use crate::runner::StepToken;
+
 /// Consecutive tokens of one sequence in a step.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Span {
@@ -84,6 +86,8 @@ pub struct StepPlan {
     pub samples: Vec<SampleRow>,
     /// Whether this step has decode rows, which go before prefill rows of other runners in the process.
     pub has_decode: bool,
+    /// Memory for what the step draws, kept between steps; its content means nothing.
+    pub spare_tokens: Vec<StepToken>,
 }
 
 impl StepPlan {
@@ -97,6 +101,29 @@ impl StepPlan {
         self.block_tables.clear();
         self.samples.clear();
         self.has_decode = false;
+        self.spare_tokens.clear();
+    }
+
+    /// Becomes the given rows of `plan` without its samples: a span of one row for each, over the same KV.
+    ///
+    /// # Panics
+    /// If a row is in no span: a bug of whoever made the plan.
+    pub fn take_rows(&mut self, plan: &StepPlan, rows: &[usize]) {
+        self.clear();
+        self.block_tables.extend_from_slice(&plan.block_tables);
+        self.has_decode = plan.has_decode;
+        for &row in rows {
+            let span = &plan.spans[plan.spans.partition_point(|span| span.first_row + span.num_rows <= row)];
+            self.spans.push(Span {
+                first_row: self.tokens.len(),
+                num_rows: 1,
+                first_position: span.first_position + (row - span.first_row),
+                ..span.clone()
+            });
+            self.tokens.push(plan.tokens[row]);
+            self.positions.push(plan.positions[row]);
+            self.slots.push(plan.slots[row]);
+        }
     }
 
     /// Puts in the tokens that the step before this one drew, in the order of its samples.
@@ -118,5 +145,43 @@ impl StepPlan {
     /// Rows in the step.
     pub fn num_rows(&self) -> usize {
         self.tokens.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn taken_rows_are_spans_of_one_row_at_their_own_positions() {
+        let span = |sequence, first_row, num_rows, first_position, block_table| Span {
+            sequence: SequenceId(sequence),
+            first_row,
+            num_rows,
+            first_position,
+            block_table,
+            is_reported: true,
+        };
+        let plan = StepPlan {
+            tokens: vec![10, 11, 12, 13, 14],
+            positions: vec![4, 5, 6, 30, 7],
+            slots: vec![40, 41, 42, 43, 44],
+            spans: vec![span(1, 0, 3, 4, 0..1), span(2, 3, 1, 30, 1..3), span(3, 4, 1, 7, 3..4)],
+            block_tables: vec![2, 5, 6, 9],
+            has_decode: true,
+            ..StepPlan::default()
+        };
+        let mut taken = StepPlan { tokens: vec![1], ..StepPlan::default() };
+        taken.take_rows(&plan, &[2, 4]);
+        let expected = StepPlan {
+            tokens: vec![12, 14],
+            positions: vec![6, 7],
+            slots: vec![42, 44],
+            spans: vec![span(1, 0, 1, 6, 0..1), span(3, 1, 1, 7, 3..4)],
+            block_tables: plan.block_tables.clone(),
+            has_decode: true,
+            ..StepPlan::default()
+        };
+        assert_eq!(taken, expected);
     }
 }

@@ -160,6 +160,16 @@ impl KvPool {
         self.arena.file()
     }
 
+    /// Bytes of all blocks.
+    pub fn num_bytes(&self) -> usize {
+        self.arena.len()
+    }
+
+    /// Whether the kernel is set to give huge pages for it.
+    pub fn gets_huge_pages(&self) -> bool {
+        self.arena.gets_huge_pages()
+    }
+
     /// Tokens per block.
     pub fn block_size(&self) -> usize {
         self.layout.block_size

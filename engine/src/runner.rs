@@ -41,7 +41,7 @@ pub struct StepToken {
 }
 
 /// What a step produced, in the order of [`StepPlan::samples`], and the plan back so that its memory is
-/// used again.
+/// used again; that of `tokens` may become its [`StepPlan::spare_tokens`].
 #[derive(Debug)]
 pub struct StepOutput {
     /// Tokens drawn.

@@ -150,7 +150,8 @@ impl Worker {
         let logits = plan.samples.iter().flat_map(|sample| logits_of(&rows[sample.row], vocab)).collect();
         let logit_rows: Vec<usize> = (0..plan.samples.len()).collect();
         let sampler = CpuBackend::new(WorkerPool::global(), Isa::detect());
-        let drawn = sampler.sample(&CpuTensor::of(logits), vocab, &logit_rows, &plan.samples);
+        let mut drawn = Vec::new();
+        sampler.sample(&CpuTensor::of(logits), vocab, &logit_rows, &plan.samples, &mut drawn);
         let tokens = plan.samples.iter().zip(drawn);
         let tokens = tokens.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token });
         StepOutput { tokens: tokens.collect(), plan }

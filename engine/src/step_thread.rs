@@ -12,7 +12,7 @@
 use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use common::tokens::Token;
@@ -23,7 +23,7 @@ use crate::runner::{IN_FLIGHT_MAX, KvSink, StepError, StepOutput, Ticket};
 /// Runs steps one after the other. Dropping it waits for the steps in flight.
 pub(crate) struct StepThread {
     /// `None` only while it is dropped.
-    jobs: Option<Sender<(StepPlan, Arc<dyn KvSink>)>>,
+    jobs: Option<SyncSender<(StepPlan, Arc<dyn KvSink>)>>,
     outcomes: Receiver<Result<StepOutput, StepError>>,
     num_submitted: u64,
     num_waited: u64,
@@ -38,8 +38,9 @@ impl StepThread {
     pub(crate) fn start(
         mut step: impl FnMut(StepPlan, &dyn KvSink) -> StepOutput + Send + 'static,
     ) -> std::io::Result<Self> {
-        let (jobs, job_receiver) = channel::<(StepPlan, Arc<dyn KvSink>)>();
-        let (outcome_sender, outcomes) = channel();
+        // With a bound, channels have their memory from the start. Neither is ever full: see `submit`.
+        let (jobs, job_receiver) = sync_channel::<(StepPlan, Arc<dyn KvSink>)>(IN_FLIGHT_MAX);
+        let (outcome_sender, outcomes) = sync_channel(IN_FLIGHT_MAX);
         let run = move || {
             let mut drawn: Vec<Token> = Vec::new();
             while let Ok((mut plan, sink)) = job_receiver.recv() {

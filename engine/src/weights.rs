@@ -4,6 +4,9 @@
 //! those of Transformers: `model.layers.0.self_attn.q_proj.weight` and so on, for every family.
 //! q, k and v are stacked into one matrix, gate and up into another.
 
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
 use crate::backend::{Backend, MatrixPart};
 use crate::checkpoint::{Checkpoint, CheckpointError};
 use crate::spec::ModelSpec;
@@ -79,26 +82,50 @@ pub struct MlpWeights<B: Backend> {
 }
 
 impl<B: Backend> Weights<B> {
-    /// Loads everything `spec` asks for.
+    /// Loads everything `spec` asks for, on `num_threads` threads that take a layer each at a time.
     ///
     /// # Errors
-    /// The first tensor that is missing, misshapen or of an unknown type.
+    /// A tensor that is missing, misshapen or of an unknown type: of several, that of the first layer.
+    ///
+    /// # Panics
+    /// If the system refuses a thread.
     pub fn load(
         backend: &B,
         spec: &ModelSpec,
         checkpoint: &Checkpoint,
         dtype: ComputeDtype,
-    ) -> Result<Self, CheckpointError> {
+        num_threads: usize,
+    ) -> Result<Self, CheckpointError>
+    where
+        B: Sync,
+    {
         let loader = Loader { backend, checkpoint, dtype };
-        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
-        let layers = (0..spec.num_layers()).map(|layer| loader.layer(spec, layer)).collect::<Result<_, _>>()?;
-        let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        Ok(Self {
-            embedding: backend.table(loader.part("model.embed_tokens.weight", vocab, hidden)?),
-            layers,
-            norm: loader.vector("model.norm.weight", hidden)?,
-            head: loader.matrix(hidden, &[(head.to_string(), vocab)])?,
-        })
+        let slots: Vec<OnceLock<Result<LayerWeights<B>, CheckpointError>>> =
+            (0..spec.num_layers()).map(|_| OnceLock::new()).collect();
+        let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let load_layers = || {
+            while !has_failed.load(Ordering::Relaxed)
+                && let layer = next.fetch_add(1, Ordering::Relaxed)
+                && let Some(slot) = slots.get(layer)
+            {
+                let loaded = slot.get_or_init(|| loader.layer(spec, layer));
+                has_failed.fetch_or(loaded.is_err(), Ordering::Relaxed);
+            }
+        };
+        // The table and the head are loaded by this thread, meanwhile.
+        let ends = std::thread::scope(|scope| {
+            for _ in 1..num_threads {
+                scope.spawn(load_layers);
+            }
+            let ends = loader.ends(spec);
+            has_failed.fetch_or(ends.is_err(), Ordering::Relaxed);
+            load_layers();
+            ends
+        });
+        // A layer behind one that failed may be missing; the failure comes before it.
+        let layers = slots.into_iter().map_while(OnceLock::into_inner).collect::<Result<_, _>>()?;
+        let (embedding, norm, head) = ends?;
+        Ok(Self { embedding, layers, norm, head })
     }
 }
 
@@ -109,6 +136,18 @@ struct Loader<'a, B> {
 }
 
 impl<B: Backend> Loader<'_, B> {
+    /// Embedding table, last norm, output projection.
+    #[allow(clippy::type_complexity)] // one caller, which takes it apart
+    fn ends(&self, spec: &ModelSpec) -> Result<(B::Table, B::Vector, B::Matrix), CheckpointError> {
+        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
+        let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
+        Ok((
+            self.backend.table(self.part("model.embed_tokens.weight", vocab, hidden)?),
+            self.vector("model.norm.weight", hidden)?,
+            self.matrix(hidden, &[(head.to_string(), vocab)])?,
+        ))
+    }
+
     fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<LayerWeights<B>, CheckpointError> {
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
         let (hidden, ffn, head_dim) = (spec.hidden_size, spec.intermediate_size, spec.head_dim);

@@ -55,6 +55,11 @@ impl KvArena {
         self.pages.file()
     }
 
+    /// Whether the kernel is set to give huge pages for it.
+    pub fn gets_huge_pages(&self) -> bool {
+        self.pages.gets_huge_pages()
+    }
+
     /// Size in bytes.
     pub fn len(&self) -> usize {
         self.len

@@ -18,6 +18,7 @@
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
 //! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
 //! - [`uniform`](mod@uniform), [`sample`](mod@sample): from logits to a token.
+//! - [`limits`]: what the machine can do at most, which speeds are held against.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -31,6 +32,7 @@ pub mod embed;
 pub mod isa;
 pub mod kv_layout;
 pub mod kv_write;
+pub mod limits;
 pub mod matmul;
 pub mod numerics;
 pub mod packed_matrix;
@@ -46,7 +48,7 @@ pub mod workers;
 
 pub use add::add;
 pub use arena::KvArena;
-pub use attention::{AttentionParams, QuerySpan, attention};
+pub use attention::{AttentionParams, QueryBatch, QuerySpan, attention};
 pub use ctx::{Columns, Ctx};
 pub use embed::{embed, embed_quantized};
 pub use isa::{Isa, IsaError};
@@ -58,7 +60,7 @@ pub use packed_matrix::{PackedMatrix, WeightDtype, Weights};
 pub use quantized::{Mins, PackError, PackedFormat, QuantizedMatrix, QuantizedWeights, matmul_quantized};
 pub use rms_norm::{rms_norm, rms_norm_heads};
 pub use rope::{RopeTable, rope};
-pub use sample::{SampleParams, Sampled, TokenCount, sample_rows};
+pub use sample::{SampleParams, Sampled, TokenCount, sample_row};
 pub use silu_mul::silu_mul;
 pub use uniform::uniform;
 pub use workers::{Priority, WorkerPool};

@@ -220,7 +220,7 @@ impl Tiles {
     }
 }
 
-fn tile_rows(isa: Isa) -> usize {
+pub(crate) fn tile_rows(isa: Isa) -> usize {
     match isa.0 {
         Kind::Portable => 12,
         #[cfg(target_arch = "x86_64")]

@@ -123,6 +123,11 @@ impl Pages {
         }
     }
 
+    /// Whether the kernel is set to give huge pages for this.
+    pub(crate) fn gets_huge_pages(&self) -> bool {
+        self.len >= (2 << 20) && huge_pages_are_given(self.file.is_some())
+    }
+
     #[cfg(not(miri))]
     fn advise_huge(start: *mut u8, len: usize) {
         if len >= Self::HUGE {
@@ -197,6 +202,19 @@ impl Pages {
     }
 }
 
+/// Whether the kernel is set to give huge pages to who asks for them: for memory of one process, or for files in
+/// memory.
+pub(crate) fn huge_pages_are_given(is_shareable: bool) -> bool {
+    let name = if is_shareable { "shmem_enabled" } else { "enabled" };
+    let setting = std::fs::read_to_string(format!("/sys/kernel/mm/transparent_hugepage/{name}")).unwrap_or_default();
+    is_given(&setting)
+}
+
+/// `always [madvise] never`: the setting in brackets is in force.
+fn is_given(setting: &str) -> bool {
+    ["[always]", "[within_size]", "[advise]", "[madvise]", "[force]"].iter().any(|given| setting.contains(given))
+}
+
 impl Drop for Pages {
     fn drop(&mut self) {
         #[cfg(not(miri))]
@@ -215,10 +233,11 @@ impl Drop for Pages {
     }
 }
 
-#[cfg(all(test, not(miri)))]
+#[cfg(test)]
 mod tests {
     use super::*;
 
+    #[cfg(not(miri))]
     fn resident_pages(pages: &Pages) -> usize {
         let mut resident = vec![0u8; pages.len.div_ceil(4096)];
         // SAFETY: a mapping of our own, and a byte for each of its pages.
@@ -228,6 +247,7 @@ mod tests {
     }
 
     #[test]
+    #[cfg(not(miri))]
     fn populated_memory_is_there_before_it_is_touched() {
         // More than one piece, so that more than one thread may take part, and no whole number of them.
         let len = (130 << 20) + 4096;
@@ -236,5 +256,18 @@ mod tests {
             pages.populate().unwrap();
             assert_eq!(resident_pages(&pages), len / 4096);
         }
+    }
+
+    #[test]
+    fn huge_pages_are_given_by_the_setting_in_brackets() {
+        assert!(is_given("always [madvise] never\n"));
+        assert!(is_given("always within_size [advise] never deny force\n"));
+        assert!(!is_given("always madvise [never]\n"));
+        assert!(!is_given(""));
+    }
+
+    #[test]
+    fn small_memory_is_in_no_huge_page() {
+        assert!(!Pages::zeroed(4096).gets_huge_pages());
     }
 }

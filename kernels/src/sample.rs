@@ -1,9 +1,8 @@
 //! From a row of logits to a token.
 
 use std::cell::Cell;
-use std::sync::OnceLock;
 
-use crate::ctx::Ctx;
+use crate::isa::Isa;
 use crate::numerics::{LANES, exp, ln};
 use crate::simd::vectorised;
 
@@ -76,7 +75,8 @@ pub struct Sampled {
     pub top: Vec<(u32, f32)>,
 }
 
-/// Samples each row of `logits` `[params.len(), vocab]`, row-major.
+/// Samples one row of logits `[vocab]` on the calling thread: the rows of a batch are tiles of a
+/// [`WorkerPool`](crate::WorkerPool). Allocates only what it returns.
 ///
 /// A row goes through these steps; the order is vLLM's:
 /// 1. `+ logit_bias`, banned tokens to -infinity;
@@ -92,24 +92,34 @@ pub struct Sampled {
 /// +infinity as the largest finite number.
 ///
 /// Panics on a token id beyond the vocabulary: ids are checked where they enter.
-pub fn sample_rows(ctx: &Ctx<'_>, logits: &[f32], vocab: usize, params: &[SampleParams<'_>]) -> Vec<Sampled> {
-    assert_eq!(logits.len(), params.len() * vocab, "logits of [{}, {vocab}]", params.len());
-    assert!(vocab > 0, "a vocabulary has tokens");
-    let rows: Vec<OnceLock<Sampled>> = params.iter().map(|_| OnceLock::new()).collect();
-    let isa = ctx.isa;
-    ctx.pool.run(ctx.priority, params.len(), &|row| {
-        let (logits, params) = (&logits[row * vocab..][..vocab], &params[row]);
-        let sampled = vectorised!(isa, sample_row(logits: &[f32], params: &SampleParams<'_>) -> Sampled);
-        rows[row].set(sampled).expect("each row is one tile, and tiles run once");
-    });
-    rows.into_iter().map(|row| row.into_inner().expect("run returns when all tiles are done")).collect()
+pub fn sample_row(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sampled {
+    assert!(!logits.is_empty(), "a vocabulary has tokens");
+    vectorised!(isa, sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled)
 }
 
 /// Below this a temperature means greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
 
+/// What a thread keeps between rows.
+#[derive(Default)]
+struct Scratch {
+    /// Logits as the steps change them.
+    scaled: Vec<f32>,
+    /// `exp` of them.
+    weights: Vec<f32>,
+    candidates: Vec<Candidate>,
+    running_sums: Vec<f64>,
+}
+
 thread_local! {
-    static SCRATCH: Cell<(Vec<f32>, Vec<Candidate>)> = const { Cell::new((Vec::new(), Vec::new())) };
+    static SCRATCH: Cell<Scratch> = const {
+        Cell::new(Scratch {
+            scaled: Vec::new(),
+            weights: Vec::new(),
+            candidates: Vec::new(),
+            running_sums: Vec::new(),
+        })
+    };
 }
 
 /// A token under its logit as one number: smaller is better, that is a higher logit, then a lower id.
@@ -138,23 +148,24 @@ impl Candidate {
 }
 
 #[inline(always)]
-fn sample_row(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
-    let (mut scaled, mut candidates) = SCRATCH.take();
+fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
+    let mut scratch = SCRATCH.take();
+    let scaled = &mut scratch.scaled;
     let token = if params.leaves_logits_alone() && params.temperature < GREEDY_BELOW {
         highest(logits).1
     } else {
         scaled.clear();
         scaled.extend(logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) }));
-        adjust(&mut scaled, params);
-        let (max, first) = highest(&scaled);
+        adjust(scaled, params);
+        let (max, first) = highest(scaled);
         if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
             first
         } else {
             scaled.iter_mut().for_each(|x| *x = (*x - max) / params.temperature);
-            draw(&mut scaled, params, &mut candidates)
+            draw(params, &mut scratch)
         }
     };
-    SCRATCH.set((scaled, candidates));
+    SCRATCH.set(scratch);
     let (logprob, top) = match params.num_logprobs {
         None => (None, Vec::new()),
         Some(num_top) => {
@@ -201,16 +212,30 @@ fn adjust(logits: &mut [f32], params: &SampleParams<'_>) {
 
 /// Steps 5 to 8 on scaled logits, the highest of which is 0.
 #[inline(always)]
-fn draw(scaled: &mut [f32], params: &SampleParams<'_>, candidates: &mut Vec<Candidate>) -> u32 {
-    let keeps_all = params.min_p <= 0.0 && params.top_k == 0 && params.top_p >= 1.0;
-    if keeps_all {
-        scaled.iter_mut().for_each(|x| *x = exp(*x));
-        let total = scaled.iter().fold(0.0f64, |sum, &weight| sum + f64::from(weight));
-        return pick(scaled.iter().zip(0..).map(|(&weight, token)| (weight, token)), params.uniform * total);
-    }
+fn draw(params: &SampleParams<'_>, scratch: &mut Scratch) -> u32 {
+    let Scratch { scaled, weights, candidates, running_sums } = scratch;
     if params.min_p > 0.0 {
         let least = params.min_p.min(1.0);
         scaled.iter_mut().for_each(|x| *x = if exp(*x) >= least { *x } else { f32::NEG_INFINITY });
+    }
+    let sums_all = params.top_k == 0;
+    if sums_all {
+        // In a loop of its own, which is vectorised; sums in a fixed order are not.
+        weights.resize(scaled.len(), 0.0);
+        for (weight, &x) in weights.iter_mut().zip(scaled.iter()) {
+            *weight = exp(x);
+        }
+        sum_blocks(weights, running_sums);
+    }
+    let total_of_all = || running_sums.last().copied().unwrap_or(0.0);
+    if sums_all && params.top_p >= 1.0 {
+        let target = params.uniform * total_of_all();
+        // Running sums never fall: the first block that ends beyond the target has the token.
+        let block = running_sums.partition_point(|sum| *sum <= target).min(running_sums.len() - 1);
+        let before = if block == 0 { 0.0 } else { running_sums[block - 1] };
+        let block = block * SUM_BLOCK..weights.len();
+        let within = weights[block.clone()].iter().zip(block.start as u32..).map(|(&weight, token)| (weight, token));
+        return pick(within, before, target).unwrap_or_else(|| last_with_weight(weights));
     }
     candidates.clear();
     if params.top_k > 0 {
@@ -226,15 +251,33 @@ fn draw(scaled: &mut [f32], params: &SampleParams<'_>, candidates: &mut Vec<Cand
             });
             candidates.truncate(reached.map_or(candidates.len(), |last| last + 1));
         }
-    } else if params.top_p < 1.0 {
-        let total = scaled.iter().fold(0.0f64, |sum, &logit| sum + f64::from(exp(logit)));
-        keep_top_p(scaled, f64::from(params.top_p) * total, candidates);
     } else {
-        candidates.extend(scaled.iter().zip(0..).map(|(&logit, token)| Candidate::new(logit, token)));
+        keep_top_p(scaled, f64::from(params.top_p) * total_of_all(), candidates);
     }
     candidates.sort_unstable_by_key(|c| c.token());
     let total = candidates.iter().fold(0.0f64, |sum, c| sum + f64::from(exp(c.logit())));
-    pick(candidates.iter().map(|c| (exp(c.logit()), c.token())), params.uniform * total)
+    let weighted = candidates.iter().map(|c| (exp(c.logit()), c.token()));
+    let last = candidates.iter().rev().find(|c| exp(c.logit()) > 0.0).map_or(0, |c| c.token());
+    pick(weighted, 0.0, params.uniform * total).unwrap_or(last)
+}
+
+/// Weights whose running sum is kept, so that drawing does not add up all before its token a second time.
+const SUM_BLOCK: usize = 1024;
+
+/// The running sum, in ascending order, at the end of each block.
+#[inline(always)]
+fn sum_blocks(weights: &[f32], running_sums: &mut Vec<f64>) {
+    running_sums.clear();
+    let mut sum = 0.0f64;
+    for block in weights.chunks(SUM_BLOCK) {
+        sum = block.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
+        running_sums.push(sum);
+    }
+}
+
+#[inline(always)]
+fn last_with_weight(weights: &[f32]) -> u32 {
+    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
 }
 
 /// How far below the highest the logits of a band may lie. Most rows need only the first bands, so that few
@@ -284,21 +327,17 @@ fn keep_top_p(scaled: &[f32], target: f64, candidates: &mut Vec<Candidate>) {
     }
 }
 
-/// Step 8: the first token whose running sum exceeds `target`; the last with any weight if rounding let
-/// none.
+/// Step 8: the first token with which the running sum, which begins at `sum`, exceeds `target`. `None` if rounding
+/// lets none: then it is the last with any weight.
 #[inline(always)]
-fn pick(weights: impl Iterator<Item = (f32, u32)>, target: f64) -> u32 {
-    let (mut sum, mut last) = (0.0f64, 0);
+fn pick(weights: impl Iterator<Item = (f32, u32)>, mut sum: f64, target: f64) -> Option<u32> {
     for (weight, token) in weights {
         sum += f64::from(weight);
-        if weight > 0.0 {
-            last = token;
-        }
         if sum > target {
-            break;
+            return Some(token);
         }
     }
-    last
+    None
 }
 
 /// The highest logit and the lowest id that has it; -infinity and 0 if there is none.
@@ -367,17 +406,9 @@ impl Normaliser {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::isa::Isa;
-    use crate::workers::{Priority, WorkerPool};
-
-    fn sample_on(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sampled {
-        let pool = WorkerPool::new(1);
-        let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
-        sample_rows(&ctx, logits, logits.len(), &[*params]).remove(0)
-    }
 
     fn token(logits: &[f32], params: &SampleParams<'_>) -> u32 {
-        sample_on(Isa::detect(), logits, params).token
+        sample_row(Isa::detect(), logits, params).token
     }
 
     /// How often each token comes out over evenly spaced uniforms.
@@ -430,6 +461,60 @@ mod tests {
         close(&shares(&logits, &SampleParams { top_k: 2, top_p: 0.5, ..DRAW }), &[0.0, 0.0, 0.0, 1.0]);
         // Among equals the lower ids stay.
         close(&shares(&[1.0; 4], &SampleParams { top_k: 2, ..DRAW }), &[0.5, 0.5, 0.0, 0.0]);
+    }
+
+    /// Steps 4 to 8 as they are stated, with a sort of everything.
+    fn stated(logits: &[f32], params: &SampleParams<'_>) -> u32 {
+        let max = logits.iter().fold(f32::NEG_INFINITY, |max, &x| max.max(x));
+        let scaled = |token: u32| (logits[token as usize] - max) / params.temperature;
+        let weight = |token: u32| f64::from(exp(scaled(token)));
+        let kept = |token: &u32| params.min_p <= 0.0 || exp(scaled(*token)) >= params.min_p;
+        let mut tokens: Vec<u32> = (0..logits.len() as u32).filter(kept).collect();
+        let best_first = |tokens: &mut Vec<u32>| {
+            tokens.sort_by(|a, b| scaled(*b).total_cmp(&scaled(*a)).then(a.cmp(b)));
+        };
+        if params.top_k > 0 {
+            best_first(&mut tokens);
+            tokens.truncate(params.top_k as usize);
+            tokens.sort_unstable();
+        }
+        let total = |tokens: &[u32]| tokens.iter().fold(0.0, |sum, token| sum + weight(*token));
+        if params.top_p < 1.0 {
+            let target = f64::from(params.top_p) * total(&tokens);
+            best_first(&mut tokens);
+            let mut sum = 0.0;
+            let reached = tokens.iter().position(|token| {
+                sum += weight(*token);
+                sum >= target
+            });
+            tokens.truncate(reached.map_or(tokens.len(), |last| last + 1));
+            tokens.sort_unstable();
+        }
+        let target = params.uniform * total(&tokens);
+        let mut sum = 0.0;
+        let drawn = tokens.iter().find(|token| {
+            sum += weight(**token);
+            sum > target
+        });
+        *drawn.unwrap_or_else(|| tokens.iter().rev().find(|token| weight(**token) > 0.0).unwrap())
+    }
+
+    #[test]
+    fn what_is_drawn_is_what_the_steps_say() {
+        for len in [1, 700, SUM_BLOCK, SUM_BLOCK + 1, 5 * SUM_BLOCK - 3] {
+            let logits: Vec<f32> = (0..len).map(|i| (crate::uniform(9, 2, i as u32) * 14.0 - 7.0) as f32).collect();
+            for i in 0..240u32 {
+                let params = SampleParams {
+                    temperature: 0.3 + (i % 7) as f32 * 0.3,
+                    top_k: [0, 0, 40][i as usize % 3],
+                    top_p: [1.0, 0.9, 1.0, 0.3][i as usize % 4],
+                    min_p: [0.0, 0.0, 0.0, 0.02, 0.3][i as usize % 5],
+                    uniform: if i % 40 == 39 { 1.0 - f64::EPSILON / 2.0 } else { crate::uniform(7, 0, i) },
+                    ..SampleParams::GREEDY
+                };
+                assert_eq!(token(&logits, &params), stated(&logits, &params), "{len} logits, {params:?}");
+            }
+        }
     }
 
     #[test]
@@ -487,12 +572,12 @@ mod tests {
     fn logprobs_are_of_the_raw_logits_and_alternatives_come_best_first() {
         let logits = logs(&[0.1, 0.4, 0.1, 0.4]);
         let params = SampleParams { banned: &[1, 3], num_logprobs: Some(3), ..SampleParams::GREEDY };
-        let sampled = sample_on(Isa::detect(), &logits, &params);
+        let sampled = sample_row(Isa::detect(), &logits, &params);
         assert_eq!(sampled.token, 0);
         assert!((sampled.logprob.unwrap() - 0.1f32.ln()).abs() < 1e-6);
         assert_eq!(sampled.top.iter().map(|t| t.0).collect::<Vec<_>>(), [1, 3, 0]);
         assert!((sampled.top[0].1 - 0.4f32.ln()).abs() < 1e-6);
-        let none = sample_on(Isa::detect(), &logits, &SampleParams { num_logprobs: Some(0), ..DRAW });
+        let none = sample_row(Isa::detect(), &logits, &SampleParams { num_logprobs: Some(0), ..DRAW });
         assert!(none.logprob.is_some() && none.top.is_empty());
     }
 
@@ -509,9 +594,9 @@ mod tests {
                 num_logprobs: Some(5),
                 ..SampleParams::GREEDY
             };
-            let want = sample_on(Isa::PORTABLE, &logits, &params);
+            let want = sample_row(Isa::PORTABLE, &logits, &params);
             for &isa in Isa::available() {
-                assert_eq!(sample_on(isa, &logits, &params), want, "{isa:?} {params:?}");
+                assert_eq!(sample_row(isa, &logits, &params), want, "{isa:?} {params:?}");
             }
         }
     }

@@ -48,9 +48,16 @@ struct Shared {
 
 struct State {
     jobs: Vec<Arc<Job>>,
+    /// Jobs that are over, whose memory is used again: a step lists hundreds and allocates none. Some may still be
+    /// held by a worker that has yet to see that nothing is left of them.
+    spare: Vec<Arc<Job>>,
     num_sleeping: usize,
     stop: bool,
 }
+
+/// Jobs beside one for each thread that are kept for another use: a thread holds at most one that is over, and
+/// this many submitters have one that is not.
+const SPARE_JOBS: usize = 8;
 
 struct Job {
     /// The submitter's closure with its lifetime erased; see `Job::call`.
@@ -75,8 +82,15 @@ impl WorkerPool {
     ///
     /// Panics when the system cannot start them.
     pub fn new(threads: usize) -> Self {
+        let num_spare = threads.max(1) + SPARE_JOBS;
+        let state = State {
+            jobs: Vec::with_capacity(num_spare),
+            spare: (0..num_spare).map(|_| Arc::new(Job::over())).collect(),
+            num_sleeping: 0,
+            stop: false,
+        };
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { jobs: Vec::new(), num_sleeping: 0, stop: false }),
+            state: Mutex::new(state),
             wake: Condvar::new(),
             epoch: AtomicUsize::new(0),
             open_decode_jobs: AtomicUsize::new(0),
@@ -125,17 +139,7 @@ impl WorkerPool {
         let tile = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), *const (dyn Fn(usize) + Sync + 'static)>(tile)
         };
-        let job = Arc::new(Job {
-            tile,
-            priority,
-            num_tiles,
-            next: AtomicUsize::new(0),
-            num_done: AtomicUsize::new(0),
-            failed: AtomicBool::new(false),
-            panic: Mutex::new(None),
-            submitter: thread::current(),
-        });
-        self.shared.list(&job);
+        let job = self.shared.list(Job::new(tile, priority, num_tiles));
         while !job.is_claimed() {
             if priority == Priority::Prefill
                 && let Some(urgent) = self.shared.pick(Priority::Decode)
@@ -145,8 +149,9 @@ impl WorkerPool {
             self.shared.help(&job);
         }
         job.wait();
-        lock(&self.shared.state).jobs.retain(|other| !Arc::ptr_eq(other, &job));
-        if let Some(panic) = lock(&job.panic).take() {
+        let panic = lock(&job.panic).take();
+        lock(&self.shared.state).retire(job);
+        if let Some(panic) = panic {
             resume_unwind(panic);
         }
     }
@@ -191,11 +196,12 @@ impl Shared {
         }
     }
 
-    fn list(&self, job: &Arc<Job>) {
+    fn list(&self, job: Job) -> Arc<Job> {
         if job.priority == Priority::Decode {
             self.open_decode_jobs.fetch_add(1, Ordering::SeqCst);
         }
         let mut state = lock(&self.state);
+        let job = state.place(job);
         state.jobs.push(job.clone());
         self.epoch.fetch_add(1, Ordering::SeqCst);
         let num_sleeping = state.num_sleeping;
@@ -203,6 +209,7 @@ impl Shared {
         for _ in 0..num_sleeping.min(job.num_tiles - 1) {
             self.wake.notify_one();
         }
+        job
     }
 
     /// The most urgent, then oldest, job of at least this priority with unclaimed tiles.
@@ -235,7 +242,45 @@ impl Shared {
     }
 }
 
+impl State {
+    /// The job in memory that nobody else holds.
+    fn place(&mut self, job: Job) -> Arc<Job> {
+        let is_free = |spare: &mut Arc<Job>| Arc::get_mut(spare).is_some();
+        let Some(index) = self.spare.iter_mut().position(is_free) else { return Arc::new(job) };
+        let mut spare = self.spare.swap_remove(index);
+        *Arc::get_mut(&mut spare).expect("nobody can have taken a clone of what only this list holds") = job;
+        spare
+    }
+
+    /// Takes a job that is over off the list.
+    fn retire(&mut self, job: Arc<Job>) {
+        self.jobs.retain(|other| !Arc::ptr_eq(other, &job));
+        if self.spare.len() < self.spare.capacity() {
+            self.spare.push(job);
+        }
+    }
+}
+
 impl Job {
+    fn new(tile: *const (dyn Fn(usize) + Sync), priority: Priority, num_tiles: usize) -> Self {
+        Job {
+            tile,
+            priority,
+            num_tiles,
+            next: AtomicUsize::new(0),
+            num_done: AtomicUsize::new(0),
+            failed: AtomicBool::new(false),
+            panic: Mutex::new(None),
+            submitter: thread::current(),
+        }
+    }
+
+    /// One without tiles.
+    fn over() -> Self {
+        const NOTHING: &(dyn Fn(usize) + Sync) = &|_| {};
+        Job::new(NOTHING, Priority::Prefill, 0)
+    }
+
     fn is_claimed(&self) -> bool {
         self.next.load(Ordering::Relaxed) >= self.num_tiles
     }

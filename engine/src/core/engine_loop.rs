@@ -368,11 +368,13 @@ impl Engine {
         if num_prompt_tokens > 0 {
             self.prefill_rate.observe(num_prompt_tokens as f64, step_time);
         }
-        self.spare_plans.push(output.plan);
+        let (mut tokens, mut plan) = (output.tokens, output.plan);
         self.num_steps += 1;
         let step = oldest.step;
-        let tokens = output.tokens.into_iter();
-        let drawn = tokens.map(|t| DrawnToken { sequence: t.sequence, choice: t.choice, token: t.token }).collect();
+        let drawn =
+            tokens.drain(..).map(|t| DrawnToken { sequence: t.sequence, choice: t.choice, token: t.token }).collect();
+        plan.spare_tokens = tokens;
+        self.spare_plans.push(plan);
         let events = self.scheduler.on_step_done(&step, drawn);
         self.gauges.count_step(&step, &events);
         self.make_copies();

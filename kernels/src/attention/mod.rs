@@ -18,24 +18,36 @@ mod reference;
 mod tile;
 mod units;
 
+use std::cell::Cell;
+use std::ops::Range;
+
 use crate::arena::KvArena;
 use crate::ctx::{Columns, Ctx};
 use crate::isa::Isa;
 use crate::kv_layout::KvLayout;
 
+/// The queries of a call, and where their sequences lie.
+#[derive(Clone, Copy, Debug)]
+pub struct QueryBatch<'a> {
+    /// Who the rows belong to.
+    pub spans: &'a [QuerySpan],
+    /// Block tables, which the spans take their parts of.
+    pub block_tables: &'a [u32],
+}
+
 /// Consecutive query tokens of one sequence: a prefill chunk, or one token of decode. Their own keys and
 /// values are in the pool already.
-#[derive(Clone, Copy, Debug)]
-pub struct QuerySpan<'a> {
+#[derive(Clone, Debug)]
+pub struct QuerySpan {
     /// First row of `q` and `out` that belongs to the span.
     pub first_row: usize,
     /// Query tokens.
     pub num_rows: usize,
     /// Absolute position of the first of them.
     pub first_position: usize,
-    /// Blocks of the sequence in order, up to that of the span's last position at least; entries of blocks
-    /// wholly outside the window may be anything.
-    pub block_table: &'a [u32],
+    /// Which of [`QueryBatch::block_tables`] are the blocks of the sequence in order, up to that of the span's last
+    /// position at least; entries of blocks wholly outside the window may be anything.
+    pub block_table: Range<usize>,
 }
 
 /// What an attention layer fixes.
@@ -67,7 +79,7 @@ pub fn attention(
     layer: usize,
     q: &[f32],
     q_columns: Columns,
-    spans: &[QuerySpan<'_>],
+    batch: QueryBatch<'_>,
     params: &AttentionParams,
     out: &mut [f32],
 ) {
@@ -81,18 +93,39 @@ pub fn attention(
     );
     assert!(params.window != Some(0), "a window shows at least the query's own position");
     assert!(arena.len() >= layout.total_bytes(), "an arena of {} bytes", layout.total_bytes());
-    let mut taken = vec![false; out.len() / width.max(1)];
-    for span in spans {
+    TAKEN.set(check_spans(TAKEN.take(), layout, q, q_columns, batch, width, out.len() / width.max(1)));
+    let job = Job { arena, layout, layer, q, q_columns, batch, params, out: out.as_mut_ptr() };
+    if ctx.isa == Isa::PORTABLE { job.run_reference(ctx) } else { units::run(ctx, &job) }
+}
+
+thread_local! {
+    /// Which output rows a span has.
+    static TAKEN: Cell<Vec<bool>> = const { Cell::new(Vec::new()) };
+}
+
+/// Panics unless every span fits and no two have a row in common. Gives `taken` back for its memory.
+fn check_spans(
+    mut taken: Vec<bool>,
+    layout: &KvLayout,
+    q: &[f32],
+    q_columns: Columns,
+    batch: QueryBatch<'_>,
+    width: usize,
+    num_rows: usize,
+) -> Vec<bool> {
+    taken.clear();
+    taken.resize(num_rows, false);
+    for span in batch.spans {
         q_columns.check("attention q", q, span.first_row + span.num_rows, width);
         let rows = span.first_row..span.first_row + span.num_rows;
         assert!(rows.end <= taken.len(), "output rows up to {}", rows.end);
         assert!(!taken[rows.clone()].contains(&true), "rows {rows:?} in two spans");
         taken[rows].fill(true);
         let end = span.first_position + span.num_rows;
-        assert!(span.block_table.len() * layout.block_size >= end, "a block table that covers {end} positions");
+        let block_table = &batch.block_tables[span.block_table.clone()];
+        assert!(block_table.len() * layout.block_size >= end, "a block table that covers {end} positions");
     }
-    let job = Job { arena, layout, layer, q, q_columns, spans, params, out: out.as_mut_ptr() };
-    if ctx.isa == Isa::PORTABLE { job.run_reference(ctx) } else { units::run(ctx, &job) }
+    taken
 }
 
 /// One call; its units write disjoint parts of `out`.
@@ -102,7 +135,7 @@ struct Job<'a> {
     layer: usize,
     q: &'a [f32],
     q_columns: Columns,
-    spans: &'a [QuerySpan<'a>],
+    batch: QueryBatch<'a>,
     params: &'a AttentionParams,
     out: *mut f32,
 }
@@ -141,8 +174,8 @@ impl Job<'_> {
 
     /// Every row by the specification.
     fn run_reference(&self, ctx: &Ctx<'_>) {
-        let rows: Vec<(&QuerySpan<'_>, usize)> =
-            self.spans.iter().flat_map(|span| (0..span.num_rows).map(move |row| (span, row))).collect();
+        let rows: Vec<(&QuerySpan, usize)> =
+            self.batch.spans.iter().flat_map(|span| (0..span.num_rows).map(move |row| (span, row))).collect();
         ctx.pool.run(ctx.priority, rows.len(), &|unit| {
             let (span, row) = rows[unit];
             for head in 0..self.params.num_heads {
@@ -151,7 +184,7 @@ impl Job<'_> {
                     layout: self.layout,
                     layer: self.layer,
                     kv_head: head / self.group(),
-                    block_table: span.block_table,
+                    block_table: &self.batch.block_tables[span.block_table.clone()],
                 };
                 // SAFETY: each (row, head) is visited by one unit, once.
                 let out = unsafe { self.output(span.first_row + row, head) };

@@ -41,12 +41,13 @@ impl Pool {
     /// Output bits of the queries at `first_position..`, as one span.
     fn attend(&self, isa: Isa, threads: usize, q: &[f32], first_position: usize, params: &AttentionParams) -> Vec<u32> {
         let width = params.num_heads * self.layout.head_dim;
-        let span =
-            QuerySpan { first_row: 0, num_rows: q.len() / width, first_position, block_table: &self.block_table };
+        let block_table = 0..self.block_table.len();
+        let spans = [QuerySpan { first_row: 0, num_rows: q.len() / width, first_position, block_table }];
+        let batch = QueryBatch { spans: &spans, block_tables: &self.block_table };
         let pool = WorkerPool::new(threads);
         let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
         let mut out = vec![f32::NAN; q.len()];
-        attention(&ctx, &self.arena, &self.layout, 1, q, Columns::all(width), &[span], params, &mut out);
+        attention(&ctx, &self.arena, &self.layout, 1, q, Columns::all(width), batch, params, &mut out);
         assert!(out.iter().all(|x| x.is_finite()), "unwritten KV reached the output");
         out.iter().map(|x| x.to_bits()).collect()
     }
@@ -133,13 +134,14 @@ fn spans_of_several_sequences_are_computed_side_by_side() {
         first_row,
         num_rows,
         first_position,
-        block_table: &pool.block_table,
+        block_table: 0..pool.block_table.len(),
     });
     let workers = WorkerPool::new(2);
     let ctx = Ctx { pool: &workers, isa: Isa::detect(), priority: Priority::Prefill };
     let mut out = vec![-7.0; 20 * width];
     let columns = Columns { first: 2, stride };
-    attention(&ctx, &pool.arena, &pool.layout, 1, &fused, columns, &spans, &params, &mut out);
+    let batch = QueryBatch { spans: &spans, block_tables: &pool.block_table };
+    attention(&ctx, &pool.arena, &pool.layout, 1, &fused, columns, batch, &params, &mut out);
     for span in spans {
         let rows = span.first_row * width..(span.first_row + span.num_rows) * width;
         let alone = pool.attend(Isa::detect(), 1, &q[rows.clone()], span.first_position, &params);

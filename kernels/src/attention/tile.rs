@@ -58,9 +58,10 @@ pub(super) fn locate(
         v: [std::ptr::null(); TILE_GRANULES],
         v_stride: padded_dim,
     };
+    let block_table = &job.batch.block_tables[job.batch.spans[span].block_table.clone()];
     for g in granules.clone() {
         let position = start + g * GRANULE_TOKENS;
-        let block = job.spans[span].block_table[position / layout.block_size];
+        let block = block_table[position / layout.block_size];
         let offset = layout.granule_offset(job.layer, block, position % layout.block_size / GRANULE_TOKENS);
         let k = job.arena.bytes(offset, layout.granule_bytes()).cast_const();
         let tokens = g * GRANULE_TOKENS..(g + 1) * GRANULE_TOKENS;

@@ -44,10 +44,32 @@ struct Partials(*mut f32);
 // SAFETY: units write disjoint ranges; they are read after all units are done.
 unsafe impl Sync for Partials {}
 
+/// What the thread that calls keeps between calls.
+#[derive(Default)]
+struct CallScratch {
+    groups: Vec<Unit>,
+    units: Vec<Unit>,
+    partials: Vec<f32>,
+}
+
+thread_local! {
+    static CALL_SCRATCH: Cell<CallScratch> = const {
+        Cell::new(CallScratch { groups: Vec::new(), units: Vec::new(), partials: Vec::new() })
+    };
+}
+
 pub(super) fn run(ctx: &Ctx<'_>, job: &Job<'_>) {
-    let mut groups = Vec::new();
+    // Taken, not borrowed: while this thread waits for its units it may compute units of other calls.
+    let mut scratch = CALL_SCRATCH.take();
+    run_with(ctx, job, &mut scratch);
+    CALL_SCRATCH.set(scratch);
+}
+
+fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
+    let CallScratch { groups, units, partials } = scratch;
+    groups.clear();
     let mut madds = 0;
-    for (span, s) in job.spans.iter().enumerate() {
+    for (span, s) in job.batch.spans.iter().enumerate() {
         let rows = s.num_rows * job.group();
         let madds_per_row = (s.first_position + s.num_rows) * 2 * job.layout.head_dim;
         madds += rows * madds_per_row * job.layout.num_kv_heads;
@@ -75,19 +97,23 @@ pub(super) fn run(ctx: &Ctx<'_>, job: &Job<'_>) {
         return;
     }
     let state_len = job.padded_dim() + 2;
-    let (mut units, mut partial_len) = (Vec::new(), 0);
-    for group in &groups {
+    let mut partial_len = 0;
+    units.clear();
+    for group in groups.iter() {
         for part in group.parts.clone() {
             let rows = group.rows.clone();
             units.push(Unit { rows: rows.clone(), parts: part..part + 1, partial: Some(partial_len), ..*group });
             partial_len += rows.len() * state_len;
         }
     }
-    let mut partials = vec![0.0f32; partial_len];
+    // What was in it does not matter: units write all of theirs.
+    if partials.len() < partial_len {
+        partials.resize(partial_len, 0.0);
+    }
     let shared = &Partials(partials.as_mut_ptr());
     ctx.pool.run(ctx.priority, units.len(), &|unit| compute(ctx, job, &units[unit], shared));
     let mut from = 0;
-    for group in &groups {
+    for group in groups.iter() {
         let len = group.parts.len() * group.rows.len() * state_len;
         let partials = &mut partials[from..from + len];
         let isa = ctx.isa;
@@ -112,13 +138,13 @@ impl Job<'_> {
     }
 
     fn position(&self, unit: &Unit, row: usize) -> usize {
-        self.spans[unit.span].first_position + (unit.rows.start + row) / self.group()
+        self.batch.spans[unit.span].first_position + (unit.rows.start + row) / self.group()
     }
 
     /// Row of q and out, and query head, of a unit's row.
     fn place(&self, unit: &Unit, row: usize) -> (usize, usize) {
         let row = unit.rows.start + row;
-        (self.spans[unit.span].first_row + row / self.group(), unit.kv_head * self.group() + row % self.group())
+        (self.batch.spans[unit.span].first_row + row / self.group(), unit.kv_head * self.group() + row % self.group())
     }
 
     /// All positions that some row of the unit sees.

@@ -24,4 +24,6 @@ mod weights;
 
 pub use packed::{PackedFormat, QuantizedMatrix};
 pub use product::matmul_quantized;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use simd::dot_in_registers;
 pub use weights::{Mins, PackError, QuantizedWeights};

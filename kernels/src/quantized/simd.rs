@@ -6,6 +6,7 @@
 
 use std::arch::x86_64::*;
 
+use crate::isa::{Isa, Kind};
 use crate::simd::{Avx2, Avx512, Simd};
 
 /// Vectors of 16 integers (`I`), unsigned bytes prepared for a dot product (`W`), and one quad of signed bytes
@@ -270,3 +271,51 @@ int512!(
         unsafe { _mm512_dpbusd_epi32(acc, w, x) }
     }
 );
+
+/// Dot products whose operands and sums stay in registers, `rounds` times 16 of them (6 on AVX2): what an
+/// instruction set can do at most.
+pub(crate) fn dot_in_registers(isa: Isa, rounds: usize) {
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2(rounds: usize) {
+        // SAFETY: as required of the caller.
+        unsafe { dots::<Avx2, 6>(rounds) }
+    }
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+    unsafe fn avx512(rounds: usize) {
+        // SAFETY: as required of the caller.
+        unsafe { dots::<Avx512, 16>(rounds) }
+    }
+    #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn vnni(rounds: usize) {
+        // SAFETY: as required of the caller.
+        unsafe { dots::<Vnni, 16>(rounds) }
+    }
+    // SAFETY: an `Isa` exists only for instruction sets of this machine.
+    unsafe {
+        match isa.0 {
+            Kind::Portable => (),
+            Kind::Avx2 => avx2(rounds),
+            Kind::Avx512 => avx512(rounds),
+            Kind::Avx512Vnni | Kind::Avx512Bf16 => vnni(rounds),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn dots<S: IntSimd, const SUMS: usize>(rounds: usize) {
+    // SAFETY: the caller has the instruction set; the arrays hold the bytes that are read and written.
+    unsafe {
+        let bytes = std::hint::black_box([1u8; 64]);
+        let (w, x) = (S::prepare(S::load(bytes.as_ptr())), S::splat_quad(std::hint::black_box(0x0101_0101)));
+        let mut sums = [S::splat(0); SUMS];
+        for _ in 0..rounds {
+            for sum in &mut sums {
+                *sum = S::dot(*sum, w, x);
+            }
+        }
+        let all = sums.iter().skip(1).fold(sums[0], |all, sum| S::or(all, *sum));
+        let mut lanes = [0.0f32; 16];
+        S::F::store(lanes.as_mut_ptr(), S::to_f32(all));
+        std::hint::black_box(lanes);
+    }
+}

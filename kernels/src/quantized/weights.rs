@@ -93,6 +93,12 @@ impl QuantizedWeights {
         values
     }
 
+    /// Bytes held.
+    pub fn size_bytes(&self) -> usize {
+        let mins = self.mins.as_ref().map_or(0, |mins| 4 * mins.scales.len() + mins.group_mins.len());
+        self.codes.len() + 4 * self.scales.len() + self.group_scales.as_ref().map_or(0, Vec::len) + mins
+    }
+
     /// What this is, for messages.
     pub(super) fn description(&self) -> String {
         let Self { rows, cols, bits, group, block, .. } = self;

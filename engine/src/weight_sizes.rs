@@ -1,0 +1,103 @@
+//! How much memory weights take, and how many of them a step multiplies with: for the report at start and for the
+//! limits that speeds are held against.
+
+use std::ops::{Add, AddAssign};
+
+use crate::cpu::{CpuBackend, CpuMatrix, CpuTable};
+use crate::weights::Weights;
+
+/// Of some matrices.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MatrixSizes {
+    /// Bytes in memory, padding included: what a step reads of them.
+    pub num_bytes: u64,
+    /// Weights that are multiplied as f32 or bf16.
+    pub num_float_weights: u64,
+    /// Weights that are multiplied as integers.
+    pub num_quantized_weights: u64,
+}
+
+impl Add for MatrixSizes {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            num_bytes: self.num_bytes + other.num_bytes,
+            num_float_weights: self.num_float_weights + other.num_float_weights,
+            num_quantized_weights: self.num_quantized_weights + other.num_quantized_weights,
+        }
+    }
+}
+
+impl AddAssign for MatrixSizes {
+    fn add_assign(&mut self, other: Self) {
+        *self = *self + other;
+    }
+}
+
+/// Of a model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct WeightSizes {
+    /// What k and v of the last layer need: all layers before it, and its q, k and v.
+    pub up_to_last_kv: MatrixSizes,
+    /// The rest of the last layer, which only sampled rows go through.
+    pub behind_last_kv: MatrixSizes,
+    /// The output projection.
+    pub head: MatrixSizes,
+    /// Bytes of the embedding table, of which a step reads some rows.
+    pub table_bytes: u64,
+    /// Bytes of norms and biases.
+    pub vector_bytes: u64,
+}
+
+impl WeightSizes {
+    /// Everything in memory.
+    pub fn num_bytes(&self) -> u64 {
+        let matrices = self.up_to_last_kv + self.behind_last_kv + self.head;
+        matrices.num_bytes + self.table_bytes + self.vector_bytes
+    }
+}
+
+impl Weights<CpuBackend> {
+    /// How large they are.
+    pub fn sizes(&self) -> WeightSizes {
+        let mut sizes = WeightSizes { table_bytes: self.embedding.num_bytes(), ..WeightSizes::default() };
+        let bytes = |vector: &Vec<f32>| 4 * vector.len() as u64;
+        let optional = |vector: &Option<Vec<f32>>| vector.as_ref().map_or(0, bytes);
+        sizes.vector_bytes = bytes(&self.norm);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (attention, mlp) = (&layer.attention, &layer.mlp);
+            let rest = attention.output.sizes() + mlp.gate_up.sizes() + mlp.down.sizes();
+            sizes.up_to_last_kv += attention.qkv.sizes();
+            match index + 1 == self.layers.len() {
+                true => sizes.behind_last_kv += rest,
+                false => sizes.up_to_last_kv += rest,
+            }
+            sizes.vector_bytes += bytes(&attention.norm) + bytes(&mlp.norm);
+            sizes.vector_bytes += attention.qk_norm.as_ref().map_or(0, |(q, k)| bytes(q) + bytes(k));
+            sizes.vector_bytes += optional(&attention.qkv_bias) + optional(&attention.output_bias);
+            sizes.vector_bytes += optional(&mlp.gate_up_bias) + optional(&mlp.down_bias);
+        }
+        sizes.head = self.head.sizes();
+        sizes
+    }
+}
+
+impl CpuMatrix {
+    /// How large it is.
+    pub fn sizes(&self) -> MatrixSizes {
+        self.section_sizes().fold(MatrixSizes::default(), Add::add)
+    }
+}
+
+impl CpuTable {
+    /// Bytes in memory.
+    pub fn num_bytes(&self) -> u64 {
+        let num_bytes = match self {
+            CpuTable::F32(values) => size_of_val(values.as_slice()),
+            CpuTable::Bf16(values) => size_of_val(values.as_slice()),
+            CpuTable::Quantized(weights) => weights.size_bytes(),
+        };
+        num_bytes as u64
+    }
+}

@@ -1,0 +1,125 @@
+//! Matrix products in every weight format, at the row counts of decode and of prompts.
+
+use kernels::limits::Arithmetic;
+use kernels::{
+    Columns, Mins, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, WeightDtype, Weights, matmul,
+    matmul_quantized,
+};
+
+use crate::harness::{Bench, Work, noise};
+
+/// (name, input features, output features)
+const SHAPES: [(&str, usize, usize); 5] = [
+    ("S gate_up", 512, 2816),
+    ("S down", 1408, 512),
+    ("M qkv", 2048, 3072),
+    ("M gate_up", 2048, 16384),
+    ("M down", 8192, 2048),
+];
+
+/// Rows: decode at three batch sizes, a prompt.
+const ROWS: [usize; 4] = [1, 8, 32, 512];
+
+pub(crate) fn run(bench: &Bench<'_>) {
+    bench.line("job of 2 empty tiles", &Work::reading(0), || bench.ctx.pool.run(Priority::Decode, 2, &|_| {}));
+    pack(bench);
+    let shapes = if bench.is_measuring() { &SHAPES[..] } else { &SHAPES[..2] };
+    for dtype in [WeightDtype::Bf16, WeightDtype::F32] {
+        for &(name, k, n) in shapes {
+            let name = format!("matmul {dtype:?} {name}").to_lowercase();
+            float(bench, &name, dtype, k, n);
+        }
+    }
+    for format in [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::W8A8] {
+        for &(name, k, n) in shapes.iter().filter(|(_, k, _)| k % format.block(*k) == 0) {
+            let name = format!("matmul {format:?} {name}").to_lowercase();
+            quantized(bench, &name, format, k, n);
+        }
+    }
+}
+
+/// Weights as a checkpoint has them into panels, once per start.
+fn pack(bench: &Bench<'_>) {
+    if !bench.wants("pack bf16 2048 x 8192") {
+        return;
+    }
+    let values = vec![half::bf16::from_f32(0.5); 2048 * 8192];
+    bench.line("pack bf16 2048 x 8192", &Work::reading(2 * values.len()), || {
+        PackedMatrix::pack(WeightDtype::Bf16, 2048, &[Weights::Bf16(&values)]);
+    });
+}
+
+fn float(bench: &Bench<'_>, name: &str, dtype: WeightDtype, k: usize, n: usize) {
+    let rows: Vec<usize> = ROWS.into_iter().filter(|m| bench.wants(&format!("{name} x {m}"))).collect();
+    if rows.is_empty() {
+        return;
+    }
+    let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k))]);
+    let arithmetic = if dtype == WeightDtype::F32 { Arithmetic::F32 } else { Arithmetic::Bf16 };
+    for m in rows {
+        let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
+        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic };
+        bench.line(&format!("{name} x {m}"), &work, || matmul(&bench.ctx, &x, m, &w, None, false, &mut out));
+    }
+}
+
+/// What checkpoints quantize to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Format {
+    Q8_0,
+    Q4_0,
+    Q4K,
+    Q6K,
+    W8A8,
+}
+
+impl Format {
+    /// (bits, offset, group)
+    fn shape(self, k: usize) -> (u32, i32, usize) {
+        match self {
+            Format::Q8_0 => (8, 128, 32),
+            Format::Q4_0 => (4, 8, 32),
+            Format::Q4K => (4, 0, 32),
+            Format::Q6K => (6, 32, 16),
+            Format::W8A8 => (8, 128, k),
+        }
+    }
+
+    /// Weights that share a scale of the first level, of a row of `k`.
+    fn block(self, k: usize) -> usize {
+        if matches!(self, Format::Q4K | Format::Q6K) { 256 } else { self.shape(k).2 }
+    }
+
+    fn weights(self, k: usize, n: usize) -> QuantizedWeights {
+        let ((bits, offset, group), block) = (self.shape(k), self.block(k));
+        let has_levels = block == 256;
+        QuantizedWeights {
+            rows: n,
+            cols: k,
+            bits,
+            offset,
+            group,
+            block,
+            codes: (0..n * k).map(|i| (i * 7919 % (1 << bits)) as u8).collect(),
+            scales: vec![0.0625; n * k / block],
+            group_scales: has_levels.then(|| vec![3; n * k / group]),
+            mins: (self == Format::Q4K)
+                .then(|| Mins { scales: vec![0.25; n * k / block], group_mins: vec![5; n * k / group] }),
+        }
+    }
+}
+
+fn quantized(bench: &Bench<'_>, name: &str, format: Format, k: usize, n: usize) {
+    let rows: Vec<usize> = ROWS.into_iter().filter(|m| bench.wants(&format!("{name} x {m}"))).collect();
+    if rows.is_empty() {
+        return;
+    }
+    let w = QuantizedMatrix::pack(&[&format.weights(k, n)]).expect("a format with a kernel");
+    for m in rows {
+        let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
+        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic: Arithmetic::Int8 };
+        bench.line(&format!("{name} x {m}"), &work, || {
+            matmul_quantized(&bench.ctx, &x, m, &w, None, false, &mut out, Columns::all(n));
+        });
+    }
+}

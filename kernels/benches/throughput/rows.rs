@@ -1,0 +1,68 @@
+//! Operations on rows: norms, rotation, gate, sampling.
+
+use std::sync::Mutex;
+
+use kernels::limits::{Arithmetic, peak_ops_per_second};
+use kernels::{Columns, RopeTable, SampleParams, TokenCount, rms_norm, rope, sample_row, silu_mul};
+
+use crate::harness::{Bench, Work, noise};
+
+pub(crate) fn run(bench: &Bench<'_>) {
+    for m in [1, 32, 512] {
+        let (x, weight, mut out) = (noise(m * 2048), noise(2048), vec![0.0; m * 2048]);
+        bench.line(&format!("rms_norm M x {m}"), &Work::reading(4 * x.len()), || {
+            rms_norm(&bench.ctx, &x, &weight, 1e-5, &mut out);
+        });
+        let gate_up = noise(m * 2 * 8192);
+        let mut out = vec![0.0; m * 8192];
+        bench.line(&format!("silu_mul M x {m}"), &Work::reading(4 * gate_up.len()), || {
+            silu_mul(&bench.ctx, &gate_up, 8192, &mut out);
+        });
+        let (cos, sin) = (noise(m * 32), noise(m * 32));
+        let table = RopeTable { cos: &cos, sin: &sin, rot_dim: 64 };
+        let positions: Vec<u32> = (0..m as u32).collect();
+        let mut qk = noise(m * 40 * 64);
+        bench.line(&format!("rope M x {m}"), &Work::reading(4 * qk.len()), || {
+            rope(&bench.ctx, &mut qk, Columns::all(40 * 64), 40, 64, &table, &positions);
+        });
+    }
+    sampling(bench);
+}
+
+const VOCAB: usize = 150_000;
+const BATCH: usize = 32;
+
+/// Multiply-adds of a decode step of M at that batch, if its vocabulary were so large, twice: what the sampler is
+/// held against.
+const STEP_OPS: f64 = 2.0 * BATCH as f64 * (16.0 * 60.8e6 + 2048.0 * VOCAB as f64);
+
+fn sampling(bench: &Bench<'_>) {
+    // About as a model's logits lie: a bell, four wide.
+    let uniform = |i: usize, stream| kernels::uniform(1, stream, i as u32) as f32 - 0.5;
+    let logits: Vec<f32> =
+        (0..BATCH * VOCAB).map(|i| (0..4).map(|stream| uniform(i, stream)).sum::<f32>() * 7.0).collect();
+    let draw = SampleParams { temperature: 0.8, uniform: 0.7, ..SampleParams::GREEDY };
+    let counts: Vec<TokenCount> =
+        (0..1000).map(|i| TokenCount { token: i * 131, in_prompt: true, num_output: 1 }).collect();
+    for (name, params) in [
+        ("greedy", SampleParams::GREEDY),
+        ("temperature", draw),
+        ("top_k 50", SampleParams { top_k: 50, ..draw }),
+        ("top_p 0.9", SampleParams { top_p: 0.9, ..draw }),
+        ("min_p 0.05", SampleParams { min_p: 0.05, ..draw }),
+        ("penalties", SampleParams { frequency_penalty: 0.5, token_counts: &counts, ..draw }),
+        ("greedy, logprobs 5", SampleParams { num_logprobs: Some(5), ..SampleParams::GREEDY }),
+    ] {
+        let name = format!("sample 32 x 150000 {name}");
+        let time = bench.line(&name, &Work::reading(4 * logits.len()), || {
+            let drawn = Mutex::new([0; BATCH]);
+            bench.ctx.pool.run(bench.ctx.priority, BATCH, &|row| {
+                let sampled = sample_row(bench.ctx.isa, &logits[row * VOCAB..][..VOCAB], &params);
+                drawn.lock().expect("no tile panics")[row] = sampled.token;
+            });
+        });
+        if let Some((time, peak)) = time.zip(peak_ops_per_second(&bench.ctx, Arithmetic::Bf16)) {
+            println!("{:<44}{:>11.2} % of a decode step of M at the peak", "", 100.0 * time * peak / STEP_OPS);
+        }
+    }
+}
