@@ -1,7 +1,5 @@
 //! The decoder of all families: one step of prefill chunks and decode tokens, from tokens to tokens.
 
-use common::sampling::SampledToken;
-
 use crate::backend::{Backend, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
@@ -69,7 +67,7 @@ impl<B: Backend> Decoder<'_, B> {
     /// Computes one step: K and V of all rows into the pool, a token for each of the plan's samples.
     ///
     /// `sink` hears of each reported span when a layer's K and V are written, before that layer's attention.
-    pub fn forward(&self, plan: &StepPlan, sink: &dyn KvSink, workspace: &mut Workspace<B>) -> Vec<SampledToken> {
+    pub fn forward(&self, plan: &StepPlan, sink: &dyn KvSink, workspace: &mut Workspace<B>) -> B::Drawn {
         let Workspace { hidden, normed, qkv, attended, gate_up, gated, gathered, logits } = workspace;
         let Self { backend, spec, weights, rope, pool } = self;
         let heads = QkvHeads::of(spec);
@@ -83,7 +81,7 @@ impl<B: Backend> Decoder<'_, B> {
                 sink.on_layer_written(index as u32, span);
             }
             if index == last && plan.samples.is_empty() {
-                return Vec::new(); // a chunk in the middle of a prompt: its KV is all that was wanted
+                return B::Drawn::default(); // a chunk in the middle of a prompt: its KV is all that was wanted
             }
             backend.attention(pool, index, qkv, &heads, plan, spec.windows[index], attended);
             backend.matmul_residual(attended, &attention.output, attention.output_bias.as_ref(), hidden);

@@ -323,9 +323,7 @@ impl Engine {
         let step = self.scheduler.schedule();
         let pool = self.runner.pool().clone();
         self.parked.save(&step.saves, &pool);
-        for block in &step.fresh_blocks {
-            pool.clear_block(*block);
-        }
+        pool.clear_blocks(&step.fresh_blocks);
         self.parked.restore(&step.restores, &pool);
         for sequence in &step.restored {
             self.parked.forget(*sequence);
