@@ -149,7 +149,7 @@ impl CpuBackend {
     }
 
     /// As `rms_norm`, in place for single heads of `x` `[_, width]`.
-    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &Vec<f32>, eps: f32) {
+    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &[f32], eps: f32) {
         let (num_rows, columns) = (x.0.len() / width, columns(heads, weight.len(), width));
         kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
     }

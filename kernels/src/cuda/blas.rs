@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::sync::Mutex;
 
@@ -88,10 +89,10 @@ impl Blas {
                 plan.destroy();
             }
         }
-        if !plans.contains_key(&shape) {
-            plans.insert(shape, self.plan(shape)?);
-        }
-        let plan = &plans[&shape];
+        let plan = match plans.entry(shape) {
+            Entry::Occupied(found) => found.into_mut(),
+            Entry::Vacant(free) => free.insert(self.plan(shape)?),
+        };
         if shape.has_bias {
             // SAFETY: the descriptor lives in the table; the attribute is a pointer.
             unsafe { set(plan.operation, Attribute::CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias) }?;
