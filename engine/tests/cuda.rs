@@ -205,6 +205,9 @@ fn blocks_of_a_device_s_pool_are_copied_cleared_and_parked() {
     assert!(bytes_of(2).iter().chain(&bytes_of(0)).all(|byte| *byte == 0));
 }
 
+/// Parameters, tokens so far with the length of the prompt, whether stop tokens are banned.
+type Asked = (SamplingParams, Option<(Arc<Vec<u32>>, usize)>, bool);
+
 #[test]
 fn draws_penalties_and_log_probabilities_are_those_of_the_cpu() {
     let name = "tests/checkpoints/llama3-gqa";
@@ -214,7 +217,7 @@ fn draws_penalties_and_log_probabilities_are_those_of_the_cpu() {
     let greedy = SamplingParams::greedy(9);
     let drawn = SamplingParams { temperature: 0.9, seed: 1 << 40 | 5, ..greedy.clone() };
     let history = || Some((Arc::new((0..200).chain([3, 3, 900]).collect::<Vec<u32>>()), 150));
-    let rows: Vec<(SamplingParams, Option<(Arc<Vec<u32>>, usize)>, bool)> = vec![
+    let rows: Vec<Asked> = vec![
         (SamplingParams { logprobs: Some(3), ..greedy.clone() }, None, false),
         (SamplingParams { top_k: 5, ..drawn.clone() }, None, false),
         (SamplingParams { top_p: 0.7, min_p: 0.01, logprobs: Some(0), ..drawn.clone() }, None, false),
@@ -228,7 +231,7 @@ fn draws_penalties_and_log_probabilities_are_those_of_the_cpu() {
         sequence.blocks.iter().for_each(|block| runner.pool().clear_block(*block));
         let mut plan = plan(&[(&mut sequence, 20)], 16, false);
         let first = plan.samples.remove(0);
-        let row = |(params, history, is_stop_banned): &(SamplingParams, Option<(Arc<Vec<u32>>, usize)>, bool)| {
+        let row = |(params, history, is_stop_banned): &Asked| {
             let (params, history) = (Arc::new(params.clone()), history.clone());
             SampleRow { params, history, is_stop_banned: *is_stop_banned, ..first.clone() }
         };
