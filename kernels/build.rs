@@ -1,5 +1,6 @@
 //! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and to PTX for
-//! compute_80, and writes a table of them that `src/cuda/images.rs` includes.
+//! compute_80, and writes a table of them that `src/cuda/images.rs` includes. With the `fibres` feature: compiles
+//! all of them by a C++ compiler to the library that `src/cuda/fibres.rs` loads.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,9 +8,40 @@ use std::process::Command;
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
     println!("cargo::rerun-if-env-changed=CARGO_FEATURE_CUDA");
+    println!("cargo::rerun-if-env-changed=CARGO_FEATURE_FIBRES");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         compile_kernels();
     }
+    if std::env::var_os("CARGO_FEATURE_FIBRES").is_some() {
+        compile_for_the_host();
+    }
+}
+
+/// About 10 seconds, whenever a kernel changes.
+fn compile_for_the_host() {
+    println!("cargo::rerun-if-env-changed=CXX");
+    println!("cargo::rerun-if-changed=cuda");
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
+    let library = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("libfibres.so");
+    let output = Command::new(&compiler)
+        .args(["-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-o"])
+        .arg(&library)
+        .arg("cuda/host/device.cpp")
+        .output();
+    match output {
+        Ok(output) if output.status.success() => {}
+        Ok(output) => panic!(
+            "{} does not compile cuda/host/device.cpp:\n{}",
+            compiler.display(),
+            String::from_utf8_lossy(&output.stderr)
+        ),
+        Err(error) => panic!(
+            "tests of the CUDA engine without a GPU need a C++ compiler, and {} cannot be run ({error}): install g++, \
+             or name one in CXX",
+            compiler.display()
+        ),
+    }
+    println!("cargo::rustc-env=TANDEM_FIBRES_LIBRARY={}", library.display());
 }
 
 fn compile_kernels() {

@@ -6,7 +6,7 @@
 //!
 //! 1. [`cli`]: which command, with which settings.
 //! 2. [`up`]: all roles in one process. [`nodes`]: one prefill or decode node. [`endpoint`]: the proxy.
-//!    [`store`]: what a node keeps KV in beyond its pool.
+//!    [`device`]: what it computes on. [`store`]: what a node keeps KV in beyond its pool.
 //! 3. [`telemetry`], [`admin`]: logs, metrics, a node's own HTTP listener.
 //! 4. [`certs`]: the cluster's CA.
 #![forbid(unsafe_code)]
@@ -14,6 +14,7 @@
 pub mod admin;
 pub mod certs;
 pub mod cli;
+pub mod device;
 pub mod endpoint;
 pub mod nodes;
 pub mod shutdown;

@@ -17,8 +17,6 @@ use common::scheduler::SchedulerLimits;
 use common::wire::Hello;
 use decode_node::DecodeNode;
 use engine::core::{COPIED_BYTES_PER_STEP, EngineHandle, EngineOptions};
-use engine::cpu_runner::CpuRunner;
-use engine::model::Model;
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::block_feed::BlockFeed;
 use kv_connector::certs::Identity;
@@ -28,6 +26,7 @@ use kv_connector::transfer::SharedPool;
 use kv_connector::{Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
+use crate::device::{LoadedModel, load_model};
 use crate::{admin, shutdown, store, telemetry};
 
 /// What a node that stops waits for its store to be written out.
@@ -129,7 +128,7 @@ async fn run_node(
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
     check_holder(&identity, kind, &name)?;
     let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-    let loaded = load_model(model_folder(&model).await?, &weights, &engine).await?;
+    let loaded = load_model(model_folder(&model).await?, &weights, &engine, 1).await?;
     let setup = NodeSetup {
         node: name.clone(),
         identity,
@@ -180,22 +179,11 @@ pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
     Ok(engine::hub::resolve_from_env(&args.model, args.revision.as_deref()).await?)
 }
 
-/// Loads the weights in a checkpoint folder, once per process.
-///
-/// # Errors
-/// If the checkpoint is not there, not supported or damaged.
-pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineArgs) -> anyhow::Result<Arc<Model>> {
-    let (dtype, threads) = (weights.dtype, engine.threads);
-    let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
-    let model = tokio::task::spawn_blocking(load).await.context("load the model")??;
-    Ok(Arc::new(model))
-}
-
 /// Starts a node of `setup` over a loaded model.
 ///
 /// # Errors
 /// If the KV cache does not fit, the address is taken or the certificate is not usable.
-pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<RunningNode> {
+pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<RunningNode> {
     let NodeSetup { node, identity, listen, bulk_port, kv_transports, kv_quic, engine, max_model_len, store, role } =
         setup;
     let is_sharing = kv_transports.contains(&KvTransport::Shm);
@@ -204,23 +192,17 @@ pub async fn start(model: Arc<Model>, setup: NodeSetup) -> anyhow::Result<Runnin
         RoleArgs::Prefill(_) if is_sharing => PoolMemory::Shareable,
         _ => PoolMemory::Private,
     };
-    let runner = CpuRunner::with_memory(
-        model,
-        engine.block_size as usize,
-        engine.kv_cache_memory_bytes,
-        max_model_len.map(|len| len as usize),
-        memory,
-    )
-    .with_context(|| format!("make the KV cache of {node}"))?;
-    let info = engine::runner::Runner::model(&runner).clone();
-    let block_bytes = engine::runner::Runner::pool(&runner).block_bytes();
+    let runner =
+        model.runner(&engine, max_model_len, memory).with_context(|| format!("make the KV cache of {node}"))?;
+    let info = runner.model().clone();
+    let block_bytes = runner.pool().block_bytes();
     let limits = scheduler_limits(&engine, &role, &store, &info, block_bytes);
     let host_budget = Arc::new(HostBudget::new(store.store_host_bytes));
     let options =
         EngineOptions { limits, host_budget: host_budget.clone(), role: role.role().as_str(), node: node.to_string() };
     let blocks = Arc::new(BlockFeed::default());
-    let engine = engine::core::start_reporting(Box::new(runner), options, Some(blocks.clone()))
-        .context("start the engine's thread")?;
+    let engine =
+        engine::core::start_reporting(runner, options, Some(blocks.clone())).context("start the engine's thread")?;
     let opened = store::open(&store, &node, role.role(), &engine, host_budget, blocks.clone()).await;
     let store = opened.with_context(|| format!("open the prefix-block store of {node}"))?;
     let hello = Hello {

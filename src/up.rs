@@ -12,7 +12,7 @@ use kv_connector::certs::ClusterCa;
 use proxy::ProxyConfig;
 
 use crate::nodes::{self, NodeSetup, RoleArgs};
-use crate::{endpoint, shutdown, telemetry};
+use crate::{device, endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -32,7 +32,8 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let folder = nodes::model_folder(&args.model).await?;
     // Before the weights: what is wrong with a few kilobytes should not be told after minutes.
     let text = endpoint::model_text(folder.clone()).await?;
-    let loaded = nodes::load_model(folder, &args.weights, &args.engine).await?;
+    let num_nodes = (args.num_prefill_nodes + args.num_decode_nodes) as usize;
+    let loaded = device::load_model(folder, &args.weights, &args.engine, num_nodes).await?;
     let mut running = Vec::new();
     let roles = (0..args.num_prefill_nodes)
         .map(|index| (format!("prefill-{index}"), RoleArgs::Prefill(args.prefill.clone())))

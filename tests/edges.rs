@@ -303,7 +303,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 20] = [
+    let cases: [(&[&str], &str); 22] = [
         (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
@@ -314,6 +314,9 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--model", &qwen], "tiny.json"),
         (&["--kv-cache-memory-bytes", "1KiB"], "--kv-cache-memory-bytes"),
         (&["--dtype", "float7"], "float32"),
+        (&["--device", "gpu"], "auto, cpu, or a GPU such as cuda:0"),
+        // No such GPU, no driver, or a program without CUDA.
+        (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "GPU" } else { "built without CUDA" }),
         (&["--kv-transports", "shm"], "add quic"),
         (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
         (&["--kv-congestion-control", "reno"], "cubic, bbr, fixed"),

@@ -40,7 +40,8 @@ async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let args = UpArgs::parse_from([&["up", "--model", "models/tiny"], flags].concat());
     let ca = ClusterCa::generate().unwrap();
-    let model = nodes::load_model(args.model.model.clone().into(), &args.weights, &args.engine).await.unwrap();
+    let model =
+        tandem::device::load_model(args.model.model.clone().into(), &args.weights, &args.engine, 2).await.unwrap();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut running = Vec::new();
     for (name, role) in [("p0", RoleArgs::Prefill(args.prefill.clone())), ("d0", RoleArgs::Decode(args.decode.clone()))]

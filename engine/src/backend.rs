@@ -1,13 +1,12 @@
 //! What a processor must be able to do to run the decoder.
 //!
-//! The plain operations are required. The fused ones are what the decoder calls; their defaults compose plain
-//! ones, so a new backend runs before it is fast, and an unusual one overrides what it can do better. A
-//! backend is a handle: cheap to copy, without state of a request.
+//! The plain operations are required, and the one that is fused on every processor
+//! ([`norm_qkv_rope_write`](Backend::norm_qkv_rope_write)). The others that the decoder calls have defaults that
+//! compose plain ones, and a backend overrides what it can do better. A backend is a handle: cheap to clone, without
+//! state of a request.
 //!
 //! Activations are row-major f32 `[num_rows, width]` in the backend's own memory. A row's result depends on
 //! that row's inputs and its position alone, never on what else is in the step.
-
-use common::sampling::SampledToken;
 
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
@@ -58,7 +57,7 @@ impl QkvHeads {
 }
 
 /// Operations of the decoder on one kind of processor.
-pub trait Backend: Sized {
+pub trait Backend: Clone {
     /// A packed weight matrix `[rows, cols]`.
     type Matrix: Send + Sync;
     /// The embedding table `[vocab, hidden]`.
@@ -69,6 +68,8 @@ pub trait Backend: Sized {
     type Rope: Send + Sync;
     /// Activations `[num_rows, width]`.
     type Tensor: Default + Send;
+    /// The tokens that a step draws, or where they will be, and memory for the next ones; nothing by default.
+    type Drawn: Default;
 
     /// Packs a matrix of stacked parts, which may be stored differently; `cols` is its input width.
     fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Self::Matrix;
@@ -94,9 +95,6 @@ pub trait Backend: Sized {
     /// `out` = rows of `x`, each divided by its root mean square, times `weight`.
     fn rms_norm(&self, x: &Self::Tensor, weight: &Self::Vector, eps: f32, out: &mut Self::Tensor);
 
-    /// The same in place for single heads of `x` `[_, width]`.
-    fn rms_norm_heads(&self, x: &mut Self::Tensor, width: usize, heads: HeadRange, weight: &Self::Vector, eps: f32);
-
     /// `out` = `x` times the transpose of `weight`, plus `bias`.
     fn matmul(&self, x: &Self::Tensor, weight: &Self::Matrix, bias: Option<&Self::Vector>, out: &mut Self::Tensor);
 
@@ -108,20 +106,6 @@ pub trait Backend: Sized {
         bias: Option<&Self::Vector>,
         out: &mut Self::Tensor,
     );
-
-    /// Rotates heads of `x` `[positions.len(), width]` in place; a head has `head_dim` features.
-    fn rope(
-        &self,
-        x: &mut Self::Tensor,
-        width: usize,
-        heads: HeadRange,
-        head_dim: usize,
-        table: &Self::Rope,
-        positions: &[u32],
-    );
-
-    /// Stores k and v of every row at its slot of `layer`.
-    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &Self::Tensor, heads: &QkvHeads);
 
     /// Causal attention of every row over the pool, in a window if set: `out` `[num_rows, q heads * head_dim]`.
     #[allow(clippy::too_many_arguments)]
@@ -140,18 +124,24 @@ pub trait Backend: Sized {
     fn silu_mul(&self, gate_up: &Self::Tensor, ffn: usize, out: &mut Self::Tensor);
 
     /// Draws a token into `out` for each entry of `samples`; entry i has row `logit_rows[i]` of `logits` `[_, vocab]`.
-    /// What `out` held is gone, its memory is used again.
+    /// What `out` held is gone, its memory may be used again.
     fn sample(
         &self,
         logits: &Self::Tensor,
         vocab: usize,
         logit_rows: &[usize],
         samples: &[SampleRow],
-        out: &mut Vec<SampledToken>,
+        out: &mut Self::Drawn,
     );
 
+    /// Whether [`gather`](Self::gather) and [`attention`](Self::attention) take some rows of a step, with a plan of
+    /// these alone: then what nobody samples is left out behind the last layer's KV.
+    fn takes_some_rows(&self) -> bool {
+        false
+    }
+
     /// Norm, q, k and v with their biases and norms, rotation, and k and v into the pool. `qkv` holds the
-    /// rotated q afterwards.
+    /// rotated q afterwards, as [`attention`](Self::attention) wants it.
     #[allow(clippy::too_many_arguments)]
     fn norm_qkv_rope_write(
         &self,
@@ -164,18 +154,7 @@ pub trait Backend: Sized {
         hidden: &Self::Tensor,
         normed: &mut Self::Tensor,
         qkv: &mut Self::Tensor,
-    ) {
-        let (heads, width) = (QkvHeads::of(spec), spec.qkv_width());
-        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
-        self.matmul(normed, &weights.qkv, weights.qkv_bias.as_ref(), qkv);
-        if let Some((q_norm, k_norm)) = &weights.qk_norm {
-            self.rms_norm_heads(qkv, width, heads.q, q_norm, spec.rms_norm_eps);
-            self.rms_norm_heads(qkv, width, heads.k, k_norm, spec.rms_norm_eps);
-        }
-        let q_and_k = HeadRange { first_head: 0, num_heads: heads.q.num_heads + heads.k.num_heads };
-        self.rope(qkv, width, q_and_k, spec.head_dim, table, &plan.positions);
-        self.kv_write(pool, layer, &plan.slots, qkv, &heads);
-    }
+    );
 
     /// Norm, gate and up, and their product: `out` `[_, ffn]`.
     fn norm_gate_up_act(

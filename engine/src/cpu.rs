@@ -18,6 +18,8 @@ use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::weight_sizes::MatrixSizes;
+use crate::spec::ModelSpec;
+use crate::weights::AttentionWeights;
 
 /// Threads, instruction set and priority. None of them changes a result.
 #[derive(Clone, Copy)]
@@ -168,6 +170,35 @@ impl CpuBackend {
     pub fn ctx(&self) -> Ctx<'static> {
         Ctx { pool: self.workers, isa: self.isa, priority: self.priority }
     }
+
+    /// As `rms_norm`, in place for single heads of `x` `[_, width]`.
+    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &[f32], eps: f32) {
+        let (num_rows, columns) = (x.0.len() / width, columns(heads, weight.len(), width));
+        kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
+    }
+
+    /// Rotates heads of `x` `[positions.len(), width]` in place; a head has `head_dim` features.
+    fn rope(
+        &self,
+        x: &mut CpuTensor,
+        width: usize,
+        heads: HeadRange,
+        head_dim: usize,
+        table: &RopeAngles,
+        positions: &[u32],
+    ) {
+        let columns = columns(heads, head_dim, width);
+        let table = RopeTable { cos: &table.cos, sin: &table.sin, rot_dim: table.rotated_dim };
+        kernels::rope(&self.ctx(), &mut x.0, columns, heads.num_heads, head_dim, &table, positions);
+    }
+
+    /// Stores k and v of every row at its slot of `layer`.
+    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &CpuTensor, heads: &QkvHeads) {
+        let layout = pool.layout();
+        let width = qkv_width(heads, layout);
+        let (k, v) = (columns(heads.k, layout.head_dim, width), columns(heads.v, layout.head_dim, width));
+        kernels::kv_write(&self.ctx(), pool.arena(), layout, layer, slots, &qkv.0, k, &qkv.0, v);
+    }
 }
 
 fn columns(heads: HeadRange, head_dim: usize, width: usize) -> Columns {
@@ -184,6 +215,7 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Rope = RopeAngles;
     type Tensor = CpuTensor;
+    type Drawn = Vec<SampledToken>;
 
     fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> CpuMatrix {
         CpuMatrix::pack(cols, &parts)
@@ -231,11 +263,6 @@ impl Backend for CpuBackend {
         kernels::rms_norm(&self.ctx(), &x.0, weight, eps, out.sized(x.0.len()));
     }
 
-    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &Vec<f32>, eps: f32) {
-        let (num_rows, columns) = (x.0.len() / width, columns(heads, weight.len(), width));
-        kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
-    }
-
     fn matmul(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
         let out = out.sized(x.0.len() / weight.cols * weight.rows);
         weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), false, out);
@@ -243,27 +270,6 @@ impl Backend for CpuBackend {
 
     fn matmul_residual(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
         weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), true, &mut out.0);
-    }
-
-    fn rope(
-        &self,
-        x: &mut CpuTensor,
-        width: usize,
-        heads: HeadRange,
-        head_dim: usize,
-        table: &RopeAngles,
-        positions: &[u32],
-    ) {
-        let columns = columns(heads, head_dim, width);
-        let table = RopeTable { cos: &table.cos, sin: &table.sin, rot_dim: table.rotated_dim };
-        kernels::rope(&self.ctx(), &mut x.0, columns, heads.num_heads, head_dim, &table, positions);
-    }
-
-    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &CpuTensor, heads: &QkvHeads) {
-        let layout = pool.layout();
-        let width = qkv_width(heads, layout);
-        let (k, v) = (columns(heads.k, layout.head_dim, width), columns(heads.v, layout.head_dim, width));
-        kernels::kv_write(&self.ctx(), pool.arena(), layout, layer, slots, &qkv.0, k, &qkv.0, v);
     }
 
     fn attention(
@@ -298,8 +304,36 @@ impl Backend for CpuBackend {
         SPANS.set(spans);
     }
 
+    fn norm_qkv_rope_write(
+        &self,
+        spec: &ModelSpec,
+        layer: usize,
+        weights: &AttentionWeights<Self>,
+        table: &RopeAngles,
+        pool: &KvPool,
+        plan: &StepPlan,
+        hidden: &CpuTensor,
+        normed: &mut CpuTensor,
+        qkv: &mut CpuTensor,
+    ) {
+        let (heads, width) = (QkvHeads::of(spec), spec.qkv_width());
+        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
+        self.matmul(normed, &weights.qkv, weights.qkv_bias.as_ref(), qkv);
+        if let Some((q_norm, k_norm)) = &weights.qk_norm {
+            self.rms_norm_heads(qkv, width, heads.q, q_norm, spec.rms_norm_eps);
+            self.rms_norm_heads(qkv, width, heads.k, k_norm, spec.rms_norm_eps);
+        }
+        let q_and_k = HeadRange { first_head: 0, num_heads: heads.q.num_heads + heads.k.num_heads };
+        self.rope(qkv, width, q_and_k, spec.head_dim, table, &plan.positions);
+        self.kv_write(pool, layer, &plan.slots, qkv, &heads);
+    }
+
     fn silu_mul(&self, gate_up: &CpuTensor, ffn: usize, out: &mut CpuTensor) {
         kernels::silu_mul(&self.ctx(), &gate_up.0, ffn, out.sized(gate_up.0.len() / 2));
+    }
+
+    fn takes_some_rows(&self) -> bool {
+        true
     }
 
     fn sample(

@@ -8,7 +8,7 @@ use kernels::Priority;
 use crate::backend::Backend;
 use crate::cpu::CpuBackend;
 use crate::decoder::{Decoder, Workspace};
-use crate::model::{LoadError, Model};
+use crate::model::{LoadError, Model, PoolSize};
 use crate::plan::StepPlan;
 use crate::pool::{KvPool, PoolMemory};
 use crate::rope::RopeAngles;
@@ -50,34 +50,14 @@ impl CpuRunner {
         max_model_len: Option<usize>,
         memory: PoolMemory,
     ) -> Result<Self, LoadError> {
+        let PoolSize { num_blocks, max_model_len } =
+            model.size_pool(block_size, kv_cache_memory_bytes, max_model_len)?;
         let kv_spec = model.spec().kv_spec(model.kv_dtype());
-        let bytes_per_token = kv_spec.bytes_per_token();
-        let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
-        let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX);
-        let held = num_blocks.saturating_mul(block_size);
-        let supported = model.spec().max_position;
-        let wanted = max_model_len.unwrap_or(supported.min(held));
-        if wanted > supported {
-            return Err(LoadError::TooLong { asked: wanted, supported });
-        }
-        if wanted > held || held == 0 {
-            let needed = wanted.max(block_size);
-            let bytes = kv_cache_memory_bytes;
-            return Err(LoadError::PoolTooSmall { bytes, bytes_per_token, block_size, held, needed });
-        }
-        if wanted < supported && max_model_len.is_none() {
-            tracing::warn!(
-                max_model_len = wanted,
-                supported,
-                "the KV cache holds no sequence as long as the model supports: longer requests are refused; \
-                 raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
-            );
-        }
         let pool = Arc::new(KvPool::with_memory(&kv_spec, block_size, num_blocks, memory)?);
         tracing::info!("{}", memory_report(&model.weights().sizes(), &pool));
-        let info = ModelInfo { max_model_len: wanted as u32, ..model.info_for(block_size, num_blocks) };
+        let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
         let mut worker = Worker {
-            rope: model.backend().rope_table(model.spec().rope.angles(wanted)),
+            rope: model.backend().rope_table(model.spec().rope.angles(max_model_len)),
             model,
             pool: pool.clone(),
             workspace: Workspace::default(),
@@ -142,8 +122,8 @@ impl Worker {
             rope: &self.rope,
             pool: &self.pool,
         };
-        let drawn = decoder.forward(&plan, sink, &mut self.workspace);
-        let drawn = plan.samples.iter().zip(drawn.drain(..));
+        let drawn = decoder.forward(&plan, sink, &mut self.workspace).into_iter().flat_map(|drawn| drawn.drain(..));
+        let drawn = plan.samples.iter().zip(drawn);
         tokens.extend(drawn.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token }));
         StepOutput { tokens, plan }
     }

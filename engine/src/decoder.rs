@@ -1,7 +1,5 @@
 //! The decoder of all families: one step of prefill chunks and decode tokens, from tokens to tokens.
 
-use common::sampling::SampledToken;
-
 use crate::backend::{Backend, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
@@ -57,7 +55,7 @@ pub struct Workspace<B: Backend> {
     /// `[rows.len(), vocab]`
     logits: B::Tensor,
     /// What was drawn.
-    drawn: Vec<SampledToken>,
+    drawn: B::Drawn,
 }
 
 impl<B: Backend> Default for Workspace<B> {
@@ -71,7 +69,7 @@ impl<B: Backend> Default for Workspace<B> {
             gathered: B::Tensor::default(),
             normed: B::Tensor::default(),
             logits: B::Tensor::default(),
-            drawn: Vec::new(),
+            drawn: B::Drawn::default(),
         }
     }
 }
@@ -99,7 +97,7 @@ pub struct Decoder<'a, B: Backend> {
 
 impl<B: Backend> Decoder<'_, B> {
     /// Computes one step: K and V of all rows into the pool, a token for each of the plan's samples, in their order
-    /// and in the workspace's memory.
+    /// and in the workspace's memory; `None` without samples.
     ///
     /// `sink` hears of each reported span when a layer's K and V are written, before that layer's attention.
     pub fn forward<'w>(
@@ -107,12 +105,11 @@ impl<B: Backend> Decoder<'_, B> {
         plan: &StepPlan,
         sink: &dyn KvSink,
         workspace: &'w mut Workspace<B>,
-    ) -> &'w mut Vec<SampledToken> {
+    ) -> Option<&'w mut B::Drawn> {
         let Workspace { all, sampled, sampled_plan, rows, logit_rows, gathered, normed, logits, drawn } = workspace;
         let Self { backend, spec, weights, .. } = self;
         let last = spec.num_layers() - 1;
 
-        drawn.clear();
         backend.embed(&weights.embedding, spec.hidden_size, &plan.tokens, &mut all.hidden);
         for (index, layer) in weights.layers.iter().enumerate() {
             self.write_kv(index, layer, plan, sink, all);
@@ -121,11 +118,11 @@ impl<B: Backend> Decoder<'_, B> {
             }
         }
         if plan.samples.is_empty() {
-            return drawn; // a chunk in the middle of a prompt: its KV is all that was wanted
+            return None; // a chunk in the middle of a prompt: its KV is all that was wanted
         }
         distinct_rows(&plan.samples, rows, logit_rows);
         let layer = &weights.layers[last];
-        let hidden = if rows.len() < plan.num_rows() {
+        let hidden = if backend.takes_some_rows() && rows.len() < plan.num_rows() {
             // Nobody looks at the other rows behind the last layer's KV.
             sampled_plan.take_rows(plan, rows);
             backend.gather(&all.hidden, spec.hidden_size, rows, &mut sampled.hidden);
@@ -139,7 +136,7 @@ impl<B: Backend> Decoder<'_, B> {
         };
         backend.norm_logits(spec, &weights.norm, &weights.head, hidden, rows, gathered, normed, logits);
         backend.sample(logits, spec.vocab_size, logit_rows, &plan.samples, drawn);
-        drawn
+        Some(drawn)
     }
 
     /// Norm and q, k, v of a layer; k and v into the pool.

@@ -11,7 +11,7 @@
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
 //! 3. [`pool`]: the memory that KV lies in.
 //! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`weight_sizes`], [`cpu`].
-//! 5. [`runner`]: submit a plan, wait for its tokens; [`model`], [`cpu_runner`]: who does it.
+//! 5. [`runner`]: submit a plan, wait for its tokens; [`model`], [`cpu_runner`], [`cuda`]: who does it.
 //! 6. [`core`]: the thread that schedules and runs steps.
 //! 7. [`sim`]: a runner without arithmetic; [`oracle`]: arithmetic without a runner.
 #![deny(unsafe_code)]
@@ -23,6 +23,7 @@ mod config_fields;
 pub mod core;
 pub mod cpu;
 pub mod cpu_runner;
+pub mod cuda;
 pub mod decoder;
 pub mod gguf;
 pub mod hub;

@@ -6,8 +6,10 @@ use std::time::Instant;
 use common::config::Dtype;
 use common::kv_spec::KvDtype;
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
+use kernels::cuda::DeviceError;
 use kernels::{Isa, NUMERICS_FAMILY, WorkerPool};
 
+use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, CheckpointError, FloatDtype};
 use crate::cpu::CpuBackend;
 use crate::gguf::is_gguf;
@@ -52,6 +54,43 @@ pub enum LoadError {
         /// Tokens that must fit.
         needed: usize,
     },
+    /// A device cannot run it.
+    #[error("this model cannot run on a CUDA device: {reason}; use --device cpu, or another checkpoint")]
+    NotOnDevice {
+        /// Why.
+        reason: String,
+    },
+    /// A device cannot hold it.
+    #[error(
+        "the model needs {needed} bytes of memory, and {device} has {free} free: use another device, or a smaller model"
+    )]
+    DeviceMemory {
+        /// Which.
+        device: String,
+        /// Of the weights.
+        needed: u64,
+        /// Now.
+        free: u64,
+    },
+    /// Nothing is left for KV.
+    #[error(
+        "--gpu-memory-utilization {utilization} of the {total} bytes of {device} leaves nothing for KV: {used} are in use and steps need {steps}: raise it, or lower --max-num-batched-tokens or --max-num-seqs"
+    )]
+    NoDeviceMemoryForKv {
+        /// Which.
+        device: String,
+        /// Its memory.
+        total: u64,
+        /// The share that may be used.
+        utilization: f64,
+        /// By now, by anybody.
+        used: u64,
+        /// For activations.
+        steps: u64,
+    },
+    /// A device fails.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
     /// No thread for the runner.
     #[error("the system refuses to start the runner's thread: {reason}")]
     Thread {
@@ -75,15 +114,87 @@ pub struct LoadOptions {
 }
 
 /// Weights, shape and name of a model. Loaded once per process; any number of runners share it.
-pub struct Model {
+pub struct Model<B: Backend = CpuBackend> {
     folder: PathBuf,
     spec: ModelSpec,
     dtype: ComputeDtype,
     /// `bf16`, or with quantized formats `bf16+q8_0`.
     weight_format: String,
+    /// Of the orders of additions.
+    numerics_family: &'static str,
     identity: ModelIdentity,
-    weights: Weights<CpuBackend>,
-    backend: CpuBackend,
+    weights: Weights<B>,
+    backend: B,
+}
+
+/// A checkpoint whose shape is known and whose weights are not loaded yet.
+pub(crate) struct Opened {
+    folder: PathBuf,
+    pub(crate) spec: ModelSpec,
+    pub(crate) checkpoint: Checkpoint,
+    pub(crate) dtype: ComputeDtype,
+}
+
+impl Opened {
+    pub(crate) fn open(folder: &Path, dtype: Dtype) -> Result<Self, LoadError> {
+        let (spec, checkpoint) = open(folder)?;
+        let dtype = match dtype {
+            Dtype::Float32 => ComputeDtype::F32,
+            Dtype::Bfloat16 => ComputeDtype::Bf16,
+            Dtype::Auto if !checkpoint.quantized_formats().is_empty() => ComputeDtype::Bf16,
+            Dtype::Auto => match checkpoint.dtype_of("model.embed_tokens.weight") {
+                Some(FloatDtype::Bf16) => ComputeDtype::Bf16,
+                _ => ComputeDtype::F32,
+            },
+        };
+        Ok(Self { folder: folder.to_path_buf(), spec, checkpoint, dtype })
+    }
+
+    /// What the weights take where nothing is quantized: matrices in the computing type; norms, biases and angles
+    /// are next to nothing beside them and counted as one part in 64.
+    pub(crate) fn weight_bytes(&self) -> u64 {
+        let ModelSpec { hidden_size, intermediate_size, vocab_size, num_heads, head_dim, .. } = self.spec;
+        let layer = hidden_size * (self.spec.qkv_width() + num_heads * head_dim + 3 * intermediate_size);
+        let values = (self.spec.num_layers() * layer + 2 * vocab_size * hidden_size) as u64;
+        let bytes = match self.dtype {
+            ComputeDtype::F32 => values * 4,
+            ComputeDtype::Bf16 => values * 2,
+        };
+        bytes + bytes / 64
+    }
+
+    pub(crate) fn load<B: Backend + Sync>(
+        self,
+        backend: B,
+        numerics_family: &'static str,
+        num_threads: usize,
+        cache_folder: Option<&Path>,
+    ) -> Result<Model<B>, LoadError> {
+        let Self { folder, spec, checkpoint, dtype } = self;
+        let started_at = Instant::now();
+        // Both read all of the checkpoint, so both do it while it is in memory.
+        let (weights, identity) = std::thread::scope(|scope| {
+            let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
+            let weights = Weights::load(&backend, &spec, &checkpoint, dtype, num_threads);
+            (weights, identity.join().expect("a digest of mapped bytes does not panic"))
+        });
+        let weights = weights?;
+        let kv = kv_dtype_of(dtype).as_str().to_string();
+        let formats = checkpoint.quantized_formats();
+        let weight_format = std::iter::once(kv).chain(formats).collect::<Vec<String>>().join("+");
+        tracing::info!(
+            model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format,
+            seconds = started_at.elapsed().as_secs_f32(), "model loaded"
+        );
+        Ok(Model { folder, spec, dtype, weight_format, numerics_family, identity, weights, backend })
+    }
+}
+
+fn kv_dtype_of(dtype: ComputeDtype) -> KvDtype {
+    match dtype {
+        ComputeDtype::F32 => KvDtype::F32,
+        ComputeDtype::Bf16 => KvDtype::Bf16,
+    }
 }
 
 impl Model {
@@ -101,43 +212,20 @@ impl Model {
     /// # Errors
     /// As [`load`](Self::load).
     pub fn load_with(folder: &Path, options: LoadOptions) -> Result<Self, LoadError> {
-        let started_at = Instant::now();
-        let (spec, checkpoint) = open(folder)?;
-        let formats = checkpoint.quantized_formats();
-        let dtype = match options.dtype {
-            Dtype::Float32 => ComputeDtype::F32,
-            Dtype::Bfloat16 => ComputeDtype::Bf16,
-            Dtype::Auto if !formats.is_empty() => ComputeDtype::Bf16,
-            Dtype::Auto => match checkpoint.dtype_of("model.embed_tokens.weight") {
-                Some(FloatDtype::Bf16) => ComputeDtype::Bf16,
-                _ => ComputeDtype::F32,
-            },
-        };
+        let opened = Opened::open(folder, options.dtype)?;
         let workers = match options.threads {
             Some(threads) => WorkerPool::init_global(threads),
             None => WorkerPool::global(),
         };
         let backend = CpuBackend::new(workers, options.isa);
-        // Both read all of the checkpoint, so both do it while it is in memory.
         let cache_folder = options.cache_folder.as_deref();
-        let (weights, identity) = std::thread::scope(|scope| {
-            let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
-            let weights = Weights::load(&backend, &spec, &checkpoint, dtype, workers.threads());
-            (weights, identity.join().expect("a digest of mapped bytes does not panic"))
-        });
-        let weights = weights?;
-        let kv = match dtype {
-            ComputeDtype::F32 => KvDtype::F32,
-            ComputeDtype::Bf16 => KvDtype::Bf16,
-        };
-        let weight_format = std::iter::once(kv.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
-        tracing::info!(
-            model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format, isa = options.isa.name(),
-            threads = workers.threads(), seconds = started_at.elapsed().as_secs_f32(), "model loaded"
-        );
-        Ok(Self { folder: folder.to_path_buf(), spec, dtype, weight_format, identity, weights, backend })
+        let model = opened.load(backend, NUMERICS_FAMILY, workers.threads(), cache_folder)?;
+        tracing::info!(isa = options.isa.name(), threads = workers.threads(), "the model runs on the CPU");
+        Ok(model)
     }
+}
 
+impl<B: Backend> Model<B> {
     /// The checkpoint's folder or GGUF file: tokenizer and chat template are there too.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -149,13 +237,13 @@ impl Model {
     }
 
     /// Its weights.
-    pub fn weights(&self) -> &Weights<CpuBackend> {
+    pub fn weights(&self) -> &Weights<B> {
         &self.weights
     }
 
     /// What it computes on.
-    pub fn backend(&self) -> CpuBackend {
-        self.backend
+    pub fn backend(&self) -> B {
+        self.backend.clone()
     }
 
     /// What it computes in.
@@ -165,16 +253,13 @@ impl Model {
 
     /// What its KV is kept in.
     pub fn kv_dtype(&self) -> KvDtype {
-        match self.dtype {
-            ComputeDtype::F32 => KvDtype::F32,
-            ComputeDtype::Bf16 => KvDtype::Bf16,
-        }
+        kv_dtype_of(self.dtype)
     }
 
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
         let kv = self.kv_dtype().as_str();
-        let numerics = format!("{NUMERICS_FAMILY}/tp1/{}/kv-{kv}", self.weight_format);
+        let numerics = format!("{}/tp1/{}/kv-{kv}", self.numerics_family, self.weight_format);
         ModelInfo {
             identity: self.identity,
             representation: Representation(format!("{kv}/{numerics}")),
@@ -186,6 +271,48 @@ impl Model {
             num_blocks: num_blocks as u32,
         }
     }
+
+    /// How many blocks of `block_size` tokens fit `kv_cache_memory_bytes`, and how long sequences may be then: at most
+    /// `max_model_len`, or without it as long as the model and the pool allow.
+    ///
+    /// # Errors
+    /// [`LoadError::TooLong`], [`LoadError::PoolTooSmall`].
+    pub(crate) fn size_pool(
+        &self,
+        block_size: usize,
+        kv_cache_memory_bytes: u64,
+        max_model_len: Option<usize>,
+    ) -> Result<PoolSize, LoadError> {
+        let bytes_per_token = self.spec.kv_spec(self.kv_dtype()).bytes_per_token();
+        let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
+        let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX);
+        let held = num_blocks.saturating_mul(block_size);
+        let supported = self.spec.max_position;
+        let wanted = max_model_len.unwrap_or(supported.min(held));
+        if wanted > supported {
+            return Err(LoadError::TooLong { asked: wanted, supported });
+        }
+        if wanted > held || held == 0 {
+            let needed = wanted.max(block_size);
+            let bytes = kv_cache_memory_bytes;
+            return Err(LoadError::PoolTooSmall { bytes, bytes_per_token, block_size, held, needed });
+        }
+        if wanted < supported && max_model_len.is_none() {
+            tracing::warn!(
+                max_model_len = wanted,
+                supported,
+                "the KV cache holds no sequence as long as the model supports: longer requests are refused; \
+                 raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
+            );
+        }
+        Ok(PoolSize { num_blocks, max_model_len: wanted })
+    }
+}
+
+/// What fits a KV cache.
+pub(crate) struct PoolSize {
+    pub(crate) num_blocks: usize,
+    pub(crate) max_model_len: usize,
 }
 
 /// Shape and tensors. Of a folder the shape comes first: what is wrong with it is said before anything of weights.
@@ -199,7 +326,7 @@ fn open(path: &Path) -> Result<(ModelSpec, Checkpoint), LoadError> {
     Ok((spec, Checkpoint::open(path)?))
 }
 
-impl std::fmt::Debug for Model {
+impl<B: Backend> std::fmt::Debug for Model<B> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let identity = &self.identity;
         f.debug_struct("Model").field("folder", &self.folder).field("identity", identity).finish_non_exhaustive()

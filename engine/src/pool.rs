@@ -17,10 +17,13 @@
 //! blocks they hold a reference on. What would notice a breach are the digests over extents.
 
 use std::os::fd::BorrowedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
+use kernels::cuda::ops;
+use kernels::cuda::{Buffer, Device, DeviceError};
 use kernels::kv_layout::GRANULE_TOKENS;
 use kernels::{KvArena, KvLayout};
 
@@ -69,6 +72,9 @@ pub enum PoolError {
         /// What the kernel says.
         reason: String,
     },
+    /// A device has not as much memory, or fails.
+    #[error(transparent)]
+    Device(#[from] DeviceError),
 }
 
 /// A range of granules that a block table does not hold.
@@ -95,7 +101,12 @@ pub struct OutOfRange {
 pub struct KvPool {
     arena: KvArena,
     layout: KvLayout,
+    /// On a device, memory for the numbers of blocks that are changed; allocating would wait for what computes.
+    block_ids: Option<Mutex<Buffer>>,
 }
+
+/// Blocks that a device changes in one go.
+const CHANGED_BLOCKS_MAX: usize = 1024;
 
 impl KvPool {
     /// A zeroed pool of `num_blocks` blocks of `block_size` tokens. All of its memory is taken from the system
@@ -118,28 +129,7 @@ impl KvPool {
         num_blocks: usize,
         memory: PoolMemory,
     ) -> Result<Self, PoolError> {
-        let plane = uniform_plane(spec)?;
-        if block_size == 0 || !block_size.is_multiple_of(GRANULE_TOKENS) {
-            return Err(PoolError::BlockSize { block_size });
-        }
-        let too_large = PoolError::TooLarge { num_blocks, block_size };
-        let bytes = spec.bytes_per_token() as u128 * block_size as u128 * num_blocks as u128;
-        // Slots are u32 in a plan.
-        let num_slots = num_blocks as u128 * block_size as u128;
-        if bytes > isize::MAX as u128 || num_slots > u128::from(u32::MAX) {
-            return Err(too_large);
-        }
-        let layout = KvLayout {
-            num_layers: spec.num_layers() as usize,
-            num_blocks,
-            block_size,
-            num_kv_heads: plane.num_heads as usize,
-            head_dim: plane.head_dim as usize,
-            dtype: match plane.dtype {
-                KvDtype::F32 => kernels::KvDtype::F32,
-                KvDtype::Bf16 => kernels::KvDtype::Bf16,
-            },
-        };
+        let layout = layout_of(spec, block_size, num_blocks)?;
         let num_bytes = layout.total_bytes();
         let shareable = (memory == PoolMemory::Shareable).then(|| KvArena::shareable(num_bytes));
         let arena = match shareable {
@@ -151,7 +141,24 @@ impl KvPool {
             None => KvArena::new(num_bytes),
         };
         arena.populate().map_err(|error| PoolError::NoMemory { bytes: num_bytes, reason: error.to_string() })?;
-        Ok(Self { arena, layout })
+        Ok(Self { arena, layout, block_ids: None })
+    }
+
+    /// A zeroed pool in the memory of a device, which keeps a head of a granule in an order of its own
+    /// (`kernels/cuda/kv_layout.cuh`). The host reads and writes it by copies, each done when its call returns.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), or what the device says.
+    pub fn on_device(
+        spec: &KvSpec,
+        block_size: usize,
+        num_blocks: usize,
+        device: &Arc<dyn Device>,
+    ) -> Result<Self, PoolError> {
+        let layout = layout_of(spec, block_size, num_blocks)?;
+        let arena = KvArena::on_device(Buffer::new(device, layout.total_bytes())?)?;
+        let block_ids = Some(Mutex::new(Buffer::new(device, CHANGED_BLOCKS_MAX * size_of::<u32>())?));
+        Ok(Self { arena, layout, block_ids })
     }
 
     /// The file that other processes can be let read the pool in, and its size in bytes; `None` if the memory
@@ -288,6 +295,22 @@ impl KvPool {
     /// Zeroes a block in all layers. A block that is read before it is full is cleared when it is allocated:
     /// attention reads whole granules, and 0 x NaN is NaN.
     pub fn clear_block(&self, block: BlockId) {
+        self.clear_blocks(&[block]);
+    }
+
+    /// [`clear_block`](Self::clear_block) for several, on a device in one go.
+    pub fn clear_blocks(&self, blocks: &[BlockId]) {
+        if let Some((pool, ids)) = self.device_pool().zip(self.block_ids()) {
+            for blocks in blocks.chunks(CHANGED_BLOCKS_MAX) {
+                let blocks: Vec<u32> = blocks.iter().map(|block| block.0).collect();
+                ops::clear_blocks(pool, &blocks, &ids).unwrap_or_else(|error| lost(&error));
+            }
+            return;
+        }
+        blocks.iter().for_each(|block| self.clear_on_host(*block));
+    }
+
+    fn clear_on_host(&self, block: BlockId) {
         for layer in 0..self.layout.num_layers {
             let offset = self.layout.offset(layer, block.0);
             self.arena.zero(offset..offset + self.layout.block_bytes());
@@ -296,10 +319,24 @@ impl KvPool {
 
     /// Copies a block in all layers.
     pub fn copy_block(&self, source: BlockId, destination: BlockId) {
+        if let Some((pool, ids)) = self.device_pool().zip(self.block_ids()) {
+            let copied = ops::copy_blocks(pool, &[source.0, destination.0], &ids);
+            return copied.unwrap_or_else(|error| lost(&error));
+        }
         for layer in 0..self.layout.num_layers {
             let (from, to) = (self.layout.offset(layer, source.0), self.layout.offset(layer, destination.0));
             self.arena.copy_within(from, to, self.layout.block_bytes());
         }
+    }
+
+    /// The pool as a device's kernels want it, if it is there.
+    pub fn device_pool(&self) -> Option<ops::Pool<'_>> {
+        self.arena.device().map(|buffer| ops::Pool { buffer, layout: &self.layout })
+    }
+
+    /// Who holds it changes blocks.
+    fn block_ids(&self) -> Option<MutexGuard<'_, Buffer>> {
+        self.block_ids.as_ref().map(|ids| ids.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Cuts `len` bytes, from `byte_offset` of the extent on, where neighbouring blocks end: calls
@@ -378,8 +415,37 @@ impl KvMemory for KvPool {
     }
 
     fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {
-        Some(self.arena.bytes_at(offset as usize, num_bytes))
+        self.arena.bytes_at(offset as usize, num_bytes)
     }
+}
+
+/// Nothing is known of KV whose device does not answer.
+fn lost(error: &DeviceError) -> ! {
+    panic!("the KV pool's device is lost: {error}")
+}
+
+fn layout_of(spec: &KvSpec, block_size: usize, num_blocks: usize) -> Result<KvLayout, PoolError> {
+    let plane = uniform_plane(spec)?;
+    if block_size == 0 || !block_size.is_multiple_of(GRANULE_TOKENS) {
+        return Err(PoolError::BlockSize { block_size });
+    }
+    let bytes = spec.bytes_per_token() as u128 * block_size as u128 * num_blocks as u128;
+    // Slots are u32 in a plan.
+    let num_slots = num_blocks as u128 * block_size as u128;
+    if bytes > isize::MAX as u128 || num_slots > u128::from(u32::MAX) {
+        return Err(PoolError::TooLarge { num_blocks, block_size });
+    }
+    Ok(KvLayout {
+        num_layers: spec.num_layers() as usize,
+        num_blocks,
+        block_size,
+        num_kv_heads: plane.num_heads as usize,
+        head_dim: plane.head_dim as usize,
+        dtype: match plane.dtype {
+            KvDtype::F32 => kernels::KvDtype::F32,
+            KvDtype::Bf16 => kernels::KvDtype::Bf16,
+        },
+    })
 }
 
 /// The one shape of K and V that all layers have.

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use kernels::cuda::{Device, DeviceError, KERNELS_FOLDER_VARIABLE};
+use kernels::cuda::{Device, DeviceError, Gpu, KERNELS_FOLDER_VARIABLE};
 
 fn main() -> ExitCode {
     match list() {
@@ -22,12 +22,13 @@ fn main() -> ExitCode {
 
 fn list() -> Result<(), DeviceError> {
     let folder = std::env::var_os(KERNELS_FOLDER_VARIABLE).map(PathBuf::from);
-    for ordinal in 0..Device::count()? {
-        let device = Device::open(ordinal)?;
-        let (major, minor) = device.capability;
-        let gib = device.memory_bytes as f64 / f64::from(1 << 30);
-        println!("cuda:{ordinal}  {}, compute capability {major}.{minor}, {gib:.1} GiB", device.name);
-        println!("        {} kernels loaded", device.load_kernels(folder.as_deref())?.len());
+    for ordinal in 0..Gpu::count()? {
+        let gpu = Gpu::open(ordinal, folder.as_deref())?;
+        let (major, minor) = gpu.capability;
+        let gib = gpu.memory()?.total_bytes as f64 / f64::from(1 << 30);
+        println!("cuda:{ordinal}  {}, compute capability {major}.{minor}, {gib:.1} GiB", gpu.name);
+        let blas = if gpu.has_product() { "cuBLASLt is there" } else { "libcublasLt is not there" };
+        println!("        {} kernels loaded; {blas}", gpu.num_kernels());
     }
     Ok(())
 }

@@ -14,13 +14,20 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
+use crate::cuda::{Buffer, DeviceError, Lane};
 use crate::pages::Pages;
 
-/// Zeroed, page-aligned memory of fixed size in huge pages, `Send + Sync`; see the [module](self) for who
-/// may access what.
+/// Zeroed memory of fixed size, `Send + Sync`; see the [module](self) for who may access what.
 pub struct KvArena {
-    pages: Pages,
+    memory: Memory,
     len: usize,
+}
+
+enum Memory {
+    /// Page-aligned, in huge pages.
+    Host(Pages),
+    /// Every access is a copy, done when the call returns. A device that fails at one is lost: a panic.
+    Device(Buffer),
 }
 
 impl KvArena {
@@ -28,7 +35,7 @@ impl KvArena {
     ///
     /// Panics when the kernel refuses the mapping.
     pub fn new(len: usize) -> Self {
-        KvArena { pages: Pages::zeroed(len), len }
+        KvArena { memory: Memory::Host(Pages::zeroed(len)), len }
     }
 
     /// As [`new`](Self::new), in a sealed file in memory that other processes can map for reading, without
@@ -37,27 +44,51 @@ impl KvArena {
     /// # Errors
     /// The kernel's, if it refuses such a file.
     pub fn shareable(len: usize) -> io::Result<Self> {
-        Ok(KvArena { pages: Pages::shareable(len)?, len })
+        Ok(KvArena { memory: Memory::Host(Pages::shareable(len)?), len })
+    }
+
+    /// An arena in a device's memory, which is zeroed here.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn on_device(buffer: Buffer) -> Result<Self, DeviceError> {
+        let len = buffer.num_bytes();
+        buffer.zero(Lane::Transfer, 0, len)?;
+        Ok(KvArena { memory: Memory::Device(buffer), len })
+    }
+
+    /// Its memory, if that is a device's.
+    pub fn device(&self) -> Option<&Buffer> {
+        match &self.memory {
+            Memory::Host(_) => None,
+            Memory::Device(buffer) => Some(buffer),
+        }
     }
 
     /// Takes all of the arena's memory from the system now instead of on first touch. Nothing happens on kernels
-    /// that cannot (before 5.14).
+    /// that cannot (before 5.14); a device's memory is there already.
     ///
     /// # Errors
     /// The kernel's, if there is not that much memory.
     pub fn populate(&self) -> io::Result<()> {
-        self.pages.populate()
+        match &self.memory {
+            Memory::Host(pages) => pages.populate(),
+            Memory::Device(_) => Ok(()),
+        }
     }
 
     /// The file of a shareable arena and its size in bytes, which is that of the arena in whole pages. An
     /// offset in the arena is the offset in the file.
     pub fn file(&self) -> Option<(BorrowedFd<'_>, usize)> {
-        self.pages.file()
+        match &self.memory {
+            Memory::Host(pages) => pages.file(),
+            Memory::Device(_) => None,
+        }
     }
 
-    /// Whether the kernel is set to give huge pages for it.
+    /// Whether it is on the host and the kernel is set to give huge pages for it.
     pub fn gets_huge_pages(&self) -> bool {
-        self.pages.gets_huge_pages()
+        matches!(&self.memory, Memory::Host(pages) if pages.gets_huge_pages())
     }
 
     /// Size in bytes.
@@ -72,36 +103,56 @@ impl KvArena {
 
     /// Copies the bytes at `offset` into `into`. Panics beyond the end.
     pub fn read(&self, offset: usize, into: &mut [u8]) {
+        if let Memory::Device(buffer) = &self.memory {
+            return buffer.read(Lane::Transfer, offset, into).unwrap_or_else(|error| lost(&error));
+        }
         let from = self.bytes(offset, into.len());
         // SAFETY: in bounds by `bytes`; `into` is exclusively borrowed memory outside the arena; nobody
         // writes these bytes meanwhile (the module's invariant).
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
-    /// Shows `visit` the `len` bytes at `offset` where they lie. Panics beyond the end.
+    /// Shows `visit` the `len` bytes at `offset`, where they lie if the host can see them. Panics beyond the end.
     pub fn visit(&self, offset: usize, len: usize, visit: impl FnOnce(&[u8])) {
+        if self.device().is_some() {
+            let mut copy = vec![0; len];
+            self.read(offset, &mut copy);
+            return visit(&copy);
+        }
         let from = self.bytes(offset, len);
         // SAFETY: in bounds by `bytes` and initialised (zeroed by the kernel); nobody writes these bytes
         // meanwhile (the module's invariant), and the reference does not outlive the call.
         visit(unsafe { std::slice::from_raw_parts(from, len) })
     }
 
-    /// The `len` bytes at `offset` where they lie. Panics beyond the end.
-    pub fn bytes_at(&self, offset: usize, len: usize) -> &[u8] {
+    /// The `len` bytes at `offset` where they lie, if the host can see them. Panics beyond the end.
+    pub fn bytes_at(&self, offset: usize, len: usize) -> Option<&[u8]> {
+        if self.device().is_some() {
+            return None;
+        }
         // SAFETY: in bounds by `bytes`, initialised (zeroed by the kernel) and mapped for as long as the arena lives;
         // nobody writes these bytes while the reference is used (the module's invariant).
-        unsafe { std::slice::from_raw_parts(self.bytes(offset, len), len) }
+        Some(unsafe { std::slice::from_raw_parts(self.bytes(offset, len), len) })
     }
 
     /// Copies `from` to `offset`. Panics beyond the end.
     pub fn write(&self, offset: usize, from: &[u8]) {
+        if let Memory::Device(buffer) = &self.memory {
+            return buffer.write(Lane::Transfer, offset, from).unwrap_or_else(|error| lost(&error));
+        }
         let into = self.bytes(offset, from.len());
         // SAFETY: in bounds by `bytes`; nobody else accesses these bytes meanwhile (the module's invariant).
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
     }
 
-    /// Lets `fill` write the `len` bytes at `offset` where they lie. Panics beyond the end.
+    /// Lets `fill` write the `len` bytes at `offset`, where they lie if the host can see them: it then finds there what
+    /// was there, else zeros. Panics beyond the end.
     pub fn fill(&self, offset: usize, len: usize, fill: impl FnOnce(&mut [u8])) {
+        if self.device().is_some() {
+            let mut bytes = vec![0; len];
+            fill(&mut bytes);
+            return self.write(offset, &bytes);
+        }
         let into = self.bytes(offset, len);
         // SAFETY: in bounds by `bytes` and initialised (zeroed by the kernel); nobody else accesses these bytes
         // meanwhile (the module's invariant), and the reference does not outlive the call.
@@ -111,28 +162,44 @@ impl KvArena {
     /// Zeroes a range. Panics beyond the end.
     pub fn zero(&self, range: Range<usize>) {
         assert!(range.start <= range.end, "a range runs forward");
+        if let Memory::Device(buffer) = &self.memory {
+            let done = buffer.zero(Lane::Transfer, range.start, range.end - range.start);
+            return done.unwrap_or_else(|error| lost(&error));
+        }
         let into = self.bytes(range.start, range.end - range.start);
         // SAFETY: as in `write`.
         unsafe { std::ptr::write_bytes(into, 0, range.end - range.start) }
     }
 
-    /// Copies `len` bytes from `from` to `to`; the ranges may overlap. Panics beyond the end.
+    /// Copies `len` bytes from `from` to `to`; the ranges may overlap on the host. Panics beyond the end.
     pub fn copy_within(&self, from: usize, to: usize, len: usize) {
+        if let Memory::Device(buffer) = &self.memory {
+            let done = buffer.copy_from(Lane::Transfer, to, buffer, from, len);
+            return done.unwrap_or_else(|error| lost(&error));
+        }
         let (source, target) = (self.bytes(from, len), self.bytes(to, len));
         // SAFETY: both in bounds; `copy` allows overlap; as in `read` and `write`.
         unsafe { std::ptr::copy(source, target, len) }
     }
 
-    /// Pointer to `len` bytes at `offset`, for the kernels. Panics beyond the end.
+    /// Pointer to `len` bytes at `offset`, for the CPU kernels. Panics beyond the end, and if they are a device's.
     pub(crate) fn bytes(&self, offset: usize, len: usize) -> *mut u8 {
         assert!(
             offset <= self.len && len <= self.len - offset,
             "bytes {offset}..+{len} lie outside an arena of {}",
             self.len
         );
-        // SAFETY: `offset` is within the mapping, which is at least `self.len` long.
-        unsafe { self.pages.as_ptr().add(offset) }
+        match &self.memory {
+            // SAFETY: `offset` is within the mapping, which is at least `self.len` long.
+            Memory::Host(pages) => unsafe { pages.as_ptr().add(offset) },
+            Memory::Device(_) => panic!("a CPU kernel was given a KV pool in a device's memory"),
+        }
     }
+}
+
+/// Nothing is known of KV whose device does not answer.
+fn lost(error: &DeviceError) -> ! {
+    panic!("the KV pool's device is lost: {error}")
 }
 
 impl std::fmt::Debug for KvArena {
@@ -159,7 +226,7 @@ mod tests {
         arena.fill(104, 3, |bytes| bytes.iter_mut().for_each(|byte| *byte += 1));
         arena.read(100, &mut bytes);
         assert_eq!(bytes[..8], [0, 0, 0, 0, 8, 8, 8, 7]);
-        assert_eq!(arena.bytes_at(104, 4), [8, 8, 8, 7]);
+        assert_eq!(arena.bytes_at(104, 4), Some(&[8, 8, 8, 7][..]));
         assert_eq!(arena.len(), 10_000);
         assert!(!arena.is_empty());
     }

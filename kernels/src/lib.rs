@@ -26,7 +26,6 @@ pub mod add;
 pub mod arena;
 pub mod attention;
 pub mod ctx;
-#[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod embed;
 pub mod isa;

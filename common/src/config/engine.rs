@@ -3,7 +3,8 @@
 use clap::{ArgAction, Args};
 
 use super::InvalidSettings;
-use super::values::{parse_above_zero, parse_bytes_above_zero, parse_whole};
+use super::device::DeviceChoice;
+use super::values::{parse_above_zero, parse_bytes_above_zero, parse_fraction, parse_whole};
 use crate::content::GRANULE_TOKENS;
 use crate::eviction::EvictionPolicy;
 
@@ -11,6 +12,19 @@ use crate::eviction::EvictionPolicy;
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
+    /// What computes: `auto`, `cpu`, or a GPU such as `cuda:0`.
+    ///
+    /// auto takes cuda:0 if this program was built with CUDA, the machine has a GPU and the model can run on it, and
+    /// else the CPU; the log says which, and why. Part of the numerics id: a CPU and a GPU do not exchange KV.
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
+    pub device: DeviceChoice,
+
+    /// Share of a GPU's memory that may be in use, by everybody: what weights and steps leave of it is the KV cache.
+    ///
+    /// Only on a GPU, and only where --kv-cache-memory-bytes is not set. All nodes of one process share it.
+    #[arg(long, value_name = "SHARE", default_value_t = 0.9, value_parser = parse_fraction)]
+    pub gpu_memory_utilization: f64,
+
     /// Sequences that run in one batch at most.
     ///
     /// More of them raise throughput and inter-token latency, and need more KV.
@@ -31,11 +45,28 @@ pub struct EngineArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_block_size)]
     pub block_size: u32,
 
-    /// Memory of the paged KV cache, such as 512MiB or 2GiB.
+    /// Memory of the paged KV cache, such as 512MiB or 2GiB. Default: 256MiB on a CPU, on a GPU what
+    /// --gpu-memory-utilization leaves.
     ///
     /// Bounds how many tokens can run and stay cached at a time. All of it is taken at the start.
-    #[arg(long, value_name = "BYTES", default_value = "256MiB", value_parser = parse_bytes_above_zero)]
-    pub kv_cache_memory_bytes: u64,
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes_above_zero)]
+    pub kv_cache_memory_bytes: Option<u64>,
+
+    /// Give a sequence the same bits on a GPU whatever else is in the batch, as a CPU always does.
+    ///
+    /// Then a request's answer does not depend on other requests, nor on how its prompt was split; products of many
+    /// rows take a slower way. Part of the numerics id.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = false,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_possible_values = true
+    )]
+    pub batch_invariant: bool,
 
     /// Threads that compute. Default: one for each core.
     ///
@@ -77,7 +108,15 @@ pub struct EngineArgs {
     pub max_num_waiting: u32,
 }
 
+/// The KV cache of a CPU if nothing is said.
+const CPU_KV_CACHE_BYTES: u64 = 256 << 20;
+
 impl EngineArgs {
+    /// Memory of the KV cache where a CPU computes.
+    pub fn kv_cache_bytes_on_cpu(&self) -> u64 {
+        self.kv_cache_memory_bytes.unwrap_or(CPU_KV_CACHE_BYTES)
+    }
+
     /// Whether KV is looked up and kept by content.
     pub fn has_prefix_caching(&self) -> bool {
         self.enable_prefix_caching && !self.no_enable_prefix_caching

@@ -18,6 +18,7 @@
 //! (sizes, durations, addresses), the groups of settings ([`model`], [`engine`], [`fabric`], [`endpoint`],
 //! [`handover`], [`store`]), [`roles`] (which command has which groups).
 
+pub mod device;
 pub mod endpoint;
 pub mod engine;
 pub mod fabric;
@@ -29,6 +30,7 @@ pub mod roles;
 pub mod store;
 pub mod values;
 
+pub use device::DeviceChoice;
 pub use endpoint::{HttpArgs, RoutingArgs};
 pub use engine::EngineArgs;
 pub use fabric::{CongestionControl, FabricArgs, IdentityArgs, KvQuicArgs, KvTransport, TlsPaths};

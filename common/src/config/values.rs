@@ -133,6 +133,15 @@ pub fn parse_share(text: &str) -> Result<f64, String> {
     share.ok_or_else(|| format!("\"{text}\" is not a share from 0 to 10, such as 0.2 for one in five"))
 }
 
+/// Reads a part of a whole: above 0, at most 1.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_fraction(text: &str) -> Result<f64, String> {
+    let fraction = text.parse().ok().filter(|fraction| *fraction > 0.0 && *fraction <= 1.0);
+    fraction.ok_or_else(|| format!("\"{text}\" is not a share above 0 and at most 1, such as 0.9"))
+}
+
 /// Reads a number of days that a certificate may be valid.
 ///
 /// # Errors
@@ -215,6 +224,14 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
         assert!(parse_duration(&"9".repeat(40)).is_err());
+    }
+
+    #[test]
+    fn fraction_is_above_zero_and_at_most_one() {
+        assert_eq!((parse_fraction("0.9"), parse_fraction("1")), (Ok(0.9), Ok(1.0)));
+        for bad in ["0", "-0.1", "1.1", "90%", "nan", ""] {
+            assert!(parse_fraction(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -19,7 +19,7 @@ use common::block_events::BlockSink;
 use common::block_manager::BlockCounts;
 use common::content::GRANULE_TOKENS;
 use common::host_budget::HostBudget;
-use common::ids::{BlockId, SequenceId};
+use common::ids::SequenceId;
 use common::rate::Rate;
 use common::scheduler::{
     DrawnToken, GroupEvent, PreemptionCounts, ScheduledStep, Scheduler, SchedulerLimits, SequenceEvent,
@@ -251,16 +251,10 @@ impl Engine {
                 command => self.on_command(command),
             }
             let admitted = self.scheduler.admit_awaiting();
-            self.clear_blocks(&admitted.fresh_blocks);
+            self.runner.pool().clear_blocks(&admitted.fresh_blocks);
             self.dispatch(admitted.events);
         }
         self.num_steps_done -= 1;
-    }
-
-    fn clear_blocks(&self, blocks: &[BlockId]) {
-        for block in blocks {
-            self.runner.pool().clear_block(*block);
-        }
     }
 
     fn on_command(&mut self, command: Command) {
@@ -331,7 +325,7 @@ impl Engine {
         let step = self.scheduler.schedule();
         let pool = self.runner.pool().clone();
         self.parked.save(&step.saves, &pool);
-        self.clear_blocks(&step.fresh_blocks);
+        pool.clear_blocks(&step.fresh_blocks);
         self.parked.restore(&step.restores, &pool);
         for sequence in &step.restored {
             self.parked.forget(*sequence);

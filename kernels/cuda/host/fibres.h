@@ -1,4 +1,5 @@
-// Runs a kernel on the host: every CUDA thread is a ucontext fibre, one block at a time.
+// Runs a kernel on the host: every CUDA thread is a fibre, one block at a time. A fibre is made once by ucontext
+// and from then on entered and left by setjmp and longjmp, which need no system call.
 //
 // What it shows: index arithmetic, a missing barrier (threads run in forward, reverse and shuffled order, and
 // shared memory begins as NaN), a barrier that not all threads reach, a read or write beyond the end of a
@@ -10,6 +11,7 @@
 // barrier: both are legal on a device in some cases, none of our kernels needs them.
 #pragma once
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -104,8 +106,8 @@ struct Warp {
 struct Copy { void* to; const void* from; bool is_there; };
 
 struct Fibre {
-    ucontext_t context;
-    std::vector<unsigned char> stack;
+    jmp_buf resume;
+    bool is_started = false;
     dim3 index;
     bool is_done = false;
     const char* waits_for = nullptr; // a barrier, or nothing
@@ -115,14 +117,25 @@ struct Fibre {
     std::deque<std::vector<Copy>> copy_groups; // the last one is open
 };
 
+// The fibres of a launch: the first of those that all launches of the process share.
+struct Fibres {
+    Fibre* first;
+    size_t count;
+    Fibre* begin() const { return first; }
+    Fibre* end() const { return first + count; }
+    size_t size() const { return count; }
+    Fibre* data() const { return first; }
+    Fibre& operator[](size_t i) const { return first[i]; }
+};
+
 struct Block {
-    std::vector<Fibre> fibres;
+    Fibres fibres;
     std::vector<Warp> warps;
     unsigned arrived = 0;
     uint64_t generation = 0;
     int line = 0;
     unsigned current = 0;
-    ucontext_t scheduler;
+    jmp_buf scheduler;
     const std::function<void()>* kernel = nullptr;
     std::map<int, Guarded> shared; // static shared memory by the place that declares it
     std::vector<int> poisoned;     // which of it this block has seen already
@@ -135,20 +148,43 @@ inline Fibre& self() { return block->fibres[block->current]; }
 inline unsigned lane() { return block->current % 32; }
 inline Warp& warp() { return block->warps[block->current / 32]; }
 
+// Back to who runs the block; returns when this fibre has its next turn.
+inline void leave() {
+    if (_setjmp(self().resume) == 0) _longjmp(block->scheduler, 1);
+}
+
+// The life of a fibre: one thread of a block after the other.
 inline void run_fibre() {
-    (*block->kernel)();
-    Fibre& fibre = self();
-    for (const auto& group : fibre.copy_groups)
-        if (!group.empty()) fail("thread %u ended with asynchronous copies in flight", block->current);
-    fibre.is_done = true;
-    swapcontext(&fibre.context, &block->scheduler);
+    for (;;) {
+        (*block->kernel)();
+        Fibre& fibre = self();
+        for (const auto& group : fibre.copy_groups)
+            if (!group.empty()) fail("thread %u ended with asynchronous copies in flight", block->current);
+        fibre.is_done = true;
+        leave();
+    }
+}
+
+inline void enter(Fibre& fibre) {
+    if (_setjmp(block->scheduler) != 0) return;
+    if (fibre.is_started) _longjmp(fibre.resume, 1);
+    constexpr size_t STACK_BYTES = 64 << 10;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_stack.ss_sp = mmap(nullptr, STACK_BYTES, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (context.uc_stack.ss_sp == MAP_FAILED) fail("no memory for a stack");
+    context.uc_link = nullptr;
+    fibre.is_started = true;
+    makecontext(&context, run_fibre, 0);
+    setcontext(&context);
 }
 
 inline void pause(const char* what, int line, bool (*is_released)(const Fibre&), uint64_t generation) {
     Fibre& fibre = self();
     fibre.waits_for = what, fibre.line = line, fibre.is_released = is_released, fibre.generation = generation;
-    swapcontext(&fibre.context, &block->scheduler);
-    fibre.waits_for = nullptr;
+    leave();
+    self().waits_for = nullptr;
 }
 
 inline void block_barrier(int line) {
@@ -229,7 +265,7 @@ inline void run_block(Order order, std::mt19937& random) {
             has_run = true;
             block->current = index;
             threadIdx = fibre.index;
-            swapcontext(&block->scheduler, &fibre.context);
+            enter(fibre);
         }
         if (all_done) return;
         if (has_run) continue;
@@ -244,7 +280,7 @@ inline void run_block(Order order, std::mt19937& random) {
 
 // Runs `kernel` for every block of the grid, with `num_dynamic` bytes of dynamic shared memory.
 inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, const std::function<void()>& kernel) {
-    constexpr size_t STACK_BYTES = 64 << 10;
+    static Fibre all_fibres[1024];
     const unsigned num_threads = threads.x * threads.y * threads.z;
     if (num_threads == 0 || num_threads % 32 != 0 || num_threads > 1024)
         fail("blocks of %u threads: expected whole warps, at most 1024 threads", num_threads);
@@ -253,8 +289,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
     block = &here;
     here.kernel = &kernel;
     here.dynamic = Guarded(num_dynamic);
-    here.fibres.resize(num_threads);
-    for (Fibre& fibre : here.fibres) fibre.stack.resize(STACK_BYTES);
+    here.fibres = {all_fibres, num_threads};
     blockDim = threads, gridDim = grid;
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
@@ -269,11 +304,6 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
                     fibre.index = dim3(i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y);
                     fibre.is_done = false, fibre.waits_for = nullptr;
                     fibre.copy_groups.assign(1, {});
-                    getcontext(&fibre.context);
-                    fibre.context.uc_stack.ss_sp = fibre.stack.data();
-                    fibre.context.uc_stack.ss_size = fibre.stack.size();
-                    fibre.context.uc_link = nullptr;
-                    makecontext(&fibre.context, run_fibre, 0);
                 }
                 run_block(order, random);
             }

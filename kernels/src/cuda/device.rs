@@ -1,32 +1,22 @@
-//! A GPU, found at run time, and the kernels loaded on it.
+//! What the operations need of a device, and memory on one.
+//!
+//! Two implementations: a GPU through NVIDIA's driver, and the host, where kernels run as fibres; the second is
+//! for tests, and so exact about arguments and bounds as no GPU is.
+//!
+//! **Order.** A device has two lanes. Launches, products and copies on [`Lane::Compute`] happen one after the other,
+//! behind the caller's back; an [`Event`] tells when. A copy on [`Lane::Transfer`] is done when the call returns, and
+//! passes by what computes: whoever calls knows that nobody else touches those bytes, as with the
+//! [arena](crate::arena) on the host.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
 use std::fmt;
-use std::path::Path;
 use std::sync::Arc;
 
-use cudarc::driver::{CudaContext, CudaFunction, DriverError};
-use cudarc::nvrtc::Ptx;
-
-use super::images::{EMBEDDED, Image, ImageError};
-
-/// A GPU of this machine.
-pub struct Device {
-    context: Arc<CudaContext>,
-    /// Which, as `cuda:N` counts.
-    pub ordinal: usize,
-    /// As the driver names it.
-    pub name: String,
-    /// Compute capability.
-    pub capability: (u32, u32),
-    /// All of its memory.
-    pub memory_bytes: usize,
-}
-
-/// Why there is no device, or no kernels on it.
-#[derive(Debug)]
+/// Why a device does not do what it was asked.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum DeviceError {
+    /// This program has no part that speaks to GPUs.
+    NotBuilt,
     /// The machine has no NVIDIA driver.
     NoDriver,
     /// There are fewer devices.
@@ -37,132 +27,373 @@ pub enum DeviceError {
         num_devices: usize,
     },
     /// The driver refused.
-    Driver {
+    Refused {
         /// What was asked of it, as a verb phrase.
         asked: String,
         /// What it said.
         reason: String,
     },
-    /// A kernel file has no image for it.
-    Image(ImageError),
+    /// A kernel file has no image for the device.
+    Image(String),
 }
 
 impl fmt::Display for DeviceError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            DeviceError::NotBuilt => f.write_str(
+                "this program was built without CUDA: build it with --features cuda (and CUDA_HOME set to a CUDA 13 \
+                 toolkit), or use the CPU",
+            ),
             DeviceError::NoDriver => f.write_str(
                 "this machine has no NVIDIA driver (libcuda.so.1 is not there): install one, or use the CPU",
             ),
             DeviceError::Missing { ordinal, num_devices } => {
                 write!(f, "cuda:{ordinal} was asked for, and the driver knows {num_devices} GPUs, counted from 0")
             }
-            DeviceError::Driver { asked, reason } => write!(f, "the NVIDIA driver cannot {asked}: {reason}"),
-            DeviceError::Image(error) => error.fmt(f),
+            DeviceError::Refused { asked, reason } => write!(f, "the device cannot {asked}: {reason}"),
+            DeviceError::Image(reason) => f.write_str(reason),
         }
     }
 }
 
 impl std::error::Error for DeviceError {}
 
-fn refused(asked: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
-    let asked = asked.into();
-    move |error| DeviceError::Driver { asked, reason: error.to_string() }
+impl DeviceError {
+    /// Whether there is simply no GPU for this program, as against one that fails.
+    pub fn is_absence(&self) -> bool {
+        matches!(self, DeviceError::NotBuilt | DeviceError::NoDriver | DeviceError::Missing { .. })
+    }
 }
 
-impl Device {
-    /// How many GPUs the driver knows.
+/// Which order a copy is part of; see the [module](self).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Lane {
+    /// That of the launches.
+    Compute,
+    /// None: it is done when the call returns.
+    Transfer,
+}
+
+/// Memory of a device, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryInfo {
+    /// Not taken by anybody.
+    pub free_bytes: usize,
+    /// All of it.
+    pub total_bytes: usize,
+}
+
+/// A point in the order of [`Lane::Compute`].
+pub trait Event: Send + Sync {
+    /// Waits until everything before it is done.
     ///
     /// # Errors
-    /// [`DeviceError::NoDriver`], or what the driver says.
-    pub fn count() -> Result<usize, DeviceError> {
-        // SAFETY: it opens and closes the driver's library, whose initialisers may run at any time and are
-        // the same that the next call would run.
-        if !unsafe { cudarc::driver::sys::is_culib_present() } {
-            return Err(DeviceError::NoDriver);
-        }
-        let count = CudaContext::device_count().map_err(refused("count the GPUs"))?;
-        Ok(usize::try_from(count).unwrap_or(0))
+    /// What the device says, also of what it was to do before.
+    fn wait(&self) -> Result<(), DeviceError>;
+}
+
+/// A kernel, how many of its blocks and threads, and what it is given.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// Name of the kernel, as in `kernels/cuda`.
+    pub kernel: &'static str,
+    /// Blocks.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub threads: u32,
+    /// Dynamic shared memory of a block.
+    pub shared_bytes: u32,
+    /// Arguments, in order.
+    pub args: &'a Args,
+}
+
+/// Values for a kernel's parameters, each as its bytes.
+#[derive(Debug, Default)]
+pub struct Args {
+    /// Each value begins at a word of its own.
+    words: [u64; 32],
+    num_words: usize,
+    /// First word and size in bytes.
+    places: [(usize, usize); 16],
+    num: usize,
+}
+
+impl Args {
+    /// Appends an address, or null.
+    pub(super) fn address(self, address: u64) -> Self {
+        self.bytes(&address.to_ne_bytes())
     }
 
-    /// The GPU number `ordinal`.
+    pub(super) fn u64(self, value: u64) -> Self {
+        self.bytes(&value.to_ne_bytes())
+    }
+
+    pub(super) fn u32(self, value: usize) -> Self {
+        self.bytes(&u32::try_from(value).expect("sizes of a launch fit 32 bits").to_ne_bytes())
+    }
+
+    pub(super) fn f32(self, value: f32) -> Self {
+        self.bytes(&value.to_ne_bytes())
+    }
+
+    /// Appends a structure of 32-bit fields.
+    pub(super) fn fields<const N: usize>(self, fields: [u32; N]) -> Self {
+        self.bytes(as_bytes(&fields))
+    }
+
+    fn bytes(mut self, bytes: &[u8]) -> Self {
+        self.places[self.num] = (self.num_words, bytes.len());
+        self.num += 1;
+        for piece in bytes.chunks(8) {
+            let mut word = [0; 8];
+            word[..piece.len()].copy_from_slice(piece);
+            self.words[self.num_words] = u64::from_ne_bytes(word);
+            self.num_words += 1;
+        }
+        self
+    }
+
+    /// Where each value lies and its size in bytes.
+    pub fn values(&self) -> impl Iterator<Item = (*const u8, usize)> + '_ {
+        self.places[..self.num].iter().map(|(word, size)| (self.words[*word..].as_ptr().cast(), *size))
+    }
+}
+
+/// A product of bf16 matrices into f32: `out[m, n] = x[m, k] w[n, k]^T (+ bias[n]) (+ out)`, all row-major.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Product {
+    /// Address of `[m, k]`.
+    pub x: u64,
+    /// Address of `[n, k]`.
+    pub w: u64,
+    /// Address of f32 `[n]`, or 0.
+    pub bias: u64,
+    /// Address of `[m, n]`.
+    pub out: u64,
+    /// Rows.
+    pub m: usize,
+    /// Columns of the result.
+    pub n: usize,
+    /// What is summed over.
+    pub k: usize,
+    /// Whether to add to what is there.
+    pub add: bool,
+}
+
+/// A processor with memory of its own that runs the kernels of `kernels/cuda`.
+pub trait Device: Send + Sync {
+    /// Which it is, for people.
+    fn name(&self) -> String;
+
+    /// Its memory.
     ///
     /// # Errors
-    /// [`DeviceError`]: no driver, no such GPU, or what the driver says.
-    pub fn open(ordinal: usize) -> Result<Self, DeviceError> {
-        let num_devices = Self::count()?;
-        if ordinal >= num_devices {
-            return Err(DeviceError::Missing { ordinal, num_devices });
-        }
-        let context = CudaContext::new(ordinal).map_err(refused(format!("open cuda:{ordinal}")))?;
-        let name = context.name().map_err(refused("name the GPU"))?;
-        let (major, minor) = context.compute_capability().map_err(refused("tell the GPU's compute capability"))?;
-        let memory_bytes = context.total_mem().map_err(refused("tell the GPU's memory"))?;
-        Ok(Self { context, ordinal, name, capability: (major as u32, minor as u32), memory_bytes })
-    }
+    /// What the driver says.
+    fn memory(&self) -> Result<MemoryInfo, DeviceError>;
 
-    /// Loads every kernel, from cubins in `folder` if given, else those embedded.
+    /// Address of `num_bytes` of its memory, at a multiple of 16.
     ///
     /// # Errors
-    /// [`DeviceError::Image`] if a file has no image for this device, [`DeviceError::Driver`] if the driver
-    /// refuses one or a kernel is not in it.
-    pub fn load_kernels(&self, folder: Option<&Path>) -> Result<Kernels, DeviceError> {
-        let mut functions = HashMap::new();
-        for kernel in EMBEDDED {
-            let image = match kernel.image(self.capability, folder).map_err(DeviceError::Image)? {
-                Image::Cubin(bytes) => Ptx::from_binary(bytes.into_owned()),
-                Image::Ptx(text) => Ptx::from_src(text),
-            };
-            let module = self.context.load_module(image).map_err(refused(format!("load {}", kernel.name)))?;
-            for &entry in kernel.entries {
-                let found = module.load_function(entry);
-                functions.insert(entry, found.map_err(refused(format!("find {entry} in {}", kernel.name)))?);
-            }
-        }
-        Ok(Kernels { functions })
-    }
-}
+    /// What the driver says, for example that there is not as much.
+    fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError>;
 
-/// Kernels loaded on a device, by name.
-pub struct Kernels {
-    functions: HashMap<&'static str, CudaFunction>,
-}
-
-impl Kernels {
-    /// The kernel of this name.
+    /// Gives memory back, once everything that was launched is done with it.
     ///
-    /// # Panics
-    /// If there is none: names are those in `kernels/cuda`.
-    pub fn function(&self, name: &str) -> &CudaFunction {
-        self.functions.get(name).unwrap_or_else(|| panic!("kernels/cuda has no kernel {name}"))
+    /// # Safety
+    /// `address` came from [`alloc`](Self::alloc) of this device and is not used again.
+    unsafe fn free(&self, address: u64);
+
+    /// Copies to the device. `from` may be changed when the call returns.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// `to` begins `from.len()` bytes of this device's memory; nobody else uses them at that point of the lane.
+    unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError>;
+
+    /// Copies from the device; done when the call returns, on [`Lane::Compute`] also everything before.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// `from` begins `to.len()` bytes of this device's memory; nobody changes them at that point of the lane.
+    unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError>;
+
+    /// Copies within the device; the ranges do not overlap.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As of [`copy_in`](Self::copy_in) and [`copy_out`](Self::copy_out).
+    unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError>;
+
+    /// Zeroes memory.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As of [`copy_in`](Self::copy_in).
+    unsafe fn zero(&self, lane: Lane, at: u64, num_bytes: usize) -> Result<(), DeviceError>;
+
+    /// Launches a kernel on a lane.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// The arguments are what stands on top of the kernel's file.
+    unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError>;
+
+    /// Whether it has a product for many rows.
+    fn has_product(&self) -> bool;
+
+    /// Multiplies on [`Lane::Compute`], if the device [has it](Self::has_product).
+    ///
+    /// # Errors
+    /// What the library says.
+    ///
+    /// # Safety
+    /// The addresses begin matrices of the stated shapes in this device's memory.
+    unsafe fn multiply(&self, product: &Product) -> Result<(), DeviceError>;
+
+    /// The point that [`Lane::Compute`] has come to.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn record(&self) -> Result<Box<dyn Event>, DeviceError>;
+}
+
+/// Memory on a device. Bounds are checked here; who may touch what is the users' agreement, as with the
+/// [arena](crate::arena).
+pub struct Buffer {
+    device: Arc<dyn Device>,
+    address: u64,
+    num_bytes: usize,
+}
+
+impl Buffer {
+    /// So much memory, holding anything.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn new(device: &Arc<dyn Device>, num_bytes: usize) -> Result<Self, DeviceError> {
+        let address = device.alloc(num_bytes.max(1))?;
+        Ok(Self { device: device.clone(), address, num_bytes })
     }
 
-    /// How many there are.
-    pub fn len(&self) -> usize {
-        self.functions.len()
+    /// A copy of host values, there when the call returns.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn of<T: Plain>(device: &Arc<dyn Device>, values: &[T]) -> Result<Self, DeviceError> {
+        let bytes = as_bytes(values);
+        let buffer = Self::new(device, bytes.len())?;
+        buffer.write(Lane::Transfer, 0, bytes)?;
+        Ok(buffer)
     }
 
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.functions.is_empty()
+    /// Where it is.
+    pub fn device(&self) -> &Arc<dyn Device> {
+        &self.device
+    }
+
+    /// Size in bytes.
+    pub fn num_bytes(&self) -> usize {
+        self.num_bytes
+    }
+
+    /// Address of `num_bytes` bytes at `offset`. Panics beyond the end.
+    pub(super) fn at(&self, offset: usize, num_bytes: usize) -> u64 {
+        assert!(
+            offset <= self.num_bytes && num_bytes <= self.num_bytes - offset,
+            "bytes {offset}..+{num_bytes} lie outside a buffer of {}",
+            self.num_bytes
+        );
+        self.address + offset as u64
+    }
+
+    /// Copies `from` to `offset`. Panics beyond the end.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn write(&self, lane: Lane, offset: usize, from: &[u8]) -> Result<(), DeviceError> {
+        let to = self.at(offset, from.len());
+        // SAFETY: in bounds by `at`; that nobody else uses these bytes is the users' agreement.
+        unsafe { self.device.copy_in(lane, to, from) }
+    }
+
+    /// Copies what is at `offset` to `into`. Panics beyond the end.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn read(&self, lane: Lane, offset: usize, into: &mut [u8]) -> Result<(), DeviceError> {
+        let from = self.at(offset, into.len());
+        // SAFETY: as in `write`.
+        unsafe { self.device.copy_out(lane, from, into) }
+    }
+
+    /// Copies from another buffer of the device. Panics beyond the end of either.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn copy_from(
+        &self,
+        lane: Lane,
+        offset: usize,
+        from: &Buffer,
+        from_offset: usize,
+        num_bytes: usize,
+    ) -> Result<(), DeviceError> {
+        let (to, from) = (self.at(offset, num_bytes), from.at(from_offset, num_bytes));
+        assert!(from + num_bytes as u64 <= to || to + num_bytes as u64 <= from, "ranges of a copy do not overlap");
+        // SAFETY: as in `write`; the ranges do not overlap.
+        unsafe { self.device.copy_within(lane, from, to, num_bytes) }
+    }
+
+    /// Zeroes `num_bytes` at `offset`. Panics beyond the end.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn zero(&self, lane: Lane, offset: usize, num_bytes: usize) -> Result<(), DeviceError> {
+        let at = self.at(offset, num_bytes);
+        // SAFETY: as in `write`.
+        unsafe { self.device.zero(lane, at, num_bytes) }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gpu_that_is_not_there_is_a_sentence() {
-        let error = Device::open(4096).err().unwrap().to_string();
-        let says = |part: &str| error.contains(part);
-        assert!(says("has no NVIDIA driver") || says("cuda:4096 was asked for") || says("cannot count"), "{error}");
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`; whoever holds the address after that is within a launch, which `free` waits for.
+        unsafe { self.device.free(self.address) }
     }
+}
 
-    #[test]
-    #[ignore = "needs a GPU"]
-    fn every_embedded_kernel_loads() {
-        let kernels = Device::open(0).unwrap().load_kernels(None).unwrap();
-        assert_eq!(kernels.len(), EMBEDDED.iter().map(|kernel| kernel.entries.len()).sum());
-        kernels.function("copy_blocks");
+impl fmt::Debug for Buffer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Buffer").field("num_bytes", &self.num_bytes).finish_non_exhaustive()
     }
+}
+
+/// Numbers without padding, of which every pattern of bits is one.
+///
+/// # Safety
+/// That they are.
+pub unsafe trait Plain: Copy {}
+// SAFETY: a number.
+unsafe impl Plain for u8 {}
+// SAFETY: a number.
+unsafe impl Plain for u32 {}
+// SAFETY: a number.
+unsafe impl Plain for f32 {}
+// SAFETY: 16 bits, transparently.
+unsafe impl Plain for half::bf16 {}
+
+/// The bytes of values, as they lie in memory.
+pub fn as_bytes<T: Plain>(values: &[T]) -> &[u8] {
+    // SAFETY: plain values have no padding; the length is theirs in bytes.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
 }

@@ -134,6 +134,7 @@ impl PoolExtent {
 
     /// The bytes where they lie; `None` if the memory cannot show them or they lie in small pieces.
     fn share(&self) -> Option<Pieces> {
+        self.memory.bytes_at(0, 0)?; // before a memory that only copies is asked for all of it
         let runs = self.runs((self.num_bytes / SHARED_PIECE_BYTES_MIN).max(1))?;
         let (sender, receiver) = mpsc::channel(1);
         let pieces = runs.iter().map(|run| {

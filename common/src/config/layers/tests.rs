@@ -4,7 +4,7 @@ use std::time::Duration;
 use clap::Subcommand;
 
 use super::*;
-use crate::config::{Dtype, EngineArgs, LogFormat};
+use crate::config::{DeviceChoice, Dtype, EngineArgs, LogFormat};
 
 /// A root command as `tandem` has it.
 #[derive(Debug, Parser)]
@@ -46,7 +46,8 @@ fn defaults_hold_where_nothing_is_set() {
     let args = decode("", &[], "").unwrap();
     let EngineArgs { max_num_seqs, max_num_batched_tokens, block_size, kv_cache_memory_bytes, .. } = args.engine;
     assert_eq!((max_num_seqs, max_num_batched_tokens, block_size), (64, 512, 16));
-    assert_eq!(kv_cache_memory_bytes, 256 << 20);
+    assert_eq!(kv_cache_memory_bytes, None);
+    assert_eq!((args.engine.device, args.engine.kv_cache_bytes_on_cpu()), (DeviceChoice::Auto, 256 << 20));
     assert!(args.engine.has_prefix_caching());
     assert_eq!((args.model.model.as_str(), args.weights.dtype), ("models/demo", Dtype::Auto));
     assert_eq!(args.log.log_format, LogFormat::Text);
@@ -241,6 +242,8 @@ fn numbers_out_of_range_are_refused_with_what_is_expected() {
         ("--seed 99999999999999999999", "is not a seed: expected a whole number from 0 to 18446744073709551615"),
         ("--request-timeout -1s", "\"-1s\" is not a duration"),
         ("--kv-cache-memory-bytes -1GiB", "\"-1GiB\" is not a size"),
+        ("--device gpu", "\"gpu\" is not a device: expected auto, cpu, or a GPU such as cuda:0"),
+        ("--gpu-memory-utilization 90", "\"90\" is not a share above 0 and at most 1"),
         ("--block-size -16", "\"-16\" is not a whole number"),
     ] {
         let error = message(read::<UpArgs>(&format!("up {argv}"), &[], ""));
@@ -258,7 +261,7 @@ fn unknown_flag_suggests_a_near_one_or_none() {
     {
         assert!(error(argv).contains(&format!("'{near}'")), "{}", error(argv));
     }
-    for argv in ["--gpu-memory-utilization 0.9", "--tensor-parallel-size 2", "-x", "--zzz"] {
+    for argv in ["--enforce-eager", "--tensor-parallel-size 2", "-x", "--zzz"] {
         assert!(!error(argv).contains("similar"), "{}", error(argv));
     }
 }

@@ -1,0 +1,61 @@
+//! What a node computes on.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// What an operator chooses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceChoice {
+    /// The first GPU if it can run the model, else the CPU.
+    Auto,
+    /// The CPU.
+    Cpu,
+    /// The GPU of this number.
+    Cuda(usize),
+}
+
+/// A device that is none.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("\"{0}\" is not a device: expected auto, cpu, or a GPU such as cuda:0")]
+pub struct InvalidDevice(pub String);
+
+impl FromStr for DeviceChoice {
+    type Err = InvalidDevice;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let is_number = |text: &&str| text.bytes().all(|byte| byte.is_ascii_digit());
+        match text {
+            "auto" => Ok(DeviceChoice::Auto),
+            "cpu" => Ok(DeviceChoice::Cpu),
+            _ => {
+                let number = text.strip_prefix("cuda:").filter(is_number).and_then(|number| number.parse().ok());
+                number.map(DeviceChoice::Cuda).ok_or_else(|| InvalidDevice(text.to_owned()))
+            }
+        }
+    }
+}
+
+impl fmt::Display for DeviceChoice {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            DeviceChoice::Auto => f.write_str("auto"),
+            DeviceChoice::Cpu => f.write_str("cpu"),
+            DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_read_as_they_are_written() {
+        for good in ["auto", "cpu", "cuda:0", "cuda:7"] {
+            assert_eq!(good.parse::<DeviceChoice>().unwrap().to_string(), good);
+        }
+        for bad in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:+1", "CUDA:0", "cuda:99999999999999999999999"] {
+            assert!(bad.parse::<DeviceChoice>().is_err(), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,246 @@
+//! Sampling on the device: what each request asks for as arrays, tokens that stay there for the next step, and
+//! their way to the host.
+//!
+//! The most likely alternatives of a token, which few requests ask for, are found by the CPU in a copy of the row.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use common::sampling::{SampledToken, SamplingParams};
+use common::tokens::Token;
+use kernels::cuda::{Buffer, Device, Lane, ops};
+use kernels::{Isa, WorkerPool};
+
+use super::done;
+use super::step::{StepMemory, Words};
+use crate::backend::Backend;
+use crate::cpu::{CpuBackend, CpuTensor};
+use crate::plan::SampleRow;
+
+/// Tokens that steps drew. At most one per step in flight and one that the next step reads is in use; memory that
+/// nobody uses any more is used again.
+#[derive(Debug, Default)]
+pub(super) struct Sampler {
+    memory: Mutex<Vec<Arc<DrawnMemory>>>,
+}
+
+/// Tokens and log-probabilities of one step, on the device.
+#[derive(Debug)]
+pub(super) struct DrawnMemory {
+    tokens: Buffer,
+    logprobs: Buffer,
+}
+
+impl DrawnMemory {
+    pub(super) fn tokens(&self) -> &Buffer {
+        &self.tokens
+    }
+}
+
+/// What a step draws, known when the step's event has come.
+#[derive(Default, Clone)]
+pub struct Drawn(Option<Arc<OnDevice>>);
+
+struct OnDevice {
+    memory: Arc<DrawnMemory>,
+    /// For each token, whether its log-probability is wanted and how many alternatives.
+    wanted: Vec<Option<usize>>,
+    /// Rows of the samples that want alternatives, in their order.
+    rows: Option<Buffer>,
+    vocab: usize,
+}
+
+/// Values of 32 bits from the device.
+fn read<const N: usize>(buffer: &Buffer, bytes: usize) -> Vec<[u8; N]> {
+    let mut values = vec![0; bytes];
+    done(buffer.read(Lane::Transfer, 0, &mut values));
+    values.as_chunks::<N>().0.to_vec()
+}
+
+impl Drawn {
+    pub(super) fn memory(&self) -> Option<Arc<DrawnMemory>> {
+        self.0.as_ref().map(|drawn| drawn.memory.clone())
+    }
+
+    /// The tokens, in the order of the plan's samples. The step must have ended.
+    pub fn read(&self) -> Vec<SampledToken> {
+        let Some(OnDevice { memory, wanted, rows, vocab }) = self.0.as_deref() else { return Vec::new() };
+        let ids = read::<4>(&memory.tokens, wanted.len() * 4).into_iter().map(u32::from_le_bytes);
+        let logprobs: Vec<f32> = match wanted.iter().any(Option::is_some) {
+            true => read::<4>(&memory.logprobs, wanted.len() * 4).into_iter().map(f32::from_le_bytes).collect(),
+            false => vec![0.0; wanted.len()],
+        };
+        let mut alternatives = match rows {
+            Some(rows) => top_logprobs(rows, *vocab, wanted),
+            None => Vec::new(),
+        }
+        .into_iter();
+        let tokens = ids.zip(logprobs).zip(wanted);
+        tokens
+            .map(|((id, logprob), wanted)| SampledToken {
+                id,
+                logprob: if wanted.is_some() { logprob } else { 0.0 },
+                top_logprobs: match wanted {
+                    Some(1..) => alternatives.next().unwrap_or_default(),
+                    _ => Vec::new(),
+                },
+            })
+            .collect()
+    }
+}
+
+/// The most likely tokens of each row that is wanted with some.
+fn top_logprobs(rows: &Buffer, vocab: usize, wanted: &[Option<usize>]) -> Vec<Vec<(Token, f32)>> {
+    let counts: Vec<usize> = wanted.iter().flatten().copied().filter(|count| *count > 0).collect();
+    let logits = read::<4>(rows, counts.len() * vocab * 4).into_iter().map(f32::from_le_bytes).collect();
+    let samples: Vec<SampleRow> = counts.iter().map(|count| greedy_with(*count)).collect();
+    let in_order: Vec<usize> = (0..counts.len()).collect();
+    let cpu = CpuBackend::new(WorkerPool::global(), Isa::detect());
+    let mut sampled = Vec::new();
+    cpu.sample(&CpuTensor::of(logits), vocab, &in_order, &samples, &mut sampled);
+    sampled.into_iter().map(|token| token.top_logprobs).collect()
+}
+
+fn greedy_with(num_top: usize) -> SampleRow {
+    let params = SamplingParams { logprobs: Some(num_top as u32), ..SamplingParams::greedy(1) };
+    SampleRow {
+        row: 0,
+        sequence: common::ids::SequenceId(0),
+        choice: common::ids::ChoiceIndex(0),
+        position: 0,
+        params: Arc::new(params),
+        is_stop_banned: false,
+        history: None,
+    }
+}
+
+/// What a request changes about one token.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+struct Change {
+    bias: f32,
+    is_seen: bool,
+    num_output: u32,
+}
+
+/// Everything a request changes about its row, by token. Ids beyond the vocabulary stand for nothing.
+fn changes(sample: &SampleRow, vocab: usize) -> BTreeMap<Token, Change> {
+    let params = &sample.params;
+    let mut changes: BTreeMap<Token, Change> = BTreeMap::new();
+    for (token, bias) in &params.logit_bias {
+        changes.entry(*token).or_default().bias += bias;
+    }
+    if sample.is_stop_banned {
+        for token in &params.stop_token_ids {
+            changes.entry(*token).or_default().bias = f32::NEG_INFINITY;
+        }
+    }
+    let has_penalties =
+        params.repetition_penalty != 1.0 || params.frequency_penalty != 0.0 || params.presence_penalty != 0.0;
+    if let (true, Some((history, prompt_len))) = (has_penalties, &sample.history) {
+        for (index, token) in history.iter().enumerate() {
+            let change = changes.entry(*token).or_default();
+            change.is_seen = true;
+            change.num_output += u32::from(index >= *prompt_len);
+        }
+    }
+    changes.retain(|token, _| (*token as usize) < vocab);
+    changes
+}
+
+impl Sampler {
+    /// Launches the sampling of a step.
+    pub(super) fn sample(
+        &self,
+        device: &Arc<dyn Device>,
+        memory: &StepMemory,
+        logits: &Buffer,
+        vocab: usize,
+        logit_rows: &[usize],
+        samples: &[SampleRow],
+    ) -> Drawn {
+        let row_bytes = vocab * 4;
+        let num_rows = logit_rows.iter().max().map_or(0, |last| last + 1);
+        let (mut adjust_rows, mut adjustments, mut jobs) = (Vec::new(), Vec::new(), Vec::new());
+        for (sample, raw_row) in samples.iter().zip(logit_rows) {
+            let params = &sample.params;
+            let changes = changes(sample, vocab);
+            let row = if changes.is_empty() { *raw_row } else { num_rows + adjust_rows.len() };
+            if !changes.is_empty() {
+                let (first, num) = (adjustments.len() as u32, changes.len() as u32);
+                adjust_rows.push([
+                    *raw_row as u32,
+                    row as u32,
+                    first,
+                    num,
+                    params.repetition_penalty.to_bits(),
+                    params.frequency_penalty.to_bits(),
+                    params.presence_penalty.to_bits(),
+                ]);
+                let entries = changes.iter();
+                adjustments
+                    .extend(entries.map(|(token, c)| [*token, c.bias.to_bits(), u32::from(c.is_seen), c.num_output]));
+            }
+            let (low, high) = (params.seed as u32, (params.seed >> 32) as u32);
+            jobs.push([
+                low,
+                high,
+                sample.choice.0,
+                sample.position,
+                row as u32,
+                *raw_row as u32,
+                params.temperature.to_bits(),
+                params.top_p.to_bits(),
+                params.min_p.to_bits(),
+                params.top_k,
+            ]);
+        }
+        let (mut words, mut uploaded) = (Words::default(), memory.samples());
+        let num_adjusted = adjust_rows.len();
+        let jobs = words.push(jobs);
+        let (adjust_rows, adjustments) = (words.push(adjust_rows), words.push(adjustments));
+        let uploaded = words.upload(device, &mut uploaded);
+        let mut with_copies = memory.logits();
+        let logits = if num_adjusted == 0 {
+            logits
+        } else {
+            let all = with_copies.at_least(device, (num_rows + num_adjusted) * row_bytes);
+            done(all.copy_from(Lane::Compute, 0, logits, 0, num_rows * row_bytes));
+            done(ops::adjust_logits(all, adjust_rows.of(uploaded), num_adjusted, adjustments.of(uploaded), vocab));
+            all
+        };
+        let wanted: Vec<Option<usize>> =
+            samples.iter().map(|sample| sample.params.logprobs.map(|num| num as usize)).collect();
+        let drawn = self.memory_for(device, samples.len());
+        let logprobs = wanted.iter().any(Option::is_some).then_some(&drawn.logprobs);
+        done(ops::sample(logits, jobs.of(uploaded), samples.len(), vocab, &drawn.tokens, logprobs));
+        let tops: Vec<usize> = logit_rows
+            .iter()
+            .zip(&wanted)
+            .filter(|(_, wanted)| matches!(wanted, Some(1..)))
+            .map(|(row, _)| *row)
+            .collect();
+        // The logits are overwritten by the next step before anybody has looked at them.
+        let rows = (!tops.is_empty()).then(|| {
+            let rows = done(Buffer::new(device, tops.len() * row_bytes));
+            for (index, row) in tops.iter().enumerate() {
+                done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
+            }
+            rows
+        });
+        Drawn(Some(Arc::new(OnDevice { memory: drawn, wanted, rows, vocab })))
+    }
+
+    fn memory_for(&self, device: &Arc<dyn Device>, num_samples: usize) -> Arc<DrawnMemory> {
+        let bytes = (num_samples * 4).next_power_of_two().max(256);
+        let mut all = self.memory.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|memory| memory.tokens.num_bytes() >= bytes || Arc::strong_count(memory) > 1);
+        if let Some(free) =
+            all.iter().find(|memory| Arc::strong_count(memory) == 1 && memory.tokens.num_bytes() >= bytes)
+        {
+            return free.clone();
+        }
+        let (tokens, logprobs) = (done(Buffer::new(device, bytes)), done(Buffer::new(device, bytes)));
+        all.push(Arc::new(DrawnMemory { tokens, logprobs }));
+        all.last().expect("just pushed").clone()
+    }
+}

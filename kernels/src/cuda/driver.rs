@@ -1,0 +1,475 @@
+//! A GPU through NVIDIA's driver, found at run time, with the kernels loaded on it.
+#![allow(unsafe_code)]
+
+use std::collections::{HashMap, VecDeque};
+use std::ffi::c_void;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUstream};
+use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
+use cudarc::nvrtc::Ptx;
+
+use super::blas::{Blas, WORKSPACE_BYTES};
+use super::device::{Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::images::{EMBEDDED, Image};
+
+/// Bytes of one piece of a copy between the device and memory of the host that the driver may move anywhere: it
+/// goes through memory that stays where it is.
+const STAGING_BYTES: usize = 2 << 20;
+/// Pieces that may be on their way, or wait behind what computes: a step has three, and two are in flight.
+const COMPUTE_STAGES: usize = 8;
+/// Pieces of a transfer that may be on their way: one that the device moves, one that the host does.
+const TRANSFER_STAGES: usize = 2;
+/// Shared memory that a kernel gets without being asked twice for.
+const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+
+/// A GPU of this machine, with the kernels on it.
+pub struct Gpu {
+    context: Arc<CudaContext>,
+    /// Which, as `cuda:N` counts.
+    pub ordinal: usize,
+    /// As the driver names it.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (u32, u32),
+    functions: HashMap<&'static str, Function>,
+    compute: Mutex<LaneState>,
+    transfer: Mutex<LaneState>,
+    blas: Option<Blas>,
+    /// Of the library, on the compute lane; 0 without it.
+    workspace: u64,
+}
+
+struct Function {
+    function: CudaFunction,
+    /// Of a block; kernels ask for as much as they want at their first launch.
+    shared_bytes: Mutex<u32>,
+}
+
+/// A stream, and memory through which copies go.
+struct LaneState {
+    stream: Arc<CudaStream>,
+    /// Free, then those that a copy may still read.
+    free: Vec<Pinned>,
+    busy: VecDeque<(Pinned, RecordedEvent)>,
+}
+
+/// Memory of the host that the driver keeps where it is.
+struct Pinned(*mut u8);
+// SAFETY: plain memory with one owner.
+unsafe impl Send for Pinned {}
+
+/// A point of a stream.
+struct RecordedEvent {
+    context: Arc<CudaContext>,
+    event: cudarc::driver::sys::CUevent,
+}
+// SAFETY: events may be used from any thread.
+unsafe impl Send for RecordedEvent {}
+// SAFETY: likewise.
+unsafe impl Sync for RecordedEvent {}
+
+fn refused(asked: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
+    let asked = asked.into();
+    move |error| DeviceError::Refused { asked, reason: format!("the NVIDIA driver says {error}") }
+}
+
+impl RecordedEvent {
+    fn on(context: &Arc<CudaContext>, stream: CUstream) -> Result<Self, DeviceError> {
+        let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING).map_err(refused("make an event"))?;
+        let recorded = Self { context: context.clone(), event };
+        // SAFETY: both were made in this context.
+        unsafe { result::event::record(event, stream) }.map_err(refused("record an event"))?;
+        Ok(recorded)
+    }
+}
+
+impl Event for RecordedEvent {
+    fn wait(&self) -> Result<(), DeviceError> {
+        self.context.bind_to_thread().map_err(refused("be used by this thread"))?;
+        // SAFETY: made in `on`, destroyed in `drop`.
+        unsafe { result::event::synchronize(self.event) }.map_err(refused("finish what was launched"))
+    }
+}
+
+impl Drop for RecordedEvent {
+    fn drop(&mut self) {
+        // A context that is gone has taken its events with it.
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: made in `on`, not used again.
+            let _ = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
+
+impl Gpu {
+    /// How many GPUs the driver knows.
+    ///
+    /// # Errors
+    /// [`DeviceError::NoDriver`], or what the driver says.
+    pub fn count() -> Result<usize, DeviceError> {
+        // SAFETY: it opens and closes the driver's library, whose initialisers may run at any time and are
+        // the same that the next call would run.
+        if !unsafe { cudarc::driver::sys::is_culib_present() } {
+            return Err(DeviceError::NoDriver);
+        }
+        let count = CudaContext::device_count().map_err(refused("be counted"))?;
+        Ok(usize::try_from(count).unwrap_or(0))
+    }
+
+    /// The GPU number `ordinal`, with every kernel loaded: from cubins in `folder` if given, else those embedded.
+    ///
+    /// # Errors
+    /// [`DeviceError`]: no driver, no such GPU, no image of a kernel for it, or what the driver says.
+    pub fn open(ordinal: usize, folder: Option<&Path>) -> Result<Self, DeviceError> {
+        let num_devices = Self::count()?;
+        if ordinal >= num_devices {
+            return Err(DeviceError::Missing { ordinal, num_devices });
+        }
+        let context = CudaContext::new(ordinal).map_err(refused(format!("be opened as cuda:{ordinal}")))?;
+        let name = context.name().map_err(refused("tell its name"))?;
+        let (major, minor) = context.compute_capability().map_err(refused("tell its compute capability"))?;
+        let capability = (major as u32, minor as u32);
+        let functions = load_kernels(&context, capability, folder)?;
+        let compute = LaneState::new(&context, 0, COMPUTE_STAGES)?;
+        // Copies of blocks are small and go before what computes.
+        let transfer = LaneState::new(&context, highest_priority(&context), TRANSFER_STAGES)?;
+        let blas = Blas::open()?;
+        let workspace = match &blas {
+            // SAFETY: the context is current on this thread; freed in `drop`.
+            Some(_) => unsafe { result::malloc_sync(WORKSPACE_BYTES) }.map_err(refused("give memory to cuBLASLt"))?,
+            None => 0,
+        };
+        let (compute, transfer) = (Mutex::new(compute), Mutex::new(transfer));
+        Ok(Self { context, ordinal, name, capability, functions, compute, transfer, blas, workspace })
+    }
+
+    /// How many kernels there are.
+    pub fn num_kernels(&self) -> usize {
+        self.functions.len()
+    }
+
+    fn bind(&self) -> Result<(), DeviceError> {
+        self.context.bind_to_thread().map_err(refused("be used by this thread"))
+    }
+
+    /// Holding it is the order of the lane. A panic with it leaves nothing half done that counts.
+    fn lane(&self, lane: Lane) -> std::sync::MutexGuard<'_, LaneState> {
+        let state = match lane {
+            Lane::Compute => &self.compute,
+            Lane::Transfer => &self.transfer,
+        };
+        state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is asked of the transfer lane is done when the call returns.
+    fn settle(&self, lane: Lane, state: &LaneState) -> Result<(), DeviceError> {
+        match lane {
+            Lane::Compute => Ok(()),
+            Lane::Transfer => state.stream.synchronize().map_err(refused("finish a copy")),
+        }
+    }
+}
+
+fn load_kernels(
+    context: &Arc<CudaContext>,
+    capability: (u32, u32),
+    folder: Option<&Path>,
+) -> Result<HashMap<&'static str, Function>, DeviceError> {
+    let mut functions = HashMap::new();
+    for kernel in EMBEDDED {
+        let image = kernel.image(capability, folder).map_err(|error| DeviceError::Image(error.to_string()))?;
+        let image = match image {
+            Image::Cubin(bytes) => Ptx::from_binary(bytes.into_owned()),
+            Image::Ptx(text) => Ptx::from_src(text),
+        };
+        let module = context.load_module(image).map_err(refused(format!("load {}", kernel.name)))?;
+        for &entry in kernel.entries {
+            let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
+            functions.insert(entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) });
+        }
+    }
+    Ok(functions)
+}
+
+/// Of streams; 0 is the default, and what it is where the device has only one.
+fn highest_priority(context: &Arc<CudaContext>) -> i32 {
+    let supported = context.attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED);
+    if supported != Ok(1) {
+        return 0;
+    }
+    result::stream::get_priority_range().map_or(0, |(_, highest)| highest)
+}
+
+impl LaneState {
+    fn new(context: &Arc<CudaContext>, priority: i32, stages: usize) -> Result<Self, DeviceError> {
+        let stream = context.new_stream_with_priority(priority).map_err(refused("make a stream"))?;
+        let mut free = Vec::with_capacity(stages);
+        for _ in 0..stages {
+            // SAFETY: any size; freed in `drop`.
+            let memory = unsafe { result::malloc_host(STAGING_BYTES, 0) };
+            free.push(Pinned(memory.map_err(refused("give memory for copies"))?.cast()));
+        }
+        Ok(Self { stream, free, busy: VecDeque::new() })
+    }
+
+    /// Memory that no copy reads any more.
+    fn stage(&mut self) -> Result<Pinned, DeviceError> {
+        if let Some(stage) = self.free.pop() {
+            return Ok(stage);
+        }
+        let Some((stage, event)) = self.busy.pop_front() else {
+            let reason = "earlier copies have failed".to_string();
+            return Err(DeviceError::Refused { asked: "copy".to_string(), reason });
+        };
+        event.wait()?;
+        Ok(stage)
+    }
+
+    fn copy_in(&mut self, context: &Arc<CudaContext>, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        for (index, piece) in from.chunks(STAGING_BYTES).enumerate() {
+            let stage = self.stage()?;
+            // SAFETY: a stage has room for a piece, and nothing reads it; `to` has room by the caller's contract.
+            let copied = unsafe {
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), stage.0, piece.len());
+                let staged = std::slice::from_raw_parts(stage.0, piece.len());
+                result::memcpy_htod_async(to + (index * STAGING_BYTES) as u64, staged, self.stream.cu_stream())
+            };
+            let event = RecordedEvent::on(context, self.stream.cu_stream())?;
+            self.busy.push_back((stage, event));
+            copied.map_err(refused("take a copy"))?;
+        }
+        Ok(())
+    }
+
+    fn copy_out(&mut self, context: &Arc<CudaContext>, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+        let mut landing: VecDeque<(Pinned, RecordedEvent, &mut [u8])> = VecDeque::new();
+        for (index, piece) in to.chunks_mut(STAGING_BYTES).enumerate() {
+            // One piece is copied on by the host while the next is on its way.
+            if landing.len() == TRANSFER_STAGES {
+                let first = landing.pop_front().expect("there are some");
+                self.land(first)?;
+            }
+            let stage = self.stage()?;
+            // SAFETY: a stage has room for a piece, and nothing else uses it; `from` has it by the caller's contract.
+            let copied = unsafe {
+                let staged = std::slice::from_raw_parts_mut(stage.0, piece.len());
+                result::memcpy_dtoh_async(staged, from + (index * STAGING_BYTES) as u64, self.stream.cu_stream())
+            };
+            copied.map_err(refused("give a copy"))?;
+            landing.push_back((stage, RecordedEvent::on(context, self.stream.cu_stream())?, piece));
+        }
+        for piece in landing {
+            self.land(piece)?;
+        }
+        Ok(())
+    }
+
+    fn land(&mut self, (stage, event, to): (Pinned, RecordedEvent, &mut [u8])) -> Result<(), DeviceError> {
+        event.wait()?;
+        // SAFETY: the copy into the stage is done, by the event.
+        unsafe { std::ptr::copy_nonoverlapping(stage.0, to.as_mut_ptr(), to.len()) };
+        self.free.push(stage);
+        Ok(())
+    }
+}
+
+impl Drop for LaneState {
+    fn drop(&mut self) {
+        // Its stages are free when nothing runs any more. What the driver refuses now, it is gone.
+        let _ = self.stream.synchronize();
+        for stage in self.free.drain(..).chain(self.busy.drain(..).map(|(stage, _)| stage)) {
+            // SAFETY: from `malloc_host`; nothing uses it any more.
+            let _ = unsafe { result::free_host(stage.0.cast::<c_void>()) };
+        }
+    }
+}
+
+impl Device for Gpu {
+    fn name(&self) -> String {
+        format!("cuda:{} ({})", self.ordinal, self.name)
+    }
+
+    fn memory(&self) -> Result<MemoryInfo, DeviceError> {
+        self.bind()?;
+        let (free_bytes, total_bytes) = result::mem_get_info().map_err(refused("tell its memory"))?;
+        Ok(MemoryInfo { free_bytes, total_bytes })
+    }
+
+    fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError> {
+        self.bind()?;
+        // SAFETY: any size.
+        unsafe { result::malloc_sync(num_bytes) }.map_err(refused(format!("give {num_bytes} bytes of memory")))
+    }
+
+    unsafe fn free(&self, address: u64) {
+        // The driver waits for everything that was launched. What it refuses, it has taken back with the context.
+        if self.bind().is_ok() {
+            // SAFETY: by this function's contract.
+            let _ = unsafe { result::free_sync(address) };
+        }
+    }
+
+    unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.bind()?;
+        let mut state = self.lane(lane);
+        state.copy_in(&self.context, to, from)?;
+        self.settle(lane, &state)
+    }
+
+    unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+        self.bind()?;
+        self.lane(lane).copy_out(&self.context, from, to)
+    }
+
+    unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
+        self.bind()?;
+        let state = self.lane(lane);
+        // SAFETY: by this function's contract.
+        unsafe { result::memcpy_dtod_async(to, from, num_bytes, state.stream.cu_stream()) }
+            .map_err(refused("copy within its memory"))?;
+        self.settle(lane, &state)
+    }
+
+    unsafe fn zero(&self, lane: Lane, at: u64, num_bytes: usize) -> Result<(), DeviceError> {
+        self.bind()?;
+        let state = self.lane(lane);
+        // SAFETY: by this function's contract.
+        unsafe { result::memset_d8_async(at, 0, num_bytes, state.stream.cu_stream()) }
+            .map_err(refused("clear memory"))?;
+        self.settle(lane, &state)
+    }
+
+    unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
+        self.bind()?;
+        let Some(Function { function, shared_bytes }) = self.functions.get(launch.kernel) else {
+            let reason = "kernels/cuda has no such kernel".to_string();
+            return Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason });
+        };
+        {
+            let mut allowed = shared_bytes.lock().unwrap_or_else(PoisonError::into_inner);
+            if launch.shared_bytes > *allowed {
+                let attribute = CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                function
+                    .set_attribute(attribute, launch.shared_bytes as i32)
+                    .map_err(refused(format!("give {} its shared memory", launch.kernel)))?;
+                *allowed = launch.shared_bytes;
+            }
+        }
+        let mut args: Vec<*mut c_void> = launch.args.values().map(|(value, _)| value.cast_mut().cast()).collect();
+        let [x, y, z] = launch.grid;
+        let state = self.lane(lane);
+        // SAFETY: the function's module is loaded for as long as `function` lives; the arguments are the kernel's by
+        // this function's contract, and read before the call returns.
+        unsafe {
+            result::launch_kernel(
+                function.cu_function(),
+                (x, y, z),
+                (launch.threads, 1, 1),
+                launch.shared_bytes,
+                state.stream.cu_stream(),
+                &mut args,
+            )
+        }
+        .map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))?;
+        self.settle(lane, &state)
+    }
+
+    fn has_product(&self) -> bool {
+        self.blas.is_some()
+    }
+
+    unsafe fn multiply(&self, product: &Product) -> Result<(), DeviceError> {
+        self.bind()?;
+        let Some(blas) = &self.blas else {
+            let reason = "libcublasLt is not there".to_string();
+            return Err(DeviceError::Refused { asked: "multiply many rows".to_string(), reason });
+        };
+        let state = self.lane(Lane::Compute);
+        // SAFETY: by this function's contract; the workspace is used on this lane alone; the context is bound.
+        unsafe { blas.multiply(product, self.workspace, state.stream.cu_stream()) }
+    }
+
+    fn record(&self) -> Result<Box<dyn Event>, DeviceError> {
+        self.bind()?;
+        let state = self.lane(Lane::Compute);
+        Ok(Box::new(RecordedEvent::on(&self.context, state.stream.cu_stream())?))
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.workspace != 0 && self.bind().is_ok() {
+            // SAFETY: from `malloc_sync` in `open`, not used again; the driver waits for what runs.
+            let _ = unsafe { result::free_sync(self.workspace) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cuda::device::Buffer;
+    use crate::cuda::ops::{self, Multiply};
+
+    #[test]
+    fn a_gpu_that_is_not_there_is_a_sentence() {
+        let error = Gpu::open(4096, None).err().unwrap().to_string();
+        let says = |part: &str| error.contains(part);
+        assert!(
+            says("has no NVIDIA driver") || says("cuda:4096 was asked for") || says("cannot be counted"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn every_embedded_kernel_loads() {
+        let gpu = Gpu::open(0, None).unwrap();
+        assert_eq!(gpu.num_kernels(), EMBEDDED.iter().map(|kernel| kernel.entries.len()).sum::<usize>());
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn copies_of_several_pieces_come_back() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        let bytes: Vec<u8> = (0..5 * STAGING_BYTES + 3).map(|i| (i % 251) as u8).collect();
+        for lane in [Lane::Compute, Lane::Transfer] {
+            let (from, to) = (Buffer::new(&device, bytes.len()).unwrap(), Buffer::new(&device, bytes.len()).unwrap());
+            from.write(lane, 0, &bytes).unwrap();
+            to.copy_from(lane, 0, &from, 0, bytes.len()).unwrap();
+            to.zero(lane, 1, 2).unwrap();
+            let mut back = vec![0; bytes.len()];
+            to.read(lane, 0, &mut back).unwrap();
+            assert!(back[0] == bytes[0] && back[1..3] == [0, 0] && back[3..] == bytes[3..], "{lane:?}");
+        }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU and cuBLASLt"]
+    fn a_product_of_the_library_is_that_of_the_kernel() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        assert!(device.has_product(), "libcublasLt is not found: name its folder in LD_LIBRARY_PATH");
+        let (m, n, k) = (40, 48, 64);
+        let values = |seed, count: usize| (0..count as u32).map(move |i| crate::uniform(seed, 0, i) as f32 - 0.5);
+        let bf16 = |seed, count| {
+            Buffer::of(&device, &values(seed, count).map(half::bf16::from_f32).collect::<Vec<_>>()).unwrap()
+        };
+        let (x, w) = (bf16(1, m * k), bf16(2, n * k));
+        let bias = Buffer::of(&device, &values(3, n).collect::<Vec<_>>()).unwrap();
+        for (bias, add) in [(None, false), (Some(&bias), false), (None, true), (Some(&bias), true)] {
+            let product = |multiply: fn(&Multiply<'_>) -> Result<(), DeviceError>| {
+                let out = Buffer::of(&device, &values(4, m * n).collect::<Vec<_>>()).unwrap();
+                multiply(&Multiply { x: &x, w: &w, bias, out: &out, m, n, k, add }).unwrap();
+                let mut bytes = vec![0; m * n * 4];
+                out.read(Lane::Compute, 0, &mut bytes).unwrap();
+                bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect::<Vec<f32>>()
+            };
+            let (library, kernel) = (product(ops::library_matmul), product(ops::skinny_matmul));
+            for (library, kernel) in library.iter().zip(&kernel) {
+                assert!((library - kernel).abs() < 1e-4, "{library} and {kernel}, add {add}");
+            }
+        }
+    }
+}

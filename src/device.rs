@@ -1,0 +1,108 @@
+//! Where a process computes: the model on a GPU or on the CPU, and a runner of it for each node.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+use common::config::{DeviceChoice, EngineArgs, WeightsArgs};
+use engine::cpu_runner::CpuRunner;
+use engine::cuda::model::DeviceLoadOptions;
+use engine::cuda::{CudaBackend, CudaRunner};
+use engine::model::{LoadError, Model};
+use engine::pool::PoolMemory;
+use engine::runner::Runner;
+
+/// A model, loaded once per process.
+#[derive(Clone)]
+pub enum LoadedModel {
+    /// In host memory.
+    Cpu(Arc<Model>),
+    /// In a GPU's.
+    Cuda {
+        /// The model.
+        model: Arc<Model<CudaBackend>>,
+        /// What is left there for the KV of each node.
+        kv_cache_bytes: u64,
+    },
+}
+
+/// Loads the weights in a checkpoint folder to what `--device` says, for `num_nodes` nodes of this process.
+///
+/// # Errors
+/// If the checkpoint is not there, not supported or damaged, or a GPU that is asked for is not there or too small.
+pub async fn load_model(
+    folder: PathBuf,
+    weights: &WeightsArgs,
+    engine: &EngineArgs,
+    num_nodes: usize,
+) -> anyhow::Result<LoadedModel> {
+    let (weights, engine) = (weights.clone(), engine.clone());
+    let load = move || load(&folder, &weights, &engine, num_nodes);
+    Ok(tokio::task::spawn_blocking(load).await.context("load the model")??)
+}
+
+fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: usize) -> Result<LoadedModel, LoadError> {
+    let on_gpu = |ordinal| load_on_gpu(folder, ordinal, weights, engine, num_nodes);
+    match engine.device {
+        DeviceChoice::Cuda(ordinal) => return on_gpu(ordinal),
+        DeviceChoice::Cpu => {}
+        DeviceChoice::Auto => match on_gpu(0) {
+            Ok(loaded) => return Ok(loaded),
+            Err(LoadError::Device(error)) if error.is_absence() => {
+                tracing::info!(reason = %error, "--device auto: the CPU computes");
+            }
+            Err(error @ (LoadError::Device(_) | LoadError::NotOnDevice { .. } | LoadError::DeviceMemory { .. })) => {
+                tracing::warn!(reason = %error, "--device auto: there is a GPU, and the CPU computes");
+            }
+            Err(error) => return Err(error),
+        },
+    }
+    let threads = engine.threads.map(|threads| threads as usize);
+    Ok(LoadedModel::Cpu(Arc::new(Model::load(folder, weights.dtype, threads)?)))
+}
+
+fn load_on_gpu(
+    folder: &Path,
+    ordinal: usize,
+    weights: &WeightsArgs,
+    engine: &EngineArgs,
+    num_nodes: usize,
+) -> Result<LoadedModel, LoadError> {
+    let device = engine::cuda::open(ordinal)?;
+    let cache_folder = engine::identity::cache_folder_from_env();
+    let options = DeviceLoadOptions { dtype: weights.dtype, is_batch_invariant: engine.batch_invariant, cache_folder };
+    let model = Arc::new(Model::load_on_device(folder, &device, options)?);
+    let kv_cache_bytes = match engine.kv_cache_memory_bytes {
+        Some(bytes) => bytes,
+        None => {
+            let (rows, sampled) = (engine.max_num_batched_tokens as usize, engine.max_num_seqs as usize);
+            model.kv_cache_bytes(engine.gpu_memory_utilization, rows, sampled, num_nodes)?
+        }
+    };
+    Ok(LoadedModel::Cuda { model, kv_cache_bytes })
+}
+
+impl LoadedModel {
+    /// A runner with a KV pool of its own. `memory` is whose eyes a pool in host memory is for; nobody else sees
+    /// one in a GPU's.
+    ///
+    /// # Errors
+    /// If the KV cache does not fit.
+    pub fn runner(
+        self,
+        engine: &EngineArgs,
+        max_model_len: Option<u32>,
+        memory: PoolMemory,
+    ) -> Result<Box<dyn Runner>, LoadError> {
+        let (block_size, longest) = (engine.block_size as usize, max_model_len.map(|len| len as usize));
+        Ok(match self {
+            LoadedModel::Cpu(model) => {
+                let bytes = engine.kv_cache_bytes_on_cpu();
+                Box::new(CpuRunner::with_memory(model, block_size, bytes, longest, memory)?)
+            }
+            LoadedModel::Cuda { model, kv_cache_bytes } => {
+                Box::new(CudaRunner::new(model, block_size, kv_cache_bytes, longest)?)
+            }
+        })
+    }
+}
