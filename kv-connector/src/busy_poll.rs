@@ -9,8 +9,10 @@
 //! a core that has nothing else to do: [`BusyPolling::may_poll`] is asked every time.
 
 use std::fmt;
+use std::future::Future as _;
 use std::io::{self, IoSliceMut};
 use std::net::UdpSocket;
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
@@ -92,7 +94,9 @@ impl PolledSocket {
         let num_buffers = bufs.len().min(NUM_RECEIVED_MAX);
         match self.state.recv((&self.socket).into(), &mut bufs[..num_buffers], meta) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                cx.waker().wake_by_ref();
+                // Behind everything else that is to be done. A task that wakes itself at once would keep those waiting
+                // that have yielded, until the runtime looks for events of its own accord.
+                let _ = pin!(tokio::task::yield_now()).poll(cx);
                 Poll::Pending
             }
             received => Poll::Ready(received),

@@ -66,7 +66,7 @@ pub struct TransferBenchArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub window_bytes: u64,
     /// How long both ends look for datagrams before they sleep, as nodes do whose engine is idle.
-    #[arg(long, value_name = "DURATION", default_value = "50us", value_parser = parse_busy_poll)]
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_busy_poll)]
     pub busy_poll: Duration,
     /// Cores for the receiver and the senders, which are pinned with taskset. Without it, and without two cores,
     /// nothing is pinned.

@@ -121,12 +121,12 @@ pub struct FabricArgs {
     #[command(flatten)]
     pub kv_quic: KvQuicArgs,
 
-    /// How long a node looks for the next message or KV before its network threads sleep.
+    /// How long a node looks for the next message or KV before its network threads sleep. Default: not at all.
     ///
-    /// Behind each datagram sent or received, and only while the node's engine has nothing to compute. To be woken takes
-    /// 15 to 35us, so this shortens what follows at once: small transfers, the last part of a large one. It costs a
-    /// core for that time. 0s where nodes share cores with other programs.
-    #[arg(long, value_name = "DURATION", default_value = "50us", value_parser = parse_busy_poll, help_heading = "Fabric")]
+    /// Behind each datagram sent or received, and only while the node's engine has nothing to compute: 50us for example,
+    /// at most 1ms. To be woken takes 15 to 35us, so this can shorten what follows at once: small transfers, the last
+    /// part of a large one. It costs a core for that time, so only where the node has its cores for itself.
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_busy_poll, help_heading = "Fabric")]
     pub busy_poll: Duration,
 
     /// TCP port of the node's own /metrics and /health on --host. 0 takes a free one. Default: off.
