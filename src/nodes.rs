@@ -23,7 +23,7 @@ use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::store::NodeStore;
 use kv_connector::transfer::SharedPool;
-use kv_connector::{Fabric, FabricConfig, check_holder};
+use kv_connector::{BusyPolling, Fabric, FabricConfig, check_holder};
 use prefill_node::PrefillNode;
 
 use crate::device::{LoadedModel, load_model};
@@ -65,6 +65,8 @@ pub struct NodeSetup {
     pub kv_transports: Vec<KvTransport>,
     /// How it travels over QUIC.
     pub kv_quic: KvQuicArgs,
+    /// How long its network threads look for more before they sleep, while the engine is idle.
+    pub busy_poll: Duration,
     /// Its engine.
     pub engine: EngineArgs,
     /// Longest sequence, if shorter than the model's.
@@ -136,6 +138,7 @@ async fn run_node(
         bulk_port,
         kv_transports: fabric.kv_transports.clone(),
         kv_quic: fabric.kv_quic.clone(),
+        busy_poll: fabric.busy_poll,
         engine,
         max_model_len: weights.max_model_len,
         store,
@@ -184,8 +187,19 @@ pub async fn model_folder(args: &ModelArgs) -> anyhow::Result<PathBuf> {
 /// # Errors
 /// If the KV cache does not fit, the address is taken or the certificate is not usable.
 pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<RunningNode> {
-    let NodeSetup { node, identity, listen, bulk_port, kv_transports, kv_quic, engine, max_model_len, store, role } =
-        setup;
+    let NodeSetup {
+        node,
+        identity,
+        listen,
+        bulk_port,
+        kv_transports,
+        kv_quic,
+        busy_poll,
+        engine,
+        max_model_len,
+        store,
+        role,
+    } = setup;
     let is_sharing = kv_transports.contains(&KvTransport::Shm);
     // KV is read out of the pool of a prefill node; nobody else's is looked into.
     let memory = match role {
@@ -219,6 +233,7 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     config.shared_pool = shared_pool(engine.pool()).with_context(|| format!("share the KV cache of {node}"))?;
     config.is_reading_shared_pools = is_sharing;
     config.set_kv_quic(&kv_quic);
+    config.busy_polling = busy_polling(busy_poll, &engine);
     let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;
     let status = engine.status();
     let presence = NodePresence::new(move || status.borrow().load).with_blocks(blocks);
@@ -241,6 +256,16 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         }
     };
     Ok(RunningNode { name: node, fabric, presence, engine, store, role })
+}
+
+/// The network's threads get a core for themselves only while the engine needs none.
+fn busy_polling(time_max: Duration, engine: &EngineHandle) -> Option<BusyPolling> {
+    let status = engine.status();
+    let may_poll = move || {
+        let load = status.borrow().load;
+        load.num_running == 0 && load.num_queued_tokens == 0
+    };
+    (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(may_poll) })
 }
 
 /// What peers on this host may read KV in, if the pool is in memory that can be shared.

@@ -50,6 +50,8 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             bulk_port: 0,
             kv_transports: args.kv_transports.clone(),
             kv_quic: args.kv_quic.clone(),
+            // All roles share the cores, and one that waits cannot see that another computes.
+            busy_poll: Duration::ZERO,
             engine: args.engine.clone(),
             max_model_len: args.weights.max_model_len,
             store: args.store.clone(),

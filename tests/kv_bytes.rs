@@ -58,6 +58,7 @@ async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
             bulk_port: 0,
             kv_transports: args.kv_transports.clone(),
             kv_quic: args.kv_quic.clone(),
+            busy_poll: Duration::ZERO,
             engine,
             max_model_len: None,
             store: args.store.clone(),

@@ -170,6 +170,7 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
+    shared.tell_path(&peer.node, &connection);
     let (is_receiving, remote) = (window.is_some(), connection.remote_address());
     tracing::debug!(peer = %peer.node, version, %remote, is_receiving, "accepted a bulk connection");
     let reason = if is_receiving {

@@ -152,8 +152,13 @@ impl Ledger {
     }
 
     fn with_reason(&self, reason: &'static str) -> Vec<Label> {
+        self.with(Label::new("reason", reason))
+    }
+
+    /// Who this is, and one label more.
+    pub(crate) fn with(&self, label: Label) -> Vec<Label> {
         let mut labels = self.labels.clone();
-        labels.push(Label::new("reason", reason));
+        labels.push(label);
         labels
     }
 

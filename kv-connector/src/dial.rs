@@ -158,6 +158,7 @@ impl Fabric {
             None => None,
         };
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
+        self.shared.tell_path(&node, &connection);
         let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
         let context = self.shared.receive_context(zone, mapping);
         let receiver = BulkReceiver::start(connection, sender, context, (held, window), &self.shared.tasks);
@@ -177,12 +178,12 @@ impl Fabric {
             return Ok(socket);
         }
         let addr = SocketAddr::new(self.local_addr().ip(), 0);
-        let socket =
-            socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None).map_err(|error| DialError::Unreachable {
-                addr: remote,
-                role: Role::PrefillNode,
-                reason: format!("no UDP socket on {addr}: {error}"),
-            })?;
+        let bound = socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None, self.shared.activity.as_ref());
+        let socket = bound.map_err(|error| DialError::Unreachable {
+            addr: remote,
+            role: Role::PrefillNode,
+            reason: format!("no UDP socket on {addr}: {error}"),
+        })?;
         Ok(self.shared.bulk_dialler.get_or_init(|| socket))
     }
 

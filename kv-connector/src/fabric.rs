@@ -26,10 +26,12 @@ use tokio_util::task::TaskTracker;
 
 use crate::accept::{self, IncomingStream};
 use crate::accounting::{FabricAccounting, Ledger};
+use crate::busy_poll::{Activity, BusyPolling};
 use crate::certs::Identity;
 use crate::hello::{Greeter, HelloCheck, compatible_models};
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
+use crate::path_metrics::PathMetrics;
 use crate::quiet::Quiet;
 use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
@@ -57,6 +59,8 @@ pub struct FabricConfig {
     pub limits: FabricLimits,
     /// How KV travels over QUIC.
     pub bulk_path: BulkPath,
+    /// Whether its threads look for datagrams a little longer before they sleep.
+    pub busy_polling: Option<BusyPolling>,
     /// Versions of the protocol that are spoken, newest first; never empty.
     pub versions: Vec<u16>,
     /// This node's pool, for peers on the same host to read KV in; they become one trust domain with it. With a
@@ -69,7 +73,8 @@ pub struct FabricConfig {
 }
 
 impl FabricConfig {
-    /// No bulk listener, default limits, the versions of this build, no shared memory, and every peer taken whose model fits.
+    /// No bulk listener, default limits, no busy polling, the versions of this build, no shared memory, and every peer
+    /// taken whose model fits.
     pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
         let check = compatible_models(&hello);
         let limits = FabricLimits::default();
@@ -81,6 +86,7 @@ impl FabricConfig {
             check,
             limits,
             bulk_path: BulkPath::default(),
+            busy_polling: None,
             versions: PROTOCOL_VERSIONS.to_vec(),
             shared_pool: None,
             is_reading_shared_pools: false,
@@ -159,6 +165,7 @@ pub(crate) struct Shared {
     pub(crate) check: HelloCheck,
     pub(crate) limits: FabricLimits,
     pub(crate) bulk_path: BulkPath,
+    pub(crate) activity: Option<Arc<Activity>>,
     pub(crate) versions: Vec<u16>,
     pub(crate) ledger: Arc<Ledger>,
     /// Refused connections, which anyone can cause.
@@ -200,6 +207,7 @@ impl Fabric {
             check,
             limits,
             bulk_path,
+            busy_polling,
             versions,
             shared_pool,
             is_reading_shared_pools,
@@ -210,10 +218,12 @@ impl Fabric {
         let client = |traffic: Traffic| tls::client(&identity, alpn_ids(traffic, &versions));
         let servers = [server(Traffic::Control)?, server(Traffic::Bulk)?];
         let clients = [client(Traffic::Control)?, client(Traffic::Bulk)?];
+        let activity = busy_polling.map(Activity::new);
         let listener = |addr: SocketAddr, traffic: Traffic| {
             // Replaced for every connection that is accepted.
             let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
-            socket::bind(addr, traffic, bulk_path, Some(server)).map_err(|source| BindError::Socket { addr, source })
+            let bound = socket::bind(addr, traffic, bulk_path, Some(server), activity.as_ref());
+            bound.map_err(|source| BindError::Socket { addr, source })
         };
         let control = listener(listen, Traffic::Control)?;
         let bulk_listener = bulk_listen.map(|addr| listener(addr, Traffic::Bulk)).transpose()?;
@@ -242,6 +252,7 @@ impl Fabric {
             zone,
             limits,
             bulk_path,
+            activity,
             versions,
             ledger,
             refusals: Quiet::default(),
@@ -337,6 +348,11 @@ impl Shared {
             deadline: self.limits.extent_deadline,
             mapping,
         }
+    }
+
+    /// Keeps the metrics of a bulk connection's path while it lasts.
+    pub(crate) fn tell_path(&self, peer: &NodeId, connection: &Connection) {
+        self.tasks.spawn(PathMetrics::new(&self.ledger, peer).tell(connection.clone()));
     }
 
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

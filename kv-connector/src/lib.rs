@@ -22,14 +22,15 @@
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
-//! 7. `socket`, `segments`, `congestion`, [`limits`], [`accounting`]: datagram sizes, what is on the way, bounds, what
-//!    is held.
+//! 7. `socket`, `segments`, `busy_poll`, `congestion`, `path_metrics`, [`limits`], [`accounting`]: datagram sizes, what
+//!    is on the way, bounds, what is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod accept;
 pub mod accounting;
 pub mod block_feed;
+mod busy_poll;
 pub mod certs;
 mod congestion;
 mod dial;
@@ -39,6 +40,7 @@ mod hello;
 pub mod limits;
 pub mod link;
 pub mod membership;
+mod path_metrics;
 pub mod peers;
 mod quiet;
 mod segments;
@@ -51,6 +53,7 @@ mod versions;
 
 pub use accept::IncomingStream;
 pub use accounting::FabricAccounting;
+pub use busy_poll::BusyPolling;
 pub use certs::{CertError, ClusterCa, Identity};
 pub use dial::DialError;
 pub use fabric::{BindError, Fabric, FabricConfig, check_holder};

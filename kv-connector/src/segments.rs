@@ -16,6 +16,8 @@ use std::task::{Context, Poll};
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
+use crate::busy_poll::PolledSocket;
+
 /// Most bytes of one send: the largest UDP payload over IPv4; over IPv6 20 more would fit.
 pub(crate) const SEND_BYTES_MAX: usize = 65_507;
 /// Most bytes that arrive at once, with or without receive offload.
@@ -30,14 +32,20 @@ pub(crate) struct SegmentedSocket {
     num_receive_segments: usize,
     /// Of the last system call, the mean bytes per buffer.
     received_bytes: AtomicUsize,
+    polled: Option<PolledSocket>,
 }
 
 impl SegmentedSocket {
-    /// `max_udp_payload_bytes` is what the endpoint announces.
-    pub(crate) fn new(inner: Arc<dyn AsyncUdpSocket>, max_udp_payload_bytes: u16) -> Self {
+    /// `max_udp_payload_bytes` is what the endpoint announces; `polled` is the same socket, if it is to be looked at
+    /// without sleeping.
+    pub(crate) fn new(
+        inner: Arc<dyn AsyncUdpSocket>,
+        max_udp_payload_bytes: u16,
+        polled: Option<PolledSocket>,
+    ) -> Self {
         let num_segments = RECEIVE_BYTES_MAX.div_ceil(usize::from(max_udp_payload_bytes));
         let num_receive_segments = inner.max_receive_segments().min(num_segments);
-        Self { inner, num_receive_segments, received_bytes: AtomicUsize::new(0) }
+        Self { inner, num_receive_segments, received_bytes: AtomicUsize::new(0), polled }
     }
 }
 
@@ -56,6 +64,9 @@ impl AsyncUdpSocket for SegmentedSocket {
 
     /// If the socket is full before the last part, the whole is sent again later; the receiver drops duplicates.
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        if let Some(polled) = &self.polled {
+            polled.on_datagram();
+        }
         let Some(segment_bytes) = transmit.segment_size.filter(|_| transmit.contents.len() > SEND_BYTES_MAX) else {
             return self.inner.try_send(transmit);
         };
@@ -72,14 +83,21 @@ impl AsyncUdpSocket for SegmentedSocket {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        let received = self.received_bytes.load(Ordering::Relaxed).max(1);
-        let num_buffers = (RECEIVE_BATCH_BYTES / received).clamp(1, bufs.len().max(1)).min(bufs.len());
-        let polled = self.inner.poll_recv(cx, &mut bufs[..num_buffers], meta);
-        if let Poll::Ready(Ok(count)) = polled {
+        let expected = self.received_bytes.load(Ordering::Relaxed).max(1);
+        let num_buffers = (RECEIVE_BATCH_BYTES / expected).clamp(1, bufs.len().max(1)).min(bufs.len());
+        let bufs = &mut bufs[..num_buffers];
+        let received = match (self.inner.poll_recv(cx, bufs, meta), &self.polled) {
+            (Poll::Pending, Some(polled)) => polled.poll_recv(cx, bufs, meta),
+            (received, _) => received,
+        };
+        if let Poll::Ready(Ok(count)) = received {
+            if let Some(polled) = &self.polled {
+                polled.on_datagram();
+            }
             let num_bytes: usize = meta[..count].iter().map(|meta| meta.len).sum();
             self.received_bytes.store(num_bytes / count.max(1), Ordering::Relaxed);
         }
-        polled
+        received
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {

@@ -20,6 +20,7 @@ use common::config::CongestionControl;
 use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, TokioRuntime};
 use quinn::{ServerConfig, TransportConfig, VarInt};
 
+use crate::busy_poll::{Activity, PolledSocket};
 use crate::congestion;
 use crate::limits::FabricLimits;
 use crate::segments::{SEND_BYTES_MAX, SegmentedSocket};
@@ -75,12 +76,14 @@ pub(crate) struct Socket {
     buffer_bytes: usize,
 }
 
-/// Binds an endpoint. With `server` it also accepts; `path` is that of KV.
+/// Binds an endpoint. With `server` it also accepts; `path` is that of KV; with `activity` it is looked at a little
+/// longer before its thread sleeps.
 pub(crate) fn bind(
     addr: SocketAddr,
     traffic: Traffic,
     path: BulkPath,
     server: Option<ServerConfig>,
+    activity: Option<&Arc<Activity>>,
 ) -> io::Result<Socket> {
     let domain = socket2::Domain::for_address(addr);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
@@ -95,8 +98,11 @@ pub(crate) fn bind(
     socket.bind(&addr.into())?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(max_payload).map_err(io::Error::other)?;
-    let inner = TokioRuntime.wrap_udp_socket(UdpSocket::from(socket))?;
-    let socket = Arc::new(SegmentedSocket::new(inner, max_payload));
+    let socket = UdpSocket::from(socket);
+    let another = activity.map(|activity| PolledSocket::new(socket.try_clone()?, activity.clone()));
+    let polled = another.transpose()?;
+    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    let socket = Arc::new(SegmentedSocket::new(inner, max_payload, polled));
     let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
     Ok(Socket { endpoint, traffic, path, buffer_bytes })
 }
@@ -177,8 +183,8 @@ mod tests {
         let identity = ca.issue(Role::PrefillNode, &NodeId::new("p0").unwrap()).unwrap();
         let alpn = || vec![b"test".to_vec()];
         let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn()).unwrap());
-        let receiver = bind(LOOPBACK, Traffic::Bulk, path, None).unwrap();
-        let sender = bind(LOOPBACK, Traffic::Bulk, path, Some(server.clone())).unwrap();
+        let receiver = bind(LOOPBACK, Traffic::Bulk, path, None, None).unwrap();
+        let sender = bind(LOOPBACK, Traffic::Bulk, path, Some(server.clone()), None).unwrap();
         let addr = sender.endpoint.local_addr().unwrap();
         server.transport_config(sender.transport(&limits, LOOPBACK));
         let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());

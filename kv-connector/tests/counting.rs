@@ -20,6 +20,12 @@ async fn connections_bytes_and_refusals_are_counted() {
     assert_eq!(values.gauge("tandem_fabric_connections d0 control"), 1.0);
     assert_eq!(values.gauge("tandem_fabric_connections d0 bulk"), 1.0);
 
+    for (here, there) in [("p0", "d0"), ("d0", "p0")] {
+        let size_is_found = || values.gauge(&format!("tandem_fabric_datagram_bytes {here} {there}")) == 65_507.0;
+        eventually("the size of the path is told", size_is_found).await;
+        assert!(values.count(&format!("tandem_fabric_packets_total {here} {there}")) > 0);
+    }
+
     let job = Job::new(1, 64, 0, 0);
     let memory = TestMemory::new(8);
     let (landing, mut events) = zone.open(job.plan(&memory));
@@ -63,6 +69,7 @@ async fn connections_bytes_and_refusals_are_counted() {
     {
         assert_eq!(values.gauge(&format!("tandem_fabric_{name}")), 0.0, "{name}");
     }
+    assert_eq!(values.gauge("tandem_fabric_datagram_bytes d0 p0"), 0.0, "there is no path any more");
 }
 
 fn payload_bytes(job: &Job) -> u64 {

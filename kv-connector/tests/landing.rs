@@ -126,6 +126,24 @@ async fn flipped_byte_is_refused_and_the_right_bytes_may_follow() {
 }
 
 #[tokio::test]
+async fn granules_in_another_order_or_of_two_extents_are_refused() {
+    let pair = Pair::new().await;
+    let job = Job::new(1, 64, 0, 0);
+    let (_, landing, mut events) = open(&pair, &job);
+    let (header, payload) = job.sealed(job.extent(1, 0, 64));
+    let other = job.payload(&job.extent(2, 0, 64));
+    let exchanged = [&payload[GRANULE_BYTES..], &payload[..GRANULE_BYTES]].concat();
+    let torn = [&payload[..2 * GRANULE_BYTES], &other[2 * GRANULE_BYTES..]].concat();
+    for bad in [exchanged, torn, other] {
+        pair.send((header, bad.into())).await;
+        assert_eq!(next(&mut events).await, refused(RefusedExtent::Corrupted));
+    }
+    assert_eq!(landing.num_contiguous_tokens(), 0);
+    drop(landing);
+    pair.end().await;
+}
+
+#[tokio::test]
 async fn bytes_of_another_layer_range_or_content_are_refused() {
     let pair = Pair::new().await;
     let job = Job::new(1, 64, 0, 0);

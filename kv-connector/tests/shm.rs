@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use common::ids::{BlockId, Epoch, Role};
 use common::kv_memory::KvMemory;
+use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::{NUM_RUNS_MAX, encode_runs};
 use common::wire::{ExtentHeader, HelloReply, PoolRun, Registration};
 use kv_connector::transfer::{
@@ -402,11 +403,12 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
     let (header, _) = source.seal(&job.tokens, job.extent(0, 0, 64));
     let (end, len) = (peer.pool.num_bytes(), header.num_payload_bytes);
     let run = |offset: u64, num_bytes: u32| PoolRun { offset, num_bytes };
+    let count = EXTENT_HEADER_BYTES..EXTENT_HEADER_BYTES + 4;
     let mut many = extent(&header, &vec![run(0, 1); NUM_RUNS_MAX]);
-    many[96..100].copy_from_slice(&(NUM_RUNS_MAX as u32 + 1).to_le_bytes());
+    many[count.clone()].copy_from_slice(&(NUM_RUNS_MAX as u32 + 1).to_le_bytes());
     many.extend([0; 12]);
     let mut all = extent(&header, &[run(0, len)]);
-    all[96..100].copy_from_slice(&u32::MAX.to_le_bytes());
+    all[count].copy_from_slice(&u32::MAX.to_le_bytes());
     let cases = [
         (extent(&header, &[run(end - 10, len)]), RefusedExtent::BadRuns),
         (extent(&header, &[run(u64::MAX - 10, len)]), RefusedExtent::BadRuns),
@@ -418,7 +420,7 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
         ([extent(&header, &[run(0, len)]), vec![0]].concat(), RefusedExtent::BadRuns),
         (extent(&header, &[]), RefusedExtent::Truncated),
         (extent(&header, &[run(0, len - 1)]), RefusedExtent::Truncated),
-        (extent(&header, &[run(0, len)])[..105].to_vec(), RefusedExtent::Truncated),
+        (extent(&header, &[run(0, len)])[..EXTENT_HEADER_BYTES + 9].to_vec(), RefusedExtent::Truncated),
         (extent(&header, &[run(0, len + 1)]), RefusedExtent::WrongSize),
         // Of the right length, and somebody else's.
         (extent(&header, &[run(end - u64::from(len), len)]), RefusedExtent::Corrupted),

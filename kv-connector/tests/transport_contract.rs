@@ -17,8 +17,8 @@ use std::time::Duration;
 use common::content::GRANULE_TOKENS;
 use common::ids::{Epoch, Role};
 use common::wire::ExtentId;
-use kv_connector::Fabric;
 use kv_connector::transfer::{FaultPlan, FaultyTransport, InjectedFaults, LandingEvent, RefusedExtent};
+use kv_connector::{BusyPolling, Fabric};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use support::file_pool::{FilePool, scattered};
@@ -46,6 +46,12 @@ enum Over {
 
 const ALL: [Over; 2] = [Over::Quic, Over::Shm];
 
+/// With every other seed, so that each fault meets both.
+fn busy_polling(seed: u64) -> Option<BusyPolling> {
+    let time_max = Duration::from_micros(200);
+    (seed % 2 == 1).then(|| BusyPolling { time_max, may_poll: Arc::new(|| true) })
+}
+
 /// Several hand-overs at a time from one prefill node to one decode node, extents in any order.
 async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     println!("{over:?}, seed {seed}, {faults:?}");
@@ -55,6 +61,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let mut config = cluster.config("p0", Role::PrefillNode);
     let pool = FilePool::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     config.shared_pool = (over == Over::Shm).then(|| pool.shared());
+    config.busy_polling = busy_polling(seed);
     if let Some(plan) = faults {
         let injector = injector.clone();
         config.transport_layer = Some(Arc::new(move |inner| {
@@ -66,6 +73,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let prefill = Fabric::bind(config).unwrap();
     let mut config = cluster.config("d0", Role::DecodeNode);
     config.is_reading_shared_pools = over == Over::Shm;
+    config.busy_polling = busy_polling(seed);
     let decode = Fabric::bind(config).unwrap();
     let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let zone = decode.landing_zone();

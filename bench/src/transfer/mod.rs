@@ -24,10 +24,13 @@ mod workload;
 
 use std::path::PathBuf;
 use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
-use common::config::{CongestionControl, KvQuicArgs};
+use common::config::{CongestionControl, KvQuicArgs, parse_busy_poll};
+use kv_connector::BusyPolling;
 
 pub use report::Report;
 
@@ -62,6 +65,9 @@ pub struct TransferBenchArgs {
     /// KV that a quic connection may have on the way.
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub window_bytes: u64,
+    /// How long both ends look for datagrams before they sleep, as nodes do whose engine is idle.
+    #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_busy_poll)]
+    pub busy_poll: Duration,
     /// Cores for the receiver and the senders, which are pinned with taskset. Without it, and without two cores,
     /// nothing is pinned.
     #[arg(long, value_name = "CORES", value_delimiter = ',', default_value = "0,1")]
@@ -133,6 +139,9 @@ pub struct TransferSenderArgs {
     /// Whether the pool may be read by the receiver.
     #[arg(long)]
     pub is_shared: bool,
+    /// As the nodes have it.
+    #[arg(long, value_parser = parse_busy_poll)]
+    pub busy_poll: Duration,
     /// As the nodes have them.
     #[command(flatten)]
     pub kv_quic: KvQuicArgs,
@@ -171,6 +180,11 @@ pub fn run(args: &TransferBenchArgs) -> anyhow::Result<Report> {
 pub fn run_sender(args: &TransferSenderArgs) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
     runtime.block_on(sender::serve(args))
+}
+
+/// As nodes have it whose engine is idle.
+fn busy_polling(time_max: Duration) -> Option<BusyPolling> {
+    (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(|| true) })
 }
 
 /// Pins this process to the first core; the second, for the senders, if that worked.

@@ -69,7 +69,7 @@ async fn measure_in(
 ) -> anyhow::Result<Report> {
     let num_tokens = workload::num_tokens(args.request_mib);
     let num_blocks = workload::num_blocks(num_tokens);
-    let pool = Arc::new(KvPool::new(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks)?);
+    let pool = Arc::new(KvPool::new(&workload::kv_spec(workload::NUM_LAYERS), workload::BLOCK_SIZE, num_blocks)?);
     let tokens = workload::tokens(num_tokens);
     let chain = workload::chain(&tokens);
     let mut landings = Landings { pool, tokens, chain, number: 0 };
@@ -83,6 +83,7 @@ async fn measure_in(
         let mut config = FabricConfig::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, hello);
         config.is_reading_shared_pools = transport == Transport::Shm;
         config.set_kv_quic(&kv_quic);
+        config.busy_polling = super::busy_polling(args.busy_poll);
         let fabric = Fabric::bind(config)?;
         let link = fabric.dial(addr, Role::PrefillNode, None).await?;
         let bulk = fabric.connect_bulk(&link, &fabric.landing_zone()).await?;
@@ -104,7 +105,7 @@ async fn measure_in(
     let row = |name: &str| Row::new(name.to_string());
     let (mut tls_row, mut tcp_row, mut memcpy_row) = (row("TLS over TCP"), row("TCP, blocking"), row("memcpy"));
     for pair in &pairs {
-        landings.request(pair, num_tokens).await?; // the first touches every page
+        landings.request(pair, num_tokens, workload::NUM_LAYERS).await?; // the first touches every page
     }
     memcpy.copy();
     tcp.receive(num_bytes)?;
@@ -113,10 +114,10 @@ async fn measure_in(
         eprint!("\rround {} of {}", round + 1, args.rounds);
         for pair in &mut pairs {
             let cpu = Cpu::now(pair.process.0.id())?;
-            let took = landings.request(pair, num_tokens).await?;
+            let took = landings.request(pair, num_tokens, workload::NUM_LAYERS).await?;
             pair.row.observe(num_bytes, took, cpu.since(pair.process.0.id())?);
             for _ in 0..args.num_single {
-                pair.row.observe_single(landings.request(pair, pair.extent_tokens).await?);
+                pair.row.observe_single(landings.request(pair, pair.extent_tokens, 1).await?);
             }
         }
         for (connection, row) in [(&mut tls, &mut tls_row), (&mut tcp, &mut tcp_row)] {
@@ -163,6 +164,7 @@ fn start_sender(
     command.arg("--extent-tokens").arg(extent_tokens.to_string());
     command.arg("--num-tokens").arg(workload::num_tokens(args.request_mib).to_string());
     command.arg("--window").arg(args.window.to_string());
+    command.arg("--busy-poll").arg(format!("{}us", args.busy_poll.as_micros()));
     command.arg("--kv-congestion-control").arg(kv_quic.kv_congestion_control.to_string());
     command.arg("--kv-window-bytes").arg(kv_quic.kv_window_bytes.to_string());
     command.arg("--kv-max-udp-payload-size").arg(kv_quic.kv_max_udp_payload_size.to_string());
@@ -182,9 +184,9 @@ fn start_sender(
 
 impl Landings {
     /// From asking to the last extent verified.
-    async fn request(&mut self, pair: &Pair, num_tokens: usize) -> anyhow::Result<Duration> {
+    async fn request(&mut self, pair: &Pair, num_tokens: usize, num_layers: u32) -> anyhow::Result<Duration> {
         self.number += 1;
-        let prefill = workload::prefill(self.number, &self.tokens[..num_tokens]);
+        let prefill = workload::prefill(self.number, &self.tokens[..num_tokens], num_layers);
         let plan = LandingPlan {
             request: prefill.request,
             attempt: prefill.attempt,
@@ -194,7 +196,7 @@ impl Landings {
             tokens: self.tokens[..num_tokens].to_vec(),
             first_token: 0,
             num_tokens,
-            kv_spec: workload::kv_spec(),
+            kv_spec: workload::kv_spec(num_layers),
             memory: self.pool.clone(),
         };
         let open = Open::Prefill(Box::new(prefill));

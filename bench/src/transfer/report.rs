@@ -82,7 +82,7 @@ impl fmt::Display for Report {
         writeln!(
             f,
             "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22}",
-            "", "GB/s", "of TCP", "of TLS", "of copy", "CPU s/GB", "send / recv", "4 extents p50/p99, us"
+            "", "GB/s", "of TCP", "of TLS", "of copy", "CPU s/GB", "send / recv", "1 extent p50/p99, us"
         )?;
         let [.., tls, tcp, memcpy] = &self.rows[..] else { return Ok(()) };
         for row in &self.rows {

@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::sync::Arc;
 
 use anyhow::Context;
-use common::ids::Role;
+use common::ids::{BlockId, Role};
 use common::kv_memory::KvMemory;
 use common::wire::{Open, Prefill, PrefillEvent};
 use engine::pool::{KvPool, PoolMemory};
@@ -27,11 +27,17 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     let hello = workload::hello("sender", Role::PrefillNode, args.num_tokens);
     let memory = if args.is_shared { PoolMemory::Shareable } else { PoolMemory::Private };
     let num_blocks = workload::num_blocks(args.num_tokens);
-    let pool = Arc::new(KvPool::with_memory(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks, memory)?);
+    let pool = Arc::new(KvPool::with_memory(
+        &workload::kv_spec(workload::NUM_LAYERS),
+        workload::BLOCK_SIZE,
+        num_blocks,
+        memory,
+    )?);
     fill(&pool, args.num_tokens);
     let mut config = FabricConfig::new(loopback, identity, hello);
     config.bulk_listen = Some(loopback);
     config.set_kv_quic(&args.kv_quic);
+    config.busy_polling = super::busy_polling(args.busy_poll);
     if let Some((file, num_bytes)) = pool.shared_file() {
         let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);
         config.shared_pool = Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 });
@@ -48,8 +54,11 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
         let _ = std::io::stdin().read_to_end(&mut Vec::new());
     });
     tokio::pin!(ended);
-    let tokens = workload::tokens(args.num_tokens);
-    let chain = workload::chain(&tokens);
+    // Copied for each request: one of few tokens is not to pay for many.
+    let chains = [args.extent_tokens, args.num_tokens].map(|num_tokens| {
+        let chain = workload::chain(&workload::tokens(num_tokens));
+        (num_tokens, chain, Arc::<[BlockId]>::from(workload::blocks(num_tokens)))
+    });
     loop {
         let stream = tokio::select! {
             _ = &mut ended => break,
@@ -59,10 +68,12 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
         let Open::Prefill(prefill) = open else { continue };
         let bulk = fabric.bulk_to(&peer.node, peer.epoch).context("the receiver has no bulk connection")?;
         let Prefill { request, attempt, generation, .. } = *prefill;
+        let known = chains.iter().find(|(num_tokens, ..)| *num_tokens == prefill.tokens.0.len());
+        let (_, chain, blocks) = known.context("the receiver asks for tokens that were not agreed on")?;
         let source = ExtentSource {
             memory: pool.clone(),
-            kv_spec: workload::kv_spec(),
-            blocks: workload::blocks(args.num_tokens).into(),
+            kv_spec: workload::kv_spec(workload::NUM_LAYERS),
+            blocks: blocks.clone(),
             chain: chain.clone(),
             request: ExtentRequest { epoch: peer.epoch, request, attempt, generation },
         };
@@ -80,7 +91,7 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Layer by layer, `window` extents at a time. What is refused or lost the receiver notices.
+/// Layer by layer as far as the credit goes, `window` extents at a time. What is refused or lost the receiver notices.
 async fn send_all(
     extent_tokens: usize,
     window: usize,
@@ -95,6 +106,9 @@ async fn send_all(
         for first in (0..tokens.len()).step_by(extent_tokens) {
             let end = tokens.len().min(first + extent_tokens);
             for (extent, num_bytes) in source.extents(layer, first, end) {
+                if num_bytes_sent + num_bytes > prefill.credit_bytes {
+                    break;
+                }
                 if sends.len() == window {
                     sends.join_next().await;
                 }

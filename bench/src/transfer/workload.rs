@@ -19,8 +19,9 @@ pub(super) const TLS_NAME: &str = "prefill-node.role.tandem";
 /// A request is never waited for longer.
 pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
-pub(super) fn kv_spec() -> KvSpec {
-    KvSpec::uniform(NUM_LAYERS, 4, 64, KvDtype::Bf16, None)
+/// KV of the first `num_layers` layers.
+pub(super) fn kv_spec(num_layers: u32) -> KvSpec {
+    KvSpec::uniform(num_layers, 4, 64, KvDtype::Bf16, None)
 }
 
 /// Tokens whose KV over all layers is `mib` large.
@@ -45,7 +46,7 @@ pub(super) fn hello(name: &str, role: Role, num_tokens: usize) -> Hello {
         identity: ModelIdentity([7; 32]),
         numerics: NumericsId("transfer-bench".to_string()),
         representation: Representation("bf16".to_string()),
-        kv_spec: kv_spec(),
+        kv_spec: kv_spec(NUM_LAYERS),
         vocab_size: 1 << 16,
         max_model_len: num_tokens as u32 + 1,
         block_size: BLOCK_SIZE as u32,
@@ -65,8 +66,13 @@ pub(super) fn chain(tokens: &[Token]) -> ContentChain {
     chain
 }
 
-/// Asks for the KV of `tokens`.
-pub(super) fn prefill(number: u64, tokens: &[Token]) -> Prefill {
+/// Bytes of the KV of `num_tokens` tokens in `num_layers` layers: the credit for as many.
+pub(super) fn kv_bytes(num_tokens: usize, num_layers: u32) -> u64 {
+    (num_tokens * TOKEN_BYTES) as u64 * u64::from(num_layers)
+}
+
+/// Asks for the KV of `tokens` in the first `num_layers` layers: nobody sends beyond the credit.
+pub(super) fn prefill(number: u64, tokens: &[Token], num_layers: u32) -> Prefill {
     Prefill {
         request: RequestId(u128::from(number)),
         attempt: Attempt(1),
@@ -77,7 +83,7 @@ pub(super) fn prefill(number: u64, tokens: &[Token]) -> Prefill {
         params: SamplingParams::greedy(1),
         salt: Vec::new(),
         num_held_tokens: 0,
-        credit_bytes: u64::MAX,
+        credit_bytes: kv_bytes(tokens.len(), num_layers),
         deadline: DEADLINE,
         local_rest: None,
         prefix_peer: None,

@@ -40,7 +40,7 @@ pub use misspelt::{UnknownVariable, unknown_variables};
 pub use model::{DEMO_MODEL, Dtype, ModelArgs, WeightsArgs};
 pub use roles::{CertsArgs, DecodeNodeArgs, LogArgs, LogFormat, PrefillNodeArgs, ProxyArgs, UpArgs};
 pub use store::StoreArgs;
-pub use values::HostPort;
+pub use values::{HostPort, parse_busy_poll};
 
 /// Settings that are each in range but do not go together, or one that is missing.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

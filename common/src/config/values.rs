@@ -38,13 +38,14 @@ pub fn parse_bytes_above_zero(text: &str) -> Result<u64, String> {
     }
 }
 
-/// Reads a duration: `30` (seconds), `1.5s`, `500ms`, `2m`, `1h`.
+/// Reads a duration: `30` (seconds), `1.5s`, `500ms`, `50us`, `2m`, `1h`.
 ///
 /// # Errors
 /// A sentence, if it is not one of these.
 pub fn parse_duration(text: &str) -> Result<Duration, String> {
     let (number, unit) = split_unit(text);
     let seconds_per_unit = match unit {
+        "us" => 1e-6,
         "ms" => 0.001,
         "" | "s" => 1.0,
         "m" | "min" => 60.0,
@@ -53,6 +54,19 @@ pub fn parse_duration(text: &str) -> Result<Duration, String> {
     };
     let number: f64 = number.parse().map_err(|_| format!("\"{text}\" is not a duration: expected one such as 30s"))?;
     Duration::try_from_secs_f64(number * seconds_per_unit).map_err(|_| format!("{text} is out of range for a duration"))
+}
+
+/// As [`parse_duration`], at most a millisecond: for how long a thread may keep a core busy with waiting.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_busy_poll(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        duration if duration <= Duration::from_millis(1) => Ok(duration),
+        _ => {
+            Err("is too long to keep a core busy with waiting: use at most 1ms, 50us for example, or 0s for off".into())
+        }
+    }
 }
 
 /// As [`parse_duration`], above zero.
@@ -224,6 +238,14 @@ mod tests {
             assert!(parse_duration(bad).is_err(), "{bad}");
         }
         assert!(parse_duration(&"9".repeat(40)).is_err());
+        assert_eq!(parse_duration("50us"), Ok(Duration::from_micros(50)));
+    }
+
+    #[test]
+    fn nobody_waits_busily_for_more_than_a_millisecond() {
+        assert_eq!(parse_busy_poll("0s"), Ok(Duration::ZERO));
+        assert_eq!(parse_busy_poll("1ms"), Ok(Duration::from_millis(1)));
+        assert!(parse_busy_poll("50").unwrap_err().contains("use at most 1ms"));
     }
 
     #[test]

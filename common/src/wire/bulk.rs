@@ -1,12 +1,12 @@
 //! KV on the wire: raw bytes behind a fixed header.
 //!
-//! A bulk stream is unidirectional, carries one extent and begins with [`ExtentHeader`], 96 bytes:
+//! A bulk stream is unidirectional, carries one extent and begins with [`ExtentHeader`], 80 bytes:
 //!
 //! ```text
 //!  0  magic "TKV1"          4  payload bytes u32      8  destination epoch u64
 //! 16  request u128         32  attempt u32           36  group u16, layer u16
 //! 40  plane mask u16, first head u16, heads u16, 0   48  first token u32, tokens u32
-//! 56  generation u64       64  digest, 32 bytes
+//! 56  generation u64       64  digest u128
 //! ```
 //!
 //! All little-endian. A bidirectional stream carries an extent whose receiver reads the payload from the
@@ -15,11 +15,12 @@
 //! The payload is the pool's bytes of those granules in ascending order; a partial
 //! last granule travels whole, its tail zero.
 
+use super::extent_digest::{ExtentBinding, ExtentDigest};
 use crate::content::PrefixDigest;
 use crate::ids::{Attempt, Epoch, Generation, RequestId};
 
 /// Bytes of an encoded [`ExtentHeader`].
-pub const EXTENT_HEADER_BYTES: usize = 96;
+pub const EXTENT_HEADER_BYTES: usize = 80;
 /// The answer to an extent that was read from its sender's memory and verified: the blocks may change again.
 pub const EXTENT_TAKEN: u8 = 1;
 const MAGIC: [u8; 4] = *b"TKV1";
@@ -58,8 +59,8 @@ pub struct ExtentHeader {
     pub extent: ExtentId,
     /// Bytes that follow.
     pub num_payload_bytes: u32,
-    /// [`extent_digest`] of the payload.
-    pub digest: [u8; 32],
+    /// Of the payload under this header's [`binding`](Self::binding).
+    pub digest: ExtentDigest,
 }
 
 /// A header that is not one.
@@ -72,44 +73,13 @@ pub struct InvalidExtentHeader {
     pub found: [u8; 4],
 }
 
-/// Starts the digest that binds an extent's bytes to what they stand for: request attempt, content (the
-/// prefix digest of the tokens up to the extent's end), layer, token range and pool generation. Feed the
-/// payload, then finalize.
-pub fn extent_hasher(
-    request: RequestId,
-    attempt: Attempt,
-    generation: Generation,
-    extent: &ExtentId,
-    content: PrefixDigest,
-) -> blake3::Hasher {
-    let mut hasher = blake3::Hasher::new_derive_key("tandem 2026-11 kv extent v1");
-    let mut bound = Vec::with_capacity(96);
-    bound.extend_from_slice(&request.0.to_le_bytes());
-    bound.extend_from_slice(&attempt.0.to_le_bytes());
-    bound.extend_from_slice(&generation.0.to_le_bytes());
-    for field in [extent.group, extent.layer, extent.plane_mask, extent.first_head, extent.num_heads] {
-        bound.extend_from_slice(&field.to_le_bytes());
-    }
-    bound.extend_from_slice(&extent.first_token.to_le_bytes());
-    bound.extend_from_slice(&extent.num_tokens.to_le_bytes());
-    bound.extend_from_slice(&content.0);
-    hasher.update(&bound);
-    hasher
-}
-
-/// [`extent_hasher`] over a payload in one piece.
-pub fn extent_digest(
-    request: RequestId,
-    attempt: Attempt,
-    generation: Generation,
-    extent: &ExtentId,
-    content: PrefixDigest,
-    payload: &[u8],
-) -> [u8; 32] {
-    *extent_hasher(request, attempt, generation, extent, content).update(payload).finalize().as_bytes()
-}
-
 impl ExtentHeader {
+    /// What the extent's digest is bound to, where the tokens up to its end have the prefix digest `content`.
+    pub fn binding(&self, content: PrefixDigest) -> ExtentBinding {
+        let Self { request, attempt, generation, extent, .. } = *self;
+        ExtentBinding { request, attempt, generation, extent, content }
+    }
+
     /// The header's bytes.
     pub fn encode(&self) -> [u8; EXTENT_HEADER_BYTES] {
         let mut out = [0; EXTENT_HEADER_BYTES];
@@ -127,7 +97,7 @@ impl ExtentHeader {
         put(48, &self.extent.first_token.to_le_bytes());
         put(52, &self.extent.num_tokens.to_le_bytes());
         put(56, &self.generation.0.to_le_bytes());
-        put(64, &self.digest);
+        put(64, &self.digest.0.to_le_bytes());
         out
     }
 
@@ -156,7 +126,7 @@ impl ExtentHeader {
         let first_token = u32::from_le_bytes(take(&mut rest));
         let num_tokens = u32::from_le_bytes(take(&mut rest));
         let generation = Generation(u64::from_le_bytes(take(&mut rest)));
-        let digest = take(&mut rest);
+        let digest = ExtentDigest(u128::from_le_bytes(take(&mut rest)));
         let extent = ExtentId { group, layer, plane_mask, first_head, num_heads, first_token, num_tokens };
         Ok(Self { epoch, request, attempt, generation, extent, num_payload_bytes, digest })
     }
@@ -183,7 +153,7 @@ mod tests {
             generation: Generation(4),
             extent,
             num_payload_bytes: 999,
-            digest: [0xab; 32],
+            digest: ExtentDigest(0xab << 100),
         }
     }
 
@@ -197,27 +167,5 @@ mod tests {
         let mut bytes = header().encode();
         bytes[0] = 0;
         assert!(ExtentHeader::decode(&bytes).is_err());
-    }
-
-    #[test]
-    fn digest_is_bound_to_everything_an_extent_stands_for() {
-        let h = header();
-        let content = PrefixDigest([1; 32]);
-        let base = extent_digest(h.request, h.attempt, h.generation, &h.extent, content, b"kv");
-        let mut other = vec![
-            extent_digest(RequestId(1), h.attempt, h.generation, &h.extent, content, b"kv"),
-            extent_digest(h.request, Attempt(9), h.generation, &h.extent, content, b"kv"),
-            extent_digest(h.request, h.attempt, Generation(9), &h.extent, content, b"kv"),
-            extent_digest(h.request, h.attempt, h.generation, &h.extent, PrefixDigest([2; 32]), b"kv"),
-            extent_digest(h.request, h.attempt, h.generation, &h.extent, content, b"kV"),
-        ];
-        let changes: [fn(&mut ExtentId); 4] =
-            [|e| e.layer += 1, |e| e.first_token += 16, |e| e.num_tokens += 1, |e| e.group += 1];
-        for change in changes {
-            let mut extent = h.extent;
-            change(&mut extent);
-            other.push(extent_digest(h.request, h.attempt, h.generation, &extent, content, b"kv"));
-        }
-        assert!(other.iter().all(|digest| *digest != base));
     }
 }

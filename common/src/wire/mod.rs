@@ -21,6 +21,7 @@
 
 pub mod blocks;
 pub mod bulk;
+pub mod extent_digest;
 pub mod fetch;
 pub mod generate;
 pub mod hello;
@@ -32,6 +33,7 @@ use bincode::{Decode, Encode};
 
 pub use blocks::{BlockCursor, BlockNews, WatchBlocks};
 pub use bulk::{ExtentHeader, ExtentId};
+pub use extent_digest::{ExtentBinding, ExtentDigest, ExtentHasher};
 pub use fetch::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, PrefixPeer};
 pub use generate::{Generate, GenerateEvent, NodeError};
 pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Registration, Watch};

@@ -5,8 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use common::content::GRANULE_TOKENS;
-use common::wire::ExtentHeader;
-use common::wire::bulk::extent_hasher;
+use common::wire::{ExtentHasher, ExtentHeader};
 
 use crate::accounting::{Held, Kind, Ledger};
 use crate::transfer::landing::{LandingEvent, State};
@@ -19,17 +18,15 @@ pub struct Arriving {
     header: ExtentHeader,
     place: usize,
     granules: Range<usize>,
-    hasher: blake3::Hasher,
+    /// Of what is in the blocks.
+    hasher: ExtentHasher,
     num_bytes: usize,
-    /// Of the bytes that are in the blocks, how many the hasher has seen: whole granules.
-    num_hashed: usize,
     is_verified: bool,
     _held: Held,
 }
 
-/// What is hashed at a time: while it is still in the core's own cache, and enough that BLAKE3 works on 16 of its
-/// chunks of 1 KiB at once. Fed datagram by datagram it works on few at a time, or on one.
-const HASHED_BYTES_MIN: usize = 128 << 10;
+/// Written and then hashed at a time: source and copy fit the core's first-level cache.
+const PIECE_BYTES: usize = 16 << 10;
 
 impl Arriving {
     pub(super) fn claim(state: Arc<State>, header: &ExtentHeader, ledger: &Arc<Ledger>) -> Result<Self, RefusedExtent> {
@@ -40,21 +37,10 @@ impl Arriving {
         let extent = header.extent;
         let end = (extent.first_token + extent.num_tokens) as usize;
         let content = state.plan.chain.digest_of_prefix(&state.plan.tokens, end);
-        let hasher = extent_hasher(header.request, header.attempt, header.generation, &extent, content);
+        let hasher = ExtentHasher::new(&header.binding(content));
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
         let (ledger, header) = (ledger.clone(), *header);
-        Ok(Self {
-            state,
-            ledger,
-            header,
-            place,
-            granules,
-            hasher,
-            num_bytes: 0,
-            num_hashed: 0,
-            is_verified: false,
-            _held: held,
-        })
+        Ok(Self { state, ledger, header, place, granules, hasher, num_bytes: 0, is_verified: false, _held: held })
     }
 
     /// Writes the next piece into the blocks.
@@ -63,33 +49,12 @@ impl Arriving {
     /// [`RefusedExtent::WrongSize`] beyond the announced size, [`RefusedExtent::Closed`]; nothing is
     /// written then.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), RefusedExtent> {
-        let end = self.end_of(bytes.len())?;
-        let plan = &self.state.plan;
-        let (layer, first_granule) = self.first_granule();
-        self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, self.num_bytes, bytes))?;
-        self.num_bytes = end;
-        if self.num_bytes - self.num_hashed >= HASHED_BYTES_MIN {
-            self.hash_what_is_there()?;
-        }
-        Ok(())
-    }
-
-    /// Hashes the whole granules that are in the blocks and were not hashed yet.
-    fn hash_what_is_there(&mut self) -> Result<(), RefusedExtent> {
-        let plan = &self.state.plan;
-        let granule_bytes = plan.memory.granule_bytes();
-        let num_granules = (self.num_bytes - self.num_hashed) / granule_bytes;
-        let (layer, first_granule) = self.first_granule();
-        let first_granule = first_granule + self.num_hashed / granule_bytes;
-        let hasher = &mut self.hasher;
-        let mut hash = |_, bytes: &[u8]| {
-            hasher.update(bytes);
-        };
-        self.state.while_open(|| {
-            plan.memory.visit_granules(layer, &plan.blocks, first_granule, num_granules, &mut hash);
-        })?;
-        self.num_hashed += num_granules * granule_bytes;
-        Ok(())
+        let mut rest = bytes;
+        self.fill(bytes.len(), |into| {
+            let (now, later) = rest.split_at(into.len());
+            into.copy_from_slice(now);
+            rest = later;
+        })
     }
 
     /// Lets `read` fill the next `num_bytes` of the blocks, in ascending pieces, and hashes what it put there: what
@@ -103,14 +68,15 @@ impl Arriving {
         let (layer, first_granule) = self.first_granule();
         let hasher = &mut self.hasher;
         let mut fill = |bytes: &mut [u8]| {
-            read(bytes);
-            hasher.update(bytes);
+            for piece in bytes.chunks_mut(PIECE_BYTES) {
+                read(piece);
+                hasher.update(piece);
+            }
         };
         self.state.while_open(|| {
             plan.memory.fill_at(layer, &plan.blocks, first_granule, self.num_bytes, num_bytes, &mut fill);
         })?;
         self.num_bytes = end;
-        self.num_hashed = end;
         Ok(())
     }
 
@@ -160,8 +126,7 @@ impl Arriving {
         if self.num_bytes < num_payload_bytes {
             return Err(RefusedExtent::Truncated);
         }
-        self.hash_what_is_there()?;
-        if *self.hasher.finalize().as_bytes() != self.header.digest {
+        if self.hasher.digest() != self.header.digest {
             return Err(RefusedExtent::Corrupted);
         }
         let state = self.state.clone();

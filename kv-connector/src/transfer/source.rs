@@ -7,8 +7,7 @@ use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvPlane, KvSpec};
 use common::tokens::Token;
-use common::wire::bulk::extent_hasher;
-use common::wire::{ExtentHeader, ExtentId};
+use common::wire::{ExtentBinding, ExtentHasher, ExtentHeader, ExtentId};
 
 use crate::transfer::payload::{Payload, PoolExtent};
 
@@ -90,10 +89,8 @@ impl ExtentSource {
         let end = (extent.first_token + extent.num_tokens) as usize;
         let content = self.chain.digest_of_prefix(tokens, end);
         let ExtentRequest { epoch, request, attempt, generation } = self.request;
-        let mut hasher = extent_hasher(request, attempt, generation, &extent, content);
-        payload.visit(|_, bytes| {
-            hasher.update(bytes);
-        });
+        let mut hasher = ExtentHasher::new(&ExtentBinding { request, attempt, generation, extent, content });
+        payload.visit(|_, bytes| hasher.update(bytes));
         let header = ExtentHeader {
             epoch,
             request,
@@ -101,7 +98,7 @@ impl ExtentSource {
             generation,
             extent,
             num_payload_bytes: payload.num_bytes as u32,
-            digest: *hasher.finalize().as_bytes(),
+            digest: hasher.digest(),
         };
         (header, Payload::Pool(payload))
     }

@@ -18,8 +18,7 @@ use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvSpec};
 use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
 use common::sampling::SamplingParams;
-use common::wire::bulk::extent_digest;
-use common::wire::{ExtentHeader, ExtentId, Generate, Hello, Open, Prefill};
+use common::wire::{ExtentDigest, ExtentHeader, ExtentId, Generate, Hello, Open, Prefill};
 use kv_connector::transfer::LandingPlan;
 use kv_connector::{ClusterCa, Fabric, FabricAccounting, FabricConfig};
 
@@ -288,15 +287,16 @@ impl Job {
         let payload = self.payload(&extent);
         let end = (extent.first_token + extent.num_tokens) as usize;
         let content = self.chain().digest_of_prefix(&self.tokens, end);
-        let header = ExtentHeader {
+        let mut header = ExtentHeader {
             epoch: self.epoch,
             request: self.request,
             attempt: self.attempt,
             generation: self.generation,
             extent,
             num_payload_bytes: payload.len() as u32,
-            digest: extent_digest(self.request, self.attempt, self.generation, &extent, content, &payload),
+            digest: ExtentDigest(0),
         };
+        header.digest = header.binding(content).digest(&payload);
         (header, payload.into())
     }
 

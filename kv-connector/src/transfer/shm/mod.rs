@@ -187,7 +187,9 @@ async fn copy(mapping: &Mapping, runs: &[PoolRun], arriving: &mut Arriving) -> R
             }
         })?;
         rest -= num_bytes;
-        tokio::task::yield_now().await;
+        if rest > 0 {
+            tokio::task::yield_now().await;
+        }
     }
     Ok(())
 }
