@@ -188,7 +188,7 @@ pub async fn load_model(folder: PathBuf, weights: &WeightsArgs, engine: &EngineA
     let (dtype, threads) = (weights.dtype, engine.threads);
     let load = move || Model::load(&folder, dtype, threads.map(|threads| threads as usize));
     let model = tokio::task::spawn_blocking(load).await.context("load the model")??;
-    Ok(Arc::new(model))
+    Ok(Arc::new(model.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange)))
 }
 
 /// Starts a node of `setup` over a loaded model.

@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use common::config::Dtype;
-use common::kv_spec::KvDtype;
-use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
+use common::kv_spec::{GranuleOrder, KvDtype};
+use common::model::{KvExchange, ModelIdentity, ModelInfo, NumericsId, Representation};
 use kernels::{Isa, NUMERICS_FAMILY, WorkerPool};
 
 use crate::checkpoint::{Checkpoint, CheckpointError, FloatDtype};
@@ -78,6 +78,8 @@ pub struct Model {
     folder: PathBuf,
     spec: ModelSpec,
     dtype: ComputeDtype,
+    kv_dtype: KvDtype,
+    exchange: KvExchange,
     /// `bf16`, or with quantized formats `bf16+q8_0`.
     weight_format: String,
     identity: ModelIdentity,
@@ -118,16 +120,23 @@ impl Model {
         let backend = CpuBackend::new(workers, options.isa);
         let weights = Weights::load(&backend, &spec, &checkpoint, dtype)?;
         let identity = model_identity(&checkpoint, &spec, dtype.as_str(), options.cache_folder.as_deref());
-        let kv = match dtype {
+        let kv_dtype = match dtype {
             ComputeDtype::F32 => KvDtype::F32,
             ComputeDtype::Bf16 => KvDtype::Bf16,
         };
-        let weight_format = std::iter::once(kv.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
+        let weight_format = std::iter::once(kv_dtype.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
         tracing::info!(
             model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format, isa = options.isa.name(),
             threads = workers.threads(), "model loaded"
         );
-        Ok(Self { folder: folder.to_path_buf(), spec, dtype, weight_format, identity, weights, backend })
+        let (folder, exchange) = (folder.to_path_buf(), KvExchange::Same);
+        Ok(Self { folder, spec, dtype, kv_dtype, exchange, weight_format, identity, weights, backend })
+    }
+
+    /// The same with KV of another type than the arithmetic's, if one is asked for, and with other nodes that KV may be
+    /// exchanged with.
+    pub fn with_kv(self, kv_dtype: Option<KvDtype>, exchange: KvExchange) -> Self {
+        Self { kv_dtype: kv_dtype.unwrap_or(self.kv_dtype), exchange, ..self }
     }
 
     /// The checkpoint's folder or GGUF file: tokenizer and chat template are there too.
@@ -157,23 +166,21 @@ impl Model {
 
     /// What its KV is kept in.
     pub fn kv_dtype(&self) -> KvDtype {
-        match self.dtype {
-            ComputeDtype::F32 => KvDtype::F32,
-            ComputeDtype::Bf16 => KvDtype::Bf16,
-        }
+        self.kv_dtype
     }
 
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
-        let kv = self.kv_dtype().as_str();
-        let numerics = format!("{NUMERICS_FAMILY}/tp1/{}/kv-{kv}", self.weight_format);
+        let numerics = NumericsId::new(&format!("{NUMERICS_FAMILY}/tp1/{}", self.weight_format), self.kv_dtype);
         ModelInfo {
             identity: self.identity,
-            representation: Representation(format!("{kv}/{numerics}")),
-            numerics: NumericsId(numerics),
-            kv_spec: self.spec.kv_spec(self.kv_dtype()),
+            representation: Representation::new(self.kv_dtype, &numerics, self.exchange),
+            numerics,
+            kv_spec: self.spec.kv_spec(self.kv_dtype),
             vocab_size: self.spec.vocab_size as u32,
             max_model_len: self.spec.max_position as u32,
+            exchange: self.exchange,
+            granule_order: GranuleOrder::Lanes,
             block_size: block_size as u32,
             num_blocks: num_blocks as u32,
         }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use common::ids::{Epoch, NodeId, Role};
+use common::model::ModelInfo;
 use common::wire::{Directory, Open};
 
 use crate::transfer::{BulkReceiver, BulkSender};
@@ -39,6 +40,11 @@ impl PeerLink {
     /// The prefill node's life.
     pub fn epoch(&self) -> Epoch {
         self.link.peer().epoch
+    }
+
+    /// What the prefill node said of its model: how it keeps what comes from there.
+    pub fn model(&self) -> Option<&ModelInfo> {
+        self.link.peer().model.as_ref()
     }
 
     fn is_alive(&self) -> bool {
@@ -103,6 +109,12 @@ impl Peers {
         slot.live_link().map(|link| link.link.rtt())
     }
 
+    /// What `node` said of its model, if a connection is there.
+    pub fn model(&self, node: &NodeId) -> Option<ModelInfo> {
+        let slot = self.slots().get(node).cloned()?;
+        slot.live_link()?.model().cloned()
+    }
+
     /// A live connection to `node`; `None` (and a line in the log) if there is none to be had.
     pub async fn link(&self, node: &NodeId) -> Option<PeerLink> {
         let Some(slot) = self.use_slot(node) else {
@@ -148,11 +160,24 @@ impl Peers {
             }
         };
         match self.fabric.connect_bulk(&link, &self.fabric.landing_zone()).await {
-            Ok(bulk) => Some(PeerLink { link, bulk: Arc::new(bulk) }),
+            Ok(bulk) => {
+                self.tell_conversion(&link);
+                Some(PeerLink { link, bulk: Arc::new(bulk) })
+            }
             Err(error) => {
                 tracing::warn!(prefill_node = %node, %address, %error, "cannot open the bulk connection");
                 None
             }
+        }
+    }
+
+    /// Says once for each connection what is not the same at its two ends.
+    fn tell_conversion(&self, link: &Link) {
+        let (Some(ours), Some(theirs)) = (&self.fabric.hello().model, &link.peer().model) else { return };
+        let form = |model: &ModelInfo| format!("{} in {}", model.representation, model.granule_order.as_str());
+        if form(ours) != form(theirs) {
+            let (ours, theirs) = (form(ours), form(theirs));
+            tracing::info!(prefill_node = %link.peer().node, %ours, %theirs, "KV is converted as it arrives");
         }
     }
 

@@ -9,6 +9,7 @@ use common::wire::ExtentHeader;
 use common::wire::bulk::extent_hasher;
 
 use crate::accounting::{Held, Kind, Ledger};
+use crate::transfer::converting::Converting;
 use crate::transfer::landing::{LandingEvent, State};
 use crate::transfer::refused::RefusedExtent;
 
@@ -20,6 +21,8 @@ pub struct Arriving {
     place: usize,
     granules: Range<usize>,
     hasher: blake3::Hasher,
+    /// Where the sender's granules are not as they are here.
+    converting: Option<Converting>,
     num_bytes: usize,
     /// Of the bytes that are in the blocks, how many the hasher has seen: whole granules.
     num_hashed: usize,
@@ -30,6 +33,8 @@ pub struct Arriving {
 /// What is hashed at a time: while it is still in the core's own cache, and enough that BLAKE3 works on 16 of its
 /// chunks of 1 KiB at once. Fed datagram by datagram it works on few at a time, or on one.
 const HASHED_BYTES_MIN: usize = 128 << 10;
+/// What is converted at a time.
+const CONVERTED_BYTES_MAX: usize = 128 << 10;
 
 impl Arriving {
     pub(super) fn claim(state: Arc<State>, header: &ExtentHeader, ledger: &Arc<Ledger>) -> Result<Self, RefusedExtent> {
@@ -42,6 +47,7 @@ impl Arriving {
         let content = state.plan.chain.digest_of_prefix(&state.plan.tokens, end);
         let hasher = extent_hasher(header.request, header.attempt, header.generation, &extent, content);
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
+        let converting = state.plan.conversion.clone().map(Converting::new);
         let (ledger, header) = (ledger.clone(), *header);
         Ok(Self {
             state,
@@ -50,6 +56,7 @@ impl Arriving {
             place,
             granules,
             hasher,
+            converting,
             num_bytes: 0,
             num_hashed: 0,
             is_verified: false,
@@ -64,6 +71,12 @@ impl Arriving {
     /// written then.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), RefusedExtent> {
         let end = self.end_of(bytes.len())?;
+        if self.converting.is_some() {
+            for piece in bytes.chunks(CONVERTED_BYTES_MAX) {
+                self.convert(piece.len(), |staged| staged.copy_from_slice(piece))?;
+            }
+            return Ok(());
+        }
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, self.num_bytes, bytes))?;
@@ -92,6 +105,22 @@ impl Arriving {
         Ok(())
     }
 
+    /// Takes the next `num_bytes`, which `read` puts in their place, hashes them as they came, and writes what they
+    /// complete into the blocks as it is kept here.
+    fn convert(&mut self, num_bytes: usize, read: impl FnOnce(&mut [u8])) -> Result<(), RefusedExtent> {
+        let (layer, first_granule) = self.first_granule();
+        let converting = self.converting.as_mut().expect("only what comes in another form is converted");
+        let first_granule = first_granule + converting.num_granules();
+        let staged = converting.stage(num_bytes);
+        read(staged);
+        self.hasher.update(staged);
+        self.num_bytes += num_bytes;
+        self.num_hashed = self.num_bytes;
+        let plan = &self.state.plan;
+        let granules = converting.take_granules(plan.memory.granule_bytes());
+        self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, 0, granules))
+    }
+
     /// Lets `read` fill the next `num_bytes` of the blocks, in ascending pieces, and hashes what it put there: what
     /// is in the blocks is what the digest speaks of, though its source may change meanwhile.
     ///
@@ -99,6 +128,9 @@ impl Arriving {
     /// As [`write`](Self::write).
     pub(super) fn fill(&mut self, num_bytes: usize, mut read: impl FnMut(&mut [u8])) -> Result<(), RefusedExtent> {
         let end = self.end_of(num_bytes)?;
+        if self.converting.is_some() {
+            return self.convert(num_bytes, read);
+        }
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         let hasher = &mut self.hasher;
@@ -165,6 +197,9 @@ impl Arriving {
             return Err(RefusedExtent::Corrupted);
         }
         let state = self.state.clone();
+        if self.converting.is_some() {
+            self.ledger.count_converted(num_payload_bytes);
+        }
         state.while_open(|| {
             // Marked and told under one lock: the owner hears of extents in the order in which they count.
             let mut coverage = state.coverage();
