@@ -242,8 +242,7 @@ mod tests {
     #[test]
     fn layout_is_no_reason_to_refuse() {
         let ours = node("cpu/tp1", KvDtype::Bf16, KvExchange::Same);
-        let theirs =
-            ModelInfo { block_size: 64, num_blocks: 3, granule_order: GranuleOrder::Rows, ..ours.clone() };
+        let theirs = ModelInfo { block_size: 64, num_blocks: 3, granule_order: GranuleOrder::Rows, ..ours.clone() };
         assert_eq!(refusal(&ours, &theirs), None);
     }
 

@@ -124,7 +124,8 @@ impl Model {
             ComputeDtype::F32 => KvDtype::F32,
             ComputeDtype::Bf16 => KvDtype::Bf16,
         };
-        let weight_format = std::iter::once(kv_dtype.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
+        let weight_format =
+            std::iter::once(kv_dtype.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
         tracing::info!(
             model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format, isa = options.isa.name(),
             threads = workers.threads(), "model loaded"

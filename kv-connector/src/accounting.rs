@@ -202,7 +202,11 @@ fn describe() {
     metrics::describe_gauge!(RECEIVE_BYTES, Unit::Bytes, "KV payload that has begun to arrive and is not proven yet");
     metrics::describe_gauge!(REGISTRATIONS, Unit::Count, "Shared memory announced to a peer, or mapped from one");
     metrics::describe_counter!(EXTENT_BYTES, Unit::Bytes, "KV payload sent or verified on arrival, by transport");
-    metrics::describe_counter!(CONVERTED_BYTES, Unit::Bytes, "KV payload verified on arrival that is kept in another form");
+    metrics::describe_counter!(
+        CONVERTED_BYTES,
+        Unit::Bytes,
+        "KV payload verified on arrival that is kept in another form"
+    );
     metrics::describe_counter!(REFUSED_EXTENTS, Unit::Count, "Extents that were not taken, by reason");
     metrics::describe_counter!(REFUSED_STREAMS, Unit::Count, "Control streams that were not taken, by reason");
     metrics::describe_counter!(REFUSED_CONNECTIONS, Unit::Count, "Connections that were not taken, by reason");

@@ -726,7 +726,9 @@ pub struct FakePrefillNode {
 impl FakePrefillNode {
     pub fn start(cluster: &Cluster) -> Self {
         let name = format!("fake-of-{}", cluster.number);
-        Self { fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode, Some(&cluster.decode.engine))).unwrap() }
+        Self {
+            fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode, Some(&cluster.decode.engine))).unwrap(),
+        }
     }
 
     pub fn node(&self) -> NodeId {
