@@ -94,7 +94,7 @@ async fn prefix_of_the_decode_node_is_fetched_into_an_unequal_pool() {
     for (prefills, decode) in ends() {
         println!("{prefills:?} to {decode:?}");
         let cluster = Cluster::start(shape(prefills, decode)).await;
-        for index in 0..2 {
+        for (index, prefill_pool) in prefills.into_iter().enumerate() {
             let text = prompt(NUM_TOKENS, index as u32);
             let first = generate(index as u128 + 10, text[..NUM_HELD + 1].to_vec(), sampled(1, 1));
             assert!(cluster.ask(&first).await.finish().await.timeline.is_local_prefill);
@@ -106,7 +106,7 @@ async fn prefix_of_the_decode_node_is_fetched_into_an_unequal_pool() {
             let prefill = &cluster.prefills[index];
             assert_eq!(prefill.counter("tandem_computed_tokens_total") as usize, NUM_TOKENS - num_held);
             let converted = prefill.counter("tandem_fabric_converted_bytes_total");
-            assert_eq!(converted > 0, form(prefills[index]) != form(decode));
+            assert_eq!(converted > 0, form(prefill_pool) != form(decode));
         }
         assert_eq!((cluster.failed_fetches(), cluster.lost_candidates()), Default::default());
         cluster.end().await;
