@@ -22,8 +22,10 @@ use tokio::task::JoinSet;
 use super::PeersNodeArgs;
 use super::holding::Held;
 
-/// Handshakes in progress at a time.
-const NUM_DIALLED_AT_ONCE: usize = 16;
+/// Handshakes in progress at a time: more of them would only wait for each other, until the idle limit ends one.
+const NUM_DIALLED_AT_ONCE: usize = 4;
+/// Tries to make one connection, on a machine that is busy with other things.
+const NUM_TRIES: usize = 10;
 /// A handshake among others that are in progress on one core.
 const HELLO_DEADLINE: Duration = Duration::from_secs(60);
 
@@ -144,8 +146,15 @@ async fn dial(args: &PeersNodeArgs, address: SocketAddr, mut lines: mpsc::Receiv
         }
         let (fabric, holding) = (fabric.clone(), args.holding);
         dialling.spawn(async move {
-            let link = fabric.dial(address, Role::PrefillNode, None).await?;
-            holding.hold(&fabric, link).await
+            let mut num_tries = 0;
+            loop {
+                num_tries += 1;
+                match fabric.dial(address, Role::PrefillNode, None).await {
+                    Ok(link) => return holding.hold(&fabric, link).await,
+                    Err(error) if error.is_worth_a_retry() && num_tries < NUM_TRIES => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
         });
     }
     while !dialling.is_empty() {
