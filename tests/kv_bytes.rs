@@ -145,8 +145,9 @@ fn granules(engine: &EngineHandle, blocks: &[BlockId], num_granules: usize) -> V
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_that_crossed_is_what_the_prefill_node_computed_and_what_a_local_prefill_computes() {
     for (dtype, decode_block_size) in [("bfloat16", 16), ("bfloat16", 48), ("float32", 32)] {
-        let flags = ["--block-size", "16", "--dtype", dtype, "--max-num-batched-tokens", "80"];
-        let pair = start_pair(&flags, &[], &["--block-size", &decode_block_size.to_string()]).await;
+        let flags = ["--dtype", dtype, "--max-num-batched-tokens", "80"];
+        let decode = ["--block-size", &decode_block_size.to_string()];
+        let pair = start_pair(&flags, &["--block-size", "16"], &decode).await;
         let tokens = prompt(293);
         let (split, num_bytes) = pair.generate(1, &tokens, true).await;
         let expected_bytes = pair.decode.engine().pool().extent_bytes(293usize.div_ceil(16)) as u64;
