@@ -58,7 +58,8 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
         },
     }
     let threads = engine.threads.map(|threads| threads as usize);
-    Ok(LoadedModel::Cpu(Arc::new(Model::load(folder, weights.dtype, threads)?)))
+    let model = Model::load(folder, weights.dtype, threads)?;
+    Ok(LoadedModel::Cpu(Arc::new(model.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange))))
 }
 
 fn load_on_gpu(
@@ -71,7 +72,12 @@ fn load_on_gpu(
     let device = engine::cuda::open(ordinal)?;
     let cache_folder = engine::identity::cache_folder_from_env();
     let options = DeviceLoadOptions { dtype: weights.dtype, is_batch_invariant: engine.batch_invariant, cache_folder };
-    let model = Arc::new(Model::load_on_device(folder, &device, options)?);
+    let model = Model::load_on_device(folder, &device, options)?;
+    if engine.kv_cache_dtype.kv_dtype().is_some_and(|dtype| dtype != model.kv_dtype()) {
+        let reason = "there KV is of the type that is computed in: leave --kv-cache-dtype at auto".to_string();
+        return Err(LoadError::NotOnDevice { reason });
+    }
+    let model = Arc::new(model.with_kv(None, engine.kv_exchange));
     let kv_cache_bytes = match engine.kv_cache_memory_bytes {
         Some(bytes) => bytes,
         None => {

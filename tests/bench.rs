@@ -18,6 +18,36 @@ fn transfer_measures_every_transport() {
 }
 
 #[test]
+fn peers_measures_idle_connections_of_every_kind_at_both_ends() {
+    let args = ["bench", "peers", "--count", "6", "--seconds", "1"];
+    let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
+    let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{table}{log}");
+    assert!(table.starts_with("6 connections, idle for 1 s"), "{table}");
+    for kind in ["link", "pair", "watch"] {
+        for end in ["dials", "dialled"] {
+            let is_it = |line: &&str| line.split_whitespace().take(2).eq([kind, end]);
+            let line = table.lines().find(is_it).unwrap_or_else(|| panic!("no {kind} {end}: {table}"));
+            let numbers: Vec<f64> = line.split_whitespace().skip(2).map(|cell| cell.parse().unwrap()).collect();
+            assert!(numbers.len() == 4 && numbers.iter().all(|number| *number >= 0.0), "{line}");
+        }
+    }
+}
+
+#[test]
+fn control_measures_messages_alone_and_beside_kv() {
+    let args = ["bench", "control", "--questions", "20", "--rounds", "1", "--request-mib", "2"];
+    let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
+    let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{table}{log}");
+    for row in ["nothing beside it", "KV over quic", "KV over shm"] {
+        let line = table.lines().find_map(|line| line.strip_prefix(row)).unwrap_or_else(|| panic!("no {row}: {table}"));
+        let numbers: Vec<f64> = line.split_whitespace().take(4).map(|cell| cell.parse().unwrap()).collect();
+        assert!(numbers.is_sorted() && numbers[0] > 0.0, "{row}: {line}");
+    }
+}
+
+#[test]
 fn extents_that_cannot_be_are_refused_in_words() {
     let cases = [
         (["--extent-tokens", "0"], "use a multiple of 16 up to 1024"),

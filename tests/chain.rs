@@ -48,10 +48,11 @@ const ALWAYS_SPLIT: [&str; 2] = ["--local-offer-max-tokens", "0"];
 fn assert_split(scrape: &Scrape) {
     assert_eq!(scrape.sum("tandem_local_prefills_total", &[]), 0.0, "a decode node prefilled");
     assert!(scrape.sum("tandem_kv_transferred_bytes_total", &[]) > 0.0, "no KV was transferred");
-    // When the first token ends a request, what is still on its way finds its landing closed.
+    // When the first token ends a request, what is still on its way finds its landing closed, or is given up by its
+    // sender before its header is read.
     let reasons = scrape.by_label("tandem_refused_extents_total", "reason");
     let wrong: Vec<_> =
-        reasons.iter().filter(|(reason, _)| !["closed", "unknown"].contains(&reason.as_str())).collect();
+        reasons.iter().filter(|(reason, _)| !["closed", "unknown", "reset"].contains(&reason.as_str())).collect();
     assert!(wrong.is_empty(), "extents were refused: {wrong:?}");
     assert_eq!(scrape.sum("tandem_prefill_candidates_lost_total", &[]), 0.0, "a prefill node was given up");
 }
@@ -153,6 +154,12 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
             ..Shape::default()
         }
         .over_quic(),
+        Shape {
+            prefill: vec!["--block-size", "64", "--max-num-batched-tokens", "208"],
+            decode: vec!["--block-size", "16"],
+            ..Shape::default()
+        }
+        .over_quic(),
     ];
     for mut shape in shapes {
         shape.decode.extend(ALWAYS_SPLIT);
@@ -240,6 +247,37 @@ async fn preempted_sequences_say_the_same() {
         }
         cluster.shut_down().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn two_prefill_and_two_decode_nodes_with_room_for_one_and_a_half_prompts_each_finish_everything() {
+    let seed = Seed::draw();
+    let mut rng = seed.stream(4);
+    let cases: Vec<Case> = (0..24)
+        .map(|index| {
+            let num_tokens = rng.random_range(520..640);
+            let body = corpus::greedy(&corpus::prompt(&mut rng, num_tokens), 40);
+            Case { name: format!("{index}: {num_tokens}"), body }
+        })
+        .collect();
+    let roomy = Cluster::up(&["--num-prefill-nodes", "0"]).await;
+    let expected = ask_all(&roomy.api, &cases, 0).await;
+    roomy.shut_down().await;
+    // 1024 tokens. Every request needs a good half of a pool at both ends, at any of two nodes each, all at once.
+    let cluster = Cluster::start(Shape {
+        num_prefill: 2,
+        num_decode: 2,
+        nodes: vec!["--threads", "1", "--kv-cache-memory-bytes", "1MiB", "--max-model-len", "700"],
+        prefill: vec!["--block-size", "64", "--max-num-batched-tokens", "128"],
+        decode: [&["--block-size", "16", "--growth-window-blocks", "1"][..], &ALWAYS_SPLIT].concat(),
+        ..Shape::default()
+    })
+    .await;
+    for turn in [1, 2] {
+        assert_equal(&cases, &expected, &ask_all(&cluster.api, &cases, turn).await);
+    }
+    assert_split(&cluster.metrics().await);
+    cluster.shut_down().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

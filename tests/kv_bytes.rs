@@ -14,6 +14,7 @@ use common::ids::{Attempt, BlockId, ChoiceIndex, Epoch, NodeId, RequestId, Role}
 use common::sampling::SamplingParams;
 use common::sequence::{NewSequence, Work};
 use common::wire::{Directory, Generate, GenerateEvent, Hello, Open, Peer, Watch};
+use engine::conversion::conversion;
 use engine::core::{EngineEvent, EngineHandle};
 use kv_connector::certs::ClusterCa;
 use kv_connector::{Fabric, FabricConfig, Link};
@@ -35,36 +36,33 @@ fn node_id(name: &str) -> NodeId {
     NodeId::new(name).expect("a node name")
 }
 
-async fn start_pair(flags: &[&str], decode_block_size: u32) -> Pair {
+/// A prefill and a decode node with flags of both and of each.
+async fn start_pair(flags: &[&str], prefill: &[&str], decode: &[&str]) -> Pair {
     // Several tests of this process may be first.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
-    let args = UpArgs::parse_from([&["up", "--model", "models/tiny"], flags].concat());
     let ca = ClusterCa::generate().unwrap();
-    let model =
-        tandem::device::load_model(args.model.model.clone().into(), &args.weights, &args.engine, 2).await.unwrap();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut running = Vec::new();
-    for (name, role) in [("p0", RoleArgs::Prefill(args.prefill.clone())), ("d0", RoleArgs::Decode(args.decode.clone()))]
-    {
-        let mut engine = args.engine.clone();
-        if role.role() == Role::DecodeNode {
-            engine.block_size = decode_block_size;
-        }
+    for (name, own) in [("p0", prefill), ("d0", decode)] {
+        let args = UpArgs::parse_from([&["up", "--model", "models/tiny"], flags, own].concat());
+        let folder = args.model.model.clone().into();
+        let model = tandem::device::load_model(folder, &args.weights, &args.engine, 2).await.unwrap();
+        let role = if name == "p0" { RoleArgs::Prefill(args.prefill) } else { RoleArgs::Decode(args.decode) };
         let identity = ca.issue(role.role(), &node_id(name)).unwrap();
         let setup = NodeSetup {
             node: node_id(name),
             identity,
             listen,
             bulk_port: 0,
-            kv_transports: args.kv_transports.clone(),
-            kv_quic: args.kv_quic.clone(),
+            kv_transports: args.kv_transports,
+            kv_quic: args.kv_quic,
             busy_poll: Duration::ZERO,
-            engine,
+            engine: args.engine,
             max_model_len: None,
-            store: args.store.clone(),
+            store: args.store,
             role,
         };
-        running.push(nodes::start(model.clone(), setup).await.unwrap());
+        running.push(nodes::start(model, setup).await.unwrap());
     }
     let (decode, prefill) = (running.pop().unwrap(), running.pop().unwrap());
     let hello = Hello { node: node_id("proxy"), role: Role::Proxy, epoch: Epoch(1), model: None, bulk_port: None };
@@ -149,8 +147,9 @@ fn granules(engine: &EngineHandle, blocks: &[BlockId], num_granules: usize) -> V
 #[tokio::test(flavor = "multi_thread")]
 async fn kv_that_crossed_is_what_the_prefill_node_computed_and_what_a_local_prefill_computes() {
     for (dtype, decode_block_size) in [("bfloat16", 16), ("bfloat16", 48), ("float32", 32)] {
-        let flags = ["--block-size", "16", "--dtype", dtype, "--max-num-batched-tokens", "80"];
-        let pair = start_pair(&flags, decode_block_size).await;
+        let flags = ["--dtype", dtype, "--max-num-batched-tokens", "80"];
+        let decode = ["--block-size", &decode_block_size.to_string()];
+        let pair = start_pair(&flags, &["--block-size", "16"], &decode).await;
         let tokens = prompt(293);
         let (split, num_bytes) = pair.generate(1, &tokens, true).await;
         let expected_bytes = pair.decode.engine().pool().extent_bytes(293usize.div_ceil(16)) as u64;
@@ -172,6 +171,40 @@ async fn kv_that_crossed_is_what_the_prefill_node_computed_and_what_a_local_pref
             granules(pair.decode.engine(), &local_blocks, num_granules),
             "computed here, the same bytes"
         );
+    }
+}
+
+/// What the prefill node computed is in the decode node's pool as that pool keeps it: rounded where it is narrower,
+/// exactly where it is wider.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_of_another_type_is_what_the_prefill_node_computed_as_this_pool_keeps_it() {
+    for (transports, prefill, decode) in
+        [("quic,shm", "float32", "bfloat16"), ("quic", "bfloat16", "float32"), ("quic", "float32", "bfloat16")]
+    {
+        let flags = ["--dtype", "float32", "--kv-exchange", "dtypes", "--kv-transports", transports];
+        let of = |dtype, block_size| ["--kv-cache-dtype", dtype, "--block-size", block_size];
+        let pair = start_pair(&flags, &of(prefill, "64"), &of(decode, "16")).await;
+        let (source, target) = (pair.prefill.engine(), pair.decode.engine());
+        let tokens = prompt(293);
+        let (split, num_bytes) = pair.generate(1, &tokens, true).await;
+        let per_layer = source.pool().extent_bytes(293usize.div_ceil(16)) as u64;
+        assert_eq!(num_bytes, per_layer * u64::from(source.pool().num_layers()), "it travels as it was computed");
+
+        // Whole blocks of both: 4 of 64 tokens, 16 of 16.
+        let landed = granules(target, &cached_blocks(target, &tokens).await, 16);
+        let computed = granules(source, &cached_blocks(source, &tokens).await, 16);
+        let conversion = conversion(source.model(), target.model()).expect("the types differ");
+        for (landed, computed) in landed.iter().zip(&computed) {
+            let mut expected = vec![0; landed.len()];
+            conversion.convert(computed, &mut expected);
+            assert!(*landed == expected, "{prefill} to {decode} over {transports}");
+            assert!(landed.iter().any(|byte| *byte != 0));
+        }
+
+        // The prompt is computed by the prefill node alone, so its last logits are its own.
+        let alone = start_pair(&flags, &of(prefill, "64"), &of(prefill, "64")).await;
+        let (colocated, _) = alone.generate(2, &tokens, false).await;
+        assert_eq!(split[0], colocated[0], "token #1 is drawn where the prompt was computed");
     }
 }
 
@@ -205,7 +238,7 @@ async fn one_flipped_byte_one_swapped_block_one_skipped_layer_each_change_the_to
         let zeros = vec![0; engine.pool().extent_bytes(blocks.len() - 1)];
         engine.pool().write_at(1, blocks, 0, 0, &zeros);
     };
-    let pair = start_pair(&["--block-size", "16"], 16).await;
+    let pair = start_pair(&["--block-size", "16"], &[], &[]).await;
     let tokens = prompt(100);
     let (expected, _) = pair.generate(1, &tokens, true).await;
     let (repeated, _) = pair.generate(2, &tokens, true).await;

@@ -2,8 +2,9 @@
 //!
 //! `tandem bench engine` drives the engine loop, scheduler, pool and runner of a node, without a network, and
 //! prints prompt tokens per second and decode tokens per second at several batch sizes, beside the limits of the
-//! machine and other engines. `tandem bench transfer`
-//! moves KV between two processes over each transport and holds it against TCP and a plain copy. `tandem bench
+//! machine and other engines. `tandem bench transfer` moves KV between two processes over each transport and holds it
+//! against TCP and a plain copy. `tandem bench peers` holds idle connections between two nodes and says what they take,
+//! `tandem bench control` how long a message takes beside KV at full speed. `tandem bench
 //! serve` sends requests to an endpoint at times drawn in advance and prints TTFT, ITL, TPOT, end-to-end latency,
 //! throughput and goodput; `compare` does so to several set-ups in turn and prints ratios, `interference` says what
 //! long prompts do to the streams beside them, `sweep` tries every combination of flags, `report` draws what they
@@ -13,7 +14,7 @@
 //!
 //! 1. [`engine_bench`]: the engine.
 //!    [`random_checkpoint`]: models to measure with.
-//! 2. [`transfer`]: the fabric.
+//! 2. [`transfer`]: the fabric under load. [`control`]: what a message sees of that. [`peers`]: idle.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`interference`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
 //!    [`usage`]: what processes took.
@@ -23,11 +24,13 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod compare;
+pub mod control;
 pub mod engine_bench;
 pub mod index_bench;
 pub mod interference;
 pub mod mock;
 pub mod mooncake;
+pub mod peers;
 pub mod random_checkpoint;
 pub mod ratio;
 pub mod replay;
@@ -58,6 +61,16 @@ enum Args {
     /// The other process of `transfer`, which starts it itself.
     #[command(hide = true)]
     TransferSender(transfer::TransferSenderArgs),
+    /// Round trip of a message while KV moves as fast as it can.
+    Control(control::ControlBenchArgs),
+    /// The other process of `control`, which starts it itself.
+    #[command(hide = true)]
+    ControlNode(control::ControlNodeArgs),
+    /// Memory and CPU time of idle connections between nodes, at both ends.
+    Peers(peers::PeersBenchArgs),
+    /// The nodes of `peers`, which starts them itself.
+    #[command(hide = true)]
+    PeersNode(peers::PeersNodeArgs),
     /// Bandwidth of each tier of the prefix-block store, beside what it stands on.
     Store(store_bench::StoreBenchArgs),
     /// Latency, throughput and goodput of an OpenAI-compatible endpoint under load.
@@ -84,6 +97,10 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Engine(engine) => told(engine_bench::run(&engine, Provenance::of_process(&args))),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
+        Args::Control(control) => told(control::run(&control)),
+        Args::ControlNode(node) => told(control::run_node(&node).map(|()| "")),
+        Args::Peers(peers) => told(peers::run(&peers)),
+        Args::PeersNode(node) => told(peers::run_node(&node).map(|()| "")),
         Args::Store(store) => told(store_bench::run(&store)),
         Args::Serve(serve) => told(serve::run(*serve, Provenance::of_process(&args))),
         Args::Compare(compare) => told(compare::run(&compare, Provenance::of_process(&args))),

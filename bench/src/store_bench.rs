@@ -90,6 +90,8 @@ impl Load {
             kv_spec: KvSpec::uniform(1, 1, 64, KvDtype::Bf16, None),
             vocab_size: 1,
             max_model_len: 1,
+            exchange: Default::default(),
+            granule_order: Default::default(),
             block_size: 16,
             num_blocks: 1,
         };

@@ -2,6 +2,17 @@
 
 use crate::ids::BlockId;
 
+/// Makes granules as another node's pool has them into granules of this one's.
+///
+/// What converts knows both pools; whoever moves bytes knows only that a granule becomes a granule.
+pub trait GranuleConversion: Send + Sync {
+    /// Bytes of one granule in one layer, all planes, in the other node's pool.
+    fn source_granule_bytes(&self) -> usize;
+
+    /// Converts whole granules, one behind the other, all of which `out` has exactly room for.
+    fn convert(&self, source: &[u8], out: &mut [u8]);
+}
+
 /// The blocks of a pool, addressed by a sequence's own granules.
 ///
 /// An extent's bytes are those of its granules in ascending order, one layer, all planes; what lies

@@ -33,6 +33,27 @@ impl KvDtype {
     }
 }
 
+/// How the values of a head of a granule follow one another in a pool. A node's own business, told in the hello: where
+/// two differ, the receiver reorders what arrives.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Encode, Decode)]
+pub enum GranuleOrder {
+    /// What the CPU kernels read: in K tokens are next to one another, in V features.
+    #[default]
+    Lanes,
+    /// `[16 tokens][head_dim]`, K and V alike: what the CUDA kernels read.
+    Rows,
+}
+
+impl GranuleOrder {
+    /// Name in logs and in the tags of stored entries.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            GranuleOrder::Lanes => "lanes",
+            GranuleOrder::Rows => "rows",
+        }
+    }
+}
+
 /// One tensor that a group of layers keeps.
 #[derive(Debug, Clone, PartialEq, Eq, Encode, Decode)]
 pub struct KvPlane {
@@ -95,6 +116,16 @@ impl KvSpec {
         Self { groups: vec![KvGroup { layers, planes, kind: KvExtentKind::PerToken, window }] }
     }
 
+    /// Whether `other` differs from this in the types of the values at most.
+    pub fn has_shape_of(&self, other: &KvSpec) -> bool {
+        let untyped = |spec: &KvSpec| {
+            let mut spec = spec.clone();
+            spec.groups.iter_mut().flat_map(|group| &mut group.planes).for_each(|plane| plane.dtype = KvDtype::F32);
+            spec
+        };
+        untyped(self) == untyped(other)
+    }
+
     /// Layers in all groups.
     pub fn num_layers(&self) -> u32 {
         self.groups.iter().map(|group| group.layers.len() as u32).sum()
@@ -118,5 +149,15 @@ mod tests {
     fn bytes_per_token_counts_all_layers_planes_and_heads() {
         // Shape M of the benchmarks: 16 layers, 8 KV heads of 64, bf16: 32 KiB per token.
         assert_eq!(KvSpec::uniform(16, 8, 64, KvDtype::Bf16, None).bytes_per_token(), 32 * 1024);
+    }
+
+    #[test]
+    fn shape_is_everything_but_the_types_of_the_values() {
+        let spec = KvSpec::uniform(2, 8, 64, KvDtype::Bf16, None);
+        assert!(spec.has_shape_of(&KvSpec::uniform(2, 8, 64, KvDtype::F32, None)));
+        for other in [(3, 8, 64, None), (2, 4, 64, None), (2, 8, 32, None), (2, 8, 64, Some(7))] {
+            let (layers, heads, dim, window) = other;
+            assert!(!spec.has_shape_of(&KvSpec::uniform(layers, heads, dim, KvDtype::Bf16, window)), "{other:?}");
+        }
     }
 }

@@ -11,6 +11,7 @@ use common::ids::{ChoiceIndex, Generation, NodeId};
 use common::sampling::{FinishReason, SampledToken};
 use common::timeline::NodeTimeline;
 use common::wire::{ExtentId, Generate, NodeError, Open, Prefill, PrefillControl, PrefillEvent};
+use engine::conversion::conversion;
 use kv_connector::peers::PeerLink;
 use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan, PrefixSends};
 use kv_connector::{ControlReceiver, ControlSender};
@@ -293,6 +294,7 @@ impl Handover<'_, '_> {
             num_tokens: generate.tokens.0.len(),
             kv_spec: node.engine.model().kv_spec.clone(),
             memory: node.memory.clone(),
+            conversion: link.model().and_then(|theirs| conversion(theirs, node.engine.model())),
         };
         let (landing, landed) = node.landing_zone.open(plan);
         let num_missing_tokens = generate.tokens.0.len() as u64 - u64::from(self.machine.num_valid_tokens());

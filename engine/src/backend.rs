@@ -8,6 +8,8 @@
 //! Activations are row-major f32 `[num_rows, width]` in the backend's own memory. A row's result depends on
 //! that row's inputs and its position alone, never on what else is in the step.
 
+use common::kv_spec::GranuleOrder;
+
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
@@ -58,6 +60,9 @@ impl QkvHeads {
 
 /// Operations of the decoder on one kind of processor.
 pub trait Backend: Clone {
+    /// In which order a granule of its pool is.
+    const GRANULE_ORDER: GranuleOrder;
+
     /// A packed weight matrix `[rows, cols]`.
     type Matrix: Send + Sync;
     /// The embedding table `[vocab, hidden]`.

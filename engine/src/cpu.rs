@@ -4,6 +4,7 @@ use std::cell::Cell;
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
+use common::kv_spec::GranuleOrder;
 use common::sampling::SampledToken;
 use common::tokens::Token;
 use half::bf16;
@@ -17,8 +18,8 @@ use crate::backend::{Backend, HeadRange, MatrixPart, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
-use crate::weight_sizes::MatrixSizes;
 use crate::spec::ModelSpec;
+use crate::weight_sizes::MatrixSizes;
 use crate::weights::AttentionWeights;
 
 /// Threads, instruction set and priority. None of them changes a result.
@@ -210,6 +211,8 @@ fn qkv_width(heads: &QkvHeads, layout: &KvLayout) -> usize {
 }
 
 impl Backend for CpuBackend {
+    const GRANULE_ORDER: GranuleOrder = GranuleOrder::Lanes;
+
     type Matrix = CpuMatrix;
     type Table = CpuTable;
     type Vector = Vec<f32>;

@@ -9,7 +9,7 @@
 //! 1. [`hub`], [`spec`], [`rope`], [`checkpoint`], [`identity`]: a Hugging Face folder becomes a shape, tensors, a
 //!    name; [`gguf`]: so does a GGUF file.
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
-//! 3. [`pool`]: the memory that KV lies in.
+//! 3. [`pool`]: the memory that KV lies in; [`conversion`]: KV out of pools that have it otherwise.
 //! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`weight_sizes`], [`cpu`].
 //! 5. [`runner`]: submit a plan, wait for its tokens; [`model`], [`cpu_runner`], [`cuda`]: who does it.
 //! 6. [`core`]: the thread that schedules and runs steps.
@@ -20,6 +20,7 @@
 pub mod backend;
 pub mod checkpoint;
 mod config_fields;
+pub mod conversion;
 pub mod core;
 pub mod cpu;
 pub mod cpu_runner;

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use common::config::Dtype;
 use common::kv_spec::KvDtype;
-use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
+use common::model::{KvExchange, ModelIdentity, ModelInfo, NumericsId, Representation};
 use kernels::cuda::DeviceError;
 use kernels::{Isa, NUMERICS_FAMILY, WorkerPool};
 
@@ -118,6 +118,8 @@ pub struct Model<B: Backend = CpuBackend> {
     folder: PathBuf,
     spec: ModelSpec,
     dtype: ComputeDtype,
+    kv_dtype: KvDtype,
+    exchange: KvExchange,
     /// `bf16`, or with quantized formats `bf16+q8_0`.
     weight_format: String,
     /// Of the orders of additions.
@@ -179,14 +181,26 @@ impl Opened {
             (weights, identity.join().expect("a digest of mapped bytes does not panic"))
         });
         let weights = weights?;
-        let kv = kv_dtype_of(dtype).as_str().to_string();
+        let (kv_dtype, exchange) = (kv_dtype_of(dtype), KvExchange::Same);
         let formats = checkpoint.quantized_formats();
-        let weight_format = std::iter::once(kv).chain(formats).collect::<Vec<String>>().join("+");
+        let weight_format =
+            std::iter::once(kv_dtype.as_str().to_string()).chain(formats).collect::<Vec<String>>().join("+");
         tracing::info!(
             model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format,
             seconds = started_at.elapsed().as_secs_f32(), "model loaded"
         );
-        Ok(Model { folder, spec, dtype, weight_format, numerics_family, identity, weights, backend })
+        Ok(Model {
+            folder,
+            spec,
+            dtype,
+            kv_dtype,
+            exchange,
+            weight_format,
+            numerics_family,
+            identity,
+            weights,
+            backend,
+        })
     }
 }
 
@@ -226,6 +240,12 @@ impl Model {
 }
 
 impl<B: Backend> Model<B> {
+    /// The same with KV of another type than the arithmetic's, if one is asked for, and with other nodes that KV may be
+    /// exchanged with.
+    pub fn with_kv(self, kv_dtype: Option<KvDtype>, exchange: KvExchange) -> Self {
+        Self { kv_dtype: kv_dtype.unwrap_or(self.kv_dtype), exchange, ..self }
+    }
+
     /// The checkpoint's folder or GGUF file: tokenizer and chat template are there too.
     pub fn folder(&self) -> &Path {
         &self.folder
@@ -253,20 +273,21 @@ impl<B: Backend> Model<B> {
 
     /// What its KV is kept in.
     pub fn kv_dtype(&self) -> KvDtype {
-        kv_dtype_of(self.dtype)
+        self.kv_dtype
     }
 
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
-        let kv = self.kv_dtype().as_str();
-        let numerics = format!("{}/tp1/{}/kv-{kv}", self.numerics_family, self.weight_format);
+        let numerics = NumericsId::new(&format!("{}/tp1/{}", self.numerics_family, self.weight_format), self.kv_dtype);
         ModelInfo {
             identity: self.identity,
-            representation: Representation(format!("{kv}/{numerics}")),
-            numerics: NumericsId(numerics),
-            kv_spec: self.spec.kv_spec(self.kv_dtype()),
+            representation: Representation::new(self.kv_dtype, &numerics, self.exchange),
+            numerics,
+            kv_spec: self.spec.kv_spec(self.kv_dtype),
             vocab_size: self.spec.vocab_size as u32,
             max_model_len: self.spec.max_position as u32,
+            exchange: self.exchange,
+            granule_order: B::GRANULE_ORDER,
             block_size: block_size as u32,
             num_blocks: num_blocks as u32,
         }

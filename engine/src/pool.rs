@@ -449,7 +449,7 @@ fn layout_of(spec: &KvSpec, block_size: usize, num_blocks: usize) -> Result<KvLa
 }
 
 /// The one shape of K and V that all layers have.
-fn uniform_plane(spec: &KvSpec) -> Result<&KvPlane, PoolError> {
+pub(crate) fn uniform_plane(spec: &KvSpec) -> Result<&KvPlane, PoolError> {
     let unsupported = |reason: String| PoolError::Unsupported { reason };
     let mut planes = spec.groups.iter().flat_map(|group| &group.planes);
     let first = planes.next().ok_or_else(|| unsupported("it has no layers".to_string()))?;

@@ -6,29 +6,34 @@
 //! it. One wrong, stale or missing byte of KV and the text is another.
 //!
 //! ```text
-//! record(layer, p)  =  BLAKE3( record(layer, 0) .. record(layer, p - 1), layer, p, token )     64 bytes, in the pool
+//! record(layer, p)  =  BLAKE3( record(layer, 0) .. record(layer, p - 1), layer, p, token )     16 numbers, in the pool
 //! logits(p)         =  BLAKE3( records 0..=p of every layer )
 //! ```
+//!
+//! The numbers are whole, -128 to 127, which f32 and bf16 both hold: a pool of either type and either order makes the
+//! same tokens, also of KV that was converted on its way.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::kv_spec::{KvDtype, KvSpec};
-use common::model::{ModelIdentity, ModelInfo, NumericsId, Representation};
+use common::kv_spec::{GranuleOrder, KvDtype, KvSpec};
+use common::model::{KvExchange, ModelIdentity, ModelInfo, NumericsId, Representation};
+use half::bf16;
 use kernels::kv_layout::GRANULE_TOKENS;
-use kernels::{Isa, KvLayout, WorkerPool};
+use kernels::{GranuleFormat, Isa, WorkerPool};
 
 use crate::backend::Backend;
+use crate::conversion::granule_format;
 use crate::cpu::{CpuBackend, CpuTensor};
 use crate::plan::{Span, StepPlan};
 use crate::pool::{KvPool, PoolError};
 use crate::runner::{KvSink, Runner, StepError, StepOutput, StepToken, Ticket};
 use crate::step_thread::StepThread;
 
-/// One head of K and V of this many f32 each: 64 bytes per token and layer.
+/// One head of K and V of this many values each.
 const HEAD_DIM: usize = 8;
-/// Bytes of a token's record.
-const RECORD: usize = 2 * HEAD_DIM * 4;
+/// Values of a token's record.
+const RECORD: usize = 2 * HEAD_DIM;
 
 /// What a simulated model is and costs.
 #[derive(Debug, Clone)]
@@ -41,6 +46,12 @@ pub struct SimOptions {
     pub vocab_size: u32,
     /// Longest sequence, in tokens.
     pub max_model_len: u32,
+    /// What the pool's values are.
+    pub kv_dtype: KvDtype,
+    /// How they lie in it.
+    pub granule_order: GranuleOrder,
+    /// With whom KV may be exchanged.
+    pub exchange: KvExchange,
     /// Tokens per block.
     pub block_size: usize,
     /// Blocks of the pool.
@@ -59,6 +70,9 @@ impl Default for SimOptions {
             num_layers: 2,
             vocab_size: 512,
             max_model_len: 4096,
+            kv_dtype: KvDtype::F32,
+            granule_order: GranuleOrder::Lanes,
+            exchange: KvExchange::Same,
             block_size: 16,
             num_blocks: 1024,
             step_time: Duration::ZERO,
@@ -83,24 +97,28 @@ impl SimRunner {
     /// # Panics
     /// If the system refuses a thread.
     pub fn new(options: SimOptions) -> Result<Self, PoolError> {
-        let kv_spec = KvSpec::uniform(options.num_layers, 1, HEAD_DIM as u32, KvDtype::F32, None);
+        let kv_spec = KvSpec::uniform(options.num_layers, 1, HEAD_DIM as u32, options.kv_dtype, None);
         let pool = Arc::new(KvPool::new(&kv_spec, options.block_size, options.num_blocks)?);
         let mut identity = blake3::Hasher::new();
         identity.update(b"tandem simulated model");
         identity.update(&options.seed.to_le_bytes());
         identity.update(&options.num_layers.to_le_bytes());
         identity.update(&options.vocab_size.to_le_bytes());
+        let numerics = NumericsId::new("sim-2", options.kv_dtype);
         let info = ModelInfo {
             identity: ModelIdentity(*identity.finalize().as_bytes()),
-            numerics: NumericsId("sim-1".to_string()),
-            representation: Representation("sim-1".to_string()),
+            representation: Representation::new(options.kv_dtype, &numerics, options.exchange),
+            numerics,
             kv_spec,
             vocab_size: options.vocab_size,
             max_model_len: options.max_model_len,
+            exchange: options.exchange,
+            granule_order: options.granule_order,
             block_size: options.block_size as u32,
             num_blocks: options.num_blocks as u32,
         };
-        let worker = Worker { options, pool: pool.clone() };
+        let format = granule_format(&info).expect("K and V of a simulated model have one shape");
+        let worker = Worker { options, pool: pool.clone(), format };
         let thread = StepThread::start(move |plan, sink| worker.step(plan, sink));
         Ok(Self { info, pool, thread: thread.expect("the system starts a thread at start-up") })
     }
@@ -127,6 +145,7 @@ impl Runner for SimRunner {
 struct Worker {
     options: SimOptions,
     pool: Arc<KvPool>,
+    format: GranuleFormat,
 }
 
 impl Worker {
@@ -162,14 +181,17 @@ impl Worker {
         let blocks = &plan.block_tables[span.block_table.clone()];
         let mut before = self.hash_of_prefix(layer, blocks, span.first_position);
         for (row, all_layers) in rows.iter_mut().enumerate().skip(span.first_row).take(span.num_rows) {
-            let mut record = [0; RECORD];
+            let mut numbers = [0; RECORD];
             let mut hasher = before.clone();
             hasher.update(&layer.to_le_bytes());
             hasher.update(&plan.positions[row].to_le_bytes());
             hasher.update(&plan.tokens[row].to_le_bytes());
-            hasher.finalize_xof().fill(&mut record);
+            hasher.finalize_xof().fill(&mut numbers);
+            let record = numbers.map(|number| f32::from(number as i8));
             self.write_record(layer, plan.slots[row], &record);
-            before.update(&record);
+            for value in record {
+                before.update(&value.to_le_bytes());
+            }
             all_layers.update(before.finalize().as_bytes());
         }
     }
@@ -185,28 +207,41 @@ impl Worker {
             let offset = layout.granule_offset(layer as usize, block, within / GRANULE_TOKENS);
             self.pool.arena().read(offset, &mut granule);
             for token in 0..GRANULE_TOKENS.min(num_tokens - first) {
-                for value in places(layout, token) {
-                    hasher.update(&granule[value..value + 4]);
+                for value in places(&self.format, token) {
+                    hasher.update(&self.load(&granule[value..]).to_le_bytes());
                 }
             }
         }
         hasher
     }
 
-    fn write_record(&self, layer: u32, slot: u32, record: &[u8; RECORD]) {
+    fn write_record(&self, layer: u32, slot: u32, record: &[f32; RECORD]) {
         let layout = self.pool.layout();
         let (block, within) = (slot / layout.block_size as u32, slot as usize % layout.block_size);
         let granule = layout.granule_offset(layer as usize, block, within / GRANULE_TOKENS);
-        for (value, place) in record.chunks_exact(4).zip(places(layout, within % GRANULE_TOKENS)) {
-            self.pool.arena().write(granule + place, value);
+        for (value, place) in record.iter().zip(places(&self.format, within % GRANULE_TOKENS)) {
+            match self.options.kv_dtype {
+                KvDtype::F32 => self.pool.arena().write(granule + place, &value.to_le_bytes()),
+                KvDtype::Bf16 => self.pool.arena().write(granule + place, &bf16::from_f32(*value).to_le_bytes()),
+            }
+        }
+    }
+
+    /// The value that `bytes` begin with.
+    fn load(&self, bytes: &[u8]) -> f32 {
+        match (self.options.kv_dtype, bytes) {
+            (KvDtype::F32, [a, b, c, d, ..]) => f32::from_le_bytes([*a, *b, *c, *d]),
+            (KvDtype::Bf16, [a, b, ..]) => bf16::from_le_bytes([*a, *b]).to_f32(),
+            _ => unreachable!("a place in a granule has room for a value"),
         }
     }
 }
 
-/// Where the values of one token lie in its granule: K, then V.
-fn places(layout: &KvLayout, token: usize) -> impl Iterator<Item = usize> {
-    let k = (0..HEAD_DIM).map(move |dim| layout.k_offset(token, dim));
-    k.chain((0..HEAD_DIM).map(move |dim| layout.plane_bytes() + layout.v_offset(token, dim)))
+/// Where the values of one token lie in its granule, in bytes: K, then V.
+fn places(format: &GranuleFormat, token: usize) -> impl Iterator<Item = usize> {
+    let (format, size) = (*format, format.dtype.size());
+    let k = (0..HEAD_DIM).map(move |dim| format.k_index(token, dim) * size);
+    k.chain((0..HEAD_DIM).map(move |dim| format.plane_bytes() + format.v_index(token, dim) * size))
 }
 
 /// Logits from -8 to 8.

@@ -16,6 +16,7 @@
 //!   same with weights of 4, 6 and 8 bits.
 //! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul), [`add`](mod@add): the row-wise operations.
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
+//! - [`granule`]: KV of a pool of another order or type.
 //! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
 //! - [`uniform`](mod@uniform), [`sample`](mod@sample): from logits to a token.
 //! - [`limits`]: what the machine can do at most, which speeds are held against.
@@ -28,6 +29,7 @@ pub mod attention;
 pub mod ctx;
 pub mod cuda;
 pub mod embed;
+pub mod granule;
 pub mod isa;
 pub mod kv_layout;
 pub mod kv_write;
@@ -50,6 +52,7 @@ pub use arena::KvArena;
 pub use attention::{AttentionParams, QueryBatch, QuerySpan, attention};
 pub use ctx::{Columns, Ctx};
 pub use embed::{embed, embed_quantized};
+pub use granule::{GranuleFormat, GranuleOrder, convert_granules};
 pub use isa::{Isa, IsaError};
 pub use kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 pub use kv_write::kv_write;

@@ -41,6 +41,7 @@ pub(crate) struct Ledger {
     registrations_gauge: Gauge,
     extent_bytes_sent: [Counter; 2],
     extent_bytes_verified: [Counter; 2],
+    converted_bytes: Counter,
 }
 
 /// What KV travels over.
@@ -107,6 +108,7 @@ impl Ledger {
             registrations_gauge: metrics::gauge!(REGISTRATIONS, labels.clone()),
             extent_bytes_sent: extent_bytes("sent"),
             extent_bytes_verified: extent_bytes("verified"),
+            converted_bytes: metrics::counter!(CONVERTED_BYTES, labels.clone()),
             labels,
         })
     }
@@ -137,6 +139,10 @@ impl Ledger {
 
     pub(crate) fn count_verified(&self, carrier: Carrier, num_bytes: usize) {
         self.extent_bytes_verified[carrier as usize].increment(num_bytes as u64);
+    }
+
+    pub(crate) fn count_converted(&self, num_bytes: usize) {
+        self.converted_bytes.increment(num_bytes as u64);
     }
 
     pub(crate) fn count_refused_extent(&self, reason: &'static str) {
@@ -189,6 +195,7 @@ const LANDINGS: &str = "tandem_fabric_landings";
 const RECEIVE_BYTES: &str = "tandem_fabric_receive_bytes";
 const REGISTRATIONS: &str = "tandem_fabric_registrations";
 const EXTENT_BYTES: &str = "tandem_fabric_extent_bytes_total";
+const CONVERTED_BYTES: &str = "tandem_fabric_converted_bytes_total";
 const REFUSED_EXTENTS: &str = "tandem_refused_extents_total";
 const REFUSED_STREAMS: &str = "tandem_refused_streams_total";
 const REFUSED_CONNECTIONS: &str = "tandem_refused_connections_total";
@@ -200,6 +207,11 @@ fn describe() {
     metrics::describe_gauge!(RECEIVE_BYTES, Unit::Bytes, "KV payload that has begun to arrive and is not proven yet");
     metrics::describe_gauge!(REGISTRATIONS, Unit::Count, "Shared memory announced to a peer, or mapped from one");
     metrics::describe_counter!(EXTENT_BYTES, Unit::Bytes, "KV payload sent or verified on arrival, by transport");
+    metrics::describe_counter!(
+        CONVERTED_BYTES,
+        Unit::Bytes,
+        "KV payload verified on arrival that is kept in another form"
+    );
     metrics::describe_counter!(REFUSED_EXTENTS, Unit::Count, "Extents that were not taken, by reason");
     metrics::describe_counter!(REFUSED_STREAMS, Unit::Count, "Control streams that were not taken, by reason");
     metrics::describe_counter!(REFUSED_CONNECTIONS, Unit::Count, "Connections that were not taken, by reason");

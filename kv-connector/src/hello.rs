@@ -67,7 +67,7 @@ impl Greeter<'_> {
                 verdict
                     .inspect_err(|reason| connection.close(CLOSE_REFUSED, reason.as_bytes()))
                     .map_err(HelloFailure::RefusedHere)?;
-                Ok((peer, registration))
+                Ok((*peer, registration))
             }
         }
     }
@@ -87,7 +87,7 @@ impl Greeter<'_> {
         };
         let verdict = self.judge(connection, &peer);
         let reply = match &verdict {
-            Ok(()) => HelloReply::Welcome { registration: register(&peer), hello: self.ours.clone() },
+            Ok(()) => HelloReply::Welcome { registration: register(&peer), hello: Box::new(self.ours.clone()) },
             Err(reason) => HelloReply::Refused { reason: reason.clone() },
         };
         sender.send(&reply).await.map_err(|error| lost(connection, error.to_string()))?;

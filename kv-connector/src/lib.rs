@@ -18,7 +18,8 @@
 //!
 //! 1. [`certs`], `tls`: who may speak.
 //! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
-//! 3. [`link`], [`stream`]: messages, and ends that mean something; [`peers`]: links that are kept for the next use.
+//! 3. [`link`], [`stream`]: messages, and ends that mean something; [`peers`], `redial`: links that are kept for the
+//!    next use, and when to try again.
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
@@ -43,6 +44,7 @@ pub mod membership;
 mod path_metrics;
 pub mod peers;
 mod quiet;
+mod redial;
 mod segments;
 mod socket;
 pub mod store;

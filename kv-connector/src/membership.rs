@@ -2,19 +2,20 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::ids::{Epoch, Role};
 use common::wire::{NodeLoad, NodeState, NodeStatus, Open, Peer, Register, WatchBlocks};
 use tokio::sync::watch;
 
 use crate::block_feed::BlockFeed;
+use crate::redial::Redial;
 use crate::{ControlSender, Fabric};
 
 /// A watching proxy hears from a node at least this often.
 const STATUS_INTERVAL: Duration = Duration::from_millis(250);
-/// Between two tries to reach a proxy.
-const REGISTER_RETRY: Duration = Duration::from_millis(500);
+/// Longest pause between two tries to reach a proxy.
+const REGISTER_PAUSE_MAX: Duration = Duration::from_secs(2);
 
 /// State and load of this node, as shown to whoever watches. Cheap to clone.
 #[derive(Clone)]
@@ -79,24 +80,33 @@ pub async fn stay_registered(fabric: Fabric, proxy: SocketAddr, role: Role, cont
     let peer = Peer { node: fabric.hello().node.clone(), control };
     let open = Open::Register(Register { peer, role });
     let mut said = String::new();
+    let mut redial = Redial::new(REGISTER_PAUSE_MAX);
     loop {
+        let mut is_worth_a_retry = true;
         match fabric.dial(proxy, Role::Proxy, None).await {
             Ok(link) => match link.open(&open).await {
                 Ok(_registration) => {
                     tracing::info!(%proxy, "registered at the proxy");
                     said.clear();
+                    let registered_at = Instant::now();
                     let reason = link.closed().await;
                     tracing::warn!(%proxy, %reason, "lost the proxy");
+                    // A proxy that lets go at once, again and again, is not reached.
+                    if registered_at.elapsed() > REGISTER_PAUSE_MAX {
+                        redial.on_reached();
+                    }
                 }
                 Err(error) => tracing::warn!(%proxy, %error, "cannot register at the proxy"),
             },
-            // Tried twice a second, said once: a proxy that is not there yet, or one that refuses this node.
-            Err(error) if error.to_string() == said => {}
             Err(error) => {
-                tracing::warn!(%proxy, %error, "cannot reach the proxy yet");
-                said = error.to_string();
+                is_worth_a_retry = error.is_worth_a_retry();
+                // Tried often, said once: a proxy that is not there yet, or one that refuses this node.
+                if error.to_string() != said {
+                    tracing::warn!(%proxy, %error, "cannot reach the proxy yet");
+                    said = error.to_string();
+                }
             }
         }
-        tokio::time::sleep(REGISTER_RETRY).await;
+        tokio::time::sleep(redial.on_failed(Instant::now(), is_worth_a_retry, rand::random())).await;
     }
 }

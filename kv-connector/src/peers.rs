@@ -1,19 +1,29 @@
 //! Connections to prefill nodes: dialled on first use, a few kept while they live, shared by all requests.
 //!
 //! Decode nodes ask over them for prefills, prefill nodes for prefixes. Whom there is to dial comes from the
-//! proxies' directories; a request names a node and never an address.
+//! proxies' directories; a request names a node and never an address. A node that could not be reached is left alone
+//! for a while (`redial`), so that requests turn to another one at once instead of each waiting for it in vain.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use common::ids::{Epoch, NodeId, Role};
+use common::model::ModelInfo;
 use common::wire::{Directory, Open};
 
+use crate::redial::Redial;
 use crate::transfer::{BulkReceiver, BulkSender};
-use crate::{ControlReceiver, ControlSender, Fabric, Link, OpenError};
+use crate::{ControlReceiver, ControlSender, DialError, Fabric, Link, OpenError};
+
+/// Nodes that are known at a time; in a cluster whose nodes come and go under new names old ones would pile up.
+const NUM_KNOWN_MAX: usize = 4096;
+
+/// Longest pause between two tries to reach a node that does not answer. A try takes up to two seconds, and one request
+/// waits for it.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
 
 /// A live control connection to a prefill node, with the bulk connection that KV goes over, both ways.
 #[derive(Clone)]
@@ -41,6 +51,11 @@ impl PeerLink {
         self.link.peer().epoch
     }
 
+    /// What the prefill node said of its model: how it keeps what comes from there.
+    pub fn model(&self) -> Option<&ModelInfo> {
+        self.link.peer().model.as_ref()
+    }
+
     fn is_alive(&self) -> bool {
         !self.link.is_closed() && !self.bulk.is_closed()
     }
@@ -58,16 +73,26 @@ pub struct Peers {
 #[derive(Clone)]
 struct Slot {
     address: SocketAddr,
-    /// Number of its last use, over all slots.
+    /// Number of its last use, or of when it was learnt of, over all slots.
     used: u64,
     /// One task dials, the others wait for it.
-    link: Arc<tokio::sync::Mutex<Option<PeerLink>>>,
+    contact: Arc<tokio::sync::Mutex<Contact>>,
+}
+
+struct Contact {
+    link: Option<PeerLink>,
+    redial: Redial,
 }
 
 impl Slot {
+    fn new(address: SocketAddr, used: u64) -> Self {
+        let contact = Contact { link: None, redial: Redial::new(PAUSE_MAX) };
+        Self { address, used, contact: Arc::new(tokio::sync::Mutex::new(contact)) }
+    }
+
     /// The link that is there; `None` also while one is being dialled.
     fn live_link(&self) -> Option<PeerLink> {
-        self.link.try_lock().ok()?.clone().filter(PeerLink::is_alive)
+        self.contact.try_lock().ok()?.link.clone().filter(PeerLink::is_alive)
     }
 }
 
@@ -79,15 +104,25 @@ impl Peers {
     }
 
     /// Takes in what one proxy knows. Several proxies may know different parts, and a node that drains is in no
-    /// directory and can still be asked for KV, so nodes are added and moved here and never removed.
+    /// directory and can still be asked for KV, so nodes are added and moved here; beyond a bound, the one that was
+    /// not used for longest is forgotten.
     pub fn update(&self, directory: &Directory) {
         let mut slots = self.slots();
         for peer in directory.prefill_nodes.iter().filter(|peer| peer.node != self.fabric.hello().node) {
-            let is_known = slots.get(&peer.node).is_some_and(|slot| slot.address == peer.control);
-            if !is_known {
-                tracing::info!(prefill_node = %peer.node, address = %peer.control, "learnt of a prefill node");
-                let slot = Slot { address: peer.control, used: 0, link: Arc::default() };
-                slots.insert(peer.node.clone(), slot);
+            match slots.get(&peer.node).filter(|slot| slot.address == peer.control) {
+                // Who says that it is there has reached it.
+                Some(slot) => {
+                    if let Ok(mut contact) = slot.contact.try_lock() {
+                        contact.redial.on_reached();
+                    }
+                }
+                None => {
+                    tracing::info!(prefill_node = %peer.node, address = %peer.control, "learnt of a prefill node");
+                    if slots.len() >= NUM_KNOWN_MAX && !slots.contains_key(&peer.node) {
+                        forget_one(&mut slots);
+                    }
+                    slots.insert(peer.node.clone(), Slot::new(peer.control, self.next_use()));
+                }
             }
         }
     }
@@ -103,27 +138,52 @@ impl Peers {
         slot.live_link().map(|link| link.link.rtt())
     }
 
-    /// A live connection to `node`; `None` (and a line in the log) if there is none to be had.
+    /// What `node` said of its model, if a connection is there.
+    pub fn model(&self, node: &NodeId) -> Option<ModelInfo> {
+        let slot = self.slots().get(node).cloned()?;
+        slot.live_link()?.model().cloned()
+    }
+
+    /// A live connection to `node`; `None` (and a line in the log) if there is none to be had, and at once where that
+    /// was found a moment ago.
     pub async fn link(&self, node: &NodeId) -> Option<PeerLink> {
         let Some(slot) = self.use_slot(node) else {
             tracing::warn!(prefill_node = %node, "the proxy named a prefill node that is not in its directory");
             return None;
         };
-        let mut link = slot.link.lock().await;
-        if let Some(link) = link.as_ref().filter(|link| link.is_alive()) {
+        let mut contact = slot.contact.lock().await;
+        if let Some(link) = contact.link.as_ref().filter(|link| link.is_alive()) {
             return Some(link.clone());
         }
-        *link = None;
+        contact.link = None;
+        if !contact.redial.is_due(Instant::now()) {
+            tracing::debug!(prefill_node = %node, "not dialled: it could not be reached a moment ago");
+            return None;
+        }
         self.make_room();
-        *link = self.dial(node, slot.address).await;
-        link.clone()
+        match self.dial(node, slot.address).await {
+            Ok(link) => {
+                contact.redial.on_reached();
+                contact.link = Some(link.clone());
+                Some(link)
+            }
+            Err(error) => {
+                let pause = contact.redial.on_failed(Instant::now(), error.is_worth_a_retry(), rand::random());
+                tracing::warn!(prefill_node = %node, address = %slot.address, %error, ?pause, "cannot reach the prefill node");
+                None
+            }
+        }
     }
 
     fn use_slot(&self, node: &NodeId) -> Option<Slot> {
         let mut slots = self.slots();
         let slot = slots.get_mut(node)?;
-        slot.used = self.num_uses.fetch_add(1, Ordering::Relaxed) + 1;
+        slot.used = self.next_use();
         Some(slot.clone())
+    }
+
+    fn next_use(&self) -> u64 {
+        self.num_uses.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     /// Lets connections go until one more is not too many.
@@ -133,31 +193,48 @@ impl Peers {
         warm.sort_by_key(|slot| slot.used);
         let num_too_many = (warm.len() + 1).saturating_sub(self.num_warm_max);
         for slot in &warm[..num_too_many.min(warm.len())] {
-            if let Ok(mut link) = slot.link.try_lock() {
-                *link = None;
+            if let Ok(mut contact) = slot.contact.try_lock() {
+                contact.link = None;
             }
         }
     }
 
-    async fn dial(&self, node: &NodeId, address: SocketAddr) -> Option<PeerLink> {
-        let link = match self.fabric.dial(address, Role::PrefillNode, Some(node)).await {
-            Ok(link) => link,
-            Err(error) => {
-                tracing::warn!(prefill_node = %node, %address, %error, "cannot reach the prefill node");
-                return None;
-            }
-        };
-        match self.fabric.connect_bulk(&link, &self.fabric.landing_zone()).await {
-            Ok(bulk) => Some(PeerLink { link, bulk: Arc::new(bulk) }),
-            Err(error) => {
-                tracing::warn!(prefill_node = %node, %address, %error, "cannot open the bulk connection");
-                None
-            }
+    async fn dial(&self, node: &NodeId, address: SocketAddr) -> Result<PeerLink, DialError> {
+        match self.dial_life(node, address).await {
+            // Its new life is there already.
+            Err(DialError::Restarted { .. }) => self.dial_life(node, address).await,
+            dialled => dialled,
+        }
+    }
+
+    /// Both connections, to one life of the node.
+    async fn dial_life(&self, node: &NodeId, address: SocketAddr) -> Result<PeerLink, DialError> {
+        let link = self.fabric.dial(address, Role::PrefillNode, Some(node)).await?;
+        let bulk = self.fabric.connect_bulk(&link, &self.fabric.landing_zone()).await?;
+        self.tell_conversion(&link);
+        Ok(PeerLink { link, bulk: Arc::new(bulk) })
+    }
+
+    /// Says once for each connection what is not the same at its two ends.
+    fn tell_conversion(&self, link: &Link) {
+        let (Some(ours), Some(theirs)) = (&self.fabric.hello().model, &link.peer().model) else { return };
+        let form = |model: &ModelInfo| format!("{} in {}", model.representation, model.granule_order.as_str());
+        if form(ours) != form(theirs) {
+            let (ours, theirs) = (form(ours), form(theirs));
+            tracing::info!(prefill_node = %link.peer().node, %ours, %theirs, "KV is converted as it arrives");
         }
     }
 
     fn slots(&self) -> MutexGuard<'_, HashMap<NodeId, Slot>> {
         // The map is valid after every statement.
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the node without a connection that was not used for longest.
+fn forget_one(slots: &mut HashMap<NodeId, Slot>) {
+    let idle = slots.iter().filter(|(_, slot)| slot.live_link().is_none());
+    if let Some(node) = idle.min_by_key(|(_, slot)| slot.used).map(|(node, _)| node.clone()) {
+        slots.remove(&node);
     }
 }

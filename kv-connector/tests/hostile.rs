@@ -27,7 +27,7 @@ async fn raw_proxy(decode: &Fabric, cluster: &Cluster) -> Connection {
     let raw = Raw::new(cluster, "x9", Role::Proxy);
     let connection = raw.dial(decode.local_addr(), Role::DecodeNode, ALPN_CONTROL).await.unwrap();
     let reply = greet(&connection, hello("x9", Role::Proxy)).await;
-    assert_eq!(reply, HelloReply::Welcome { hello: decode.hello().clone(), registration: None });
+    assert_eq!(reply, HelloReply::Welcome { hello: Box::new(decode.hello().clone()), registration: None });
     connection
 }
 

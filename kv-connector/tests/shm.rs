@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use common::ids::{BlockId, Epoch, Role};
-use common::kv_memory::KvMemory;
+use common::kv_memory::{GranuleConversion, KvMemory};
 use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::{NUM_RUNS_MAX, encode_runs};
 use common::wire::{ExtentHeader, HelloReply, PoolRun, Registration};
@@ -100,6 +100,88 @@ async fn one_end_without_shm_makes_it_quic_and_kv_arrives_all_the_same() {
         }
         eventually("all has landed", || landing.is_complete()).await;
         assert!(job.extents(48).iter().all(|extent| job.holds(&memory, extent)));
+        drop((landing, source));
+        pair.end().await;
+    }
+}
+
+/// A pool that keeps every other byte of a granule. Its blocks are in order.
+struct Narrow(Mutex<Vec<Vec<u8>>>);
+
+impl Narrow {
+    const GRANULE_BYTES: usize = GRANULE_BYTES / 2;
+
+    fn new(num_granules: usize) -> Arc<Self> {
+        Arc::new(Self(Mutex::new(vec![vec![0xee; num_granules * Self::GRANULE_BYTES]; support::NUM_LAYERS])))
+    }
+}
+
+impl GranuleConversion for Narrow {
+    fn source_granule_bytes(&self) -> usize {
+        GRANULE_BYTES
+    }
+
+    fn convert(&self, source: &[u8], out: &mut [u8]) {
+        assert!(source.len().is_multiple_of(GRANULE_BYTES) && source.len() == out.len() * 2, "whole granules");
+        out.iter_mut().zip(source.iter().step_by(2)).for_each(|(out, source)| *out = *source);
+    }
+}
+
+impl KvMemory for Narrow {
+    fn write_at(&self, layer: u32, _: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        let start = first_granule * Self::GRANULE_BYTES + byte_offset;
+        self.0.lock().unwrap()[layer as usize][start..start + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn read_granules(&self, _: u32, _: &[BlockId], _: usize, _: usize, _: &mut [u8]) {
+        unreachable!("what is here is not what the digest speaks of");
+    }
+
+    fn visit_granules(&self, _: u32, _: &[BlockId], _: usize, _: usize, _: &mut dyn FnMut(u64, &[u8])) {
+        unreachable!("what is here is not what the digest speaks of");
+    }
+
+    fn granule_bytes(&self) -> usize {
+        Self::GRANULE_BYTES
+    }
+
+    fn num_layers(&self) -> usize {
+        support::NUM_LAYERS
+    }
+}
+
+#[tokio::test]
+async fn granules_of_another_form_and_size_are_converted_on_their_way_over_either_transport() {
+    for (pair, name) in [(Pair::new().await, "shm"), (Pair::with(false, FilePool::new(NUM_BLOCKS)).await, "quic")] {
+        assert_eq!(pair.bulk.transport_name(), name);
+        // More than what is converted at a time, and a tail.
+        let (job, source) = sent_from(&pair.pool, 4000);
+        let memory = Narrow::new(250);
+        let plan =
+            LandingPlan { memory: memory.clone(), conversion: Some(memory.clone()), ..job.plan(&TestMemory::new(1)) };
+        let (landing, mut events) = pair.zone.open(plan);
+        let damaged = job.extent(1, 0, 3008);
+        let (header, payload) = source.seal(&job.tokens, damaged);
+        pair.pool.damage(1, &source.blocks, 187);
+        let _ = soon("send", pair.sender.send_extent(&header, payload)).await;
+        assert_eq!(next(&mut events).await, refused(RefusedExtent::Corrupted));
+        pair.pool.damage(1, &source.blocks, 187);
+        for extent in job.extents(3008) {
+            let (header, payload) = source.seal(&job.tokens, extent);
+            soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+            match next(&mut events).await {
+                LandingEvent::ExtentVerified { num_bytes, .. } => {
+                    assert_eq!(num_bytes as usize, job.payload(&extent).len(), "as it travelled");
+                }
+                event => panic!("{event:?}"),
+            }
+        }
+        assert!(landing.is_complete());
+        for layer in 0..support::NUM_LAYERS {
+            let sent = job.payload(&job.extent(layer as u16, 0, 4000));
+            let expected: Vec<u8> = sent.iter().step_by(2).copied().collect();
+            assert!(memory.0.lock().unwrap()[layer] == expected, "layer {layer} over {name}");
+        }
         drop((landing, source));
         pair.end().await;
     }

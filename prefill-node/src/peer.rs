@@ -8,6 +8,7 @@ use common::content::GRANULE_TOKENS;
 use common::handover::{FetchFailure, FetchPlan, PeerPrefix};
 use common::ids::NodeId;
 use common::wire::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, Open, Prefill, PrefixPeer};
+use engine::conversion::conversion;
 use kv_connector::transfer::{Landing, LandingEvent, LandingPlan};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::sync::mpsc;
@@ -54,6 +55,7 @@ pub(crate) type Asking = Pin<Box<dyn Future<Output = Result<PeerStream, FetchFai
 /// what the peer holds. It waits as long as it is polled.
 pub(crate) fn ask(node: &Node, peer: &NodeId, prefill: &Prefill, plan: FetchPlan, landing: LandingPlan) -> Asking {
     let (peers, zone, peer) = (node.peers.clone(), node.fabric.landing_zone(), peer.clone());
+    let model = node.engine.model().clone();
     let fetch = FetchPrefix {
         request: prefill.request,
         attempt: prefill.attempt,
@@ -76,7 +78,8 @@ pub(crate) fn ask(node: &Node, peer: &NodeId, prefill: &Prefill, plan: FetchPlan
             return Err(FetchFailure::NotHeld);
         }
         // In place before the first credit, so that no extent is early.
-        let (landing, landed) = zone.open(LandingPlan { num_tokens: num_tokens as usize, ..landing });
+        let conversion = link.model().and_then(|theirs| conversion(theirs, &model));
+        let (landing, landed) = zone.open(LandingPlan { num_tokens: num_tokens as usize, conversion, ..landing });
         let credit = FetchPrefixControl::Credit { bytes: plan.credit_window_bytes };
         control.send(&credit).await.map_err(|_| FetchFailure::Stopped)?;
         Ok(PeerStream { landing, landed, control, events, has_all_left: false })

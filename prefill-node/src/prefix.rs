@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use common::handover::{FetchEnd, FetchFailure, FetchFrom, FetchPlan, PrefixChoice, PrefixCosts, StoredPrefix};
 use common::ids::NodeId;
+use common::model::ModelInfo;
 use common::wire::{FetchPrefixControl, Hello, Prefill, PrefillEvent, PrefixPeer};
+use engine::conversion::conversion;
 use kv_connector::store::FoundPrefix;
 use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingPlan};
 use tokio::sync::mpsc;
@@ -34,7 +36,14 @@ pub(crate) fn choose(
     let status = node.engine.status();
     let status = status.borrow();
     let can_fetch = node.fabric.receives_from(&decode_node.node, decode_node.epoch);
-    let bytes_per_second = |from: &NodeId| node.estimates.fetch_bytes_per_second(from, Instant::now());
+    // As fast as what arrives becomes KV of this pool: who keeps it in a wider type sends more bytes for a token.
+    let bytes_per_second = |from: &NodeId, theirs: Option<&ModelInfo>| {
+        let per_token = |model: &ModelInfo| model.kv_spec.bytes_per_token() as f64;
+        let ours = node.engine.model();
+        let speed = node.estimates.fetch_bytes_per_second(from, Instant::now());
+        speed * per_token(ours) / per_token(theirs.unwrap_or(ours)).max(1.0)
+    };
+    let peer_speed = |peer: &NodeId| bytes_per_second(peer, node.peers.model(peer).as_ref());
     let costs = PrefixCosts {
         num_tokens: prefill.tokens.0.len() as u32,
         num_cached_tokens,
@@ -42,14 +51,14 @@ pub(crate) fn choose(
         num_tokens_ahead: status.num_running_prompt_tokens,
         prefill_tokens_per_second: node.estimates.prefill_tokens_per_second(status.prefill_tokens_per_second),
         kv_bytes_per_token: node.engine.model().kv_spec.bytes_per_token(),
-        fetch_bytes_per_second: can_fetch.then(|| bytes_per_second(&decode_node.node)),
+        fetch_bytes_per_second: can_fetch.then(|| bytes_per_second(&decode_node.node, decode_node.model.as_ref())),
         round_trip,
         local_rest: prefill.local_rest,
         stored: node.store.as_ref().map(|store| StoredPrefix {
             num_tokens: stored.num_tokens() as u32,
             load: store.expected_load(stored, num_cached_tokens as usize),
         }),
-        peer: peer.map(|peer| peer::expected(node, peer, bytes_per_second(&peer.node), round_trip)),
+        peer: peer.map(|peer| peer::expected(node, peer, peer_speed(&peer.node), round_trip)),
     };
     let choice = costs.choose()?;
     tracing::info!(
@@ -91,6 +100,8 @@ pub(crate) struct Fetching {
     started_at: Instant,
     landing_at: Instant,
     num_bytes: u64,
+    /// Tokens that have come, in each layer anew.
+    num_layer_tokens: u64,
 }
 
 enum Stage {
@@ -109,7 +120,7 @@ impl Fetching {
     /// for the KV.
     pub(crate) fn open(
         node: &Node,
-        decode_node: &NodeId,
+        decode_node: &Hello,
         prefill: &Prefill,
         source: &ExtentSource,
         plan: FetchPlan,
@@ -127,13 +138,15 @@ impl Fetching {
             num_tokens: end_token as usize,
             kv_spec: source.kv_spec.clone(),
             memory: source.memory.clone(),
+            conversion: None,
         };
         let (stage, from, event) = match from {
             FetchFrom::DecodeNode => {
-                let (landing, landed) = node.fabric.landing_zone().open(landing);
+                let conversion = decode_node.model.as_ref().and_then(|theirs| conversion(theirs, node.engine.model()));
+                let (landing, landed) = node.fabric.landing_zone().open(LandingPlan { conversion, ..landing });
                 let event =
                     PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes: credit_window_bytes };
-                (Stage::FromDecodeNode { landing, landed }, decode_node, Some(event))
+                (Stage::FromDecodeNode { landing, landed }, &decode_node.node, Some(event))
             }
             FetchFrom::Peer => {
                 let hint = prefill.prefix_peer.as_ref().expect("a peer is fetched from where a hint named one");
@@ -141,7 +154,8 @@ impl Fetching {
             }
         };
         let now = Instant::now();
-        (Self { stage, from: from.clone(), started_at: now, landing_at: now, num_bytes: 0 }, event)
+        let from = from.clone();
+        (Self { stage, from, started_at: now, landing_at: now, num_bytes: 0, num_layer_tokens: 0 }, event)
     }
 
     /// What has landed next, or why a peer sends nothing more. Cancel-safe.
@@ -167,8 +181,9 @@ impl Fetching {
                 Stage::FromPeer(stream) => stream.next().await?,
                 Stage::Refused => std::future::pending().await,
             };
-            if let LandingEvent::ExtentVerified { num_bytes, .. } = &event {
+            if let LandingEvent::ExtentVerified { num_bytes, extent, .. } = &event {
                 self.num_bytes += num_bytes;
+                self.num_layer_tokens += u64::from(extent.num_tokens);
             }
             return Ok(event);
         }
@@ -182,8 +197,8 @@ impl Fetching {
     }
 
     /// KV that has come, all layers of a token counted as one: what moves while nothing is computed.
-    pub(crate) fn num_tokens(&self, bytes_per_token: u64) -> u32 {
-        u32::try_from(self.num_bytes / bytes_per_token.max(1)).unwrap_or(u32::MAX)
+    pub(crate) fn num_tokens(&self, num_layers: u32) -> u32 {
+        u32::try_from(self.num_layer_tokens / u64::from(num_layers.max(1))).unwrap_or(u32::MAX)
     }
 
     /// Closes the landing: no byte is written into the blocks any more. Says how long it took.

@@ -349,8 +349,8 @@ impl HandOver<'_> {
 
     /// What the decode node sees rise: an engine that waits for KV makes no steps.
     fn num_done_tokens(&self) -> u32 {
-        let bytes_per_token = self.node.engine.model().kv_spec.bytes_per_token();
-        let num_fetched = self.fetching.as_ref().map_or(0, |fetching| fetching.num_tokens(bytes_per_token));
+        let num_layers = self.admitted.source.kv_spec.num_layers();
+        let num_fetched = self.fetching.as_ref().map_or(0, |fetching| fetching.num_tokens(num_layers));
         let num_loaded = self.admitted.load.as_ref().map_or(0, |load| load.prefix().num_arrived_tokens() as u32);
         self.num_computed_tokens.saturating_add(num_fetched).saturating_add(num_loaded)
     }
@@ -379,7 +379,7 @@ impl HandOver<'_> {
     /// Opens the landing, then asks for the KV.
     async fn open_fetch(&mut self, plan: FetchPlan) {
         let source = &self.admitted.source;
-        let (fetching, event) = Fetching::open(self.node, &self.peer.node, self.prefill, source, plan);
+        let (fetching, event) = Fetching::open(self.node, self.peer, self.prefill, source, plan);
         self.fetching = Some(fetching);
         if let Some(event) = event {
             // A peer that is gone shows up when its stream is read.

@@ -198,6 +198,7 @@ impl Landings {
             num_tokens,
             kv_spec: workload::kv_spec(num_layers),
             memory: self.pool.clone(),
+            conversion: None,
         };
         let open = Open::Prefill(Box::new(prefill));
         let (_landing, mut landed) = pair.fabric.landing_zone().open(plan);

@@ -49,6 +49,8 @@ pub(super) fn hello(name: &str, role: Role, num_tokens: usize) -> Hello {
         kv_spec: kv_spec(NUM_LAYERS),
         vocab_size: 1 << 16,
         max_model_len: num_tokens as u32 + 1,
+        exchange: Default::default(),
+        granule_order: Default::default(),
         block_size: BLOCK_SIZE as u32,
         num_blocks: num_blocks(num_tokens) as u32,
     };

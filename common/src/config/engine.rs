@@ -4,9 +4,11 @@ use clap::{ArgAction, Args};
 
 use super::InvalidSettings;
 use super::device::DeviceChoice;
+use super::model::Dtype;
 use super::values::{parse_above_zero, parse_bytes_above_zero, parse_fraction, parse_whole};
 use crate::content::GRANULE_TOKENS;
 use crate::eviction::EvictionPolicy;
+use crate::model::KvExchange;
 
 /// Settings of an engine; names and meaning are vLLM's where there is one.
 #[derive(Debug, Clone, PartialEq, Args)]
@@ -44,6 +46,22 @@ pub struct EngineArgs {
     /// share more between prompts.
     #[arg(long, value_name = "TOKENS", default_value_t = 16, value_parser = parse_block_size)]
     pub block_size: u32,
+
+    /// Element type of the KV cache; `auto` takes that of --dtype.
+    ///
+    /// bfloat16 halves the memory and the transfer of KV, also where the model computes in float32. Part of the
+    /// numerics id: nodes with different ones do not exchange KV unless --kv-exchange says so.
+    #[arg(long, value_enum, value_name = "DTYPE", default_value_t = Dtype::Auto)]
+    pub kv_cache_dtype: Dtype,
+
+    /// With whom KV of the same model is exchanged; must be the same on all nodes of a cluster.
+    ///
+    /// same: the same tokens give the same bits on every node, whoever computed the prompt. dtypes: nodes with
+    /// different --kv-cache-dtype work together; who receives float32 into bfloat16 rounds it, the other way is exact.
+    /// numerics: nodes of different kernels or weight formats do, too. With the last two the text of an answer may
+    /// depend on which node computed its prompt. Block size and order of bytes may differ under any of them.
+    #[arg(long, value_enum, value_name = "NODES", default_value_t = KvExchange::Same)]
+    pub kv_exchange: KvExchange,
 
     /// Memory of the paged KV cache, such as 512MiB or 2GiB. Default: 256MiB on a CPU, on a GPU what
     /// --gpu-memory-utilization leaves.

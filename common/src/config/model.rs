@@ -31,7 +31,7 @@ pub struct ModelArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Model")]
 pub struct WeightsArgs {
-    /// Element type of weights and KV: `auto` takes the checkpoint's own, bfloat16 beside quantized weights,
+    /// Element type of weights and, unless --kv-cache-dtype says otherwise, KV: `auto` takes the checkpoint's own, bfloat16 beside quantized weights,
     /// which stay as they are.
     ///
     /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
@@ -46,10 +46,10 @@ pub struct WeightsArgs {
     pub max_model_len: Option<u32>,
 }
 
-/// Element type of weights and KV.
+/// Element type of weights or KV.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Dtype {
-    /// The checkpoint's own.
+    /// Weights: the checkpoint's own. KV: that of the weights.
     Auto,
     /// 32-bit float.
     Float32,
@@ -58,7 +58,7 @@ pub enum Dtype {
 }
 
 impl Dtype {
-    /// The type that was asked for; `None`: the checkpoint's own.
+    /// The type that was asked for, if one was.
     pub fn kv_dtype(self) -> Option<KvDtype> {
         match self {
             Dtype::Auto => None,

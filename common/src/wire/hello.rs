@@ -28,7 +28,7 @@ pub enum HelloReply {
     /// Accepted.
     Welcome {
         /// Who answers.
-        hello: Hello,
+        hello: Box<Hello>,
         /// Memory that KV can be read from, if the dialler runs on the same host; on bulk connections only.
         registration: Option<Registration>,
     },

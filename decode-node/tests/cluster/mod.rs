@@ -12,6 +12,8 @@ use std::time::Duration;
 use common::config::{DecodeArgs, PrefillArgs};
 use common::content::ChainRoot;
 use common::ids::{Attempt, ChoiceIndex, Epoch, NodeId, RequestId, Role};
+use common::kv_spec::{GranuleOrder, KvDtype};
+use common::model::KvExchange;
 use common::sampling::SamplingParams;
 use common::scheduler::SchedulerLimits;
 use common::sequence::{NewSequence, Work};
@@ -37,7 +39,8 @@ use tokio::task::JoinHandle;
 const DEADLINE: Duration = Duration::from_secs(30);
 const LOOPBACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 const NUM_LAYERS: u32 = 4;
-const BLOCK: usize = 16;
+/// The only life of every node.
+pub const EPOCH: Epoch = Epoch(1);
 
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: nothing within {DEADLINE:?}"))
@@ -126,9 +129,26 @@ impl metrics::Recorder for Counters {
     }
 }
 
+/// What a node's pool is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PoolShape {
+    pub block_size: usize,
+    pub kv_dtype: KvDtype,
+    pub granule_order: GranuleOrder,
+}
+
+impl Default for PoolShape {
+    fn default() -> Self {
+        Self { block_size: 16, kv_dtype: KvDtype::F32, granule_order: GranuleOrder::Lanes }
+    }
+}
+
 /// What the nodes of a test are like.
 #[derive(Clone)]
 pub struct Shape {
+    pub prefill_pools: [PoolShape; 2],
+    pub decode_pool: PoolShape,
+    pub exchange: KvExchange,
     /// On the way from both prefill nodes, each with a seed of its own.
     pub faults: Option<FaultPlan>,
     /// Extents from this token on never arrive.
@@ -148,6 +168,9 @@ pub struct Shape {
 impl Default for Shape {
     fn default() -> Self {
         Self {
+            prefill_pools: Default::default(),
+            decode_pool: PoolShape::default(),
+            exchange: KvExchange::Same,
             faults: None,
             drops_from: None,
             first_prefill_layer: None,
@@ -285,14 +308,16 @@ pub struct Cluster {
     number: u64,
 }
 
-fn sim(num_blocks: usize, step_time: Duration) -> SimRunner {
-    let options = SimOptions { num_layers: NUM_LAYERS, block_size: BLOCK, num_blocks, step_time, ..Default::default() };
-    SimRunner::new(options).unwrap()
+fn sim(pool: PoolShape, exchange: KvExchange, num_blocks: usize, step_time: Duration) -> SimRunner {
+    let PoolShape { block_size, kv_dtype, granule_order } = pool;
+    let shape = SimOptions { block_size, kv_dtype, granule_order, exchange, ..Default::default() };
+    SimRunner::new(SimOptions { num_layers: NUM_LAYERS, num_blocks, step_time, ..shape }).unwrap()
 }
 
-fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, step_time: Duration) -> EngineHandle {
+fn engine(name: &str, role: Role, runner: SimRunner, max_num_waiting: usize) -> EngineHandle {
+    let (block_size, num_blocks) = (runner.pool().block_size(), runner.pool().num_blocks());
     let limits = SchedulerLimits {
-        block_size: BLOCK,
+        block_size,
         num_blocks,
         max_num_seqs: 64,
         max_num_batched_tokens: 64,
@@ -306,12 +331,12 @@ fn engine(name: &str, role: Role, num_blocks: usize, max_num_waiting: usize, ste
         eviction_policy: common::eviction::EvictionPolicy::default(),
     };
     let options = EngineOptions { limits, host_budget: Arc::default(), role: role.as_str(), node: name.to_string() };
-    engine::core::start(Box::new(sim(num_blocks, step_time)), options).unwrap()
+    engine::core::start(Box::new(runner), options).unwrap()
 }
 
-fn config(ca: &ClusterCa, name: &str, role: Role) -> FabricConfig {
-    let model = (role != Role::Proxy).then(|| sim(8, Duration::ZERO).model().clone());
-    let hello = Hello { node: node_id(name), role, epoch: Epoch(1), model, bulk_port: None };
+fn config(ca: &ClusterCa, name: &str, role: Role, engine: Option<&EngineHandle>) -> FabricConfig {
+    let model = engine.map(|engine| engine.model().as_ref().clone());
+    let hello = Hello { node: node_id(name), role, epoch: EPOCH, model, bulk_port: None };
     let mut config = FabricConfig::new(LOOPBACK, ca.issue(role, &node_id(name)).unwrap(), hello);
     config.bulk_listen = (role == Role::PrefillNode).then_some(LOOPBACK);
     config
@@ -335,8 +360,9 @@ impl Cluster {
         for index in 0..2 {
             let name = format!("prefill-{index}-of-{number}");
             let num_waiting_max = if index == 0 { shape.first_prefill_waiting_max } else { 64 };
-            let engine = engine(&name, Role::PrefillNode, 512, num_waiting_max, shape.prefill_step_time);
-            let mut config = self::config(&ca, &name, Role::PrefillNode);
+            let runner = sim(shape.prefill_pools[index as usize], shape.exchange, 512, shape.prefill_step_time);
+            let engine = engine(&name, Role::PrefillNode, runner, num_waiting_max);
+            let mut config = self::config(&ca, &name, Role::PrefillNode, Some(&engine));
             if let Some(plan) = shape.faults {
                 let plan = FaultPlan { seed: plan.seed * 2 + index, ..plan };
                 config.transport_layer = Some(faulty(plan, injected.clone()));
@@ -356,8 +382,9 @@ impl Cluster {
             prefills.push(Running { fabric, engine, presence, name, node, serving });
         }
         let name = format!("decode-of-{number}");
-        let engine = engine(&name, Role::DecodeNode, shape.decode_blocks, 64, shape.decode_step_time);
-        let mut config = self::config(&ca, &name, Role::DecodeNode);
+        let runner = sim(shape.decode_pool, shape.exchange, shape.decode_blocks, shape.decode_step_time);
+        let engine = engine(&name, Role::DecodeNode, runner, 64);
+        let mut config = self::config(&ca, &name, Role::DecodeNode, Some(&engine));
         config.transport_layer = shape.decode_layer;
         let fabric = Fabric::bind(config).unwrap();
         let presence = presence(&engine);
@@ -366,12 +393,13 @@ impl Cluster {
         let serving = tokio::spawn(async move { serving.serve().await });
         let decode = Running { fabric, engine, presence, name, node, serving };
 
-        let proxy = Fabric::bind(self::config(&ca, &format!("proxy-of-{number}"), Role::Proxy)).unwrap();
+        let proxy = Fabric::bind(self::config(&ca, &format!("proxy-of-{number}"), Role::Proxy, None)).unwrap();
         let link = soon("the decode node is linked", proxy.dial(decode.fabric.local_addr(), Role::DecodeNode, None));
         let link = link.await.unwrap();
         let peer = |node: &Running<PrefillNode>| Peer { node: node_id(&node.name), control: node.fabric.local_addr() };
         let directory = Directory { prefill_nodes: prefills.iter().map(peer).collect() };
-        let reference = self::engine("reference", Role::DecodeNode, 2048, 1024, Duration::ZERO);
+        let runner = sim(PoolShape::default(), KvExchange::Same, 2048, Duration::ZERO);
+        let reference = self::engine("reference", Role::DecodeNode, runner, 1024);
         let mut prefill_links = Vec::new();
         for node in &prefills {
             let dialled = proxy.dial(node.fabric.local_addr(), Role::PrefillNode, None);
@@ -698,7 +726,9 @@ pub struct FakePrefillNode {
 impl FakePrefillNode {
     pub fn start(cluster: &Cluster) -> Self {
         let name = format!("fake-of-{}", cluster.number);
-        Self { fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode)).unwrap() }
+        Self {
+            fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode, Some(&cluster.decode.engine))).unwrap(),
+        }
     }
 
     pub fn node(&self) -> NodeId {

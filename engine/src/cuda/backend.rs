@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use common::kv_spec::GranuleOrder;
 use kernels::KvLayout;
 use kernels::cuda::ops::{self, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, SKINNY_ROWS_MAX};
 use kernels::cuda::{Buffer, Device, Lane};
@@ -160,6 +161,8 @@ impl CudaBackend {
 }
 
 impl Backend for CudaBackend {
+    const GRANULE_ORDER: GranuleOrder = GranuleOrder::Rows;
+
     type Matrix = CudaMatrix;
     type Table = CudaMatrix;
     type Vector = Buffer;
@@ -281,14 +284,7 @@ impl Backend for CudaBackend {
         done(ops::silu_mul(gate_up.of(Dtype::F32), out, self.dtype, rows, ffn));
     }
 
-    fn sample(
-        &self,
-        logits: &CudaTensor,
-        vocab: usize,
-        logit_rows: &[usize],
-        samples: &[SampleRow],
-        out: &mut Drawn,
-    ) {
+    fn sample(&self, logits: &CudaTensor, vocab: usize, logit_rows: &[usize], samples: &[SampleRow], out: &mut Drawn) {
         *out = self.sampler.sample(&self.device, &self.memory, logits.logits(), vocab, logit_rows, samples);
     }
 

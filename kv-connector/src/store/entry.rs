@@ -72,10 +72,11 @@ pub struct EntryFormat {
 
 impl EntryFormat {
     /// The format of a model's KV in a pool with `num_layers` layers and `granule_bytes` per granule and layer.
-    /// The numerics id is in it: KV of other arithmetic would give other tokens.
+    /// The numerics id is in it: KV of other arithmetic would give other tokens. So is the order of a granule, which
+    /// the payload has.
     pub fn new(model: &ModelInfo, num_layers: usize, granule_bytes: usize) -> Self {
         let mut hasher = blake3::Hasher::new_derive_key("tandem prefix-block store, entry format, version 1");
-        for text in [&model.representation.0, &model.numerics.0] {
+        for text in [&model.representation.0[..], &model.numerics.0, model.granule_order.as_str()] {
             hasher.update(&(text.len() as u64).to_le_bytes());
             hasher.update(text.as_bytes());
         }
@@ -197,6 +198,8 @@ mod tests {
             kv_spec: KvSpec::uniform(2, 1, 8, KvDtype::F32, None),
             vocab_size: 1,
             max_model_len: 1,
+            exchange: Default::default(),
+            granule_order: Default::default(),
             block_size: 16,
             num_blocks: 1,
         }

@@ -172,6 +172,8 @@ mod tests {
             kv_spec: KvSpec::uniform(1, 1, 8, KvDtype::F32, None),
             vocab_size: 100,
             max_model_len: 100,
+            exchange: Default::default(),
+            granule_order: Default::default(),
             block_size: 16,
             num_blocks: 1,
         };

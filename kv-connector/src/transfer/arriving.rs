@@ -8,6 +8,7 @@ use common::content::GRANULE_TOKENS;
 use common::wire::{ExtentHasher, ExtentHeader};
 
 use crate::accounting::{Held, Kind, Ledger};
+use crate::transfer::converting::Converting;
 use crate::transfer::landing::{LandingEvent, State};
 use crate::transfer::refused::RefusedExtent;
 
@@ -18,8 +19,10 @@ pub struct Arriving {
     header: ExtentHeader,
     place: usize,
     granules: Range<usize>,
-    /// Of what is in the blocks.
+    /// Of what is in the blocks, or of what was converted into them.
     hasher: ExtentHasher,
+    /// Where the sender's granules are not as they are here.
+    converting: Option<Converting>,
     num_bytes: usize,
     is_verified: bool,
     _held: Held,
@@ -27,6 +30,8 @@ pub struct Arriving {
 
 /// Written and then hashed at a time: source and copy fit the core's first-level cache.
 const PIECE_BYTES: usize = 16 << 10;
+/// What is converted at a time.
+const CONVERTED_BYTES_MAX: usize = 128 << 10;
 
 impl Arriving {
     pub(super) fn claim(state: Arc<State>, header: &ExtentHeader, ledger: &Arc<Ledger>) -> Result<Self, RefusedExtent> {
@@ -39,8 +44,20 @@ impl Arriving {
         let content = state.plan.chain.digest_of_prefix(&state.plan.tokens, end);
         let hasher = ExtentHasher::new(&header.binding(content));
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
+        let converting = state.plan.conversion.clone().map(Converting::new);
         let (ledger, header) = (ledger.clone(), *header);
-        Ok(Self { state, ledger, header, place, granules, hasher, num_bytes: 0, is_verified: false, _held: held })
+        Ok(Self {
+            state,
+            ledger,
+            header,
+            place,
+            granules,
+            hasher,
+            converting,
+            num_bytes: 0,
+            is_verified: false,
+            _held: held,
+        })
     }
 
     /// Writes the next piece into the blocks.
@@ -64,6 +81,12 @@ impl Arriving {
     /// As [`write`](Self::write).
     pub(super) fn fill(&mut self, num_bytes: usize, mut read: impl FnMut(&mut [u8])) -> Result<(), RefusedExtent> {
         let end = self.end_of(num_bytes)?;
+        if self.converting.is_some() {
+            while self.num_bytes < end {
+                self.convert(CONVERTED_BYTES_MAX.min(end - self.num_bytes), &mut read)?;
+            }
+            return Ok(());
+        }
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         let hasher = &mut self.hasher;
@@ -78,6 +101,21 @@ impl Arriving {
         })?;
         self.num_bytes = end;
         Ok(())
+    }
+
+    /// Takes the next `num_bytes`, which `read` puts in their place, hashes them as they came, and writes what they
+    /// complete into the blocks as it is kept here.
+    fn convert(&mut self, num_bytes: usize, read: impl FnOnce(&mut [u8])) -> Result<(), RefusedExtent> {
+        let (layer, first_granule) = self.first_granule();
+        let converting = self.converting.as_mut().expect("only what comes in another form is converted");
+        let first_granule = first_granule + converting.num_granules();
+        let staged = converting.stage(num_bytes);
+        read(staged);
+        self.hasher.update(staged);
+        self.num_bytes += num_bytes;
+        let plan = &self.state.plan;
+        let granules = converting.take_granules(plan.memory.granule_bytes());
+        self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, 0, granules))
     }
 
     /// The last byte was written: compares the digest, counts the extent as verified and tells the owner.
@@ -130,6 +168,9 @@ impl Arriving {
             return Err(RefusedExtent::Corrupted);
         }
         let state = self.state.clone();
+        if self.converting.is_some() {
+            self.ledger.count_converted(num_payload_bytes);
+        }
         state.while_open(|| {
             // Marked and told under one lock: the owner hears of extents in the order in which they count.
             let mut coverage = state.coverage();

@@ -18,7 +18,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use common::content::{ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
-use common::kv_memory::KvMemory;
+use common::kv_memory::{GranuleConversion, KvMemory};
 use common::kv_spec::{KvExtentKind, KvSpec};
 use common::tokens::Token;
 use common::wire::{ExtentHeader, ExtentId};
@@ -57,6 +57,18 @@ pub struct LandingPlan {
     pub kv_spec: KvSpec,
     /// The pool.
     pub memory: Arc<dyn KvMemory>,
+    /// Makes the sender's granules those of `memory`; `None` if their bytes are the same.
+    pub conversion: Option<Arc<dyn GranuleConversion>>,
+}
+
+impl LandingPlan {
+    /// Bytes of one granule in one layer as it arrives.
+    fn source_granule_bytes(&self) -> usize {
+        match &self.conversion {
+            Some(conversion) => conversion.source_granule_bytes(),
+            None => self.memory.granule_bytes(),
+        }
+    }
 }
 
 /// What happened to a landing.
@@ -274,7 +286,7 @@ impl State {
         }
         let first_granule = (first - self.plan.first_token) / GRANULE_TOKENS;
         let end_granule = (end - self.plan.first_token).div_ceil(GRANULE_TOKENS);
-        let num_bytes = (end_granule - first_granule) * self.plan.memory.granule_bytes();
+        let num_bytes = (end_granule - first_granule) * self.plan.source_granule_bytes();
         if header.num_payload_bytes as usize != num_bytes {
             return Err(RefusedExtent::WrongSize);
         }

@@ -16,7 +16,8 @@
 //! the one that fetches a prefix dials, as a decode node would.
 //!
 //! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
-//! before its extents are verified; the digest decides whether it counts.
+//! before its extents are verified; the digest decides whether it counts. Only where the two pools keep a granule in
+//! different order or type does it convert on the way (`converting`), by what the two hellos said.
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
 //! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is. `cuda-ipc` and
@@ -34,6 +35,7 @@ use crate::link::CloseReason;
 
 mod arriving;
 pub(crate) mod bulk;
+mod converting;
 mod coverage;
 mod faulty;
 mod landing;

@@ -20,6 +20,8 @@ pub(crate) fn model(representation: &str) -> ModelInfo {
         kv_spec: KvSpec::uniform(2, 1, 8, KvDtype::F32, None),
         vocab_size: 1,
         max_model_len: 1,
+        exchange: Default::default(),
+        granule_order: Default::default(),
         block_size: 16,
         num_blocks: 1,
     }

@@ -62,6 +62,8 @@ pub fn model(seed: u8) -> ModelInfo {
         kv_spec: kv_spec(),
         vocab_size: 100,
         max_model_len: 1 << 20,
+        exchange: Default::default(),
+        granule_order: Default::default(),
         block_size: 32,
         num_blocks: 1000,
     }
@@ -257,6 +259,7 @@ impl Job {
             num_tokens: self.tokens.len(),
             kv_spec: kv_spec(),
             memory: memory.clone(),
+            conversion: None,
         }
     }
 

@@ -100,6 +100,6 @@ pub async fn welcome(connection: &Connection, hello: Hello) {
 pub async fn welcome_with(connection: &Connection, hello: Hello, registration: Option<Registration>) {
     let (mut send, mut recv) = soon("a hello", connection.accept_bi()).await.unwrap();
     let _: Open = read_frame(&mut recv).await;
-    send.write_all(&frame(&HelloReply::Welcome { hello, registration })).await.unwrap();
+    send.write_all(&frame(&HelloReply::Welcome { hello: Box::new(hello), registration })).await.unwrap();
     send.finish().unwrap();
 }

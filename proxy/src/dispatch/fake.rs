@@ -31,6 +31,8 @@ pub fn tiny_model_info() -> ModelInfo {
         kv_spec: KvSpec::uniform(4, 2, 32, KvDtype::Bf16, None),
         vocab_size: 512,
         max_model_len: 4096,
+        exchange: Default::default(),
+        granule_order: Default::default(),
         block_size: 16,
         num_blocks: 100,
     }

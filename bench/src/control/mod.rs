@@ -1,0 +1,72 @@
+//! How long a message takes to a node and back while KV comes from there as fast as it can.
+//!
+//! ```text
+//! this process (decode node's part)                        another process (prefill node's part)
+//!   control connection   one question, one answer    ───>   answers at once
+//!                        <───
+//!   bulk connection      KV, request after request   <═══   sends without a pause
+//! ```
+//!
+//! Measured in turn, round after round: with nothing beside it, and with KV at full speed over each transport. Neither
+//! process computes, and each has one thread, so that a message also waits for what the same thread does with KV at
+//! that moment; a node has several.
+//!
+//! 1. `workload`: what both agree on. 2. `node`: the other process. 3. `measure`: this one. 4. `report`: the table.
+
+mod measure;
+mod node;
+mod report;
+mod workload;
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+
+pub use report::Report;
+
+/// What is measured.
+#[derive(Debug, Args)]
+pub struct ControlBenchArgs {
+    /// Questions of each row in each round.
+    #[arg(long, value_name = "QUESTIONS", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub questions: u32,
+    /// Rounds over all rows.
+    #[arg(long, value_name = "ROUNDS", default_value_t = 3, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub rounds: u32,
+    /// KV of one request, in MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub request_mib: u32,
+}
+
+/// The other process; started by `control`, not by people.
+#[derive(Debug, Args)]
+pub struct ControlNodeArgs {
+    /// Where certificate and key are.
+    #[arg(long)]
+    pub identity: PathBuf,
+    /// KV of one request, in MiB.
+    #[arg(long)]
+    pub request_mib: u32,
+    /// Whether the pool may be read by the other end.
+    #[arg(long)]
+    pub is_shared: bool,
+}
+
+/// Runs the measurement.
+///
+/// # Errors
+/// If a process cannot be started, or a message or a transfer fails.
+pub fn run(args: &ControlBenchArgs) -> anyhow::Result<Report> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    runtime.block_on(measure::measure(args))
+}
+
+/// Runs the other process until its standard input ends.
+///
+/// # Errors
+/// If its fabric cannot be started.
+pub fn run_node(args: &ControlNodeArgs) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
+    runtime.block_on(node::serve(args))
+}
