@@ -42,3 +42,6 @@ mod step_thread;
 mod test_folder;
 pub mod weight_sizes;
 pub mod weights;
+
+/// Instruction sets to choose from, and what the machine can do at most.
+pub use kernels::{Isa, limits};

@@ -7,9 +7,9 @@
 
 use std::sync::Arc;
 
+use engine::limits::{Arithmetic, ReadProbe, peak_ops_per_second};
 use engine::model::Model;
 use engine::weights::ComputeDtype;
-use kernels::limits::{Arithmetic, ReadProbe, peak_ops_per_second};
 
 use super::Row;
 use super::load::CHUNK_TOKENS;
@@ -184,7 +184,7 @@ mod tests {
         let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/tiny");
         let options = engine::model::LoadOptions {
             dtype: common::config::Dtype::Bfloat16,
-            isa: kernels::Isa::detect(),
+            isa: engine::Isa::detect(),
             threads: Some(1),
             cache_folder: None,
         };

@@ -163,7 +163,7 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
         Row::Decode { batch, context, .. } => batch > 0 && context > 0,
     };
     anyhow::ensure!(rows.iter().all(has_tokens), "--prompt-len, --batch and --context are at least 1");
-    let isa = kernels::Isa::parse(&args.isa)?;
+    let isa = engine::Isa::parse(&args.isa)?;
     let options = engine::model::LoadOptions {
         dtype: args.dtype,
         isa,

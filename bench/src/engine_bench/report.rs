@@ -155,7 +155,7 @@ impl fmt::Display for EngineReport {
 
 #[cfg(test)]
 mod tests {
-    use kernels::limits::Arithmetic;
+    use engine::limits::Arithmetic;
 
     use super::*;
     use crate::engine_bench::limit::StepWork;
