@@ -258,13 +258,10 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     Ok(RunningNode { name: node, fabric, presence, engine, store, role })
 }
 
-/// The network's threads get a core for themselves only while the engine needs none.
+/// The network's threads get a core for themselves only while the engine needs none, as while it waits for KV.
 fn busy_polling(time_max: Duration, engine: &EngineHandle) -> Option<BusyPolling> {
     let status = engine.status();
-    let may_poll = move || {
-        let load = status.borrow().load;
-        load.num_running == 0 && load.num_queued_tokens == 0
-    };
+    let may_poll = move || !status.borrow().load.needs_steps();
     (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(may_poll) })
 }
 
