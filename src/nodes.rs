@@ -16,6 +16,7 @@ use common::model::ModelInfo;
 use common::scheduler::SchedulerLimits;
 use common::wire::Hello;
 use decode_node::DecodeNode;
+use engine::conversion::check_convertible;
 use engine::core::{COPIED_BYTES_PER_STEP, EngineHandle, EngineOptions};
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::block_feed::BlockFeed;
@@ -23,7 +24,7 @@ use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::store::NodeStore;
 use kv_connector::transfer::SharedPool;
-use kv_connector::{BusyPolling, Fabric, FabricConfig, check_holder};
+use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, compatible_models};
 use prefill_node::PrefillNode;
 
 use crate::device::{LoadedModel, load_model};
@@ -226,7 +227,9 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         model: Some(info),
         bulk_port: None,
     };
+    let check = hello_check(&hello);
     let mut config = FabricConfig::new(listen, identity, hello);
+    config.check = check;
     if let RoleArgs::Prefill(_) = role {
         config.bulk_listen = Some(SocketAddr::new(listen.ip(), bulk_port));
     }
@@ -258,13 +261,24 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     Ok(RunningNode { name: node, fabric, presence, engine, store, role })
 }
 
-/// The network's threads get a core for themselves only while the engine needs none.
+/// Takes peers whose model fits, and of nodes only those whose KV and ours can be made into one another.
+fn hello_check(ours: &Hello) -> HelloCheck {
+    let (fits, model) = (compatible_models(ours), ours.model.clone());
+    Arc::new(move |peer: &Hello| {
+        fits(peer)?;
+        match &model {
+            Some(model) if peer.role != Role::Proxy => {
+                check_convertible(model, peer.model.as_ref()).map_err(|error| error.to_string())
+            }
+            _ => Ok(()),
+        }
+    })
+}
+
+/// The network's threads get a core for themselves only while the engine needs none, as while it waits for KV.
 fn busy_polling(time_max: Duration, engine: &EngineHandle) -> Option<BusyPolling> {
     let status = engine.status();
-    let may_poll = move || {
-        let load = status.borrow().load;
-        load.num_running == 0 && load.num_queued_tokens == 0
-    };
+    let may_poll = move || !status.borrow().load.needs_steps();
     (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(may_poll) })
 }
 

@@ -19,17 +19,21 @@ fn transfer_measures_every_transport() {
 
 #[test]
 fn peers_measures_idle_connections_of_every_kind_at_both_ends() {
-    let args = ["bench", "peers", "--count", "6", "--seconds", "1"];
+    // So many that making them takes several of the clock's ticks, of 10 ms, at both ends.
+    let args = ["bench", "peers", "--count", "60", "--seconds", "1"];
     let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
     let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{table}{log}");
-    assert!(table.starts_with("6 connections, idle for 1 s"), "{table}");
+    assert!(table.starts_with("60 connections, idle for 1 s"), "{table}");
     for kind in ["link", "pair", "watch"] {
         for end in ["dials", "dialled"] {
             let is_it = |line: &&str| line.split_whitespace().take(2).eq([kind, end]);
             let line = table.lines().find(is_it).unwrap_or_else(|| panic!("no {kind} {end}: {table}"));
             let numbers: Vec<f64> = line.split_whitespace().skip(2).map(|cell| cell.parse().unwrap()).collect();
-            assert!(numbers.len() == 4 && numbers.iter().all(|number| *number >= 0.0), "{line}");
+            let [resident_kib, dialling_cpu_ms, idle_cpu_us, idle_core_percent] = numbers[..] else { panic!("{line}") };
+            assert!(resident_kib > 0.0 && dialling_cpu_ms > 0.0, "{line}");
+            // The same in other units, rounded: 1 us/s is 0.1 % of a core for a thousand.
+            assert!(idle_cpu_us >= 0.0 && (idle_core_percent - idle_cpu_us / 10.0).abs() < 0.02, "{line}");
         }
     }
 }

@@ -193,7 +193,7 @@ async fn kv_of_another_type_is_what_the_prefill_node_computed_as_this_pool_keeps
         // Whole blocks of both: 4 of 64 tokens, 16 of 16.
         let landed = granules(target, &cached_blocks(target, &tokens).await, 16);
         let computed = granules(source, &cached_blocks(source, &tokens).await, 16);
-        let conversion = conversion(source.model(), target.model()).expect("the types differ");
+        let conversion = conversion(source.model(), target.model()).unwrap().expect("the types differ");
         for (landed, computed) in landed.iter().zip(&computed) {
             let mut expected = vec![0; landed.len()];
             conversion.convert(computed, &mut expected);

@@ -11,7 +11,7 @@ use common::ids::{ChoiceIndex, Generation, NodeId};
 use common::sampling::{FinishReason, SampledToken};
 use common::timeline::NodeTimeline;
 use common::wire::{ExtentId, Generate, NodeError, Open, Prefill, PrefillControl, PrefillEvent};
-use engine::conversion::conversion;
+use engine::conversion::conversion_from_peer;
 use kv_connector::peers::PeerLink;
 use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan, PrefixSends};
 use kv_connector::{ControlReceiver, ControlSender};
@@ -278,10 +278,17 @@ impl Handover<'_, '_> {
         Ok(None)
     }
 
-    /// Opens the landing, then asks. False if the stream could not be opened.
+    /// Opens the landing, then asks. False if what would come could not be kept, or the stream not be opened.
     async fn ask(&mut self, index: AskIndex, num_held_tokens: u32, is_local_offered: bool, credit_bytes: u64) -> bool {
         let Some(link) = self.link.take() else { return false };
         let (node, generate) = (self.ongoing.node, self.ongoing.generate);
+        let conversion = match conversion_from_peer(link.model(), node.engine.model()) {
+            Ok(conversion) => conversion,
+            Err(error) => {
+                tracing::warn!(%error, "KV of the prefill node cannot be kept here");
+                return false;
+            }
+        };
         let generation = node.next_generation();
         let plan = LandingPlan {
             request: generate.request,
@@ -294,7 +301,7 @@ impl Handover<'_, '_> {
             num_tokens: generate.tokens.0.len(),
             kv_spec: node.engine.model().kv_spec.clone(),
             memory: node.memory.clone(),
-            conversion: link.model().and_then(|theirs| conversion(theirs, node.engine.model())),
+            conversion,
         };
         let (landing, landed) = node.landing_zone.open(plan);
         let num_missing_tokens = generate.tokens.0.len() as u64 - u64::from(self.machine.num_valid_tokens());

@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cluster::{Cluster, Finished, PoolShape, Shape, generate, prompt, sampled, soon};
+use cluster::{Cluster, FakePrefillNode, Finished, PoolShape, Shape, generate, prompt, sampled, soon};
 use common::content::{ChainRoot, ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, ChoiceIndex, Generation, RequestId, Role};
 use common::kv_memory::GranuleConversion;
@@ -174,6 +174,24 @@ async fn other_types_are_refused_in_words_and_prefilled_locally_unless_both_ends
     cluster.end().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn node_whose_kv_cannot_be_made_into_ones_own_is_asked_for_nothing() {
+    let pools = [pool(16, F32, Lanes), pool(16, F32, Lanes)];
+    let mut cluster = Cluster::start(shape(pools, pool(64, F32, Lanes))).await;
+    let mut mixed = cluster.decode.engine.model().as_ref().clone();
+    mixed.kv_spec.groups[0].planes[0].dtype = Bf16;
+    for (number, (name, model)) in [("silent", None), ("mixed", Some(mixed))].into_iter().enumerate() {
+        let fake = FakePrefillNode::announcing(&cluster, name, model);
+        cluster.learn(&fake).await;
+        let mut request = generate(number as u128 + 1, prompt(100, number as u32), sampled(10, 1));
+        request.prefill_candidates = vec![fake.node()];
+        assert!(ask(&cluster, &request).await.timeline.is_local_prefill);
+        assert!(!fake.is_asked(), "{name}");
+        fake.end().await;
+    }
+    cluster.end().await;
+}
+
 /// A node of this shape, as it says in its hello.
 fn model(rng: &mut StdRng, kv_spec: KvSpec) -> ModelInfo {
     let numerics = NumericsId("any".to_string());
@@ -237,9 +255,9 @@ async fn lands_as_the_other_pool_would_hold_it(seed: u64, zone: &kv_connector::t
     for layer in 0..num_layers {
         let plain_kv: Vec<u8> =
             (0..plain_bytes / 4).flat_map(|_| rng.random_range(-8.0f32..8.0).to_le_bytes()).collect();
-        let kv = converted(&conversion(&plain, &theirs), &plain_kv, source.extent_bytes(num_granules));
+        let kv = converted(&conversion(&plain, &theirs).unwrap(), &plain_kv, source.extent_bytes(num_granules));
         source.write_at(layer, &source_blocks, 0, 0, &kv);
-        expected.push(converted(&conversion(&theirs, &ours), &kv, target.extent_bytes(num_granules)));
+        expected.push(converted(&conversion(&theirs, &ours).unwrap(), &kv, target.extent_bytes(num_granules)));
     }
 
     let tokens = prompt(num_tokens, seed as u32);
@@ -257,7 +275,7 @@ async fn lands_as_the_other_pool_would_hold_it(seed: u64, zone: &kv_connector::t
         num_tokens,
         kv_spec: ours.kv_spec.clone(),
         memory: target.clone(),
-        conversion: conversion(&theirs, &ours),
+        conversion: conversion(&theirs, &ours).unwrap(),
     });
     let extents = ExtentSource {
         memory: source.clone(),

@@ -200,7 +200,8 @@ impl Fabric {
             CloseReason::NoCommonProtocol => {
                 DialError::NoCommonVersion { addr, reason: versions::no_common_protocol(ours) }
             }
-            CloseReason::ClosedByPeer { reason } => DialError::RefusedByPeer { addr, reason },
+            CloseReason::RefusedByPeer { reason } => DialError::RefusedByPeer { addr, reason },
+            // Closed without a refusal too: a node that is leaving, and may be back in a moment.
             other => unreachable(other.to_string()),
         };
         let connecting = async {
@@ -211,7 +212,7 @@ impl Fabric {
             let connection = connection.map_err(|error| lost(error.into()))?;
             let Some(version) = versions::negotiated(&connection) else {
                 return Err(match versions::part_as_dialler(&connection, ours).await.into() {
-                    CloseReason::ClosedByPeer { reason } => DialError::NoCommonVersion { addr, reason },
+                    CloseReason::RefusedByPeer { reason } => DialError::NoCommonVersion { addr, reason },
                     other => lost(other),
                 });
             };

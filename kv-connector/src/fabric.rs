@@ -31,7 +31,7 @@ use crate::certs::Identity;
 use crate::hello::{Greeter, HelloCheck, compatible_models};
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
-use crate::path_metrics::PathMetrics;
+use crate::path_metrics::PeerPaths;
 use crate::quiet::Quiet;
 use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
@@ -168,6 +168,7 @@ pub(crate) struct Shared {
     pub(crate) activity: Option<Arc<Activity>>,
     pub(crate) versions: Vec<u16>,
     pub(crate) ledger: Arc<Ledger>,
+    paths: Arc<PeerPaths>,
     /// Refused connections, which anyone can cause.
     pub(crate) refusals: Quiet,
     pub(crate) budget: FrameBudget,
@@ -255,6 +256,7 @@ impl Fabric {
             activity,
             versions,
             ledger,
+            paths: Arc::default(),
             refusals: Quiet::default(),
             servers,
             clients,
@@ -352,7 +354,7 @@ impl Shared {
 
     /// Keeps the metrics of a bulk connection's path while it lasts.
     pub(crate) fn tell_path(&self, peer: &NodeId, connection: &Connection) {
-        self.tasks.spawn(PathMetrics::new(&self.ledger, peer).tell(connection.clone()));
+        self.tasks.spawn(self.paths.begin(&self.ledger, peer).tell(connection.clone()));
     }
 
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {

@@ -15,7 +15,7 @@ use crate::socket::Traffic;
 use crate::stream::{ControlReceiver, ControlSender, FrameBudget, SendError, StreamHold};
 use crate::versions::NO_APPLICATION_PROTOCOL;
 
-/// Error codes of a connection's end.
+/// Error codes of a connection's end: no longer wanted, or its node is leaving; and the other end is not wanted.
 pub(crate) const CLOSE_DONE: VarInt = VarInt::from_u32(0);
 pub(crate) const CLOSE_REFUSED: VarInt = VarInt::from_u32(1);
 
@@ -28,9 +28,15 @@ pub enum CloseReason {
     /// Closed on this side.
     #[error("it was closed on this side")]
     ClosedHere,
-    /// Closed by the peer.
+    /// Closed by the peer, which needs it no longer or is leaving.
     #[error("the peer closed it ({reason})")]
     ClosedByPeer {
+        /// What it said.
+        reason: String,
+    },
+    /// The peer does not want this node.
+    #[error("the peer refused this node ({reason})")]
+    RefusedByPeer {
         /// What it said.
         reason: String,
     },
@@ -61,7 +67,12 @@ impl From<ConnectionError> for CloseReason {
             ConnectionError::TimedOut => CloseReason::Silent,
             ConnectionError::LocallyClosed => CloseReason::ClosedHere,
             ConnectionError::ApplicationClosed(close) => {
-                CloseReason::ClosedByPeer { reason: String::from_utf8_lossy(&close.reason).into_owned() }
+                let reason = String::from_utf8_lossy(&close.reason).into_owned();
+                if close.error_code == CLOSE_REFUSED {
+                    CloseReason::RefusedByPeer { reason }
+                } else {
+                    CloseReason::ClosedByPeer { reason }
+                }
             }
             ConnectionError::ConnectionClosed(close) if is_tls(close.error_code) => {
                 CloseReason::NotTrusted { reason: format!("refused by the peer: {close}") }

@@ -1,8 +1,15 @@
 //! Connections to prefill nodes: dialled on first use, a few kept while they live, shared by all requests.
 //!
 //! Decode nodes ask over them for prefills, prefill nodes for prefixes. Whom there is to dial comes from the
-//! proxies' directories; a request names a node and never an address. A node that could not be reached is left alone
-//! for a while (`redial`), so that requests turn to another one at once instead of each waiting for it in vain.
+//! proxies' directories; a request names a node and never an address.
+//!
+//! ```text
+//! request 1   dials ───────────────────────── failed   in a task of its own: a request that ends does not end the try
+//! request 2       waits for the same try ──── failed   who asks at the first try waits for it
+//! request 3                                        none   a pause (`redial`): another node is turned to at once
+//! request 4                                             dials ──────────── failed
+//! request 5                                                 none              behind a failed try one request waits
+//! ```
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -13,6 +20,7 @@ use std::time::{Duration, Instant};
 use common::ids::{Epoch, NodeId, Role};
 use common::model::ModelInfo;
 use common::wire::{Directory, Open};
+use tokio::sync::watch;
 
 use crate::redial::Redial;
 use crate::transfer::{BulkReceiver, BulkSender};
@@ -21,7 +29,7 @@ use crate::{ControlReceiver, ControlSender, DialError, Fabric, Link, OpenError};
 /// Nodes that are known at a time; in a cluster whose nodes come and go under new names old ones would pile up.
 const NUM_KNOWN_MAX: usize = 4096;
 
-/// Longest pause between two tries to reach a node that does not answer. A try takes up to two seconds, and one request
+/// Longest pause between two tries to reach a node that does not answer. A try takes two seconds there, and one request
 /// waits for it.
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
@@ -75,24 +83,67 @@ struct Slot {
     address: SocketAddr,
     /// Number of its last use, or of when it was learnt of, over all slots.
     used: u64,
-    /// One task dials, the others wait for it.
-    contact: Arc<tokio::sync::Mutex<Contact>>,
+    contact: Arc<Mutex<Contact>>,
 }
 
 struct Contact {
     link: Option<PeerLink>,
     redial: Redial,
+    /// The try that is under way: what it came to, or closed without that if it failed.
+    dialling: Option<watch::Receiver<Option<PeerLink>>>,
+}
+
+/// What there is for a request that wants a link.
+enum Found {
+    Live(PeerLink),
+    /// A try that may give one.
+    Dialling(watch::Receiver<Option<PeerLink>>),
+    /// A try is due, and this is where it tells.
+    Due(watch::Sender<Option<PeerLink>>, watch::Receiver<Option<PeerLink>>),
+    Nothing,
+}
+
+impl Contact {
+    fn live_link(&self) -> Option<PeerLink> {
+        self.link.clone().filter(PeerLink::is_alive)
+    }
+
+    fn is_dialling(&self) -> bool {
+        self.dialling.as_ref().is_some_and(|dialling| dialling.has_changed().is_ok())
+    }
+
+    fn find(&mut self, now: Instant) -> Found {
+        if let Some(link) = self.live_link() {
+            return Found::Live(link);
+        }
+        self.link = None;
+        if let Some(dialling) = self.dialling.clone().filter(|_| self.is_dialling()) {
+            return if self.redial.has_failed() { Found::Nothing } else { Found::Dialling(dialling) };
+        }
+        if !self.redial.is_due(now) {
+            return Found::Nothing;
+        }
+        let (done, dialling) = watch::channel(None);
+        self.dialling = Some(dialling.clone());
+        Found::Due(done, dialling)
+    }
 }
 
 impl Slot {
     fn new(address: SocketAddr, used: u64) -> Self {
-        let contact = Contact { link: None, redial: Redial::new(PAUSE_MAX) };
-        Self { address, used, contact: Arc::new(tokio::sync::Mutex::new(contact)) }
+        let contact = Contact { link: None, redial: Redial::new(PAUSE_MAX), dialling: None };
+        Self { address, used, contact: Arc::new(Mutex::new(contact)) }
     }
 
-    /// The link that is there; `None` also while one is being dialled.
+    /// The link that is there.
     fn live_link(&self) -> Option<PeerLink> {
-        self.contact.try_lock().ok()?.link.clone().filter(PeerLink::is_alive)
+        self.contact().live_link()
+    }
+
+    /// Held for moments, and never while the slots are asked for.
+    fn contact(&self) -> MutexGuard<'_, Contact> {
+        // Valid after every statement.
+        self.contact.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -112,7 +163,9 @@ impl Peers {
             match slots.get(&peer.node).filter(|slot| slot.address == peer.control) {
                 // Who says that it is there has reached it.
                 Some(slot) => {
-                    if let Ok(mut contact) = slot.contact.try_lock() {
+                    let mut contact = slot.contact();
+                    // A try that is under way says more: it is from here.
+                    if !contact.is_dialling() {
                         contact.redial.on_reached();
                     }
                 }
@@ -144,33 +197,45 @@ impl Peers {
         slot.live_link()?.model().cloned()
     }
 
-    /// A live connection to `node`; `None` (and a line in the log) if there is none to be had, and at once where that
-    /// was found a moment ago.
+    /// A live connection to `node`; `None` (and a line in the log) if there is none to be had: at once where that was
+    /// found a moment ago, or is being tried again for somebody else. Whoever stops waiting does not stop the try.
     pub async fn link(&self, node: &NodeId) -> Option<PeerLink> {
         let Some(slot) = self.use_slot(node) else {
             tracing::warn!(prefill_node = %node, "the proxy named a prefill node that is not in its directory");
             return None;
         };
-        let mut contact = slot.contact.lock().await;
-        if let Some(link) = contact.link.as_ref().filter(|link| link.is_alive()) {
-            return Some(link.clone());
-        }
-        contact.link = None;
-        if !contact.redial.is_due(Instant::now()) {
-            tracing::debug!(prefill_node = %node, "not dialled: it could not be reached a moment ago");
-            return None;
-        }
+        let found = slot.contact().find(Instant::now());
+        let mut dialling = match found {
+            Found::Live(link) => return Some(link),
+            Found::Dialling(dialling) => dialling,
+            Found::Due(done, dialling) => {
+                self.fabric.shared.spawn(self.clone().try_to_reach(node.clone(), slot, done));
+                dialling
+            }
+            Found::Nothing => {
+                tracing::debug!(prefill_node = %node, "not waited for: it could not be reached a moment ago");
+                return None;
+            }
+        };
+        // Closed without a link if the try failed.
+        dialling.wait_for(Option::is_some).await.ok()?.clone()
+    }
+
+    /// One try, bounded by the deadlines of dialling.
+    async fn try_to_reach(self, node: NodeId, slot: Slot, done: watch::Sender<Option<PeerLink>>) {
         self.make_room();
-        match self.dial(node, slot.address).await {
+        let dialled = self.dial(&node, slot.address).await;
+        let mut contact = slot.contact();
+        contact.dialling = None;
+        match dialled {
             Ok(link) => {
                 contact.redial.on_reached();
                 contact.link = Some(link.clone());
-                Some(link)
+                done.send_replace(Some(link));
             }
             Err(error) => {
                 let pause = contact.redial.on_failed(Instant::now(), error.is_worth_a_retry(), rand::random());
                 tracing::warn!(prefill_node = %node, address = %slot.address, %error, ?pause, "cannot reach the prefill node");
-                None
             }
         }
     }
@@ -193,9 +258,7 @@ impl Peers {
         warm.sort_by_key(|slot| slot.used);
         let num_too_many = (warm.len() + 1).saturating_sub(self.num_warm_max);
         for slot in &warm[..num_too_many.min(warm.len())] {
-            if let Ok(mut contact) = slot.contact.try_lock() {
-                contact.link = None;
-            }
+            slot.contact().link = None;
         }
     }
 

@@ -35,6 +35,11 @@ impl Redial {
         self.not_before.is_none_or(|not_before| now >= not_before)
     }
 
+    /// Whether the last try failed.
+    pub(crate) fn has_failed(&self) -> bool {
+        self.not_before.is_some()
+    }
+
     /// It was reached, from here or by somebody who says so.
     pub(crate) fn on_reached(&mut self) {
         *self = Self::new(self.pause_max);
@@ -62,8 +67,9 @@ mod tests {
         assert!(redial.is_due(now));
         let pauses: Vec<u128> = (0..5).map(|_| redial.on_failed(now, true, MIDDLE).as_millis()).collect();
         assert_eq!(pauses, [50, 100, 200, 350, 350]);
+        assert!(redial.has_failed());
         redial.on_reached();
-        assert!(redial.is_due(now));
+        assert!(redial.is_due(now) && !redial.has_failed());
         assert_eq!(redial.on_failed(now, true, MIDDLE), PAUSE_MIN);
     }
 

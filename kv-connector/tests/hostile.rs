@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use common::ids::Role;
 use common::wire::{GenerateEvent, HelloReply, Open, PrefillEvent};
 use kv_connector::transfer::{LandingEvent, RefusedExtent};
-use kv_connector::{Fabric, FabricLimits, RecvError};
+use kv_connector::{DialError, Fabric, FabricLimits, RecvError};
 use quinn::{Connection, ReadError, RecvStream, SendStream};
 use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, frame, greet, welcome};
 use support::{Cluster, Job, LOOPBACK, TestMemory, assert_nothing_left, eventually, generate, hello, soon};
@@ -351,4 +351,27 @@ async fn large_messages_pass_a_path_of_1300_byte_datagrams() {
     assert!((1200..=1300).contains(&relay.largest.load(Ordering::SeqCst)));
     drop((halves, stream, link));
     assert_nothing_left([proxy, decode]).await;
+}
+
+#[tokio::test]
+async fn node_that_leaves_in_mid_hello_is_dialled_again_and_one_that_refuses_is_not() {
+    let cluster = Cluster::new();
+    let raw = Raw::new(&cluster, "d9", Role::DecodeNode);
+    let proxy = cluster.start("x0", Role::Proxy);
+    for (code, words, is_refusal) in [(0u32, "the node is leaving", false), (1, "not on this shift", true)] {
+        let endpoint = raw.listen(ALPN_CONTROL);
+        let addr = endpoint.local_addr().unwrap();
+        let serving = tokio::spawn(async move {
+            let connection = endpoint.accept().await.unwrap().await.unwrap();
+            let _hello = connection.accept_bi().await.unwrap();
+            connection.close(code.into(), words.as_bytes());
+            endpoint.wait_idle().await;
+        });
+        let error = soon("dial", proxy.dial(addr, Role::DecodeNode, None)).await.unwrap_err();
+        assert!(error.to_string().contains(words), "{error}");
+        assert_eq!(matches!(error, DialError::RefusedByPeer { .. }), is_refusal, "{error}");
+        assert_eq!(error.is_worth_a_retry(), !is_refusal, "{error}");
+        soon("server", serving).await.unwrap();
+    }
+    assert_nothing_left([proxy]).await;
 }

@@ -167,3 +167,35 @@ async fn node_that_refused_is_not_dialled_for_every_request() {
     drop(peers);
     assert_nothing_left([decode, refusing, willing]).await;
 }
+
+#[tokio::test]
+async fn node_that_never_answers_is_waited_for_by_one_request_at_a_time() {
+    let cluster = Cluster::new();
+    let decode = cluster.start("d0", Role::DecodeNode);
+    let silent = std::net::UdpSocket::bind(support::LOOPBACK).unwrap();
+    let peers = Peers::new(decode.clone(), 8);
+    tell(&peers, &[("p0", silent.local_addr().unwrap())]);
+    let now = || peers.link(&node("p0")).now_or_never();
+    assert!(now().is_none() && now().is_none(), "the first try is waited for");
+    // Everybody who waited has been cancelled, and the failure is known all the same.
+    eventually("the first try fails", || matches!(now(), Some(None))).await;
+    eventually("it is tried again", || now().is_none()).await;
+    // Without an await the try cannot have ended.
+    assert!(matches!(now(), Some(None)), "somebody else's try is not waited for");
+    drop(peers);
+    assert_nothing_left([decode]).await;
+}
+
+#[tokio::test]
+async fn request_that_is_cancelled_in_mid_dial_leaves_the_link_to_the_others() {
+    let cluster = Cluster::new();
+    let (p0, decode) = (cluster.start("p0", Role::PrefillNode), cluster.start("d0", Role::DecodeNode));
+    let peers = Peers::new(decode.clone(), 8);
+    tell(&peers, &[("p0", p0.local_addr())]);
+    assert!(peers.link(&node("p0")).now_or_never().is_none(), "dialling takes time");
+    eventually("the link is there though nobody waits", || peers.round_trip(&node("p0")).is_some()).await;
+    assert!(matches!(peers.link(&node("p0")).now_or_never(), Some(Some(_))));
+    holds(&p0, PAIR).await;
+    drop(peers);
+    assert_nothing_left([decode, p0]).await;
+}

@@ -8,7 +8,7 @@ use common::content::GRANULE_TOKENS;
 use common::handover::{FetchFailure, FetchPlan, PeerPrefix};
 use common::ids::NodeId;
 use common::wire::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, Open, Prefill, PrefixPeer};
-use engine::conversion::conversion;
+use engine::conversion::conversion_from_peer;
 use kv_connector::transfer::{Landing, LandingEvent, LandingPlan};
 use kv_connector::{ControlReceiver, ControlSender};
 use tokio::sync::mpsc;
@@ -67,6 +67,10 @@ pub(crate) fn ask(node: &Node, peer: &NodeId, prefill: &Prefill, plan: FetchPlan
     };
     Box::pin(async move {
         let link = peers.link(&peer).await.ok_or(FetchFailure::Unreachable)?;
+        let conversion = conversion_from_peer(link.model(), &model).map_err(|error| {
+            tracing::warn!(%peer, %error, "KV of a peer cannot be kept here");
+            FetchFailure::Unreachable
+        })?;
         let opened = link.open(&Open::FetchPrefix(Box::new(fetch))).await;
         let (mut control, mut events) = opened.map_err(|_| FetchFailure::Unreachable)?;
         let num_tokens = match events.recv::<FetchPrefixEvent>().await {
@@ -78,7 +82,6 @@ pub(crate) fn ask(node: &Node, peer: &NodeId, prefill: &Prefill, plan: FetchPlan
             return Err(FetchFailure::NotHeld);
         }
         // In place before the first credit, so that no extent is early.
-        let conversion = link.model().and_then(|theirs| conversion(theirs, &model));
         let (landing, landed) = zone.open(LandingPlan { num_tokens: num_tokens as usize, conversion, ..landing });
         let credit = FetchPrefixControl::Credit { bytes: plan.credit_window_bytes };
         control.send(&credit).await.map_err(|_| FetchFailure::Stopped)?;

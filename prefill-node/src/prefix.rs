@@ -7,7 +7,7 @@ use common::handover::{FetchEnd, FetchFailure, FetchFrom, FetchPlan, PrefixChoic
 use common::ids::NodeId;
 use common::model::ModelInfo;
 use common::wire::{FetchPrefixControl, Hello, Prefill, PrefillEvent, PrefixPeer};
-use engine::conversion::conversion;
+use engine::conversion::conversion_from_peer;
 use kv_connector::store::FoundPrefix;
 use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingPlan};
 use tokio::sync::mpsc;
@@ -35,7 +35,8 @@ pub(crate) fn choose(
 ) -> Option<Chosen> {
     let status = node.engine.status();
     let status = status.borrow();
-    let can_fetch = node.fabric.receives_from(&decode_node.node, decode_node.epoch);
+    let is_kept_here = conversion_from_peer(decode_node.model.as_ref(), node.engine.model()).is_ok();
+    let can_fetch = is_kept_here && node.fabric.receives_from(&decode_node.node, decode_node.epoch);
     // As fast as what arrives becomes KV of this pool: who keeps it in a wider type sends more bytes for a token.
     let bytes_per_second = |from: &NodeId, theirs: Option<&ModelInfo>| {
         let per_token = |model: &ModelInfo| model.kv_spec.bytes_per_token() as f64;
@@ -141,13 +142,20 @@ impl Fetching {
             conversion: None,
         };
         let (stage, from, event) = match from {
-            FetchFrom::DecodeNode => {
-                let conversion = decode_node.model.as_ref().and_then(|theirs| conversion(theirs, node.engine.model()));
-                let (landing, landed) = node.fabric.landing_zone().open(LandingPlan { conversion, ..landing });
-                let event =
-                    PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes: credit_window_bytes };
-                (Stage::FromDecodeNode { landing, landed }, &decode_node.node, Some(event))
-            }
+            FetchFrom::DecodeNode => match conversion_from_peer(decode_node.model.as_ref(), node.engine.model()) {
+                Ok(conversion) => {
+                    let (landing, landed) = node.fabric.landing_zone().open(LandingPlan { conversion, ..landing });
+                    let event =
+                        PrefillEvent::Fetch { generation, first_token, end_token, credit_bytes: credit_window_bytes };
+                    (Stage::FromDecodeNode { landing, landed }, &decode_node.node, Some(event))
+                }
+                // Not chosen then.
+                Err(error) => {
+                    tracing::warn!(decode_node = %decode_node.node, %error, "KV of a decode node cannot be kept here");
+                    let failed = std::future::ready(Err(FetchFailure::Stopped));
+                    (Stage::Asking(Box::pin(failed)), &decode_node.node, None)
+                }
+            },
             FetchFrom::Peer => {
                 let hint = prefill.prefix_peer.as_ref().expect("a peer is fetched from where a hint named one");
                 (Stage::Asking(peer::ask(node, &hint.node, prefill, plan, landing)), &hint.node, None)

@@ -52,12 +52,11 @@ struct Landings {
 /// Measures every row in every round.
 pub(super) async fn measure(args: &ControlBenchArgs) -> anyhow::Result<Report> {
     let ca = ClusterCa::generate()?;
-    let dir = std::env::temp_dir().join(format!("tandem-control-bench-{}", std::process::id()));
-    ca.issue(Role::PrefillNode, &workload::node(Role::PrefillNode))?.save(&dir)?;
-    std::fs::write(dir.join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
-    let measured = measure_in(args, &ca, &dir).await;
-    std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
-    measured
+    // Removed however this ends: there are keys in it.
+    let dir = tempfile::Builder::new().prefix("tandem-control-bench-").tempdir().context("make a temporary folder")?;
+    ca.issue(Role::PrefillNode, &workload::node(Role::PrefillNode))?.save(dir.path())?;
+    std::fs::write(dir.path().join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
+    measure_in(args, &ca, dir.path()).await
 }
 
 async fn measure_in(args: &ControlBenchArgs, ca: &ClusterCa, dir: &Path) -> anyhow::Result<Report> {
@@ -184,18 +183,21 @@ impl Landings {
             conversion: None,
         });
         let _stream = link.open(&workload::prefill(request, &self.tokens)).await?;
-        let mut sum = 0;
-        loop {
-            match landed.recv().await.context("the landing was closed")? {
-                LandingEvent::ExtentVerified { num_bytes, is_complete, .. } => {
-                    sum += num_bytes;
-                    if is_complete {
-                        return Ok(sum);
+        let landing = async {
+            let mut sum = 0;
+            loop {
+                match landed.recv().await.context("the landing was closed")? {
+                    LandingEvent::ExtentVerified { num_bytes, is_complete, .. } => {
+                        sum += num_bytes;
+                        if is_complete {
+                            return anyhow::Ok(sum);
+                        }
                     }
+                    LandingEvent::ExtentRefused { reason } => bail!("an extent was refused: {reason}"),
                 }
-                LandingEvent::ExtentRefused { reason } => bail!("an extent was refused: {reason}"),
             }
-        }
+        };
+        tokio::time::timeout(workload::DEADLINE, landing).await.context("the KV did not arrive in time")?
     }
 }
 

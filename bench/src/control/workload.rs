@@ -16,7 +16,8 @@ pub(super) const NUM_LAYERS: u32 = 4;
 const TOKEN_BYTES: usize = 1024;
 /// The request whose stream carries the questions.
 pub(super) const QUESTIONS: RequestId = RequestId(0);
-const DEADLINE: Duration = Duration::from_secs(60);
+/// For what takes moments where nothing is wrong.
+pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 pub(super) fn kv_spec() -> KvSpec {
     KvSpec::uniform(NUM_LAYERS, 4, 64, KvDtype::Bf16, None)

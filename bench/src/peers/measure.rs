@@ -22,11 +22,11 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// Measures every row.
 pub(super) fn measure(args: &PeersBenchArgs) -> anyhow::Result<Report> {
     let ca = ClusterCa::generate()?;
-    let dir = std::env::temp_dir().join(format!("tandem-peers-bench-{}", std::process::id()));
-    let row = |holding: &Holding| measure_row(args, *holding, &ca, &dir.join(holding.as_str()));
-    let rows: anyhow::Result<Vec<Row>> = args.holding.iter().map(row).collect();
-    std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
-    Ok(Report { count: args.count, seconds: args.seconds, rows: rows? })
+    // Removed however this ends: there are keys in it.
+    let dir = tempfile::Builder::new().prefix("tandem-peers-bench-").tempdir().context("make a temporary folder")?;
+    let row = |holding: &Holding| measure_row(args, *holding, &ca, &dir.path().join(holding.as_str()));
+    let rows = args.holding.iter().map(row).collect::<anyhow::Result<Vec<Row>>>()?;
+    Ok(Report { count: args.count, seconds: args.seconds, rows })
 }
 
 fn measure_row(args: &PeersBenchArgs, holding: Holding, ca: &ClusterCa, dir: &Path) -> anyhow::Result<Row> {

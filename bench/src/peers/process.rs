@@ -22,12 +22,13 @@ use tokio::task::JoinSet;
 use super::PeersNodeArgs;
 use super::holding::Held;
 
-/// Handshakes in progress at a time: more of them would only wait for each other, until the idle limit ends one.
+/// Handshakes in progress at a time: more of them would only wait for each other.
 const NUM_DIALLED_AT_ONCE: usize = 4;
 /// Tries to make one connection, on a machine that is busy with other things.
 const NUM_TRIES: usize = 10;
-/// A handshake among others that are in progress on one core.
-const HELLO_DEADLINE: Duration = Duration::from_secs(60);
+/// For a handshake among others that are in progress on one core, and for the silence of a process that is given no
+/// CPU time: what is measured is what connections cost, not how soon a lost one is noticed.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// The names of the two nodes.
 pub(super) fn node(is_dialled: bool) -> NodeId {
@@ -79,7 +80,8 @@ fn fabric(args: &PeersNodeArgs, role: Role, model: Option<ModelInfo>) -> anyhow:
         num_connections_max,
         // The share of each is promised, not taken.
         receive_bytes_max: num_connections_max * defaults.bulk_window_bytes as usize,
-        hello_deadline: HELLO_DEADLINE,
+        hello_deadline: PATIENCE,
+        idle_timeout: PATIENCE,
         ..defaults
     };
     Ok(Fabric::bind(config)?)

@@ -53,12 +53,11 @@ struct Landings {
 /// Measures every row in every round.
 pub(super) async fn measure(args: &TransferBenchArgs, sender_core: Option<usize>) -> anyhow::Result<Report> {
     let ca = ClusterCa::generate()?;
-    let dir = std::env::temp_dir().join(format!("tandem-transfer-bench-{}", std::process::id()));
-    ca.issue(Role::PrefillNode, &workload::node("sender"))?.save(&dir)?;
-    std::fs::write(dir.join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
-    let measured = measure_in(args, sender_core, &ca, &dir).await;
-    std::fs::remove_dir_all(&dir).with_context(|| format!("remove {}", dir.display()))?;
-    measured
+    // Removed however this ends: there are keys in it.
+    let dir = tempfile::Builder::new().prefix("tandem-transfer-bench-").tempdir().context("make a temporary folder")?;
+    ca.issue(Role::PrefillNode, &workload::node("sender"))?.save(dir.path())?;
+    std::fs::write(dir.path().join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
+    measure_in(args, sender_core, &ca, dir.path()).await
 }
 
 async fn measure_in(

@@ -31,8 +31,8 @@ pub struct ModelArgs {
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Model")]
 pub struct WeightsArgs {
-    /// Element type of weights and, unless --kv-cache-dtype says otherwise, KV: `auto` takes the checkpoint's own, bfloat16 beside quantized weights,
-    /// which stay as they are.
+    /// Element type of weights and, unless --kv-cache-dtype says otherwise, KV: `auto` takes the checkpoint's own,
+    /// bfloat16 beside quantized weights, which stay as they are.
     ///
     /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
     /// numerics id: nodes with different ones do not exchange KV.

@@ -500,6 +500,22 @@ fn prefill_behind_a_held_prefix_waits_with_its_blocks_and_computes_what_did_not_
 }
 
 #[test]
+fn sequence_that_awaits_kv_needs_no_steps_and_one_that_waits_or_runs_does() {
+    let mut engine = ModelEngine::new(limits());
+    let needs_steps = |engine: &ModelEngine| engine.scheduler.load(0).needs_steps();
+    assert!(!needs_steps(&engine));
+    engine.add(&prompt(1, 40), 1, 1, Work::AwaitKv);
+    assert!(needs_steps(&engine), "it is to be admitted");
+    engine.run();
+    assert_eq!(engine.scheduler.load(0).num_queued_tokens, 40);
+    assert!(!needs_steps(&engine), "its KV is computed elsewhere");
+    engine.add(&prompt(2, 8), 1, 5, Work::Generate);
+    assert!(engine.launch() && needs_steps(&engine), "another one runs");
+    engine.run();
+    assert!(!needs_steps(&engine));
+}
+
+#[test]
 fn front_of_a_prompt_is_computed_while_its_rest_arrives() {
     let mut engine = ModelEngine::new(limits());
     let text = prompt(9, 150);

@@ -81,6 +81,14 @@ pub struct NodeLoad {
     pub num_steps: u64,
 }
 
+impl NodeLoad {
+    /// Whether there is anything to compute or to admit. A sequence that awaits KV from elsewhere is neither, though
+    /// its tokens count as [queued](Self::num_queued_tokens).
+    pub fn needs_steps(&self) -> bool {
+        self.num_running > 0 || self.num_waiting > 0
+    }
+}
+
 /// A node's state and load.
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub struct NodeStatus {

@@ -13,7 +13,7 @@ use common::config::{DecodeArgs, PrefillArgs};
 use common::content::ChainRoot;
 use common::ids::{Attempt, ChoiceIndex, Epoch, NodeId, RequestId, Role};
 use common::kv_spec::{GranuleOrder, KvDtype};
-use common::model::KvExchange;
+use common::model::{KvExchange, ModelInfo};
 use common::sampling::SamplingParams;
 use common::scheduler::SchedulerLimits;
 use common::sequence::{NewSequence, Work};
@@ -26,6 +26,7 @@ use decode_node::DecodeNode;
 use engine::core::{EngineEvent, EngineHandle, EngineOptions};
 use engine::runner::Runner;
 use engine::sim::{SimOptions, SimRunner};
+use futures::FutureExt;
 use kv_connector::membership::NodePresence;
 use kv_connector::peers::Peers;
 use kv_connector::transfer::{
@@ -729,6 +730,19 @@ impl FakePrefillNode {
         Self {
             fabric: Fabric::bind(config(&cluster.ca, &name, Role::PrefillNode, Some(&cluster.decode.engine))).unwrap(),
         }
+    }
+
+    /// One that says this of its model, and takes everybody.
+    pub fn announcing(cluster: &Cluster, name: &str, model: Option<ModelInfo>) -> Self {
+        let name = format!("{name}-of-{}", cluster.number);
+        let mut config = config(&cluster.ca, &name, Role::PrefillNode, None);
+        config.hello.model = model;
+        Self { fabric: Fabric::bind(config).unwrap() }
+    }
+
+    /// Whether a stream was opened that nobody has served.
+    pub fn is_asked(&self) -> bool {
+        self.fabric.accept().now_or_never().is_some()
     }
 
     pub fn node(&self) -> NodeId {

@@ -14,7 +14,10 @@ use std::sync::Arc;
 
 use common::kv_memory::GranuleConversion;
 
-/// One extent that comes in another form than it is kept in. Holds less than a granule more than the last piece.
+/// One extent that comes in another form than it is kept in.
+///
+/// Holds the last piece and less than a granule, and what was made of them: twice the bytes at most, where bf16 is
+/// kept as f32.
 pub(super) struct Converting {
     conversion: Arc<dyn GranuleConversion>,
     /// Arrived and not converted.
