@@ -6,7 +6,7 @@ use std::sync::Arc;
 use anyhow::Context;
 use common::config::{DeviceChoice, EngineArgs, WeightsArgs};
 use engine::cpu_runner::CpuRunner;
-use engine::cuda::model::DeviceLoadOptions;
+use engine::cuda::model::{DeviceLoadOptions, StepLimits};
 use engine::cuda::{CudaBackend, CudaRunner};
 use engine::model::{LoadError, Model};
 use engine::pool::PoolMemory;
@@ -51,7 +51,7 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
             Err(LoadError::Device(error)) if error.is_absence() => {
                 tracing::info!(reason = %error, "--device auto: the CPU computes");
             }
-            Err(error @ (LoadError::Device(_) | LoadError::NotOnDevice { .. } | LoadError::DeviceMemory { .. })) => {
+            Err(error) if error.is_of_device() => {
                 tracing::warn!(reason = %error, "--device auto: there is a GPU, and the CPU computes");
             }
             Err(error) => return Err(error),
@@ -71,19 +71,22 @@ fn load_on_gpu(
 ) -> Result<LoadedModel, LoadError> {
     let device = engine::cuda::open(ordinal)?;
     let cache_folder = engine::identity::cache_folder_from_env();
-    let options = DeviceLoadOptions { dtype: weights.dtype, is_batch_invariant: engine.batch_invariant, cache_folder };
+    let options = DeviceLoadOptions {
+        dtype: weights.dtype,
+        kv_dtype: engine.kv_cache_dtype.kv_dtype(),
+        is_batch_invariant: engine.batch_invariant,
+        cache_folder,
+    };
     let model = Model::load_on_device(folder, &device, options)?;
-    if engine.kv_cache_dtype.kv_dtype().is_some_and(|dtype| dtype != model.kv_dtype()) {
-        let reason = "there KV is of the type that is computed in: leave --kv-cache-dtype at auto".to_string();
-        return Err(LoadError::NotOnDevice { reason });
-    }
     let model = Arc::new(model.with_kv(None, engine.kv_exchange));
+    let limits = StepLimits {
+        max_num_batched_tokens: engine.max_num_batched_tokens as usize,
+        max_num_seqs: engine.max_num_seqs as usize,
+        max_model_len: weights.max_model_len.map(|len| len as usize),
+    };
     let kv_cache_bytes = match engine.kv_cache_memory_bytes {
-        Some(bytes) => bytes,
-        None => {
-            let (rows, sampled) = (engine.max_num_batched_tokens as usize, engine.max_num_seqs as usize);
-            model.kv_cache_bytes(engine.gpu_memory_utilization, rows, sampled, num_nodes)?
-        }
+        Some(asked) => model.check_kv_cache_bytes(asked, &limits, num_nodes)?,
+        None => model.kv_cache_bytes(engine.gpu_memory_utilization, &limits, num_nodes)?,
     };
     Ok(LoadedModel::Cuda { model, kv_cache_bytes })
 }

@@ -4,6 +4,8 @@
     {"phase": "prefill", "num_tokens": 512}                              -> {"tokens_per_second": 430.1}
     {"phase": "decode", "batch": 8, "context": 512, "num_tokens": 64}    -> {"tokens_per_second": 91.0}
 
+or {"error": "..."} where there is nothing to count.
+
 Weights are random, whatever the folder holds. Prefill is prompt tokens by the time to the first token; decode counts the
 steps in which every sequence of the batch gets a token.
 """
@@ -18,7 +20,7 @@ parser.add_argument("model", help="a checkpoint folder")
 parser.add_argument("--threads", type=int, required=True)
 parser.add_argument("--max-model-len", type=int, required=True)
 parser.add_argument("--max-num-seqs", type=int, required=True)
-parser.add_argument("--dtype", default="bfloat16")
+parser.add_argument("--dtype", choices=["bfloat16", "float32"], required=True)
 args = parser.parse_args()
 os.environ.update(
     VLLM_CPU_OMP_THREADS_BIND=f"0-{args.threads - 1}", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
@@ -60,17 +62,20 @@ def main():
 
     def measure(row):
         if row["phase"] == "prefill":
-            return row["num_tokens"] / sum(seconds for seconds, _ in run(1, row["num_tokens"], 1))
+            seconds = sum(seconds for seconds, _ in run(1, row["num_tokens"], 1))
+            return {"tokens_per_second": row["num_tokens"] / seconds}
         batch = row["batch"]
         steps = run(batch, row["context"], row["num_tokens"])
         # The first of these still has the end of a prompt in it.
         whole = [seconds for seconds, num in steps if num == batch][1:]
-        return batch * len(whole) / sum(whole)
+        if not whole:
+            return {"error": "no two steps gave every sequence a token: generate more tokens"}
+        return {"tokens_per_second": batch * len(whole) / sum(whole)}
 
     run(1, 64, 4)
     print(json.dumps({"ready": True}), file=answers)
     for line in sys.stdin:
-        print(json.dumps({"tokens_per_second": measure(json.loads(line))}), file=answers)
+        print(json.dumps(measure(json.loads(line))), file=answers)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 //! that row's inputs and its position alone, never on what else is in the step.
 
 use common::kv_spec::GranuleOrder;
+use kernels::cuda::DeviceError;
 
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
@@ -77,16 +78,28 @@ pub trait Backend: Clone {
     type Drawn: Default;
 
     /// Packs a matrix of stacked parts, which may be stored differently; `cols` is its input width.
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Self::Matrix;
+    ///
+    /// # Errors
+    /// What a device says, for example that it has not as much memory. A CPU never refuses.
+    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<Self::Matrix, DeviceError>;
 
     /// Takes an embedding table.
-    fn table(&self, values: MatrixPart) -> Self::Table;
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    fn table(&self, values: MatrixPart) -> Result<Self::Table, DeviceError>;
 
     /// Takes a vector.
-    fn vector(&self, values: Vec<f32>) -> Self::Vector;
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    fn vector(&self, values: Vec<f32>) -> Result<Self::Vector, DeviceError>;
 
     /// Takes a table of angles.
-    fn rope_table(&self, angles: RopeAngles) -> Self::Rope;
+    ///
+    /// # Errors
+    /// As [`matrix`](Self::matrix).
+    fn rope_table(&self, angles: RopeAngles) -> Result<Self::Rope, DeviceError>;
 
     /// Copies activations to the host.
     fn read_back(&self, tensor: &Self::Tensor) -> Vec<f32>;

@@ -8,6 +8,7 @@ use common::kv_spec::GranuleOrder;
 use common::sampling::SampledToken;
 use common::tokens::Token;
 use half::bf16;
+use kernels::cuda::DeviceError;
 use kernels::kv_layout::KvLayout;
 use kernels::{
     AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, QueryBatch,
@@ -220,24 +221,24 @@ impl Backend for CpuBackend {
     type Tensor = CpuTensor;
     type Drawn = Vec<SampledToken>;
 
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> CpuMatrix {
-        CpuMatrix::pack(cols, &parts)
+    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CpuMatrix, DeviceError> {
+        Ok(CpuMatrix::pack(cols, &parts))
     }
 
-    fn table(&self, values: MatrixPart) -> CpuTable {
-        match values {
+    fn table(&self, values: MatrixPart) -> Result<CpuTable, DeviceError> {
+        Ok(match values {
             MatrixPart::F32(values) => CpuTable::F32(values),
             MatrixPart::Bf16(values) => CpuTable::Bf16(values),
             MatrixPart::Quantized(weights) => CpuTable::Quantized(weights),
-        }
+        })
     }
 
-    fn vector(&self, values: Vec<f32>) -> Vec<f32> {
-        values
+    fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {
+        Ok(values)
     }
 
-    fn rope_table(&self, angles: RopeAngles) -> RopeAngles {
-        angles
+    fn rope_table(&self, angles: RopeAngles) -> Result<RopeAngles, DeviceError> {
+        Ok(angles)
     }
 
     fn read_back(&self, tensor: &CpuTensor) -> Vec<f32> {

@@ -57,7 +57,7 @@ impl CpuRunner {
         tracing::info!("{}", memory_report(&model.weights().sizes(), &pool));
         let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
         let mut worker = Worker {
-            rope: model.backend().rope_table(model.spec().rope.angles(max_model_len)),
+            rope: model.backend().rope_table(model.spec().rope.angles(max_model_len))?,
             model,
             pool: pool.clone(),
             workspace: Workspace::default(),

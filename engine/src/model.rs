@@ -72,6 +72,32 @@ pub enum LoadError {
         /// Now.
         free: u64,
     },
+    /// KV of another type than the arithmetic's.
+    #[error(
+        "--kv-cache-dtype {asked} is not supported on a CUDA device, where this model's KV is {computed}, the type that is computed in: leave it at auto, or use --device cpu"
+    )]
+    KvDtypeOnDevice {
+        /// Asked for.
+        asked: &'static str,
+        /// What there is.
+        computed: &'static str,
+    },
+    /// A KV cache of the size that was asked for does not fit beside what steps need.
+    #[error(
+        "--kv-cache-memory-bytes {asked} for each of {num_nodes} nodes does not fit: {device} has {free} bytes free, and steps need {steps} of them: lower it, or leave it out to take what is left"
+    )]
+    NoDeviceMemoryForAskedKv {
+        /// Which.
+        device: String,
+        /// Of each node.
+        asked: u64,
+        /// In this process.
+        num_nodes: u64,
+        /// Now.
+        free: u64,
+        /// For activations of all nodes.
+        steps: u64,
+    },
     /// Nothing is left for KV.
     #[error(
         "--gpu-memory-utilization {utilization} of the {total} bytes of {device} leaves nothing for KV: {used} are in use and steps need {steps}: raise it, or lower --max-num-batched-tokens or --max-num-seqs"
@@ -97,6 +123,26 @@ pub enum LoadError {
         /// What it said.
         reason: String,
     },
+}
+
+impl LoadError {
+    /// Whether it is the device that cannot, where a CPU may.
+    pub fn is_of_device(&self) -> bool {
+        match self {
+            LoadError::Device(_)
+            | LoadError::NotOnDevice { .. }
+            | LoadError::KvDtypeOnDevice { .. }
+            | LoadError::DeviceMemory { .. }
+            | LoadError::NoDeviceMemoryForAskedKv { .. }
+            | LoadError::NoDeviceMemoryForKv { .. } => true,
+            LoadError::Spec(_)
+            | LoadError::Checkpoint(_)
+            | LoadError::Pool(_)
+            | LoadError::TooLong { .. }
+            | LoadError::PoolTooSmall { .. }
+            | LoadError::Thread { .. } => false,
+        }
+    }
 }
 
 /// How to load a model.

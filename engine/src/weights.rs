@@ -8,7 +8,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::backend::{Backend, MatrixPart};
-use crate::checkpoint::{Checkpoint, CheckpointError};
+use crate::checkpoint::Checkpoint;
+use crate::model::LoadError;
 use crate::spec::ModelSpec;
 
 /// What weights and activations are computed in.
@@ -85,7 +86,8 @@ impl<B: Backend> Weights<B> {
     /// Loads everything `spec` asks for, on `num_threads` threads that take a layer each at a time.
     ///
     /// # Errors
-    /// A tensor that is missing, misshapen or of an unknown type: of several, that of the first layer.
+    /// A tensor that is missing, misshapen or of an unknown type: of several, that of the first layer. Or what the device
+    /// says that they are put on.
     ///
     /// # Panics
     /// If the system refuses a thread.
@@ -95,12 +97,12 @@ impl<B: Backend> Weights<B> {
         checkpoint: &Checkpoint,
         dtype: ComputeDtype,
         num_threads: usize,
-    ) -> Result<Self, CheckpointError>
+    ) -> Result<Self, LoadError>
     where
         B: Sync,
     {
         let loader = Loader { backend, checkpoint, dtype };
-        let slots: Vec<OnceLock<Result<LayerWeights<B>, CheckpointError>>> =
+        let slots: Vec<OnceLock<Result<LayerWeights<B>, LoadError>>> =
             (0..spec.num_layers()).map(|_| OnceLock::new()).collect();
         let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         let load_layers = || {
@@ -138,17 +140,17 @@ struct Loader<'a, B> {
 impl<B: Backend> Loader<'_, B> {
     /// Embedding table, last norm, output projection.
     #[allow(clippy::type_complexity)] // one caller, which takes it apart
-    fn ends(&self, spec: &ModelSpec) -> Result<(B::Table, B::Vector, B::Matrix), CheckpointError> {
+    fn ends(&self, spec: &ModelSpec) -> Result<(B::Table, B::Vector, B::Matrix), LoadError> {
         let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
         let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
         Ok((
-            self.backend.table(self.part("model.embed_tokens.weight", vocab, hidden)?),
+            self.backend.table(self.part("model.embed_tokens.weight", vocab, hidden)?)?,
             self.vector("model.norm.weight", hidden)?,
             self.matrix(hidden, &[(head.to_string(), vocab)])?,
         ))
     }
 
-    fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<LayerWeights<B>, CheckpointError> {
+    fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<LayerWeights<B>, LoadError> {
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
         let (hidden, ffn, head_dim) = (spec.hidden_size, spec.intermediate_size, spec.head_dim);
         let (q, kv) = (spec.num_heads * head_dim, spec.num_kv_heads * head_dim);
@@ -184,12 +186,12 @@ impl<B: Backend> Loader<'_, B> {
         Ok(LayerWeights { attention, mlp })
     }
 
-    fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, CheckpointError> {
-        let parts = parts.iter().map(|(name, rows)| self.part(name, *rows, cols)).collect::<Result<_, _>>()?;
-        Ok(self.backend.matrix(cols, parts))
+    fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, LoadError> {
+        let parts = parts.iter().map(|(name, rows)| self.part(name, *rows, cols)).collect::<Result<_, LoadError>>()?;
+        Ok(self.backend.matrix(cols, parts)?)
     }
 
-    fn part(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixPart, CheckpointError> {
+    fn part(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixPart, LoadError> {
         let tensor = self.checkpoint.tensor(name, &[rows, cols])?;
         Ok(match (tensor.to_quantized(), self.dtype) {
             (Some(quantized), _) => MatrixPart::Quantized(quantized),
@@ -199,11 +201,11 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// Norms and biases stay f32: they cost nothing, and rounding them would.
-    fn vector(&self, name: &str, len: usize) -> Result<B::Vector, CheckpointError> {
-        Ok(self.backend.vector(self.checkpoint.tensor(name, &[len])?.to_f32()))
+    fn vector(&self, name: &str, len: usize) -> Result<B::Vector, LoadError> {
+        Ok(self.backend.vector(self.checkpoint.tensor(name, &[len])?.to_f32())?)
     }
 
-    fn biases(&self, is_there: bool, parts: &[(String, usize)]) -> Result<Option<B::Vector>, CheckpointError> {
+    fn biases(&self, is_there: bool, parts: &[(String, usize)]) -> Result<Option<B::Vector>, LoadError> {
         if !is_there {
             return Ok(None);
         }
@@ -211,6 +213,6 @@ impl<B: Backend> Loader<'_, B> {
         for (name, len) in parts {
             values.extend(self.checkpoint.tensor(name, &[*len])?.to_f32());
         }
-        Ok(Some(self.backend.vector(values)))
+        Ok(Some(self.backend.vector(values)?))
     }
 }

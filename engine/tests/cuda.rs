@@ -11,15 +11,19 @@ use std::sync::{Arc, Mutex};
 
 use common::config::Dtype;
 use common::ids::BlockId;
+use common::kv_spec::KvDtype;
 use common::sampling::{SampledToken, SamplingParams};
 use engine::backend::Backend;
+use engine::cuda::model::{DeviceLoadOptions, StepLimits};
 use engine::cuda::sampling::Drawn;
+use engine::cuda::{CudaBackend, CudaRunner};
 use engine::decoder::{Decoder, Workspace};
-use engine::model::Model;
+use engine::model::{LoadError, Model};
 use engine::plan::{FromSlot, SampleRow, Span, StepPlan};
-use engine::pool::KvPool;
+use engine::pool::{KvPool, PoolError};
 use engine::runner::{KvSink, NoSink, Runner};
 use kernels::Isa;
+use kernels::cuda::{Device, FibreDevice};
 use on_fibres::WideHeads;
 use serde_json::Value;
 use steps::{TestSequence, generate, kv_bytes, plan, prompt, root, step, step_with};
@@ -56,12 +60,12 @@ fn greedy_tokens_in_f32_are_those_of_transformers_and_of_the_cpu() {
 }
 
 /// Logits after every row of one step over `tokens` in a fresh pool, on the device.
-fn logits_on_device(model: &Model<engine::cuda::CudaBackend>, tokens: &[u32], split: usize) -> Vec<f32> {
+fn logits_on_device(model: &Model<CudaBackend>, tokens: &[u32], split: usize) -> Vec<f32> {
     let (backend, block_size) = (model.backend(), 32);
     let num_blocks = tokens.len().div_ceil(block_size);
     let kv_spec = model.spec().kv_spec(model.kv_dtype());
     let pool = KvPool::on_device(&kv_spec, block_size, num_blocks, backend.device()).unwrap();
-    let rope = backend.rope_table(model.spec().rope.angles(tokens.len()));
+    let rope = backend.rope_table(model.spec().rope.angles(tokens.len())).unwrap();
     let mut sequence = TestSequence::new(1, tokens, (0..num_blocks as u32).rev());
     let mut workspace = Workspace::default();
     let mut logits = Vec::new();
@@ -81,7 +85,7 @@ fn logits_on_cpu(model: &Model, tokens: &[u32]) -> Vec<f32> {
     let num_blocks = tokens.len().div_ceil(32);
     let pool = KvPool::new(&model.spec().kv_spec(model.kv_dtype()), 32, num_blocks).unwrap();
     let (backend, mut workspace) = (model.backend(), Workspace::default());
-    let rope = backend.rope_table(model.spec().rope.angles(tokens.len()));
+    let rope = backend.rope_table(model.spec().rope.angles(tokens.len())).unwrap();
     let mut sequence = TestSequence::new(1, tokens, 0..num_blocks as u32);
     let plan = with_all_sampled(plan(&[(&mut sequence, tokens.len())], 32, false), &sequence);
     let decoder = Decoder { backend, spec: model.spec(), weights: model.weights(), rope: &rope, pool: &pool };
@@ -109,19 +113,98 @@ fn bf16_logits_are_those_of_the_cpu_within_what_rounding_does() {
     for (head_dim, num_heads, window, len) in
         [(64, 2, None, 70), (128, 1, Some(40), 70), (256, 1, None, 20), (64, 18, None, 20)]
     {
-        let checkpoint = WideHeads::new(head_dim, num_heads, window);
-        let on_device = on_fibres::load(checkpoint.folder(), Dtype::Auto);
-        let on_cpu = steps::load_on(checkpoint.folder().to_str().unwrap(), Dtype::Auto, Isa::detect());
-        let tokens = prompt(len, WideHeads::VOCAB as u32, 11);
-        let wanted = logits_on_cpu(&on_cpu, &tokens);
-        // The last rows singly, the others as a chunk.
-        let found = logits_on_device(&on_device, &tokens, len - 3);
-        assert_eq!(found.len(), wanted.len());
-        let worst = found.iter().zip(&wanted).map(|(found, wanted)| (found - wanted).abs()).fold(0f32, f32::max);
-        let largest = wanted.iter().map(|logit| logit.abs()).fold(0f32, f32::max);
-        println!("heads of {head_dim}: {worst} of logits up to {largest}");
-        assert!(worst < 0.03 * largest, "heads of {head_dim}: {worst} of logits up to {largest}");
+        assert_logits_are_the_cpu_s(&on_fibres::device(), head_dim, num_heads, window, len);
     }
+}
+
+#[test]
+fn heads_whose_kernels_ask_for_more_shared_memory_than_there_is_go_another_way() {
+    // As on compute capability 8.9: decode's kernel for chunks too, and none.
+    for (head_dim, family) in [(128, "cuda-blas-1"), (256, "cuda-blas-plain-1")] {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::with_limits(1 << 30, 99 << 10));
+        let model = assert_logits_are_the_cpu_s(&device, head_dim, 1, None, 20);
+        assert_eq!(model.info_for(16, 4).numerics.0, format!("{family}/tp1/bf16/kv-bf16"));
+    }
+}
+
+fn assert_logits_are_the_cpu_s(
+    device: &Arc<dyn Device>,
+    head_dim: usize,
+    num_heads: usize,
+    window: Option<u32>,
+    len: usize,
+) -> Model<CudaBackend> {
+    let checkpoint = WideHeads::new(head_dim, num_heads, window);
+    let on_device = on_fibres::load_to(device, checkpoint.folder(), on_fibres::options(Dtype::Auto)).unwrap();
+    let on_cpu = steps::load_on(checkpoint.folder().to_str().unwrap(), Dtype::Auto, Isa::detect());
+    let tokens = prompt(len, WideHeads::VOCAB as u32, 11);
+    let wanted = logits_on_cpu(&on_cpu, &tokens);
+    // The last rows singly, the others as a chunk.
+    let found = logits_on_device(&on_device, &tokens, len - 3);
+    assert_eq!(found.len(), wanted.len());
+    let worst = found.iter().zip(&wanted).map(|(found, wanted)| (found - wanted).abs()).fold(0f32, f32::max);
+    let largest = wanted.iter().map(|logit| logit.abs()).fold(0f32, f32::max);
+    println!("heads of {head_dim}: {worst} of logits up to {largest}");
+    assert!(worst < 0.03 * largest, "heads of {head_dim}: {worst} of logits up to {largest}");
+    on_device
+}
+
+#[test]
+fn the_largest_step_takes_no_more_memory_than_is_set_aside_for_it() {
+    // A chunk without a kernel for chunks, all of whose parts are there at once; and four ends of prompts.
+    for (head_dim, num_rows, num_seqs) in [(256, 8, 1), (64, 16, 4)] {
+        let checkpoint = WideHeads::new(head_dim, 4, None);
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+        let model = on_fibres::load_to(&device, checkpoint.folder(), on_fibres::options(Dtype::Auto)).unwrap();
+        let free = || device.memory().unwrap().free_bytes as u64;
+        let limits = StepLimits { max_num_batched_tokens: num_rows, max_num_seqs: num_seqs, max_model_len: None };
+        let (len, loaded, overhead) = (2048, free(), 256 << 20);
+        let set_aside = loaded - model.kv_cache_bytes(1.0, &limits, 1).unwrap() - overhead;
+
+        let mut runner = on_fibres::runner(&Arc::new(model), 16, num_seqs * len);
+        let pool_bytes = (runner.pool().block_bytes() * num_seqs * len / 16) as u64;
+        let params = SamplingParams { logprobs: Some(3), logit_bias: vec![(7, 1.0)], ..SamplingParams::greedy(9) };
+        let mut sequences: Vec<TestSequence> = (0..num_seqs as u32)
+            .map(|index| TestSequence {
+                num_computed: len - num_rows / num_seqs,
+                params: Arc::new(params.clone()),
+                ..TestSequence::new(u64::from(index), &prompt(len, 90, 1), index * 128..(index + 1) * 128)
+            })
+            .collect();
+        let batch: Vec<_> = sequences.iter_mut().map(|sequence| (sequence, num_rows / num_seqs)).collect();
+        let largest = plan(&batch, 16, false);
+        let tickets = [0; 2].map(|_| runner.submit(largest.clone(), Arc::new(NoSink)));
+        for ticket in tickets {
+            assert_eq!(runner.wait(ticket).unwrap().tokens.len(), num_seqs);
+        }
+        let taken = loaded - free() - pool_bytes;
+        println!("heads of {head_dim}: {taken} of {set_aside}");
+        // Beside a few small buffers.
+        assert!(taken < set_aside + 8192, "heads of {head_dim}: {taken} of {set_aside}");
+    }
+}
+
+#[test]
+fn memory_that_a_device_refuses_is_an_error_of_loading() {
+    let checkpoint = WideHeads::new(256, 1, None);
+    let load = |memory_bytes| {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::with_limits(memory_bytes, 227 << 10));
+        on_fibres::load_to(&device, checkpoint.folder(), on_fibres::options(Dtype::Auto))
+    };
+    let model = load(1 << 30).unwrap();
+    let memory = model.backend().device().memory().unwrap();
+    let needed = memory.total_bytes - memory.free_bytes;
+    // More than its matrices, which are what is looked at first.
+    let error = load(needed - 1).unwrap_err();
+    assert!(matches!(error, LoadError::Device(_)) && error.is_of_device(), "{error}");
+    // Neither angles nor, behind them, the pool.
+    let refused = |left: usize| {
+        let model = Arc::new(load(needed + left).unwrap());
+        let bytes = 16 * model.info_for(16, 1).kv_spec.bytes_per_token();
+        CudaRunner::new(model, 16, bytes, Some(16)).err().unwrap()
+    };
+    assert!(matches!(refused(100), LoadError::Device(_)));
+    assert!(matches!(refused(20_000), LoadError::Pool(PoolError::Device(_))));
 }
 
 /// The tokens of `count` steps, with their log-probabilities, the prompt in chunks of `chunk`.
@@ -130,6 +213,22 @@ fn trace(runner: &mut dyn Runner, mut sequence: TestSequence, chunk: usize, coun
         step(runner, &mut [(&mut sequence, chunk)]);
     }
     generate(runner, &mut sequence, count)
+}
+
+#[test]
+fn two_runners_of_one_model_that_step_at_once_draw_what_each_draws_alone() {
+    let model = on_fibres::load(&root().join("tests/checkpoints/qwen3"), Dtype::Float32);
+    let traced = |seed: u64| {
+        let mut runner = on_fibres::runner(&model, 16, 64);
+        let sequence = TestSequence::new(seed, &prompt(20 + seed as usize, 250, seed), 0..4).with_logprobs(2);
+        trace(&mut runner, sequence, 5, 8)
+    };
+    let alone = [1, 2].map(traced);
+    let at_once = std::thread::scope(|scope| {
+        let threads = [1, 2].map(|seed| scope.spawn(move || traced(seed)));
+        threads.map(|thread| thread.join().unwrap())
+    });
+    assert_eq!(at_once, alone);
 }
 
 #[test]
@@ -340,9 +439,30 @@ fn what_a_device_cannot_run_is_a_sentence() {
     );
     let model = on_fibres::load(&root().join("tests/checkpoints/qwen3"), Dtype::Bfloat16);
     let total = model.backend().device().memory().unwrap().total_bytes as u64;
-    let left = model.kv_cache_bytes(0.9, 64, 8, 1).unwrap();
+    let limits = StepLimits { max_num_batched_tokens: 64, max_num_seqs: 8, max_model_len: None };
+    let left = model.kv_cache_bytes(0.9, &limits, 1).unwrap();
     assert!(left < total / 10 * 9 - (256 << 20) && left > total / 10 * 5, "{left} of {total}");
-    assert!(model.kv_cache_bytes(0.9, 64, 8, 2).unwrap() < left / 2);
-    let error = model.kv_cache_bytes(0.0001, 64, 8, 1).unwrap_err().to_string();
+    assert!(model.kv_cache_bytes(0.9, &limits, 2).unwrap() < left / 2);
+    let error = model.kv_cache_bytes(0.0001, &limits, 1).unwrap_err();
+    assert!(error.is_of_device());
+    let error = error.to_string();
     assert!(error.contains("--gpu-memory-utilization 0.0001") && error.contains("leaves nothing for KV"), "{error}");
+    assert_eq!(model.check_kv_cache_bytes(left, &limits, 1).unwrap(), left);
+    let error = model.check_kv_cache_bytes(left, &limits, 2).unwrap_err();
+    assert!(error.is_of_device());
+    let error = error.to_string();
+    assert!(error.starts_with(&format!("--kv-cache-memory-bytes {left} for each of 2 nodes does not fit")), "{error}");
+
+    let kv_dtype = |kv_dtype| {
+        let options = DeviceLoadOptions { kv_dtype: Some(kv_dtype), ..on_fibres::options(Dtype::Bfloat16) };
+        on_fibres::load_to(&on_fibres::device(), &root().join("tests/checkpoints/qwen3"), options)
+    };
+    assert!(kv_dtype(KvDtype::Bf16).is_ok());
+    let error = kv_dtype(KvDtype::F32).unwrap_err();
+    assert!(error.is_of_device());
+    assert_eq!(
+        error.to_string(),
+        "--kv-cache-dtype float32 is not supported on a CUDA device, where this model's KV is bfloat16, the type that \
+         is computed in: leave it at auto, or use --device cpu"
+    );
 }

@@ -97,7 +97,7 @@ fn logits(model: &Model, golden: &Golden) -> Vec<f32> {
     let sample = plan.samples.remove(0);
     plan.samples = golden.positions.iter().map(|&row| SampleRow { row, ..sample.clone() }).collect();
     let (backend, mut workspace) = (model.backend(), Workspace::default());
-    let rope = backend.rope_table(model.spec().rope.angles(len));
+    let rope = backend.rope_table(model.spec().rope.angles(len)).unwrap();
     let decoder = Decoder { backend, spec: model.spec(), weights: model.weights(), rope: &rope, pool: &pool };
     decoder.forward(&plan, &NoSink, &mut workspace);
     backend.read_back(workspace.logits())

@@ -4,16 +4,16 @@
 //
 // gate_up f32 [rows, 2 * ffn]; out f32 or bf16 [rows, ffn]. Every value on its own: no order.
 //
-// Grid (ceil(ffn / 1024), rows), 256 threads, 4 values each.
+// Grid (rows, ceil(ffn / 1024)), 256 threads, 4 values each. Along y there are at most 65,535 blocks.
 #include "numerics.cuh"
 
 template <typename T>
 __device__ void silu_mul(const float* __restrict__ gate_up, T* __restrict__ out, u32 ffn) {
-    const float* gate = gate_up + u64(blockIdx.y) * 2 * ffn;
+    const float* gate = gate_up + u64(blockIdx.x) * 2 * ffn;
     const float* up = gate + MUTATE(1, ffn, 0u);
-    T* to = out + u64(blockIdx.y) * ffn;
-    const u32 end = min(ffn, (blockIdx.x + 1) * 1024);
-    for (u32 i = blockIdx.x * 1024 + threadIdx.x; i < end; i += 256) {
+    T* to = out + u64(blockIdx.x) * ffn;
+    const u32 end = min(ffn, (blockIdx.y + 1) * 1024);
+    for (u32 i = blockIdx.y * 1024 + threadIdx.x; i < end; i += 256) {
         const float g = gate[i];
         store(to + i, g / (1.0f + own_exp(MUTATE(2, -g, g))) * up[i]);
     }

@@ -18,6 +18,7 @@ use anyhow::Context;
 use clap::Args;
 use common::config::Dtype;
 use engine::model::Model;
+use engine::weights::ComputeDtype;
 use serde_json::{Value, json};
 
 use crate::serve::provenance::Provenance;
@@ -120,7 +121,7 @@ impl EngineBenchArgs {
         prefill.chain(decode).collect()
     }
 
-    fn peers(&self, threads: usize) -> anyhow::Result<Vec<Peer>> {
+    fn peers(&self, threads: usize, dtype: ComputeDtype) -> anyhow::Result<Vec<Peer>> {
         let mut peers = Vec::new();
         if let Some(program) = &self.llama_bench {
             peers.push(Peer::llama(program, self.llama_model.as_ref().unwrap_or(&self.model), threads)?);
@@ -129,7 +130,7 @@ impl EngineBenchArgs {
             let model = self.vllm_model.as_ref().unwrap_or(&self.model);
             let longest = self.rows().iter().map(Row::tokens_of_a_sequence).max().unwrap_or(0);
             let batch = self.batch.iter().copied().max().unwrap_or(1);
-            peers.push(Peer::vllm(python, model, threads, longest, batch)?);
+            peers.push(Peer::vllm(python, model, threads, dtype, longest, batch)?);
         }
         Ok(peers)
     }
@@ -173,12 +174,15 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
     let model = Arc::new(Model::load_with(&args.model, options)?);
     let machine = Machine::new(&model, &rows);
     let mut load = EngineLoad::start(model.clone(), &rows).context("start the engine")?;
-    let mut peers = args.peers(model.backend().ctx().pool.threads())?;
+    let mut peers = args.peers(model.backend().ctx().pool.threads(), model.dtype())?;
 
     let mut results: Vec<RowResult> = rows.iter().map(|row| RowResult::new(*row, &peers)).collect();
     // The first run of each warms caches and pages, here and at the peers.
     for row in &rows {
         load.measure(row)?;
+        for peer in &mut peers {
+            peer.measure(row).with_context(|| format!("warm {} up", peer.name()))?;
+        }
     }
     for round in 0..args.rounds {
         for result in &mut results {

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use engine::weights::ComputeDtype;
 use serde_json::Value;
 
 use super::Row;
@@ -60,6 +61,7 @@ impl Peer {
         python: &Path,
         model: &Path,
         threads: usize,
+        dtype: ComputeDtype,
         max_model_len: usize,
         max_num_seqs: usize,
     ) -> anyhow::Result<Self> {
@@ -70,6 +72,7 @@ impl Peer {
         );
         let mut command = Command::new(python);
         command.args(["-c", VLLM_SCRIPT]).arg(model).args(["--threads", &threads.to_string()]);
+        command.args(["--dtype", dtype.as_str()]);
         command.args(["--max-model-len", &(max_model_len + 1).to_string()]);
         command.args(["--max-num-seqs", &max_num_seqs.to_string()]);
         // As it advises: its own OpenMP before any other.
@@ -275,14 +278,17 @@ esac"#;
         let folder = Folder::new("refused");
         let error = Peer::llama(Path::new("llama-bench"), &folder.0, 2).err().unwrap().to_string();
         assert!(error.contains("--llama-model"), "{error}");
-        let error = Peer::vllm(Path::new("python"), Path::new("m.gguf"), 2, 10, 1).err().unwrap().to_string();
+        let error = Peer::vllm(Path::new("python"), Path::new("m.gguf"), 2, ComputeDtype::Bf16, 10, 1)
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains("--vllm-model"), "{error}");
     }
 
     #[test]
     fn vllm_is_asked_line_by_line_and_what_is_no_speed_is_an_error() {
         let folder = Folder::new("vllm");
-        let answers = r#"echo '{"ready": true}'
+        let answers = r#"case "$*" in *"--threads 2 --dtype float32 --max-model-len 601"*) echo '{"ready": true}';; esac
 while read -r question; do
     case "$question" in
     '{"phase":"prefill","num_tokens":512}') echo '{"tokens_per_second": 430.5}';;
@@ -290,13 +296,14 @@ while read -r question; do
     *) echo '{"tokens_per_second": 0}';;
     esac
 done"#;
-        let mut peer = Peer::vllm(&folder.program("python", answers), &folder.0, 2, 600, 8).unwrap();
+        let mut peer = Peer::vllm(&folder.program("python", answers), &folder.0, 2, ComputeDtype::F32, 600, 8).unwrap();
         assert_eq!(peer.measure(&PREFILL).unwrap(), Some(430.5));
         assert_eq!(peer.measure(&decode(8)).unwrap(), Some(91.5));
         let error = peer.measure(&decode(9)).unwrap_err().to_string();
         assert!(error.contains("no tokens_per_second above zero"), "{error}");
 
-        let error = Peer::vllm(&folder.program("python2", "exit 3"), &folder.0, 2, 600, 8).err().unwrap();
+        let error =
+            Peer::vllm(&folder.program("python2", "exit 3"), &folder.0, 2, ComputeDtype::F32, 600, 8).err().unwrap();
         assert!(error.root_cause().to_string().starts_with("it ended without an answer"), "{error:#}");
     }
 }

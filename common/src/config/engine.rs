@@ -17,7 +17,8 @@ pub struct EngineArgs {
     /// What computes: `auto`, `cpu`, or a GPU such as `cuda:0`.
     ///
     /// auto takes cuda:0 if this program was built with CUDA, the machine has a GPU and the model can run on it, and
-    /// else the CPU; the log says which, and why. Part of the numerics id: a CPU and a GPU do not exchange KV.
+    /// else the CPU; the log says which, and why. Part of the numerics id: a CPU and a GPU do not exchange KV unless
+    /// --kv-exchange numerics says so.
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
 

@@ -35,7 +35,7 @@ pub struct WeightsArgs {
     /// bfloat16 beside quantized weights, which stay as they are.
     ///
     /// bfloat16 halves memory and transfer; float32 is for comparing against references. Part of the
-    /// numerics id: nodes with different ones do not exchange KV.
+    /// numerics id: nodes with different ones do not exchange KV unless --kv-exchange numerics says so.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
 

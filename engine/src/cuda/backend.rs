@@ -7,8 +7,10 @@ use std::sync::Arc;
 
 use common::kv_spec::GranuleOrder;
 use kernels::KvLayout;
-use kernels::cuda::ops::{self, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, SKINNY_ROWS_MAX};
-use kernels::cuda::{Buffer, Device, Lane};
+use kernels::cuda::ops::{
+    self, AttentionKernels, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, SKINNY_ROWS_MAX,
+};
+use kernels::cuda::{Buffer, Device, DeviceError, Lane};
 
 use super::done;
 use super::sampling::{Drawn, DrawnMemory, Sampler};
@@ -20,7 +22,8 @@ use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
 use crate::weights::{AttentionWeights, ComputeDtype};
 
-/// A device, what is computed in, and the step that is being launched.
+/// A device, what is computed in, and the step that is being launched. Clones share the memory that steps use one
+/// after the other: a runner has a backend [of its own](Self::for_runner).
 #[derive(Clone)]
 pub struct CudaBackend {
     device: Arc<dyn Device>,
@@ -91,6 +94,11 @@ impl CudaBackend {
         Self { device, dtype, is_batch_invariant, memory, sampler, step: None }
     }
 
+    /// The same with memory of its own for steps: those of two runners of one model are launched in any order.
+    pub fn for_runner(&self) -> Self {
+        Self { memory: Arc::default(), sampler: Arc::default(), step: None, ..self.clone() }
+    }
+
     /// The device.
     pub fn device(&self) -> &Arc<dyn Device> {
         &self.device
@@ -105,7 +113,8 @@ impl CudaBackend {
     /// before it draws.
     pub fn at_step(&self, plan: &StepPlan, layout: &KvLayout, spec: &ModelSpec, previous: &Drawn) -> Self {
         let mut words = Words::default();
-        let arrays = StepArrays::of(plan, layout, &spec.windows, &mut words);
+        let kernels = AttentionKernels::of(layout.dtype, layout.head_dim, self.device.shared_bytes_max());
+        let arrays = StepArrays::of(plan, kernels, &spec.windows, &mut words);
         words.upload(&self.device, &mut self.memory.inputs());
         let units = arrays.decode.iter().map(|decode| decode.units.len).max().unwrap_or(0);
         let bytes = ops::partial_bytes(units, spec.num_heads, layout.head_dim);
@@ -135,7 +144,7 @@ impl CudaBackend {
     }
 
     /// Stacks parts of the one type that is computed in.
-    fn stack(&self, cols: usize, parts: Vec<MatrixPart>) -> CudaMatrix {
+    fn stack(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
         let size = self.dtype.size();
         let num_values: usize = parts
             .iter()
@@ -145,7 +154,7 @@ impl CudaBackend {
                 MatrixPart::Quantized(_) => 0,
             })
             .sum();
-        let buffer = done(Buffer::new(&self.device, num_values * size));
+        let buffer = Buffer::new(&self.device, num_values * size)?;
         let mut offset = 0;
         for part in &parts {
             let bytes = match (part, self.dtype) {
@@ -153,10 +162,10 @@ impl CudaBackend {
                 (MatrixPart::Bf16(values), Dtype::Bf16) => kernels::cuda::device::as_bytes(values),
                 _ => panic!("weights that are not in the computing type are refused when a model is opened"),
             };
-            done(buffer.write(Lane::Transfer, offset, bytes));
+            buffer.write(Lane::Transfer, offset, bytes)?;
             offset += bytes.len();
         }
-        CudaMatrix { buffer, rows: num_values / cols.max(1), cols }
+        Ok(CudaMatrix { buffer, rows: num_values / cols.max(1), cols })
     }
 }
 
@@ -170,21 +179,22 @@ impl Backend for CudaBackend {
     type Tensor = CudaTensor;
     type Drawn = Drawn;
 
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> CudaMatrix {
+    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
         self.stack(cols, parts)
     }
 
-    fn table(&self, values: MatrixPart) -> CudaMatrix {
+    fn table(&self, values: MatrixPart) -> Result<CudaMatrix, DeviceError> {
         self.stack(1, vec![values])
     }
 
-    fn vector(&self, values: Vec<f32>) -> Buffer {
-        done(Buffer::of(&self.device, &values))
+    fn vector(&self, values: Vec<f32>) -> Result<Buffer, DeviceError> {
+        Buffer::of(&self.device, &values)
     }
 
-    fn rope_table(&self, angles: RopeAngles) -> CudaRope {
-        let on_device = |values: &[f32]| done(Buffer::of(&self.device, values));
-        CudaRope { cosines: on_device(&angles.cos), sines: on_device(&angles.sin), rotated_dim: angles.rotated_dim }
+    fn rope_table(&self, angles: RopeAngles) -> Result<CudaRope, DeviceError> {
+        let on_device = |values: &[f32]| Buffer::of(&self.device, values);
+        let (cosines, sines) = (on_device(&angles.cos)?, on_device(&angles.sin)?);
+        Ok(CudaRope { cosines, sines, rotated_dim: angles.rotated_dim })
     }
 
     fn read_back(&self, tensor: &CudaTensor) -> Vec<f32> {
@@ -249,6 +259,7 @@ impl Backend for CudaBackend {
             num_heads: heads.q.num_heads,
             scale: 1.0 / (on_device.layout.head_dim as f32).sqrt(),
             window: window.unwrap_or(0),
+            num_rows: arrays.positions.len,
         };
         let q = qkv.of(dtype);
         let out = out.sized(&self.device, qkv.len, dtype);
@@ -307,6 +318,7 @@ impl Backend for CudaBackend {
         let heads = HeadWeights {
             norms: weights.qk_norm.as_ref().map(|(q, k)| (q, k)),
             eps: spec.rms_norm_eps,
+            num_positions: self.step().arrays.num_positions,
             cosines: &table.cosines,
             sines: &table.sines,
             rotated_dim: table.rotated_dim,

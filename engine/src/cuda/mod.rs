@@ -21,7 +21,7 @@ pub use kernels::cuda::open;
 
 use kernels::cuda::DeviceError;
 
-/// A device that refuses a launch or a copy is lost, and with it the step: the runner's thread catches this and
+/// For steps: a device that refuses a launch or a copy is lost, and with it the step: the runner's thread catches this and
 /// tells whoever waits.
 fn done<T>(outcome: Result<T, DeviceError>) -> T {
     outcome.unwrap_or_else(|error| panic!("{error}"))

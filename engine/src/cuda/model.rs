@@ -1,20 +1,33 @@
 //! Which checkpoints run on a CUDA device, how they are loaded, and how much memory is left for KV.
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use common::config::Dtype;
+use common::kv_spec::KvDtype;
 use kernels::cuda::Device;
+use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, partial_bytes};
+use kernels::kv_layout::GRANULE_TOKENS;
 
 use super::CudaBackend;
+use super::step::DECODE_ROWS_MAX;
 use crate::model::{LoadError, Model, Opened};
+use crate::runner::IN_FLIGHT_MAX;
 use crate::spec::ModelSpec;
 use crate::weights::ComputeDtype;
 
 /// Name of the orders of additions, part of the numerics id that nodes announce: with products of many rows by
-/// cuBLASLt, whose order is the library's own, and without.
-const FAMILY_OF_LIBRARY: &str = "cuda-blas-1";
-const FAMILY_INVARIANT: &str = "cuda-mma-1";
+/// cuBLASLt, whose order is the library's own, and without; and where the device has too little shared memory for the
+/// kernels of attention that others have for such heads.
+fn numerics_family(is_batch_invariant: bool, is_attention_plain: bool) -> &'static str {
+    match (is_batch_invariant, is_attention_plain) {
+        (false, false) => "cuda-blas-1",
+        (true, false) => "cuda-mma-1",
+        (false, true) => "cuda-blas-plain-1",
+        (true, true) => "cuda-mma-plain-1",
+    }
+}
 
 /// What the driver and the library take beyond what they are asked for.
 const OVERHEAD_BYTES: u64 = 256 << 20;
@@ -24,10 +37,23 @@ const OVERHEAD_BYTES: u64 = 256 << 20;
 pub struct DeviceLoadOptions {
     /// As for the CPU ([`LoadOptions::dtype`](crate::model::LoadOptions::dtype)).
     pub dtype: Dtype,
+    /// KV's type, if one is asked for: there is only that of the arithmetic.
+    pub kv_dtype: Option<KvDtype>,
     /// Whether a row's bits shall depend on nothing but its sequence, at the price of slower products of many rows.
     pub is_batch_invariant: bool,
     /// Where the digest of the weights is kept, if anywhere.
     pub cache_folder: Option<PathBuf>,
+}
+
+/// What steps have in them at most, and sequences.
+#[derive(Debug, Clone)]
+pub struct StepLimits {
+    /// Rows of a step.
+    pub max_num_batched_tokens: usize,
+    /// Sequences in it.
+    pub max_num_seqs: usize,
+    /// Tokens of a sequence, if fewer than the model knows.
+    pub max_model_len: Option<usize>,
 }
 
 impl Model<CudaBackend> {
@@ -42,54 +68,100 @@ impl Model<CudaBackend> {
     ) -> Result<Self, LoadError> {
         let opened = Opened::open(folder, options.dtype)?;
         check_runnable(&opened)?;
+        let asked = options.kv_dtype.map(|asked| match asked {
+            KvDtype::F32 => ComputeDtype::F32,
+            KvDtype::Bf16 => ComputeDtype::Bf16,
+        });
+        if let Some(asked) = asked.filter(|asked| *asked != opened.dtype) {
+            return Err(LoadError::KvDtypeOnDevice { asked: asked.as_str(), computed: opened.dtype.as_str() });
+        }
         let (needed, free) = (opened.weight_bytes(), device.memory()?.free_bytes as u64);
         if needed > free {
             return Err(LoadError::DeviceMemory { device: device.name(), needed, free });
         }
         let backend = CudaBackend::new(device.clone(), opened.dtype, options.is_batch_invariant);
-        let family = if backend.is_batch_invariant() { FAMILY_INVARIANT } else { FAMILY_OF_LIBRARY };
+        let kernels = |shared_bytes_max| attention_kernels(opened.dtype, &opened.spec, shared_bytes_max);
+        let is_attention_plain = kernels(usize::MAX).has_decode && !kernels(device.shared_bytes_max()).has_decode;
+        let family = numerics_family(backend.is_batch_invariant(), is_attention_plain);
         let model = opened.load(backend, family, 1, options.cache_folder.as_deref())?;
         tracing::info!(device = device.name(), numerics = family, "the model is on the device");
         Ok(model)
     }
 
     /// How much of the device's memory is left for the KV of each of `num_nodes` nodes when all of it that is used shall
-    /// be this share: less what is taken by now, and what steps of so many rows, so many of them sampled, need in each.
+    /// be this share: less what is taken by now, and what steps need in each.
     ///
     /// # Errors
     /// [`LoadError::NoDeviceMemoryForKv`] if nothing is left, or what the device says.
-    pub fn kv_cache_bytes(
-        &self,
-        utilization: f64,
-        max_num_rows: usize,
-        max_num_sampled: usize,
-        num_nodes: usize,
-    ) -> Result<u64, LoadError> {
+    pub fn kv_cache_bytes(&self, utilization: f64, limits: &StepLimits, num_nodes: usize) -> Result<u64, LoadError> {
         let device = self.backend().device().clone();
         let memory = device.memory()?;
         let total = memory.total_bytes as u64;
         let allowed = (total as f64 * utilization) as u64;
         let used = total - memory.free_bytes as u64;
         let num_nodes = num_nodes.max(1) as u64;
-        let steps = num_nodes * step_bytes(self.spec(), max_num_rows, max_num_sampled) + OVERHEAD_BYTES;
+        let steps = self.step_bytes(limits, num_nodes);
         match allowed.checked_sub(used + steps) {
             Some(left) if left > 0 => Ok(left / num_nodes),
             _ => Err(LoadError::NoDeviceMemoryForKv { device: device.name(), total, utilization, used, steps }),
         }
     }
+
+    /// The KV memory that was asked for in each of `num_nodes` nodes, if that much is free beside what steps need.
+    ///
+    /// # Errors
+    /// [`LoadError::NoDeviceMemoryForAskedKv`], or what the device says.
+    pub fn check_kv_cache_bytes(&self, asked: u64, limits: &StepLimits, num_nodes: usize) -> Result<u64, LoadError> {
+        let device = self.backend().device().clone();
+        let free = device.memory()?.free_bytes as u64;
+        let num_nodes = num_nodes.max(1) as u64;
+        let steps = self.step_bytes(limits, num_nodes);
+        if asked.saturating_mul(num_nodes).saturating_add(steps) > free {
+            let device = device.name();
+            return Err(LoadError::NoDeviceMemoryForAskedKv { device, asked, num_nodes, free, steps });
+        }
+        Ok(asked)
+    }
+
+    fn step_bytes(&self, limits: &StepLimits, num_nodes: u64) -> u64 {
+        let kernels = attention_kernels(self.dtype(), self.spec(), self.backend().device().shared_bytes_max());
+        num_nodes * step_bytes(self.spec(), kernels, limits) + OVERHEAD_BYTES
+    }
 }
 
-/// Activations and inputs of the largest step. Memory grows by doubling, so twice what is used.
-fn step_bytes(spec: &ModelSpec, num_rows: usize, num_sampled: usize) -> u64 {
+fn attention_kernels(dtype: ComputeDtype, spec: &ModelSpec, shared_bytes_max: usize) -> AttentionKernels {
+    let dtype = match dtype {
+        ComputeDtype::F32 => kernels::KvDtype::F32,
+        ComputeDtype::Bf16 => kernels::KvDtype::Bf16,
+    };
+    AttentionKernels::of(dtype, spec.head_dim, shared_bytes_max)
+}
+
+/// Activations, inputs and logits of the largest step, and angles.
+fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) -> u64 {
+    let (num_rows, num_seqs) = (limits.max_num_batched_tokens as u64, limits.max_num_seqs as u64);
+    let longest = limits.max_model_len.map_or(spec.max_position, |len| len.min(spec.max_position));
     let heads = spec.num_heads * spec.head_dim;
-    let ffn = spec.intermediate_size;
-    // hidden, and two that take turns as norm and qkv; attended; gate and up, and their product
-    let row = spec.hidden_size + 2 * spec.qkv_width().max(spec.hidden_size) + heads + 3 * ffn;
-    // Parts of decode attention: one per 512 positions and sampled row.
-    let parts = spec.max_position.div_ceil(kernels::cuda::ops::PART_TOKENS);
-    let partials = parts * spec.num_heads * (spec.head_dim + 2);
-    let sampled = 2 * spec.vocab_size + 2 * spec.hidden_size + partials;
-    2 * 4 * (num_rows as u64 * row as u64 + num_sampled as u64 * sampled as u64)
+    // hidden, and two that take turns as norm and qkv; attended; gate and up, and their product; numbers of the row
+    let row = spec.hidden_size + 2 * spec.qkv_width().max(spec.hidden_size) + heads + 3 * spec.intermediate_size + 8;
+    // Rows that decode attention takes, each in parts: ends of prompts too, and all where prefill has no kernel.
+    let num_single_rows = match kernels {
+        AttentionKernels { has_decode: false, .. } => 0,
+        AttentionKernels { has_prefill: true, .. } => num_rows.min(num_seqs * DECODE_ROWS_MAX as u64),
+        AttentionKernels { has_prefill: false, .. } => num_rows,
+    };
+    let windows: BTreeSet<_> = spec.windows.iter().collect();
+    let part = partial_bytes(1, spec.num_heads, spec.head_dim) + windows.len() * 16;
+    let single_row = longest.div_ceil(PART_TOKENS) * part;
+    // Rows of logits: all, with a copy of all and one changed by its request, and those that alternatives are found in,
+    // of each step that may not be read yet. Changes are of tokens seen.
+    let logits = (3 + IN_FLIGHT_MAX + 1) * spec.vocab_size;
+    let changes = 4 * spec.vocab_size.min(longest);
+    let block_table = longest.div_ceil(GRANULE_TOKENS);
+    let sequence = logits + changes + block_table + 2 * spec.hidden_size;
+    let words = num_rows * row as u64 + num_seqs * sequence as u64;
+    // Memory grows by doubling, so twice what is used.
+    2 * (4 * words + num_single_rows * single_row as u64) + (4 * longest * spec.head_dim) as u64
 }
 
 /// Kernels have no quantized weights, and bf16 products read 8 values at a time.

@@ -77,7 +77,9 @@ impl CudaRunner {
     ) -> Result<Self, LoadError> {
         let PoolSize { num_blocks, max_model_len } =
             model.size_pool(block_size, kv_cache_memory_bytes, max_model_len)?;
-        let (backend, kv_spec) = (model.backend(), model.spec().kv_spec(model.kv_dtype()));
+        let (backend, kv_spec) = (model.backend().for_runner(), model.spec().kv_spec(model.kv_dtype()));
+        // Before the pool, which may take all that is left.
+        let rope = backend.rope_table(model.spec().rope.angles(max_model_len))?;
         let pool = Arc::new(KvPool::on_device(&kv_spec, block_size, num_blocks, backend.device())?);
         let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
         let (jobs, job_receiver) = channel();
@@ -85,8 +87,9 @@ impl CudaRunner {
         let (drawn, drawn_receiver) = channel();
         let (outcome_sender, outcomes) = channel();
         let launcher = Launcher {
-            rope: backend.rope_table(model.spec().rope.angles(max_model_len)),
             model,
+            backend,
+            rope,
             pool: pool.clone(),
             workspace: Workspace::default(),
             launched,
@@ -153,6 +156,8 @@ impl Drop for CudaRunner {
 
 struct Launcher {
     model: Arc<Model<CudaBackend>>,
+    /// With memory for this runner's steps.
+    backend: CudaBackend,
     rope: CudaRope,
     pool: Arc<KvPool>,
     workspace: Workspace<CudaBackend>,
@@ -196,15 +201,14 @@ impl Launcher {
             self.see_tokens();
             plan.resolve(&self.last_tokens);
         }
-        let backend = self.model.backend();
-        let device = backend.device().clone();
+        let device = self.backend.device().clone();
         if plan.num_rows() == 0 {
             self.num_unseen += 1;
             self.previous = Drawn::default();
             return Launched::End { plan, drawn: Drawn::default(), event: done(device.record()) };
         }
         let decoder = Decoder {
-            backend: backend.at_step(&plan, self.pool.layout(), self.model.spec(), &self.previous),
+            backend: self.backend.at_step(&plan, self.pool.layout(), self.model.spec(), &self.previous),
             spec: self.model.spec(),
             weights: self.model.weights(),
             rope: &self.rope,

@@ -4,7 +4,7 @@
 //! The most likely alternatives of a token, which few requests ask for, are found by the CPU in a copy of the row.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::sampling::{SampledToken, SamplingParams};
 use common::tokens::Token;
@@ -12,7 +12,7 @@ use kernels::cuda::{Buffer, Device, Lane, ops};
 use kernels::{Isa, WorkerPool};
 
 use super::done;
-use super::step::{StepMemory, Words};
+use super::step::{Growing, StepMemory, Words};
 use crate::backend::Backend;
 use crate::cpu::{CpuBackend, CpuTensor};
 use crate::plan::SampleRow;
@@ -24,16 +24,22 @@ pub(super) struct Sampler {
     memory: Mutex<Vec<Arc<DrawnMemory>>>,
 }
 
-/// Tokens and log-probabilities of one step, on the device.
+/// Tokens, log-probabilities and rows for alternatives of one step, on the device.
 #[derive(Debug)]
 pub(super) struct DrawnMemory {
     tokens: Buffer,
     logprobs: Buffer,
+    rows: Mutex<Growing>,
 }
 
 impl DrawnMemory {
     pub(super) fn tokens(&self) -> &Buffer {
         &self.tokens
+    }
+
+    /// Logits of the samples that want alternatives, in their order.
+    fn rows(&self) -> MutexGuard<'_, Growing> {
+        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -45,8 +51,6 @@ struct OnDevice {
     memory: Arc<DrawnMemory>,
     /// For each token, whether its log-probability is wanted and how many alternatives.
     wanted: Vec<Option<usize>>,
-    /// Rows of the samples that want alternatives, in their order.
-    rows: Option<Buffer>,
     vocab: usize,
 }
 
@@ -64,15 +68,15 @@ impl Drawn {
 
     /// The tokens, in the order of the plan's samples. The step must have ended.
     pub fn read(&self) -> Vec<SampledToken> {
-        let Some(OnDevice { memory, wanted, rows, vocab }) = self.0.as_deref() else { return Vec::new() };
+        let Some(OnDevice { memory, wanted, vocab }) = self.0.as_deref() else { return Vec::new() };
         let ids = read::<4>(&memory.tokens, wanted.len() * 4).into_iter().map(u32::from_le_bytes);
         let logprobs: Vec<f32> = match wanted.iter().any(Option::is_some) {
             true => read::<4>(&memory.logprobs, wanted.len() * 4).into_iter().map(f32::from_le_bytes).collect(),
             false => vec![0.0; wanted.len()],
         };
-        let mut alternatives = match rows {
-            Some(rows) => top_logprobs(rows, *vocab, wanted),
-            None => Vec::new(),
+        let mut alternatives = match wanted.iter().any(|wanted| matches!(wanted, Some(1..))) {
+            true => top_logprobs(memory.rows().get(), *vocab, wanted),
+            false => Vec::new(),
         }
         .into_iter();
         let tokens = ids.zip(logprobs).zip(wanted);
@@ -205,14 +209,29 @@ impl Sampler {
         } else {
             let all = with_copies.at_least(device, (num_rows + num_adjusted) * row_bytes);
             done(all.copy_from(Lane::Compute, 0, logits, 0, num_rows * row_bytes));
-            done(ops::adjust_logits(all, adjust_rows.of(uploaded), num_adjusted, adjustments.of(uploaded), vocab));
+            done(ops::adjust_logits(
+                all,
+                num_rows + num_adjusted,
+                adjust_rows.of(uploaded),
+                num_adjusted,
+                adjustments.of(uploaded),
+                vocab,
+            ));
             all
         };
         let wanted: Vec<Option<usize>> =
             samples.iter().map(|sample| sample.params.logprobs.map(|num| num as usize)).collect();
         let drawn = self.memory_for(device, samples.len());
         let logprobs = wanted.iter().any(Option::is_some).then_some(&drawn.logprobs);
-        done(ops::sample(logits, jobs.of(uploaded), samples.len(), vocab, &drawn.tokens, logprobs));
+        done(ops::sample(
+            logits,
+            num_rows + num_adjusted,
+            jobs.of(uploaded),
+            samples.len(),
+            vocab,
+            &drawn.tokens,
+            logprobs,
+        ));
         let tops: Vec<usize> = logit_rows
             .iter()
             .zip(&wanted)
@@ -220,14 +239,14 @@ impl Sampler {
             .map(|(row, _)| *row)
             .collect();
         // The logits are overwritten by the next step before anybody has looked at them.
-        let rows = (!tops.is_empty()).then(|| {
-            let rows = done(Buffer::new(device, tops.len() * row_bytes));
+        if !tops.is_empty() {
+            let mut rows = drawn.rows();
+            let rows = rows.at_least(device, tops.len() * row_bytes);
             for (index, row) in tops.iter().enumerate() {
                 done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
             }
-            rows
-        });
-        Drawn(Some(Arc::new(OnDevice { memory: drawn, wanted, rows, vocab })))
+        }
+        Drawn(Some(Arc::new(OnDevice { memory: drawn, wanted, vocab })))
     }
 
     fn memory_for(&self, device: &Arc<dyn Device>, num_samples: usize) -> Arc<DrawnMemory> {
@@ -240,7 +259,7 @@ impl Sampler {
             return free.clone();
         }
         let (tokens, logprobs) = (done(Buffer::new(device, bytes)), done(Buffer::new(device, bytes)));
-        all.push(Arc::new(DrawnMemory { tokens, logprobs }));
+        all.push(Arc::new(DrawnMemory { tokens, logprobs, rows: Mutex::default() }));
         all.last().expect("just pushed").clone()
     }
 }

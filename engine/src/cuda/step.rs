@@ -1,13 +1,12 @@
 //! A plan as the device wants it: all arrays in one copy, made once per step and read by every layer.
 //!
 //! Rows of attention are sorted by kernel: tiles of up to 64 rows of a sequence on tensor cores, single rows split
-//! over their keys, or row by row where tensor cores have no kernel. A row gets the same bits from the first two, so
+//! over their keys, or row by row where the device has no kernel on tensor cores. A row gets the same bits from the first two, so
 //! which one it goes through is a matter of speed.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kernels::KvLayout;
-use kernels::cuda::ops::{self, PART_TOKENS, PREFILL_ROWS, Part};
+use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PREFILL_ROWS, Part};
 use kernels::cuda::{Buffer, Device, Lane};
 
 use super::done;
@@ -15,7 +14,7 @@ use crate::plan::{Span, StepPlan};
 
 /// A span of more rows goes to the prefill kernel: from there on loading keys once for many rows is worth more
 /// than splitting them over many blocks of threads.
-const DECODE_ROWS_MAX: usize = 4;
+pub(crate) const DECODE_ROWS_MAX: usize = 4;
 
 /// Marks a token that the step before this one drew, see embed.cu.
 const DRAWN: u32 = 1 << 31;
@@ -121,6 +120,8 @@ impl StepMemory {
 /// Where a step's arrays lie in its inputs.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct StepArrays {
+    /// One behind the largest position.
+    pub(crate) num_positions: usize,
     pub(crate) ids: Array,
     pub(crate) positions: Array,
     pub(crate) slots: Array,
@@ -149,15 +150,15 @@ fn first_visible(window: Option<u32>, position: usize) -> usize {
 }
 
 impl StepArrays {
-    /// Lays out `plan` for a pool of `layout` and a model whose layers have these `windows`.
-    pub(crate) fn of(plan: &StepPlan, layout: &KvLayout, windows: &[Option<u32>], words: &mut Words) -> Self {
+    /// Lays out `plan` for what kernels there are and a model whose layers have these `windows`.
+    pub(crate) fn of(plan: &StepPlan, kernels: AttentionKernels, windows: &[Option<u32>], words: &mut Words) -> Self {
         let mut ids = plan.tokens.clone();
         for from in &plan.from_slots {
             ids[from.row] = DRAWN | from.slot as u32;
         }
         let one = |values: &[u32]| values.iter().map(|value| [*value]).collect::<Vec<_>>();
-        let is_plain = |_: &&Span| !ops::has_decode_kernel(layout);
-        let is_tiled = |span: &&Span| ops::has_prefill_kernel(layout) && span.num_rows > DECODE_ROWS_MAX;
+        let is_plain = |_: &&Span| !kernels.has_decode;
+        let is_tiled = |span: &&Span| kernels.has_prefill && span.num_rows > DECODE_ROWS_MAX;
         let spans = || plan.spans.iter();
         let decoded: Vec<[u32; 3]> =
             spans().filter(|span| !is_plain(span) && !is_tiled(span)).flat_map(single_rows).collect();
@@ -168,6 +169,7 @@ impl StepArrays {
             }
         }
         Self {
+            num_positions: plan.positions.iter().max().map_or(0, |last| *last as usize + 1),
             ids: words.push(one(&ids)),
             positions: words.push(one(&plan.positions)),
             slots: words.push(one(&plan.slots)),
@@ -213,8 +215,8 @@ mod tests {
     use super::*;
     use crate::plan::FromSlot;
 
-    fn layout(head_dim: usize) -> KvLayout {
-        KvLayout { num_layers: 1, num_blocks: 99, block_size: 16, num_kv_heads: 1, head_dim, dtype: KvDtype::Bf16 }
+    fn kernels(head_dim: usize) -> AttentionKernels {
+        AttentionKernels::of(KvDtype::Bf16, head_dim, 227 << 10)
     }
 
     /// A chunk of 70 rows at position 500, a row at 1,000 whose token is not known.
@@ -246,9 +248,9 @@ mod tests {
     #[test]
     fn rows_are_sorted_by_kernel_and_split_at_fixed_positions() {
         let mut words = Words::default();
-        let arrays = StepArrays::of(&plan(), &layout(64), &[None, Some(100), None], &mut words);
+        let arrays = StepArrays::of(&plan(), kernels(64), &[None, Some(100), None], &mut words);
         assert_eq!(entries(&words, arrays.tiles), [[0, 64, 500, 0], [64, 6, 564, 0]]);
-        assert_eq!(arrays.plain_rows.len, 0);
+        assert_eq!((arrays.plain_rows.len, arrays.num_positions), (0, 1001));
         let [all, window] = &arrays.decode[..] else { panic!("two kinds of layers") };
         assert_eq!(entries(&words, all.units), [[70, 1000, 36, 0], [70, 1000, 36, 1]]);
         assert_eq!(entries(&words, all.rows), [[70, 0, 2]]);
@@ -260,10 +262,10 @@ mod tests {
     #[test]
     fn heads_without_a_prefill_kernel_go_row_by_row() {
         let mut words = Words::default();
-        let arrays = StepArrays::of(&plan(), &layout(256), &[None], &mut words);
+        let arrays = StepArrays::of(&plan(), kernels(256), &[None], &mut words);
         // 12 rows end in the first part, 59 see two.
         assert_eq!((arrays.tiles.len, arrays.decode[0].rows.len, arrays.decode[0].units.len), (0, 71, 12 + 2 * 59));
-        let arrays = StepArrays::of(&plan(), &layout(48), &[None], &mut words);
+        let arrays = StepArrays::of(&plan(), kernels(48), &[None], &mut words);
         assert_eq!((arrays.plain_rows.len, arrays.decode[0].rows.len), (71, 0));
         assert_eq!(entries::<3>(&words, arrays.plain_rows)[70], [70, 1000, 36]);
     }

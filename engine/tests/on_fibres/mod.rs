@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use common::config::Dtype;
 use engine::cuda::model::DeviceLoadOptions;
@@ -25,8 +26,19 @@ pub(crate) fn device() -> Arc<dyn Device> {
 }
 
 pub(crate) fn try_load(folder: &Path, dtype: Dtype, is_invariant: bool) -> Result<Model<CudaBackend>, LoadError> {
-    let options = DeviceLoadOptions { dtype, is_batch_invariant: is_invariant, cache_folder: None };
-    Model::load_on_device(folder, &device(), options)
+    load_to(&device(), folder, DeviceLoadOptions { is_batch_invariant: is_invariant, ..options(dtype) })
+}
+
+pub(crate) fn options(dtype: Dtype) -> DeviceLoadOptions {
+    DeviceLoadOptions { dtype, kv_dtype: None, is_batch_invariant: false, cache_folder: None }
+}
+
+pub(crate) fn load_to(
+    device: &Arc<dyn Device>,
+    folder: &Path,
+    options: DeviceLoadOptions,
+) -> Result<Model<CudaBackend>, LoadError> {
+    Model::load_on_device(folder, device, options)
 }
 
 pub(crate) fn load(folder: &Path, dtype: Dtype) -> Arc<Model<CudaBackend>> {
@@ -48,7 +60,9 @@ impl WideHeads {
     pub(crate) const VOCAB: usize = 96;
 
     pub(crate) fn new(head_dim: usize, num_heads: usize, window: Option<u32>) -> Self {
-        let name = format!("tandem-wide-heads-{}-{head_dim}-{num_heads}-{window:?}", std::process::id());
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("tandem-wide-heads-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&folder).unwrap();
         let config = json!({

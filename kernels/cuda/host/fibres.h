@@ -284,6 +284,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
     const unsigned num_threads = threads.x * threads.y * threads.z;
     if (num_threads == 0 || num_threads % 32 != 0 || num_threads > 1024)
         fail("blocks of %u threads: expected whole warps, at most 1024 threads", num_threads);
+    if (grid.y > 65535 || grid.z > 65535) fail("%u x %u x %u blocks: at most 65535 along y and z", grid.x, grid.y, grid.z);
     std::mt19937 random(1);
     Block here;
     block = &here;

@@ -6,7 +6,7 @@ static void gated(fibres::Order order, Kernel kernel, u32 ffn) {
     const u32 rows = 3;
     auto gate_up = random_values<float>(rows * 2 * ffn, -20, 20);
     Device<T> out(rows * ffn);
-    LAUNCH(order, dim3((ffn + 1023) / 1024, rows), 256, 0, kernel, gate_up.get(), out.get(), ffn);
+    LAUNCH(order, dim3(rows, (ffn + 1023) / 1024), 256, 0, kernel, gate_up.get(), out.get(), ffn);
     for (u32 row = 0; row < rows; ++row)
         for (u32 i = 0; i < ffn; ++i) {
             const double g = gate_up[row * 2 * ffn + i], u = gate_up[row * 2 * ffn + ffn + i];

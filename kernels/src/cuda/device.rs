@@ -191,6 +191,9 @@ pub trait Device: Send + Sync {
     /// What the driver says.
     fn memory(&self) -> Result<MemoryInfo, DeviceError>;
 
+    /// Shared memory that a block of threads can have at most, in bytes.
+    fn shared_bytes_max(&self) -> usize;
+
     /// Address of `num_bytes` of its memory, at a multiple of 16.
     ///
     /// # Errors

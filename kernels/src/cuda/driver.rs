@@ -33,6 +33,8 @@ pub struct Gpu {
     pub name: String,
     /// Compute capability.
     pub capability: (u32, u32),
+    /// Of a block, for kernels that ask for it.
+    shared_bytes_max: usize,
     functions: HashMap<&'static str, Function>,
     compute: Mutex<LaneState>,
     transfer: Mutex<LaneState>,
@@ -131,6 +133,9 @@ impl Gpu {
         let name = context.name().map_err(refused("tell its name"))?;
         let (major, minor) = context.compute_capability().map_err(refused("tell its compute capability"))?;
         let capability = (major as u32, minor as u32);
+        let shared_bytes_max = context
+            .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+            .map_err(refused("tell its shared memory"))? as usize;
         let functions = load_kernels(&context, capability, folder)?;
         let compute = LaneState::new(&context, 0, COMPUTE_STAGES)?;
         // Copies of blocks are small and go before what computes.
@@ -142,7 +147,7 @@ impl Gpu {
             None => 0,
         };
         let (compute, transfer) = (Mutex::new(compute), Mutex::new(transfer));
-        Ok(Self { context, ordinal, name, capability, functions, compute, transfer, blas, workspace })
+        Ok(Self { context, ordinal, name, capability, shared_bytes_max, functions, compute, transfer, blas, workspace })
     }
 
     /// How many kernels there are.
@@ -295,6 +300,10 @@ impl Device for Gpu {
         self.bind()?;
         let (free_bytes, total_bytes) = result::mem_get_info().map_err(refused("tell its memory"))?;
         Ok(MemoryInfo { free_bytes, total_bytes })
+    }
+
+    fn shared_bytes_max(&self) -> usize {
+        self.shared_bytes_max
     }
 
     fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError> {

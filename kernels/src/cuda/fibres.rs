@@ -5,7 +5,9 @@
 //! who leaves its bounds ends the process.
 #![allow(unsafe_code)]
 
+use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use libloading::{Library, Symbol};
 
@@ -16,22 +18,42 @@ type Free = unsafe extern "C" fn(*mut c_void);
 type LaunchKernel =
     unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, usize, usize, *const *const u8, *const usize) -> c_int;
 
+/// Blocks along y and along z that GPUs allow.
+const GRID_YZ_MAX: u32 = 65_535;
+
 /// The host, treated as a device.
 pub struct FibreDevice {
     alloc: Alloc,
     free: Free,
     launch: LaunchKernel,
     memory_bytes: usize,
+    shared_bytes_max: usize,
+    allocated: Mutex<Allocated>,
     /// Where the functions are.
     _library: Library,
 }
 
+/// Memory that was given.
+#[derive(Default)]
+struct Allocated {
+    sizes: HashMap<u64, usize>,
+    num_bytes: usize,
+}
+
 impl FibreDevice {
-    /// A device that says it has 1 GiB.
+    /// A device with 1 GiB and the shared memory of compute capability 9.0.
     ///
     /// # Panics
     /// If the library that was built with this program cannot be loaded.
     pub fn new() -> Self {
+        Self::with_limits(1 << 30, 227 << 10)
+    }
+
+    /// A device with so much memory, and so much shared memory for a block.
+    ///
+    /// # Panics
+    /// As [`new`](Self::new).
+    pub fn with_limits(memory_bytes: usize, shared_bytes_max: usize) -> Self {
         let path = env!("TANDEM_FIBRES_LIBRARY");
         let said = |error: libloading::Error| format!("{path}: {error}");
         // SAFETY: our own library; its initialisers only fill tables.
@@ -43,7 +65,11 @@ impl FibreDevice {
             let launch: Symbol<'_, LaunchKernel> = library.get(b"fibres_launch").expect("device.cpp has it");
             (*alloc, *free, *launch)
         };
-        Self { alloc, free, launch, memory_bytes: 1 << 30, _library: library }
+        Self { alloc, free, launch, memory_bytes, shared_bytes_max, allocated: Mutex::default(), _library: library }
+    }
+
+    fn allocated(&self) -> MutexGuard<'_, Allocated> {
+        self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -67,19 +93,30 @@ impl Device for FibreDevice {
     }
 
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
-        Ok(MemoryInfo { free_bytes: self.memory_bytes, total_bytes: self.memory_bytes })
+        let free_bytes = self.memory_bytes - self.allocated().num_bytes;
+        Ok(MemoryInfo { free_bytes, total_bytes: self.memory_bytes })
+    }
+
+    fn shared_bytes_max(&self) -> usize {
+        self.shared_bytes_max
     }
 
     fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError> {
-        if num_bytes > self.memory_bytes {
-            let reason = format!("it has {} in all", self.memory_bytes);
+        let mut allocated = self.allocated();
+        if num_bytes > self.memory_bytes - allocated.num_bytes {
+            let reason = format!("it has {} in all, {} in use", self.memory_bytes, allocated.num_bytes);
             return Err(DeviceError::Refused { asked: format!("give {num_bytes} bytes of memory"), reason });
         }
         // SAFETY: any size is allowed.
-        Ok(unsafe { (self.alloc)(num_bytes) } as u64)
+        let address = unsafe { (self.alloc)(num_bytes) } as u64;
+        allocated.sizes.insert(address, num_bytes);
+        allocated.num_bytes += num_bytes;
+        Ok(address)
     }
 
     unsafe fn free(&self, address: u64) {
+        let mut allocated = self.allocated();
+        allocated.num_bytes -= allocated.sizes.remove(&address).unwrap_or(0);
         // SAFETY: by this function's contract it came from `alloc`; nothing runs behind the caller's back.
         unsafe { (self.free)(address as *mut c_void) }
     }
@@ -109,6 +146,14 @@ impl Device for FibreDevice {
     }
 
     unsafe fn launch(&self, _lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
+        let refused = |reason: String| DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason };
+        if launch.grid[1..].iter().any(|blocks| *blocks > GRID_YZ_MAX) {
+            return Err(refused(format!("{:?} blocks, at most {GRID_YZ_MAX} along y and along z", launch.grid)));
+        }
+        if launch.shared_bytes as usize > self.shared_bytes_max {
+            let (asked, most) = (launch.shared_bytes, self.shared_bytes_max);
+            return Err(refused(format!("{asked} bytes of shared memory, of at most {most}")));
+        }
         let name = CString::new(launch.kernel).expect("names of kernels hold no zero");
         let (args, sizes): (Vec<*const u8>, Vec<usize>) = launch.args.values().unzip();
         // SAFETY: pointers and sizes are of values that live until the call returns; sizes are compared there with
@@ -130,7 +175,7 @@ impl Device for FibreDevice {
             2 => format!("it has another number of arguments than {}", args.len()),
             other => format!("argument {} is given as {} bytes", other - 3, sizes[other as usize - 3]),
         };
-        Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason })
+        Err(refused(reason))
     }
 
     fn has_product(&self) -> bool {
@@ -172,9 +217,23 @@ mod tests {
     use crate::cuda::device::{Args, Buffer};
 
     fn refusal(kernel: &'static str, args: &Args) -> String {
-        let launch = Launch { kernel, grid: [1, 1, 1], threads: 256, shared_bytes: 0, args };
-        // SAFETY: wrong arguments are refused before they are used, which is what is tested.
-        unsafe { FibreDevice::new().launch(Lane::Compute, &launch) }.unwrap_err().to_string()
+        refusal_of(&Launch { kernel, grid: [1, 1, 1], threads: 256, shared_bytes: 0, args })
+    }
+
+    fn refusal_of(launch: &Launch<'_>) -> String {
+        // SAFETY: wrong launches are refused before anything of them is used, which is what is tested.
+        unsafe { FibreDevice::new().launch(Lane::Compute, launch) }.unwrap_err().to_string()
+    }
+
+    #[test]
+    fn more_blocks_or_shared_memory_than_a_gpu_has_are_refused() {
+        let (args, kernel, threads) = (Args::default(), "embed_f32", 256);
+        for grid in [[1, 65_536, 1], [1, 1, 65_536]] {
+            let said = refusal_of(&Launch { kernel, grid, threads, shared_bytes: 0, args: &args });
+            assert!(said.contains("at most 65535 along y and along z"), "{said}");
+        }
+        let said = refusal_of(&Launch { kernel, grid: [1, 1, 1], threads, shared_bytes: (227 << 10) + 1, args: &args });
+        assert!(said.ends_with("232449 bytes of shared memory, of at most 232448"), "{said}");
     }
 
     #[test]
@@ -198,7 +257,10 @@ mod tests {
         buffer.copy_from(Lane::Compute, 8, &buffer, 4, 4).unwrap();
         buffer.read(Lane::Compute, 0, &mut bytes).unwrap();
         assert_eq!(bytes, [0, 0, 0, 0, 1, 2, 3, 4, 1, 2, 3, 4]);
-        assert!(Buffer::new(&device, 2 << 30).unwrap_err().to_string().contains("it has 1073741824 in all"));
+        let said = Buffer::new(&device, (1 << 30) - 11).unwrap_err().to_string();
+        assert!(said.ends_with("it has 1073741824 in all, 12 in use"), "{said}");
+        drop(buffer);
+        assert_eq!(device.memory().unwrap().free_bytes, 1 << 30);
     }
 
     #[test]

@@ -1,7 +1,8 @@
 //! The kernels as functions: one each, with the arguments, grid and shared memory that stand on top of its file.
 //!
-//! Buffers are checked against the shapes. What lies in them (block tables, slots, ids, rows) is the caller's
-//! to have right, as it is on top of each kernel's file. Everything happens on [`Lane::Compute`] but
+//! Buffers are checked against the shapes: as many rows, positions and entries as are stated. What lies in them on the
+//! device (block tables, slots, ids, rows) cannot be seen here: it names nothing beyond what is stated, which is the
+//! caller's to have right, as it is on top of each kernel's file. Everything happens on [`Lane::Compute`] but
 //! [`clear_blocks`] and [`copy_blocks`], which the owner of the pool calls between steps.
 #![allow(unsafe_code)]
 
@@ -42,7 +43,7 @@ impl<'a> From<&'a Buffer> for Part<'a> {
     }
 }
 
-/// What a layer of attention fixes; how many KV heads and what type is in the pool's layout.
+/// What a layer of attention in a step fixes; how many KV heads and what type is in the pool's layout.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {
     /// Layer of the pool.
@@ -53,6 +54,8 @@ pub struct AttentionShape {
     pub scale: f32,
     /// Positions that a query sees; 0: all.
     pub window: u32,
+    /// Rows of the queries and of what comes out: those of the step, of which a kernel may take some.
+    pub num_rows: usize,
 }
 
 /// The pool: its bytes and how they lie. Inside a head a token's features are contiguous, see
@@ -79,7 +82,8 @@ impl Pool<'_> {
     /// `AttentionJob` of attention_job.cuh.
     fn job(&self, shape: &AttentionShape) -> [u32; 9] {
         let [blocks, size, heads, dim] = self.shape();
-        let AttentionShape { layer, num_heads, scale, window } = *shape;
+        let AttentionShape { layer, num_heads, scale, window, .. } = *shape;
+        assert!(layer < self.layout.num_layers, "layer {layer} of {}", self.layout.num_layers);
         [blocks, size, heads, dim, layer as u32, num_heads as u32, scale.to_bits(), 0f32.to_bits(), window]
     }
 }
@@ -105,8 +109,9 @@ fn launch(
         return Ok(()); // nothing to do, and the driver would refuse it
     }
     let launch = Launch { kernel, grid, threads, shared_bytes: shared_bytes as u32, args };
-    // SAFETY: each function below hands over what is on top of its kernel's file and has checked the sizes of
-    // the buffers; what is in them is its caller's to have right.
+    // SAFETY: each function below hands over what is on top of its kernel's file and has checked that the buffers
+    // hold the stated rows, positions and entries; that what is in them names no others is the agreement of the
+    // module with its callers, which lay out these arrays from a checked plan.
     unsafe { on.device().launch(lane, &launch) }
 }
 
@@ -163,7 +168,9 @@ pub struct HeadWeights<'a> {
     pub norms: Option<(&'a Buffer, &'a Buffer)>,
     /// What is added to the mean square.
     pub eps: f32,
-    /// f32 `[positions, rotated_dim / 2]`
+    /// One behind the largest position of the step.
+    pub num_positions: usize,
+    /// f32 `[at least num_positions, rotated_dim / 2]`
     pub cosines: &'a Buffer,
     /// Likewise.
     pub sines: &'a Buffer,
@@ -197,7 +204,8 @@ pub fn rope_kv_write(
         Some((q, k)) => (q.at(0, head_dim * 4), k.at(0, head_dim * 4)),
         None => (0, 0),
     };
-    let angles = weights.rotated_dim / 2 * 4;
+    assert!(layer < pool.layout.num_layers, "layer {layer} of {}", pool.layout.num_layers);
+    let angles = weights.num_positions * (weights.rotated_dim / 2 * 4);
     let args = Args::default()
         .fields(job)
         .address(qkv.at(0, rows * heads * head_dim * 4))
@@ -230,28 +238,55 @@ pub fn attention_plain(
     let dtype = pool.layout.dtype;
     let args = Args::default()
         .fields(pool.job(shape))
-        .address(q.at(0, num_rows * row_bytes(pool, shape)))
+        .address(q.at(0, all_rows_bytes(pool, shape)))
         .address(pool.address())
         .address(rows.at(num_rows * 12))
         .address(block_tables.at(4))
         .address(0)
-        .address(out.at(0, num_rows * row_bytes(pool, shape)));
+        .address(out.at(0, all_rows_bytes(pool, shape)));
     let kernel = named(dtype, "attention_plain_f32", "attention_plain_bf16");
     launch(q, Lane::Compute, kernel, [num_rows, shape.num_heads, 1], 128, 0, &args)
 }
 
-fn row_bytes(pool: Pool<'_>, shape: &AttentionShape) -> usize {
-    shape.num_heads * pool.layout.head_dim * pool.layout.dtype.size()
+/// Of the queries of a step, and of what comes out.
+fn all_rows_bytes(pool: Pool<'_>, shape: &AttentionShape) -> usize {
+    shape.num_rows * shape.num_heads * pool.layout.head_dim * pool.layout.dtype.size()
 }
 
-/// Whether decode attention has a kernel on tensor cores for such a pool.
-pub fn has_decode_kernel(layout: &KvLayout) -> bool {
-    layout.dtype == Dtype::Bf16 && matches!(layout.head_dim, 64 | 128 | 256)
+/// Which kernels on tensor cores a device has for a kind of KV. [`attention_plain`] is there for any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct AttentionKernels {
+    /// [`attention_prefill`]; only where there is the other too.
+    pub has_prefill: bool,
+    /// [`attention_decode`]
+    pub has_decode: bool,
 }
 
-/// Whether prefill attention has one.
-pub fn has_prefill_kernel(layout: &KvLayout) -> bool {
-    layout.dtype == Dtype::Bf16 && matches!(layout.head_dim, 64 | 128)
+impl AttentionKernels {
+    /// For KV in `dtype` with heads of `head_dim` features, where blocks of threads have
+    /// [at most so much](super::Device::shared_bytes_max) shared memory. Compute capabilities 8.6, 8.9 and 12.x have
+    /// 99 KiB: too little for prefill with heads of 128, and for decode with heads of 256.
+    pub fn of(dtype: Dtype, head_dim: usize, shared_bytes_max: usize) -> Self {
+        let fits = |dynamic: usize| dynamic + ATTENTION_STATIC_BYTES_MAX <= shared_bytes_max;
+        let is_bf16 = dtype == Dtype::Bf16;
+        Self {
+            has_prefill: is_bf16 && matches!(head_dim, 64 | 128) && fits(prefill_shared(head_dim)),
+            has_decode: is_bf16 && matches!(head_dim, 64 | 128 | 256) && fits(decode_shared(head_dim)),
+        }
+    }
+}
+
+/// The arrays of fixed size in both kernels take less.
+const ATTENTION_STATIC_BYTES_MAX: usize = 4 << 10;
+
+/// `PREFILL_SHARED` of attention_prefill.cu.
+fn prefill_shared(head_dim: usize) -> usize {
+    head_dim * (64 * 2 + 2 * 2 * 64 * 2 + 64 * 4)
+}
+
+/// `DECODE_SHARED` of attention_decode.cu.
+fn decode_shared(head_dim: usize) -> usize {
+    head_dim * (16 * 2 + 2 * 2 * 64 * 2)
 }
 
 /// Attention of tiles of consecutive rows (first row, rows, first position, start of the block table).
@@ -260,7 +295,7 @@ pub fn has_prefill_kernel(layout: &KvLayout) -> bool {
 /// What the device says.
 ///
 /// # Panics
-/// If the pool [has no such kernel](has_prefill_kernel).
+/// If there is [no such kernel](AttentionKernels) for heads of this size.
 pub fn attention_prefill(
     pool: Pool<'_>,
     shape: &AttentionShape,
@@ -278,15 +313,13 @@ pub fn attention_prefill(
     };
     let args = Args::default()
         .fields(pool.job(shape))
-        .address(q.at(0, row_bytes(pool, shape)))
+        .address(q.at(0, all_rows_bytes(pool, shape)))
         .address(pool.address())
         .address(tiles.at(num_tiles * 16))
         .address(block_tables.at(4))
         .address(0)
-        .address(out.at(0, row_bytes(pool, shape)));
-    // PREFILL_SHARED
-    let shared = dim * (64 * 2 + 2 * 2 * 64 * 2 + 64 * 4);
-    launch(q, Lane::Compute, kernel, [num_tiles, shape.num_heads, 1], 128, shared, &args)
+        .address(out.at(0, all_rows_bytes(pool, shape)));
+    launch(q, Lane::Compute, kernel, [num_tiles, shape.num_heads, 1], 128, prefill_shared(dim), &args)
 }
 
 /// Parts of single rows for [`attention_decode`]. All rows' units are in one list, those of a row in a row.
@@ -315,7 +348,7 @@ pub fn partial_bytes(num_units: usize, num_heads: usize, head_dim: usize) -> usi
 /// What the device says.
 ///
 /// # Panics
-/// If the pool [has no such kernel](has_decode_kernel).
+/// If there is [no such kernel](AttentionKernels) for heads of this size.
 pub fn attention_decode(
     pool: Pool<'_>,
     shape: &AttentionShape,
@@ -336,22 +369,20 @@ pub fn attention_decode(
     let state = parts.partials.at(acc_bytes, parts.num_units * shape.num_heads * 8);
     let args = Args::default()
         .fields(pool.job(shape))
-        .address(q.at(0, row_bytes(pool, shape)))
+        .address(q.at(0, all_rows_bytes(pool, shape)))
         .address(pool.address())
         .address(parts.units.at(parts.num_units * 16))
         .address(block_tables.at(4))
         .address(acc)
         .address(state);
-    // DECODE_SHARED
-    let shared = dim * (16 * 2 + 2 * 2 * 64 * 2);
     let grid = [parts.num_units, kv_heads, (shape.num_heads / kv_heads).div_ceil(16)];
-    launch(q, Lane::Compute, decode, grid, 128, shared, &args)?;
+    launch(q, Lane::Compute, decode, grid, 128, decode_shared(dim), &args)?;
     let args = Args::default()
         .address(acc)
         .address(state)
         .address(parts.rows.at(parts.num_rows * 12))
         .address(0)
-        .address(out.at(0, row_bytes(pool, shape)))
+        .address(out.at(0, all_rows_bytes(pool, shape)))
         .u32(shape.num_heads);
     launch(q, Lane::Compute, merge, [parts.num_rows, shape.num_heads, 1], 64, 0, &args)
 }
@@ -365,7 +396,7 @@ pub fn silu_mul(gate_up: &Buffer, out: &Buffer, dtype: Dtype, rows: usize, ffn: 
         .address(gate_up.at(0, rows * 2 * ffn * 4))
         .address(out.at(0, rows * ffn * dtype.size()))
         .u32(ffn);
-    let grid = [ffn.div_ceil(1024), rows, 1];
+    let grid = [rows, ffn.div_ceil(1024), 1];
     launch(out, Lane::Compute, named(dtype, "silu_mul_f32", "silu_mul_bf16"), grid, 256, 0, &args)
 }
 
@@ -441,33 +472,35 @@ pub fn library_matmul(multiply: &Multiply<'_>) -> Result<(), DeviceError> {
     unsafe { multiply.out.device().multiply(&product) }
 }
 
-/// Copies of rows of `logits` `[_, vocab]` with bias, bans and penalties: `AdjustRow`s and `Adjustment`s of
-/// sample.cu.
+/// Copies of rows of `logits` `[num_logit_rows, vocab]` among them, with bias, bans and penalties: `AdjustRow`s and
+/// `Adjustment`s of sample.cu.
 ///
 /// # Errors
 /// What the device says.
 pub fn adjust_logits(
     logits: &Buffer,
+    num_logit_rows: usize,
     rows: Part<'_>,
     num_rows: usize,
     adjustments: Part<'_>,
     vocab: usize,
 ) -> Result<(), DeviceError> {
     let args = Args::default()
-        .address(logits.at(0, vocab * 4))
+        .address(logits.at(0, num_logit_rows * vocab * 4))
         .address(rows.at(num_rows * 28))
         .address(adjustments.at(0))
         .u32(vocab);
     launch(logits, Lane::Compute, "adjust_logits", [num_rows, 1, 1], 256, 0, &args)
 }
 
-/// A token for each of `num_samples` `SampleJob`s of sample.cu to `out` u32, its log-probability to `logprobs`
-/// f32, if wanted.
+/// A token for each of `num_samples` `SampleJob`s of sample.cu from `logits` `[num_logit_rows, vocab]` to `out` u32,
+/// its log-probability to `logprobs` f32, if wanted.
 ///
 /// # Errors
 /// What the device says.
 pub fn sample(
     logits: &Buffer,
+    num_logit_rows: usize,
     jobs: Part<'_>,
     num_samples: usize,
     vocab: usize,
@@ -476,7 +509,7 @@ pub fn sample(
 ) -> Result<(), DeviceError> {
     assert!(vocab < 1 << 24, "a vocabulary of {vocab}: expected fewer than 2^24 tokens");
     let args = Args::default()
-        .address(logits.at(0, vocab * 4))
+        .address(logits.at(0, num_logit_rows * vocab * 4))
         .address(jobs.at(num_samples * 40))
         .u32(vocab)
         .address(out.at(0, num_samples * 4))
@@ -517,4 +550,27 @@ fn change_blocks(
         .u32(num_blocks)
         .u64(pool.layout.block_bytes() as u64);
     launch(pool.buffer, Lane::Transfer, kernel, [count, num_layers, 1], 256, 0, &args)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_are_those_whose_shared_memory_a_device_has() {
+        let kernels = |head_dim, kib: usize| {
+            let AttentionKernels { has_prefill, has_decode } = AttentionKernels::of(Dtype::Bf16, head_dim, kib << 10);
+            (has_prefill, has_decode)
+        };
+        // Compute capabilities 9.0, 8.0, and 8.6, 8.9 or 12.0.
+        for (kib, of_128, of_256) in [
+            (227, (true, true), (false, true)),
+            (163, (true, true), (false, true)),
+            (99, (false, true), (false, false)),
+        ] {
+            assert_eq!((kernels(64, kib), kernels(128, kib), kernels(256, kib)), ((true, true), of_128, of_256));
+        }
+        let in_f32 = AttentionKernels::of(Dtype::F32, 64, 227 << 10);
+        assert!(!in_f32.has_prefill && !in_f32.has_decode && kernels(80, 227) == (false, false));
+    }
 }
