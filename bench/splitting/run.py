@@ -162,11 +162,11 @@ def price(args, setups):
         halves = setups.split("split-one-core-each")
         result = bench(args, "compare", f"price-{length}", [setups.colocated("0,1"), both, halves], [],
                        ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
-                        "--random-output-len", 16, "--ignore-eos", "--num-warmups", 2])
+                        "--random-output-len", 16, "--ignore-eos", "--num-warmups", min(2, args.requests)])
         ratios = result["ratios_to_first"]["median_ttft_ms"]
         mean = lambda index, figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
         rows.append([length, f"{mean(0, 'median_ttft_ms'):.1f}", f"{mean(1, 'median_ttft_ms'):.1f}",
-                     interval(ratios["split"]), interval(ratios["split-one-core-each"]),
+                     interval(ratios["split"]), interval(ratios.get("split-one-core-each")),
                      f"{mean(1, 'median_first_gap_ms') / mean(1, 'median_itl_ms'):.2f}"])
     table(["prompt tokens", "TTFT colocated, ms", "TTFT split, ms", "ratio", "ratio, one core each",
            "gap #1 to #2, in ITLs"], rows)
@@ -291,8 +291,8 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
     parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")
-    parser.add_argument("--only", type=lambda text: text.split(","), help="interference, apart, goodput, cost: set-ups "
-                        "to run, by their names")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="set-ups to run, by their names; of price "
+                        "the first two at least")
     parser.add_argument("--beside", default="0,1", help="cores of the load generator and of Tandem's proxies")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a colocated prompt chunk: tune it first")
     parser.add_argument("--prompt-len", type=int, default=1024, help="interference: tokens of a long prompt")
