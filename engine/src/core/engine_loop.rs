@@ -212,10 +212,6 @@ impl Engine {
                 return Ok(());
             }
             let scheduled = if self.may_submit() { self.submit_step() } else { Scheduled::Nothing };
-            if !is_busy && scheduled == Scheduled::Step {
-                // Not only behind the first step: whoever leaves the cores to the engine looks at it.
-                self.publish_status();
-            }
             let is_done = (scheduled != Scheduled::Step || !self.may_submit()) && self.complete_step()?;
             is_busy = scheduled != Scheduled::Nothing || is_done || !self.in_flight.is_empty();
             if !is_busy {
