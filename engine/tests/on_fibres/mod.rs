@@ -1,6 +1,7 @@
 //! Models on the host as a CUDA device, and a checkpoint with heads that tensor cores have kernels for.
 //!
 //! `TANDEM_TEST_DEVICE=cuda:0`, with the feature `cuda`, takes that GPU instead.
+// Each test binary uses a part of it.
 #![allow(dead_code)]
 
 use std::path::{Path, PathBuf};
