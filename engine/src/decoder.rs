@@ -36,6 +36,12 @@ impl<B: Backend> Default for Activations<B> {
     }
 }
 
+/// Bytes of the activations of one row, in f32.
+pub(crate) fn row_bytes(spec: &ModelSpec) -> u64 {
+    let attended = spec.num_heads * spec.head_dim;
+    4 * (2 * spec.hidden_size + spec.qkv_width() + attended + 3 * spec.intermediate_size) as u64
+}
+
 /// What a step computes in; kept between steps for its memory.
 pub struct Workspace<B: Backend> {
     /// Of all rows.
@@ -110,7 +116,7 @@ impl<B: Backend> Decoder<'_, B> {
         let Self { backend, spec, weights, .. } = self;
         let last = spec.num_layers() - 1;
 
-        backend.embed(&weights.embedding, spec.hidden_size, &plan.tokens, &mut all.hidden);
+        backend.embed(weights.embedding(), spec.hidden_size, &plan.tokens, &mut all.hidden);
         for (index, layer) in weights.layers.iter().enumerate() {
             self.write_kv(index, layer, plan, sink, all);
             if index < last {

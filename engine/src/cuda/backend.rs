@@ -142,49 +142,28 @@ impl CudaBackend {
             Dtype::Bf16 => ops::library_matmul(&multiply),
         });
     }
-
-    /// Stacks parts of the one type that is computed in.
-    fn stack(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
-        let size = self.dtype.size();
-        let num_values: usize = parts
-            .iter()
-            .map(|part| match part {
-                MatrixPart::F32(values) => values.len(),
-                MatrixPart::Bf16(values) => values.len(),
-                MatrixPart::Quantized(_) => 0,
-            })
-            .sum();
-        let buffer = Buffer::new(&self.device, num_values * size)?;
-        let mut offset = 0;
-        for part in &parts {
-            let bytes = match (part, self.dtype) {
-                (MatrixPart::F32(values), Dtype::F32) => kernels::cuda::device::as_bytes(values),
-                (MatrixPart::Bf16(values), Dtype::Bf16) => kernels::cuda::device::as_bytes(values),
-                _ => panic!("weights that are not in the computing type are refused when a model is opened"),
-            };
-            buffer.write(Lane::Transfer, offset, bytes)?;
-            offset += bytes.len();
-        }
-        Ok(CudaMatrix { buffer, rows: num_values / cols.max(1), cols })
-    }
 }
 
 impl Backend for CudaBackend {
     const GRANULE_ORDER: GranuleOrder = GranuleOrder::Rows;
 
     type Matrix = CudaMatrix;
-    type Table = CudaMatrix;
     type Vector = Buffer;
     type Rope = CudaRope;
     type Tensor = CudaTensor;
     type Drawn = Drawn;
 
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
-        self.stack(cols, parts)
-    }
-
-    fn table(&self, values: MatrixPart) -> Result<CudaMatrix, DeviceError> {
-        self.stack(1, vec![values])
+    fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CudaMatrix, DeviceError> {
+        let in_dtype = |part| MatrixPart::to_bytes(part, dtype).expect("an opened model has no quantized weights here");
+        let parts: Vec<_> = parts.iter().map(in_dtype).collect();
+        let num_bytes = parts.iter().map(|part| part.len()).sum::<usize>();
+        let buffer = Buffer::new(&self.device, num_bytes)?;
+        let mut offset = 0;
+        for bytes in &parts {
+            buffer.write(Lane::Transfer, offset, bytes)?;
+            offset += bytes.len();
+        }
+        Ok(CudaMatrix { buffer, rows: num_bytes / self.dtype.size() / cols, cols })
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Buffer, DeviceError> {
