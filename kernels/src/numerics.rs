@@ -98,30 +98,38 @@ pub fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Below this [`exp`] is 0.
+pub(crate) const EXP_LEAST: f32 = -87.3;
+
+/// 1.5 * 2^23: adding it rounds to an integer, held in the low bits.
+pub(crate) const EXP_MAGIC: f32 = 12_582_912.0;
+
+/// The natural logarithm of 2 in two parts, the first with so few bits that its multiples are exact.
+pub(crate) const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+
+/// Factors of the polynomial of [`exp`], the highest power first.
+pub(crate) const EXP_POLYNOMIAL: [f32; 8] =
+    [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
 /// `e^x` by range reduction and a polynomial of degree 7: within 2 ulp, 0 below -87.3 (no subnormals),
 /// infinity above 88.7, exactly 1 at 0.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-    let clamped = x.clamp(-87.3, 88.8);
-    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
-    let n = shifted - MAGIC;
-    let r = n.mul_add(-0.693_359_4, clamped);
-    let r = n.mul_add(2.121_944_4e-4, r);
-    let mut p = 1.0f32 / 5040.0;
-    p = p.mul_add(r, 1.0 / 720.0);
-    p = p.mul_add(r, 1.0 / 120.0);
-    p = p.mul_add(r, 1.0 / 24.0);
-    p = p.mul_add(r, 1.0 / 6.0);
-    p = p.mul_add(r, 0.5);
-    p = p.mul_add(r, 1.0);
-    p = p.mul_add(r, 1.0);
+    let clamped = x.clamp(EXP_LEAST, 88.8);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, EXP_MAGIC);
+    let n = shifted - EXP_MAGIC;
+    let r = n.mul_add(-LN_2[0], clamped);
+    let r = n.mul_add(-LN_2[1], r);
+    let mut p = EXP_POLYNOMIAL[0];
+    for factor in &EXP_POLYNOMIAL[1..] {
+        p = p.mul_add(r, *factor);
+    }
     // 2^n in two factors, since n reaches 128.
-    let n = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+    let n = (shifted.to_bits() as i32).wrapping_sub(EXP_MAGIC.to_bits() as i32);
     let half = n >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
     let scaled = p * power(half) * power(n.wrapping_sub(half));
-    if x < -87.3 { 0.0 } else { scaled }
+    if x < EXP_LEAST { 0.0 } else { scaled }
 }
 
 /// `tanh(x)` through [`exp`]: `1 - 2 / (exp(2x) + 1)`.
