@@ -414,6 +414,10 @@ fn message(kind: u8, id: u64, num_bytes: u32, body: &[u8]) -> Vec<u8> {
 
 impl RawSender {
     async fn new(name: &str) -> Self {
+        Self::with(name, support::SOON).await
+    }
+
+    async fn with(name: &str, deadline: Duration) -> Self {
         let cluster = Cluster::new();
         let pool = FilePool::new(NUM_BLOCKS);
         let registration = Registration { socket: rand::random(), token: 5, num_bytes: pool.num_bytes() };
@@ -440,7 +444,7 @@ impl RawSender {
             (link, connection, [control, bulk])
         });
         let mut config = cluster.config(&format!("d-{name}"), Role::DecodeNode);
-        config.limits.extent_deadline = Duration::from_millis(200);
+        config.limits.extent_deadline = deadline;
         config.is_reading_shared_pools = true;
         let decode = Fabric::bind(config).unwrap();
         let link = soon("dial", decode.dial(addr, Role::PrefillNode, None)).await.unwrap();
@@ -512,7 +516,6 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
     let count = EXTENT_HEADER_BYTES..EXTENT_HEADER_BYTES + 4;
     let mut many = extent(&header, &vec![run(0, 1); NUM_RUNS_MAX]);
     many[count.clone()].copy_from_slice(&(NUM_RUNS_MAX as u32 + 1).to_le_bytes());
-    many.extend([0; 12]);
     let mut all = extent(&header, &[run(0, len)]);
     all[count].copy_from_slice(&u32::MAX.to_le_bytes());
     let cases = [
@@ -561,12 +564,12 @@ async fn what_is_no_message_ends_the_connection_and_nothing_is_left() {
     let cases = [
         garbage(&[0x55; 13]),
         message(EXTENT, 0, u32::MAX, &[]),
+        // One run more than there may be.
+        message(EXTENT, 0, (EXTENT_HEADER_BYTES + 4 + (NUM_RUNS_MAX + 1) * 12) as u32, &[]),
         message(GIVE_UP, 0, 1, &[0]),
         // An id twice, and more than may be on the way.
         [message(EXTENT, 3, 0, &[]), message(EXTENT, 3, 0, &[])].concat(),
         many,
-        // The rest of which never comes.
-        message(EXTENT, 0, 100, &[0; 99]),
     ];
     for (index, bytes) in cases.into_iter().enumerate() {
         let mut peer = RawSender::new(&format!("garbage{index}")).await;
@@ -576,6 +579,14 @@ async fn what_is_no_message_ends_the_connection_and_nothing_is_left() {
         assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere, "case {index}");
         peer.end().await;
     }
+}
+
+#[tokio::test]
+async fn message_whose_rest_never_comes_ends_the_connection() {
+    let mut peer = RawSender::with("stalling", Duration::from_millis(200)).await;
+    peer.socket.write_all(&message(EXTENT, 0, 100, &[0; 99])).await.unwrap();
+    assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere);
+    peer.end().await;
 }
 
 #[tokio::test]

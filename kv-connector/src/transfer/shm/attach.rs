@@ -5,8 +5,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use common::wire::Registration;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
@@ -25,6 +26,8 @@ pub(crate) struct Mapping {
 pub(crate) struct Attached {
     pub(super) mapping: Mapping,
     pub(super) stream: UnixStream,
+    /// What has come over it: the sender's word that it knows of the mapping, or nothing yet.
+    pub(super) received: BytesMut,
 }
 
 /// A pool that cannot be read here, which is no fault: KV comes over quic.
@@ -54,14 +57,14 @@ impl Attached {
         let mapped = tokio::time::timeout_at(until, map(registration)).await;
         let (file, mut stream) = mapped.unwrap_or(Err(AttachError::Silent(deadline)))?;
         // Once the sender may have heard this, it may send places instead of bytes: whatever becomes of the
-        // answer, which only says that the first extent already comes this way, the mapping stays. It is left for
-        // whoever reads from the socket.
-        let agreed = tokio::time::timeout_at(until, agree(&mut stream)).await;
-        if !matches!(agreed, Ok(Ok(()))) {
-            tracing::debug!("the peer did not say that it knows of the mapping");
+        // answer, which only says that the first extent already comes this way, the mapping stays.
+        let mut received = BytesMut::new();
+        match tokio::time::timeout_at(until, agree(&mut stream)).await {
+            Ok(Ok(word)) => received.extend_from_slice(&[word]),
+            _ => tracing::debug!("the peer did not say that it knows of the mapping"),
         }
         let mapping = Mapping { file, _held: ledger.hold(Kind::Registration) };
-        Ok(Self { mapping, stream })
+        Ok(Self { mapping, stream, received })
     }
 }
 
@@ -88,9 +91,9 @@ async fn map(registration: &Registration) -> Result<(MappedFile, UnixStream), At
     Ok((file, stream))
 }
 
-async fn agree(stream: &mut UnixStream) -> io::Result<()> {
+async fn agree(stream: &mut UnixStream) -> io::Result<u8> {
     stream.write_all(&[ATTACHED]).await?;
-    stream.readable().await
+    stream.read_u8().await
 }
 
 #[cfg(test)]
@@ -100,7 +103,6 @@ mod tests {
     use std::fs::File;
 
     use common::ids::Role;
-    use tokio::io::AsyncReadExt;
     use tokio::net::UnixListener;
 
     use crate::tls;

@@ -40,7 +40,7 @@ pub(crate) async fn receive(
     connection: Connection,
     tasks: TaskTracker,
 ) {
-    let Attached { mapping, stream } = attached;
+    let Attached { mapping, stream, received } = attached;
     let inbox = Arc::new(Inbox {
         mailbox: Mailbox::new(stream, &[], context.activity.as_ref()),
         mapping,
@@ -50,7 +50,7 @@ pub(crate) async fn receive(
     });
     let broken = tokio::select! {
         _ = connection.closed() => None,
-        Err(broken) = inbox.read(&tasks) => Some(broken),
+        Err(broken) = inbox.read(received, &tasks) => Some(broken),
         Err(broken) = inbox.mailbox.flush() => Some(broken),
     };
     inbox.lost.cancel();
@@ -65,9 +65,14 @@ pub(crate) async fn receive(
 }
 
 impl Inbox {
-    async fn read(self: &Arc<Self>, tasks: &TaskTracker) -> Result<std::convert::Infallible, Broken> {
-        let mut buffer = BytesMut::new();
-        self.mailbox.read(&mut buffer, self.context.deadline).await?;
+    async fn read(
+        self: &Arc<Self>,
+        mut buffer: BytesMut,
+        tasks: &TaskTracker,
+    ) -> Result<std::convert::Infallible, Broken> {
+        if buffer.is_empty() {
+            self.mailbox.read(&mut buffer, self.context.deadline).await?;
+        }
         take_attached(&mut buffer)?;
         loop {
             while let Some(message) = take_message(&mut buffer)? {
