@@ -48,9 +48,6 @@ pub enum RefusedExtent {
     /// Its list of places in shared memory cannot be its payload.
     #[error("it names places in shared memory that cannot be its bytes")]
     BadRuns,
-    /// It is to be read from shared memory, and none was mapped for its connection.
-    #[error("no shared memory is registered for its connection")]
-    NotRegistered,
 }
 
 impl RefusedExtent {
@@ -72,7 +69,6 @@ impl RefusedExtent {
             RefusedExtent::ConnectionLost => "connection_lost",
             RefusedExtent::Closed => "closed",
             RefusedExtent::BadRuns => "bad_runs",
-            RefusedExtent::NotRegistered => "not_registered",
         }
     }
 
