@@ -70,12 +70,20 @@ fn percentiles(times: &[Duration]) -> String {
 pub struct Report {
     rows: Vec<Row>,
     is_pinned: bool,
+    /// In words, and the bytes per second that it carries.
+    link: Option<(String, Option<f64>)>,
 }
 
 impl Report {
     /// The last three rows are TLS over TCP, TCP and memcpy.
     pub(super) fn new(rows: Vec<Row>, is_pinned: bool) -> Self {
-        Self { rows, is_pinned }
+        Self { rows, is_pinned, link: None }
+    }
+
+    /// Over an emulated link, in words, that carries so many bytes per second: of them the share is printed, and not
+    /// of memcpy.
+    pub(super) fn over_link(self, words: String, bytes_per_second: Option<f64>) -> Self {
+        Self { link: Some((words, bytes_per_second)), ..self }
     }
 }
 
@@ -86,6 +94,11 @@ impl fmt::Display for Report {
             f,
             "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP, TLS and memcpy"
         )?;
+        let rate = self.link.as_ref().and_then(|(_, bytes_per_second)| *bytes_per_second);
+        if let Some((words, _)) = &self.link {
+            writeln!(f, "{words}")?;
+        }
+        let of_limit = if rate.is_some() { "of rate" } else { "of copy" };
         writeln!(
             f,
             "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22} {:>18}",
@@ -93,7 +106,7 @@ impl fmt::Display for Report {
             "GB/s",
             "of TCP",
             "of TLS",
-            "of copy",
+            of_limit,
             "CPU s/GB",
             "send / recv",
             "1 extent p50/p99, us",
@@ -104,12 +117,12 @@ impl fmt::Display for Report {
             let of = |other: &Row| row.rate() / other.rate();
             let (sender, receiver) = row.cpu_per_gb();
             let line = format!(
-                "{:<20} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13} {:>22} {:>18}",
+                "{:<20} {:>8.3} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13} {:>22} {:>18}",
                 row.name,
                 row.rate() / 1e9,
                 of(tcp),
                 of(tls),
-                of(memcpy),
+                row.rate() / rate.unwrap_or(memcpy.rate()),
                 sender + receiver,
                 format!("{sender:.2} / {receiver:.2}"),
                 percentiles(&row.singles),
@@ -142,11 +155,16 @@ mod tests {
         tcp.observe(100_000_000, Duration::from_millis(50), CpuTime::default());
         let mut tls = Row::new("TLS over TCP".to_string());
         tls.observe(100_000_000, Duration::from_millis(80), CpuTime::default());
-        let text = Report::new(vec![row, tls, tcp.clone(), tcp], true).to_string();
+        let rows = vec![row, tls, tcp.clone(), tcp];
+        let linked = Report::new(rows.clone(), true).over_link("a link".to_string(), Some(1.25e9)).to_string();
+        assert!(linked.lines().nth(1) == Some("a link") && linked.contains("of rate"), "{linked}");
+        let share = linked.lines().find_map(|line| line.strip_prefix("quic")?.split_whitespace().nth(3));
+        assert_eq!(share, Some("0.80"), "{linked}");
+        let text = Report::new(rows, true).to_string();
         let line = text.lines().find(|line| line.starts_with("quic")).unwrap_or_default();
         assert_eq!(
             line.split_whitespace().collect::<Vec<_>>(),
-            ["quic", "1.00", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100", "25", "/", "50"]
+            ["quic", "1.000", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100", "25", "/", "50"]
         );
     }
 }

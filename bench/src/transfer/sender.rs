@@ -1,7 +1,7 @@
 //! The prefill node's part: a pool full of noise, sent to whoever asks.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -16,14 +16,15 @@ use kv_connector::{Fabric, FabricConfig, IncomingStream};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::task::JoinSet;
 
-use super::{TransferSenderArgs, baseline, workload};
+use super::{TransferSenderArgs, baseline, node};
+use crate::kv_workload as workload;
 
 /// Says where it listens (one line: fabric, TCP), then serves until standard input ends. Of each request it says when it
 /// turned to the first extent: nanoseconds of the system's clock.
 pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
-    let identity = Identity::load_from_dir(&args.identity, &workload::node("sender"))?;
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let hello = workload::hello("sender", Role::PrefillNode, args.num_tokens);
+    let identity = Identity::load_from_dir(&args.identity, &node("sender"))?;
+    let listen = SocketAddr::from((args.address, 0));
+    let hello = workload::hello(node("sender"), Role::PrefillNode, args.num_tokens);
     let memory = if args.is_shared { PoolMemory::Shareable } else { PoolMemory::Private };
     let num_blocks = workload::num_blocks(args.num_tokens);
     let pool = Arc::new(KvPool::with_memory(
@@ -33,8 +34,8 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
         memory,
     )?);
     fill(&pool, args.num_tokens);
-    let mut config = FabricConfig::new(loopback, identity, hello);
-    config.bulk_listen = Some(loopback);
+    let mut config = FabricConfig::new(listen, identity, hello);
+    config.bulk_listen = Some(listen);
     config.set_kv_quic(&args.kv_quic);
     config.busy_polling = super::busy_polling(args.busy_poll);
     if let Some((file, num_bytes)) = pool.shared_file() {
@@ -42,7 +43,7 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
         config.shared_pool = Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 });
     }
     let fabric = Fabric::bind(config)?;
-    let tcp = TcpListener::bind(loopback).context("listen for the TCP baseline")?;
+    let tcp = TcpListener::bind(listen).context("listen for the TCP baseline")?;
     println!("{} {}", fabric.local_addr(), tcp.local_addr().context("ask for the TCP port")?);
     std::io::stdout().flush().context("tell the receiver")?;
     let tls = baseline::tls_server(&args.identity)?;
