@@ -86,6 +86,9 @@ async fn measure_in(
         let mut config = FabricConfig::new(SocketAddr::from((own_address, 0)), identity, hello);
         config.is_reading_shared_pools = transport == Transport::Shm;
         config.set_kv_quic(&kv_quic);
+        if running_link.is_some() {
+            link::be_patient(&mut config);
+        }
         config.busy_polling = super::busy_polling(args.busy_poll);
         let fabric = Fabric::bind(config)?;
         let link = fabric.dial(addr, Role::PrefillNode, None).await?;

@@ -16,7 +16,7 @@ use kv_connector::{Fabric, FabricConfig, IncomingStream};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::task::JoinSet;
 
-use super::{TransferSenderArgs, baseline, node};
+use super::{TransferSenderArgs, baseline, link, node};
 use crate::kv_workload as workload;
 
 /// Says where it listens (one line: fabric, TCP), then serves until standard input ends. Of each request it says when it
@@ -37,6 +37,9 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     let mut config = FabricConfig::new(listen, identity, hello);
     config.bulk_listen = Some(listen);
     config.set_kv_quic(&args.kv_quic);
+    if args.address == link::SENDER {
+        link::be_patient(&mut config);
+    }
     config.busy_polling = super::busy_polling(args.busy_poll);
     if let Some((file, num_bytes)) = pool.shared_file() {
         let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);

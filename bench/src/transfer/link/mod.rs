@@ -32,6 +32,9 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use common::config::values::{parse_bytes_above_zero, parse_duration};
+use kv_connector::FabricConfig;
+
+use crate::kv_workload::DEADLINE;
 
 pub use process::run_link;
 pub(super) use process::set_congestion_control;
@@ -172,6 +175,13 @@ impl Drop for Link {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// What is measured is how fast KV crosses the link, not how soon a bad one is given up.
+pub(super) fn be_patient(config: &mut FabricConfig) {
+    config.limits.hello_deadline = DEADLINE;
+    config.limits.idle_timeout = DEADLINE;
+    config.limits.extent_deadline = DEADLINE;
 }
 
 /// Where the receiver finds what listens at `addr`, an address of the sender.
