@@ -32,10 +32,6 @@ const UNIT_BYTES: usize = 64 << 10;
 /// Units that each thread has at least, where a product is large enough: at the end one waits for another's last.
 const UNITS_PER_THREAD: usize = 32;
 
-/// Bytes of packed activations of one unit at most, unless one tile has more: they pass by each panel and must stay in
-/// the second-level cache.
-const UNIT_ACTIVATION_BYTES: usize = 5 << 18;
-
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
 
@@ -76,8 +72,7 @@ pub fn matmul_into(
         let out =
             Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
         let job = Job { x, a: packed.as_ptr(), tiles, w, out };
-        let (panel_bytes, row_bytes) = (w.depth() * PANEL * 4, row_lanes * 4);
-        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes, row_bytes };
+        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes: w.depth() * PANEL * 4 };
         let (job, isa) = (&job, ctx.isa);
         run_units(ctx, &shape, &job.tiles, &|panels, tiles| {
             lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
@@ -98,8 +93,6 @@ pub(crate) struct UnitShape {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) panel_bytes: usize,
-    /// Bytes of a row of packed activations.
-    pub(crate) row_bytes: usize,
 }
 
 /// Runs `unit(panels, tiles)` over all of a product, on the pool.
@@ -109,22 +102,18 @@ pub(crate) fn run_units(
     tiles: &Tiles,
     unit: &(dyn Fn(Range<usize>, Range<usize>) + Sync),
 ) {
-    let UnitShape { m, rows, cols, panel_bytes, row_bytes } = *shape;
+    let UnitShape { m, rows, cols, panel_bytes } = *shape;
     let num_panels = rows.div_ceil(PANEL);
     let madds_per_tile = tiles.rows_max() * PANEL * cols;
-    let tiles_max = (UNIT_MADDS / madds_per_tile).min(UNIT_ACTIVATION_BYTES / (tiles.rows_max() * row_bytes));
-    let row_units = tiles.count.div_ceil(tiles_max.clamp(1, tiles.count));
-    // As equal as possible: 86 tiles are 43 + 43, not 85 + 1.
-    let tiles_per_unit = tiles.count.div_ceil(row_units);
+    let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
     let row_units = tiles.count.div_ceil(tiles_per_unit);
-    let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
     let panels_per_unit = if m * rows * cols < INLINE_MADDS {
         num_panels
     } else if row_units > 1 {
-        // Activations come from afar for each unit: the more panels, the less often.
-        most
+        UNIT_BYTES / panel_bytes
     } else {
         // The first block of a unit comes unannounced: the longer the unit, the less that is.
+        let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
         most.min(num_panels / (UNITS_PER_THREAD * ctx.pool.threads())).max(UNIT_BYTES / panel_bytes)
     };
     let panels_per_unit = panels_per_unit.clamp(1, num_panels);
@@ -518,7 +507,7 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_reference() {
-        // The last two have several blocks of steps and several units of rows.
+        // The last two have several blocks of steps, the last one of them not full.
         let shapes = [(1, 1, 1), (1, 64, 96), (2, 7, 33), (5, 33, 70), (13, 96, 31), (29, 130, 64), (40, 512, 100)];
         for (m, k, n) in shapes.into_iter().chain([(25, 601, 40), (300, 1200, 40)]) {
             for dtype in [WeightDtype::F32, WeightDtype::Bf16] {

@@ -51,8 +51,7 @@ pub fn matmul_quantized(
         let out =
             Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
         let job = Job { x, a: packed.as_ptr(), lanes_per_row, tiles, w, out };
-        let row_bytes = lanes_per_row * 4;
-        let shape = UnitShape { m, rows: w.rows(), cols: k, panel_bytes: format.panel_bytes(k), row_bytes };
+        let shape = UnitShape { m, rows: w.rows(), cols: k, panel_bytes: format.panel_bytes(k) };
         let (job, isa) = (&job, ctx.isa);
         run_units(ctx, &shape, &job.tiles, &|panels, tiles| compute(isa, job, panels, tiles));
     });
