@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
+use crate::transfer::cuda_ipc;
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Mapping};
 use crate::transfer::{
@@ -65,6 +66,8 @@ pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
     /// The memory that peers may read KV in.
     shared_memory: Option<Arc<dyn KvMemory>>,
+    /// The memory that peers may have their devices copy KV out of.
+    device_memory: Option<Arc<dyn KvMemory>>,
     senders: DashMap<(NodeId, Epoch), Entry>,
 }
 
@@ -77,12 +80,16 @@ struct Entry {
 
 impl BulkSenders {
     pub(crate) fn new(layer: Option<TransportLayer>, shared_memory: Option<Arc<dyn KvMemory>>) -> Self {
-        Self { layer, shared_memory, senders: DashMap::new() }
+        Self { layer, shared_memory, device_memory: None, senders: DashMap::new() }
+    }
+
+    pub(crate) fn with_device_memory(self, device_memory: Option<Arc<dyn KvMemory>>) -> Self {
+        Self { device_memory, ..self }
     }
 
     /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
     pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
-        self.sender(PeerTransport::new(connection, ledger, None))
+        self.sender(PeerTransport::new(connection, ledger, None, None))
     }
 
     /// Through what the tests have put around it.
@@ -103,7 +110,8 @@ impl BulkSenders {
     ) -> Arc<PeerTransport> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
+        let (shared, on_device) = (self.shared_memory.clone(), self.device_memory.clone());
+        let transport = PeerTransport::new(connection, ledger, shared, on_device);
         let sender = self.sender(transport.clone());
         let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
         self.senders.insert((peer.node.clone(), peer.epoch), entry);
@@ -132,12 +140,24 @@ pub(crate) struct PeerTransport {
     quic: QuicTransport,
     shared_memory: Option<Arc<dyn KvMemory>>,
     is_attached: AtomicBool,
+    cuda_ipc: cuda_ipc::Sending,
 }
 
 impl PeerTransport {
-    fn new(connection: &Connection, ledger: &Arc<Ledger>, shared_memory: Option<Arc<dyn KvMemory>>) -> Arc<Self> {
+    fn new(
+        connection: &Connection,
+        ledger: &Arc<Ledger>,
+        shared_memory: Option<Arc<dyn KvMemory>>,
+        device_memory: Option<Arc<dyn KvMemory>>,
+    ) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        Arc::new(Self { quic, shared_memory, is_attached: AtomicBool::new(false) })
+        let cuda_ipc = cuda_ipc::Sending::new(device_memory);
+        Arc::new(Self { quic, shared_memory, is_attached: AtomicBool::new(false), cuda_ipc })
+    }
+
+    /// The sender's part of `cuda-ipc`.
+    pub(crate) fn cuda_ipc(&self) -> &cuda_ipc::Sending {
+        &self.cuda_ipc
     }
 
     /// The receiver has mapped the pool.
@@ -163,12 +183,18 @@ impl PeerTransport {
 
 impl Transport for PeerTransport {
     fn name(&self) -> &'static str {
+        if self.cuda_ipc.is_attached() {
+            return Carrier::CudaIpc.as_str();
+        }
         let carrier = if self.is_attached() { Carrier::Shm } else { Carrier::Quic };
         carrier.as_str()
     }
 
     fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         Box::pin(async move {
+            if let Some(runs) = self.cuda_ipc.runs(&payload) {
+                return cuda_ipc::send(&self.quic.connection, &self.quic.ledger, header, &runs, end).await;
+            }
             match self.shared_runs(&payload) {
                 Some(runs) => shm::send(&self.quic, header, &runs, end).await,
                 None => self.quic.send(header, payload, end).await,
@@ -181,7 +207,7 @@ impl Transport for PeerTransport {
     }
 
     fn datagram_bytes(&self) -> Option<u16> {
-        (!self.is_attached()).then(|| self.quic.connection.stats().path.current_mtu)
+        (self.name() == Carrier::Quic.as_str()).then(|| self.quic.connection.stats().path.current_mtu)
     }
 }
 
@@ -206,6 +232,8 @@ pub(crate) struct ReceiveContext {
     pub(crate) deadline: Duration,
     /// The sender's pool, if it runs on the same host and both ends want it.
     pub(crate) mapping: Option<Mapping>,
+    /// Whether bidirectional streams are extents to be read there; else they are `cuda-ipc`'s.
+    pub(crate) takes_runs: bool,
 }
 
 impl BulkReceiver {
@@ -229,7 +257,13 @@ impl BulkReceiver {
         Self { connection, sender, carrier }
     }
 
-    /// Name of the transport that KV comes over: `quic` or `shm`.
+    /// KV comes over `cuda-ipc` too, and by preference.
+    pub(crate) fn with_cuda_ipc(mut self) -> Self {
+        self.carrier = Carrier::CudaIpc;
+        self
+    }
+
+    /// Name of the transport that KV comes over: `quic`, `shm` or `cuda-ipc`.
     pub fn transport_name(&self) -> &'static str {
         self.carrier.as_str()
     }
@@ -284,7 +318,9 @@ pub(crate) async fn receive(
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
         let incoming = tokio::select! {
             stream = connection.accept_uni() => stream.map(Incoming::Bytes),
-            halves = connection.accept_bi() => halves.map(|(answer, stream)| Incoming::Runs(answer, stream)),
+            halves = connection.accept_bi(), if context.takes_runs => {
+                halves.map(|(answer, stream)| Incoming::Runs(answer, stream))
+            }
         };
         let incoming = match incoming {
             Ok(incoming) => incoming,
