@@ -62,7 +62,7 @@ struct Capture {
 
 /// A graph that is ready to be launched on the compute lane.
 struct GpuGraph {
-    /// Dropped before the device, whose kernels and workspace it uses.
+    /// Dropped before the device, whose kernels and workspace it uses, and when it runs no more.
     graph: CudaGraph,
     named: Named,
     num_nodes: usize,
@@ -589,6 +589,15 @@ impl Device for Gpu {
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(refused("make a graph"))?;
         let graph = graph.ok_or_else(|| out_of_order("make a graph", "the driver says that nothing was recorded"))?;
         Ok(Box::new(GpuGraph { graph, named, num_nodes, gpu: self }))
+    }
+}
+
+impl Drop for GpuGraph {
+    fn drop(&mut self) {
+        // It may run still. What the driver refuses now, it is gone with the context.
+        if self.gpu.bind().is_ok() {
+            let _ = self.gpu.lane(Lane::Compute).stream.synchronize();
+        }
     }
 }
 

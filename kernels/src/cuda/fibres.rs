@@ -50,7 +50,7 @@ struct Capture {
 }
 
 enum Node {
-    Launch { kernel: &'static str, grid: [u32; 3], threads: u32, shared_bytes: u32, args: Args },
+    Launch { kernel: &'static str, grid: [u32; 3], threads: u32, shared_bytes: u32, args: Box<Args> },
     Product(Product),
     Copy { from: u64, to: u64, num_bytes: usize },
     Zero { at: u64, num_bytes: usize },
@@ -299,7 +299,7 @@ impl Device for FibreDevice {
             return Err(refused(format!("{asked} bytes of shared memory, of at most {most}")));
         }
         let Launch { kernel, grid, threads, shared_bytes, args } = *launch;
-        let node = || Node::Launch { kernel, grid, threads, shared_bytes, args: args.clone() };
+        let node = || Node::Launch { kernel, grid, threads, shared_bytes, args: Box::new(args.clone()) };
         if self.is_recorded(lane, &args.addresses().collect::<Vec<_>>(), node)? {
             return Ok(());
         }
@@ -385,7 +385,8 @@ impl Graph for FibreGraph {
                 match node {
                     Node::Launch { kernel, grid, threads, shared_bytes, args } => {
                         let (grid, threads, shared_bytes) = (*grid, *threads, *shared_bytes);
-                        self.device.launch(Lane::Compute, &Launch { kernel, grid, threads, shared_bytes, args })
+                        self.device
+                            .launch(Lane::Compute, &Launch { kernel, grid, threads, shared_bytes, args: args.as_ref() })
                     }
                     Node::Product(product) => self.device.multiply(product),
                     Node::Copy { from, to, num_bytes } => {
