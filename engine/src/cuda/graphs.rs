@@ -1,4 +1,4 @@
-//! Graphs of decode steps: what lies between the tokens of a step and its logits, recorded once per [`Bucket`] and
+//! Graphs of decode steps: what lies between the tokens of a step and its logits, recorded once per bucket and
 //! launched as a whole from then on.
 //!
 //! ```text
@@ -9,7 +9,7 @@
 //! What differs from step to step is outside or in memory: which tokens the step before drew (`embed`), what requests
 //! ask for (`sample`), and the arrays, which are copied to the same place every time. A bucket's first step is launched
 //! directly, so that all memory has its size and the library its plans; its second is recorded. When memory of steps
-//! [moves](super::step::Moves), everything recorded is forgotten; the device would refuse it.
+//! moves, everything recorded is forgotten; the device would refuse it.
 
 use kernels::cuda::{DeviceError, Graph};
 

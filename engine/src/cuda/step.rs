@@ -4,7 +4,7 @@
 //! over their keys, or row by row where the device has no kernel on tensor cores. A row gets the same bits from the first two, so
 //! which one it goes through is a matter of speed.
 //!
-//! A decode step may be padded to a [`Bucket`], so that steps of different sizes are the same launches on the same
+//! A decode step may be padded to a bucket, so that steps of different sizes are the same launches on the same
 //! addresses ([`graphs`](super::graphs)): lists have the bucket's lengths, and what is too many in them stands for
 //! [`NOTHING`]. Block tables, whose length is anybody's, come last.
 

@@ -167,6 +167,7 @@ impl Args {
     }
 
     /// Those that are addresses.
+    #[cfg_attr(not(any(feature = "cuda", feature = "fibres")), allow(dead_code, reason = "for graphs of a device"))]
     pub(super) fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
         let places = self.places[..self.num].iter().enumerate();
         places.filter(|(index, _)| self.addresses >> index & 1 == 1).map(|(_, (word, _))| self.words[*word])
