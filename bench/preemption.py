@@ -20,45 +20,24 @@ import json
 import math
 import pathlib
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
+
+from server import Server, free_port
 
 COUNTERS = ["preemptions_total", "preempted_parked_total", "preempted_restored_total", "preempted_recomputed_total"]
 STATISTICS = {"p50": 0.50, "p99": 0.99, "max": 1.0}
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Node:
+class Node(Server):
     def __init__(self, args, name, flags, folder):
         self.args, self.name, self.folder = args, name, folder
         port = free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        log = folder / f"{name}.log"
         start = [args.tandem, "up", "--model", args.model, "--port", port, "--num-prefill-nodes", 0,
                  "--growth-window-blocks", 1, *flags]
-        self.process = subprocess.Popen([str(word) for word in start], stdout=subprocess.DEVNULL, stderr=log.open("w"))
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                self.model = json.loads(self.get("/v1/models"))["data"][0]["id"]
-                return
-            except OSError:
-                if self.process.poll() is not None or time.monotonic() > deadline:
-                    sys.exit(f"{' '.join(map(str, start))} did not come up:\n{log.read_text()}")
-                time.sleep(0.1)
-
-    def get(self, path):
-        with urllib.request.urlopen(self.url + path, timeout=10) as answer:
-            return answer.read().decode()
+        super().__init__(port, folder / f"{name}.log", [start])
 
     def metric(self, name):
         lines = [line for line in self.get("/metrics").splitlines() if line.split("{")[0] == f"tandem_{name}"]
@@ -107,10 +86,6 @@ class Node:
         figures = {name: itls[min(len(itls) - 1, int(share * len(itls)))] for name, share in STATISTICS.items()}
         print(f"round {seed // 2}, {self.name}: {figures}, {counted}", file=sys.stderr)
         return figures, counted
-
-    def stop(self):
-        self.process.terminate()
-        self.process.wait()
 
 
 def check(name, counted):

@@ -17,7 +17,6 @@ import json
 import pathlib
 import random
 import shutil
-import socket
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,8 @@ import threading
 import time
 import urllib.request
 
+from server import Server, free_port
+
 NUM_OTHERS = 3
 # What follows a prompt must push it out, whatever is worth keeping; and a node's own choice between loading and
 # computing is not the question here.
@@ -33,34 +34,8 @@ EVICT = ["--eviction-policy", "lru"]
 LOAD = ["--store-bytes-per-second", "100GiB"]
 
 
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-class Server:
-    """Every role in one process."""
-
-    def __init__(self, tandem, model, flags, log):
-        port = free_port()
-        self.start(port, log, [[tandem, "up", "--model", model, "--port", str(port), *flags]])
-
-    def start(self, port, log, commands):
-        self.url = f"http://127.0.0.1:{port}"
-        self.processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=open(log, "a"))
-                          for command in commands]
-        deadline = time.monotonic() + 120
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5) as answer:
-                    self.model = json.load(answer)["data"][0]["id"]
-                    return
-            except OSError:
-                if any(process.poll() is not None for process in self.processes) or time.monotonic() > deadline:
-                    self.stop()
-                    sys.exit(f"{commands} did not come up:\n{pathlib.Path(log).read_text()}")
-                time.sleep(0.1)
+class Source(Server):
+    """Where a prefix may come from."""
 
     def ask_again(self, prompt, others):
         """The same prompt when `others` have been asked since."""
@@ -86,14 +61,16 @@ class Server:
                     cached = event["usage"]["prompt_tokens_details"]["cached_tokens"]
         return (first - begun) * 1e3, cached
 
-    def stop(self):
-        for process in self.processes:
-            process.terminate()
-        for process in self.processes:
-            process.wait()
+
+class OneProcess(Source):
+    """Every role in one process."""
+
+    def __init__(self, tandem, model, flags, log):
+        port = free_port()
+        super().__init__(port, log, [[tandem, "up", "--model", model, "--port", port, *flags]])
 
 
-class Peers(Server):
+class Peers(Source):
     """Two prefill nodes, one of which has the prefix and is busy, so that the other one is asked."""
 
     def __init__(self, tandem, model, flags, folder):
@@ -106,7 +83,7 @@ class Peers(Server):
                                        *flags]
         listed = [word for flag, at in zip(("--prefill-node", "--prefill-node", "--decode-node"), nodes)
                   for word in (flag, f"127.0.0.1:{at}")]
-        self.start(port, folder / "peers.log", [
+        super().__init__(port, folder / "peers.log", [
             ["taskset", "-c", "0", *node("prefill-node", "prefill-0", nodes[0])],
             ["taskset", "-c", "1", *node("prefill-node", "prefill-1", nodes[1])],
             # It holds no prefix itself: that would be the nearer way.
@@ -160,7 +137,7 @@ def main():
     servers = {}
     try:
         for name, flags in sources.items():
-            servers[name] = Server(args.tandem, args.model, flags, folder / f"{name.replace(' ', '-')}.log")
+            servers[name] = OneProcess(args.tandem, args.model, flags, folder / f"{name.replace(' ', '-')}.log")
         servers["peer, busy"] = Peers(args.tandem, args.model, ["--kv-cache-memory-bytes", large], folder)
         rng = random.Random(0)
         prompt = lambda length: [rng.randrange(5, 500) for _ in range(length)]

@@ -107,7 +107,10 @@ impl LoadedModel {
         Ok(match self {
             LoadedModel::Cpu(model) => {
                 let bytes = engine.kv_cache_bytes_on_cpu();
-                Box::new(CpuRunner::with_memory(model, block_size, bytes, longest, memory)?)
+                let runner = CpuRunner::with_memory(model, block_size, bytes, longest, memory)?;
+                let (num_tokens, num_seqs) = (engine.max_num_batched_tokens as usize, engine.max_num_seqs as usize);
+                tracing::info!("{}", runner.memory_report(num_tokens, num_seqs));
+                Box::new(runner)
             }
             LoadedModel::Cuda { model, kv_cache_bytes } => {
                 Box::new(CudaRunner::new(model, block_size, kv_cache_bytes, longest)?)

@@ -17,6 +17,42 @@ fn transfer_measures_every_transport() {
     }
 }
 
+/// Whether processes may have a network of their own here, with a TUN device in it.
+fn can_emulate_links() -> bool {
+    let namespace = Command::new("unshare").args(["--user", "--map-root-user", "--net", "ip", "link"]).output();
+    let can = std::path::Path::new("/dev/net/tun").exists() && namespace.is_ok_and(|output| output.status.success());
+    if !can {
+        eprintln!("NOT CHECKED: this machine lacks /dev/net/tun, unshare, ip, or the right to make network namespaces");
+    }
+    can
+}
+
+#[test]
+fn over_an_emulated_link_nothing_is_faster_than_its_rate_and_both_protocols_meet_its_losses() {
+    if !can_emulate_links() {
+        return;
+    }
+    let link = ["--rtt", "2ms", "--loss", "0.01", "--rate", "200Mbit"];
+    let load = ["--rounds", "2", "--request-mib", "2", "--num-single", "1", "--extent-tokens", "256", "--cores", "0"];
+    let controllers = ["--transports", "quic,shm", "--congestion-control", "cubic,bbr,fixed"];
+    let args = [&["bench", "transfer"][..], &link, &load, &controllers].concat();
+    let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
+    let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    assert!(output.status.success(), "{table}{log}");
+    assert!(table.contains("a link of 2ms and 1 % loss, packets of 1500 bytes, 200 Mbit/s"), "{table}");
+    for row in ["quic cubic, 256 KiB", "quic bbr, 256 KiB", "quic fixed, 256 KiB", "TLS over TCP", "TCP, blocking"] {
+        let line = table.lines().find_map(|line| line.strip_prefix(row)).unwrap_or_else(|| panic!("no {row}: {table}"));
+        let of_rate: f64 = line.split_whitespace().nth(3).unwrap().parse().unwrap();
+        assert!(of_rate <= 1.0, "{row} was faster than the link: {table}");
+    }
+    assert!(!table.contains("shm"), "shared memory goes over no link: {table}");
+    let told = table.lines().find(|line| line.contains("packets entered")).unwrap();
+    let mut counts = told.split_whitespace().filter_map(|word| word.parse::<u64>().ok());
+    let (num_entered, num_lost) = (counts.next().unwrap(), counts.next().unwrap());
+    // 16 MiB of payload at the least, with the first request of each row.
+    assert!(num_entered > 10_000 && (num_entered / 300..num_entered / 40).contains(&num_lost), "{told}");
+}
+
 #[test]
 fn peers_measures_idle_connections_of_every_kind_at_both_ends() {
     // So many that making them takes several of the clock's ticks, of 10 ms, at both ends.

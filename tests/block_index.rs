@@ -4,8 +4,6 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
-
 use serde_json::{Value, json};
 use support::client::Api;
 use support::metrics::Scrape;
@@ -69,18 +67,6 @@ async fn fill_and_publish(cluster: &Cluster, texts: &[Vec<u32>]) {
 /// Granules that the host tiers hold.
 async fn num_on_hosts(cluster: &Cluster) -> f64 {
     cluster.node_metrics().await.sum("tandem_store_used_bytes", &[("tier", "host")]) / ENTRY_BYTES
-}
-
-/// The proxy knows that the nodes have nothing to do: a load told in the middle of the last request would weigh as much
-/// as a prefix. Nodes tell it every 250 ms, and nothing that can be read says that they have.
-async fn loads_are_told(cluster: &Cluster) {
-    cluster.settle().await;
-    let since = Instant::now();
-    wait::until("two intervals are over", wait::SOON, async || {
-        let elapsed = since.elapsed();
-        if elapsed > Duration::from_millis(500) { Ok(()) } else { Err(format!("{elapsed:?} are")) }
-    })
-    .await;
 }
 
 fn body(prompt: &[u32]) -> Value {
@@ -161,7 +147,6 @@ async fn prefix_that_only_a_host_tier_holds_is_routed_to_that_node() {
         let before = cluster.metrics().await;
         // An odd number of them again: by turns, each would go to the node that never saw it.
         for text in &texts {
-            loads_are_told(&cluster).await;
             assert_eq!(cached_tokens(&cluster.api, &body(text)).await, NUM_KEPT, "{prefilled:?}");
         }
         let after = cluster.metrics().await;

@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use support::client::{Answer, Api};
 use support::corpus;
 use support::wait::{self, SOON};
-use support::{Cluster, Seed, Shape};
+use support::{Blow, Cluster, Seed, Shape};
 use tokio::sync::watch;
 
 /// Requests in progress when a node is lost.
@@ -79,13 +79,6 @@ async fn streamed(api: Api, body: Value, begins_at: usize, progress: Progress) -
     Ok(stream.so_far().clone())
 }
 
-/// What is done to a node.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Blow {
-    Kill,
-    Freeze,
-}
-
 /// Twenty requests, and a blow at each of some nodes when so many chunks have been received.
 struct Round {
     blows: Vec<(usize, String, Blow)>,
@@ -134,11 +127,7 @@ impl Round {
             .collect();
         for (moment, victim, blow) in &self.blows {
             wait::within("the moment of the blow", SOON, progress.reaches(*moment)).await;
-            let node = cluster.node(victim);
-            match blow {
-                Blow::Kill => node.process.kill(),
-                Blow::Freeze => node.freeze(),
-            }
+            blow.strike(cluster, victim);
         }
         let answers = wait::within("every request ends", Duration::from_secs(90), join_all(running)).await;
         let num_chunks = *progress.0.borrow();
@@ -148,10 +137,7 @@ impl Round {
     /// Everyone is back, as after a restart by a supervisor or a network that heals.
     async fn repair(&self, cluster: &mut Cluster) {
         for (_, victim, blow) in &self.blows {
-            match blow {
-                Blow::Kill => cluster.restart(victim).await,
-                Blow::Freeze => cluster.node(victim).thaw(),
-            }
+            blow.repair(cluster, victim).await;
         }
         cluster.all_known().await;
     }

@@ -12,7 +12,7 @@ use futures::future::join_all;
 use serde_json::{Value, json};
 use support::client::Answer;
 use support::wait::{self, SOON};
-use support::{Cluster, Seed, Shape, corpus};
+use support::{Blow, Cluster, Seed, Shape, corpus};
 
 /// Tokens that all prompts of a burst begin with: whole granules.
 const NUM_SHARED: usize = 608;
@@ -20,12 +20,6 @@ const NUM_OWN: usize = 200;
 const NUM_REQUESTS: usize = 8;
 /// A burst follows its prefix until what waits there outweighs it, which a fast machine may not let happen.
 const NUM_ROUNDS_MAX: usize = 10;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Blow {
-    Kill,
-    Freeze,
-}
 
 /// Two prefill nodes whose queues grow, for which fetching is always worth it, and decode nodes that never hold a
 /// prefix themselves.
@@ -170,17 +164,11 @@ async fn round(cluster: &mut Cluster, requests: &[Value], salt: &str, kind: Blow
     })
     .await;
     if let Some(name) = &victim {
-        match kind {
-            Blow::Kill => cluster.node(name).process.kill(),
-            Blow::Freeze => cluster.node(name).freeze(),
-        }
+        kind.strike(cluster, name);
     }
     let answers = wait::within("every request ends", Duration::from_secs(90), running).await.unwrap();
     if let Some(name) = &victim {
-        match kind {
-            Blow::Kill => cluster.restart(name).await,
-            Blow::Freeze => cluster.node(name).thaw(),
-        }
+        kind.repair(cluster, name).await;
     }
     cluster.all_known().await;
     (answers, victim.is_some())

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use support::client::Answer;
 use support::corpus;
 use support::wait::{self, SOON};
-use support::{Cluster, Seed, Shape};
+use support::{Blow, Cluster, Seed, Shape};
 
 /// States by the role that goes through them (`common::handover`).
 const STATES: [(&str, &str); 8] = [
@@ -30,12 +30,6 @@ const STATES: [(&str, &str); 8] = [
 /// a decode node ever waits for the token alone; and, over shared memory, that the last extent was read and that
 /// all KV was received, so whether a prefill node ever waits for the latter alone.
 const MAY_NOT_BE_SEEN: [&str; 2] = ["state=AwaitingToken", "state=AwaitingReceived"];
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Blow {
-    Kill,
-    Freeze,
-}
 
 fn shape() -> Shape {
     Shape {
@@ -88,10 +82,7 @@ async fn round(
             name = node_in(cluster, role, state, &read) => {
                 let other = if role == "decode-node" { name.replace("decode", "prefill") } else { name.replace("prefill", "decode") };
                 let name = if is_own { name } else { other };
-                match kind {
-                    Blow::Kill => cluster.node(&name).process.kill(),
-                    Blow::Freeze => cluster.node(&name).freeze(),
-                }
+                kind.strike(cluster, &name);
                 victim = Some((name, kind));
             }
             done = &mut running => answers = Some(done),
@@ -103,10 +94,7 @@ async fn round(
     };
     let is_seen = victim.is_some();
     if let Some((name, kind)) = victim {
-        match kind {
-            Blow::Kill => cluster.restart(&name).await,
-            Blow::Freeze => cluster.node(&name).thaw(),
-        }
+        kind.repair(cluster, &name).await;
     }
     cluster.all_known().await;
     (answers.into_iter().map(|answer| answer.unwrap()).collect(), is_seen)

@@ -12,6 +12,7 @@
 | apart | settings that move TTFT and leave ITL, and the reverse |
 | goodput | requests per second that meet three pairs of SLOs, on a trace (`--trace`, Mooncake's format) |
 | handover | what lies between the end of prefill and the decode node's own steps, by length of the prompt |
+| arrivals | ITL of running streams while KV for other requests arrives at the decode node, whose one core does both |
 | cost | CPU seconds per 1,000 output tokens, and resident memory |
 
 Set-ups: `split` (prefill node on core 0, decode node on core 1), `one-core` and `two-cores` (one decode node that
@@ -23,6 +24,7 @@ take turns, and get the same load; the load generator and the proxy run beside t
 import argparse
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -31,6 +33,8 @@ KV_BYTES = "1GiB"
 # Of the trace's lengths: see `goodput`.
 DIVISOR = 16
 CONTEXT = 16384
+# Tokens of a prompt that nobody has, behind those that the prefill node has: see `arrivals`.
+ARRIVALS_TAIL = 32
 # Milliseconds to the first token and of the longest gap between two tokens of an answer: see `goodput`. Shape S on
 # an idle core needs half a second for a prompt of this trace, and 8 ms for a token.
 SLOS = {"tight ITL": (5000, 25), "tight TTFT": (1000, 100), "both": (1000, 25)}
@@ -75,6 +79,8 @@ class Setups:
                             "prefill-1", "--decode-node", "decode-0", "--proxy", "proxy"], check=True,
                            stdout=subprocess.DEVNULL)
         self.num = 0
+        # Prompts of `price` and `handover` fit, with what they generate.
+        self.context = max(CONTEXT, *(length + 64 for length in args.lengths))
 
     def ports(self):
         self.num += 1
@@ -84,7 +90,7 @@ class Setups:
         """Three roles as processes; `prefill` has the cores of each prefill node, `decode` those of the decode node."""
         port = self.ports()
         common = f"--tls-dir {self.certs} --model {self.args.model} --log-level warn"
-        engine = f"{common} --kv-cache-memory-bytes {KV_BYTES} --threads {threads} --max-model-len {CONTEXT}"
+        engine = f"{common} --kv-cache-memory-bytes {KV_BYTES} --threads {threads} --max-model-len {self.context}"
         lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
         for index, cores in enumerate(prefill):
             at = port + 2 + index
@@ -242,24 +248,60 @@ def goodput(args, setups):
     table(["objectives", *(f"{name}, good requests/s by round" for name in result["setups"])], rows)
 
 
+# Ways that KV takes from prefill node to decode node: the last of each is taken, since both run on one host.
+TRANSPORTS = ("quic", "quic,shm")
+
+
+def over_each_transport(setups, decode_flags=()):
+    """`split` over each transport, called by it."""
+    flags = {kinds.split(",")[-1]: f"--kv-transports {kinds}" for kinds in TRANSPORTS}
+    return [setups.split(name, prefill_flags=(flag,), decode_flags=(flag, *decode_flags)) for name, flag in flags.items()]
+
+
 def handover(args, setups):
     rows = []
     for length in args.lengths:
-        chosen = []
-        for transports in ("quic", "quic,shm"):
-            flags = (f"--kv-transports {transports}",)
-            chosen.append(setups.split(transports.split(",")[-1], prefill_flags=flags, decode_flags=flags))
-        result = bench(args, "compare", f"handover-{length}", chosen, [],
+        result = bench(args, "compare", f"handover-{length}", over_each_transport(setups), [],
                        ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
-                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", 2])
+                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", 2, "--save-detailed"])
         for index, name in enumerate(result["setups"]):
             mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
             itl, handover = mean("median_itl_ms"), mean("median_handover_ms")
+            phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
+            hidden = statistics.median(hidden_share(**phase) for phase in phases)
             rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", f"{mean('median_transfer_ms'):.1f}",
-                         f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{handover / itl:.2f}",
+                         f"{hidden:.0%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{handover / itl:.2f}",
                          f"{mean('median_first_gap_ms') / itl:.2f}"])
-    table(["prompt tokens", "transport", "prefill, ms", "first KV byte to last verified, ms",
+    table(["prompt tokens", "transport", "prefill, ms", "first KV byte to last verified, ms", "of it behind prefill",
            "token #1 to the running batch, p50 / p99 ms", "in ITLs", "gap #1 to #2, in ITLs"], rows)
+
+
+def hidden_share(transfer, handover, **_):
+    """How much of a transfer ran while the prompt was still being computed. What comes behind token #1 also contains
+    joining the batch, so this is the least that was hidden."""
+    return max(0.0, 1 - handover / transfer) if transfer else 1.0
+
+
+def arrivals(args, setups):
+    # The prefill node has all but the end of each prompt and the decode node has nothing of it: KV comes as fast as
+    # the network and the decode node take it, whatever the prefill node can compute.
+    chosen = over_each_transport(setups, decode_flags=("--no-enable-prefix-caching",))
+    result = bench(args, "interference", "arrivals", chosen,
+                   ["--prompt-len", ARRIVALS_TAIL, "--prompt-output-len", 2, "--stream-input-len", ARRIVALS_TAIL,
+                    "--stream-output-len", args.stream_len, "--load", args.load],
+                   ["--num-warmups", 2, "--random-prefix-len", args.prompt_len])
+    config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
+    token_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    rows = []
+    for name, found in result["setups"].items():
+        mean = lambda figure: sum(figure(r) for r in found["rounds"]) / len(found["rounds"])
+        rate = result["load"] * mean(lambda r: r["prefill_capacity_per_s"])
+        cells = [f"{mean(lambda r: r['itl_alone'][figure]):.2f} / {mean(lambda r: r['itl_beside_prompts'][figure]):.2f}"
+                 for figure in ("p50_ms", "p99_ms", "max_ms")]
+        rows.append([name, f"{rate * (args.prompt_len + ARRIVALS_TAIL) * token_bytes / 1e6:.0f}", f"{rate:.1f}", *cells,
+                     *(interval(found[f"{figure}_itl_factor"]) for figure in ("p50", "p99"))])
+    table(["transport", "KV arriving, MB/s", "requests/s", "p50 ITL alone / beside, ms", "p99", "max", "p50 factor",
+           "p99 factor"], rows)
 
 
 def cost(args, setups):
@@ -283,7 +325,7 @@ def table(head, rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    comparisons = {found.__name__: found for found in (interference, price, apart, goodput, handover, cost)}
+    comparisons = {found.__name__: found for found in (interference, price, apart, goodput, handover, arrivals, cost)}
     parser.add_argument("comparison", choices=comparisons)
     parser.add_argument("--tandem", required=True, help="the release binary")
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
@@ -295,8 +337,10 @@ def main():
                         "the first two at least")
     parser.add_argument("--beside", default="0,1", help="cores of the load generator and of Tandem's proxies")
     parser.add_argument("--chunk", type=int, default=128, help="tokens of a colocated prompt chunk: tune it first")
-    parser.add_argument("--prompt-len", type=int, default=1024, help="interference: tokens of a long prompt")
-    parser.add_argument("--stream-len", type=int, default=512, help="interference: tokens of a stream")
+    parser.add_argument("--prompt-len", type=int, default=1024, help="interference, arrivals: tokens of a long prompt")
+    parser.add_argument("--load", type=float, default=0.5, help="arrivals: share of the prompts that could come one "
+                        "after another")
+    parser.add_argument("--stream-len", type=int, default=512, help="interference, arrivals: tokens of a stream")
     parser.add_argument("--lengths", type=lambda text: [int(n) for n in text.split(",")],
                         default=[64, 256, 512, 1024, 2048, 4096, 8192], help="price, handover: prompt lengths")
     parser.add_argument("--trace", help="goodput: a trace in Mooncake's format")

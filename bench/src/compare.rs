@@ -7,7 +7,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::{Args, Parser};
@@ -16,7 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::ratio::Ratio;
 use crate::serve::provenance::Provenance;
 use crate::serve::{ServeArgs, WarmedUp, progress_bar};
-use crate::setup::rounds::in_turn;
+use crate::setup::rounds::{RoundsArgs, in_turn};
 use crate::setup::server::Server;
 use crate::setup::{self, Setup};
 use crate::usage::{Usage, cpu_seconds_between};
@@ -47,26 +46,12 @@ const CPU_PER_1K: &str = "server_cpu_s_per_1k_output_tokens";
 const RESIDENT: &str = "server_resident_mib";
 const CPU_BY_PROCESS: &str = "server_cpu_s_by_process";
 
-/// What is compared.
+/// What is compared. The seeds of the rounds are --seed of the flags behind --, and the numbers behind it.
 #[derive(Debug, Clone, Args)]
 pub struct CompareArgs {
-    /// The set-ups: a TOML file of [[setup]] tables with name, base_url, and perhaps start (a command and its
-    /// flags), env, flags (of bench serve) and ready_seconds. Ratios are to the first.
-    #[arg(long, value_name = "PATH")]
-    pub setups: PathBuf,
-    /// Rounds. Their seeds are --seed of the flags behind --, and the numbers behind it.
-    #[arg(long, value_name = "ROUNDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
-    pub num_seeds: u64,
-    /// Leave a set-up with a start command running until the end, instead of starting it for each round: caches
-    /// stay warm, and all set-ups are there at the same time.
-    #[arg(long)]
-    pub keep_running: bool,
-    /// Write all results as JSON.
-    #[arg(long, value_name = "PATH")]
-    pub save_result: Option<PathBuf>,
-    /// Flags of bench serve, for all set-ups, behind --.
-    #[arg(last = true, value_name = "FLAGS OF BENCH SERVE")]
-    pub serve_flags: Vec<String>,
+    /// Set-ups and rounds.
+    #[command(flatten)]
+    pub rounds: RoundsArgs,
 }
 
 /// `bench serve`'s flags, parsed as its command does.
@@ -123,19 +108,18 @@ pub(crate) async fn measure_setup(server: &Server, args: ServeArgs, provenance: 
 /// # Errors
 /// If the set-ups or flags are wrong, a server does not come up, or a run answers nothing.
 pub fn run(args: &CompareArgs, provenance: Provenance) -> anyhow::Result<Comparison> {
-    let setups = setup::read(&args.setups)?;
-    anyhow::ensure!(setups.len() >= 2, "{} has one set-up, expected at least two", args.setups.display());
+    let setups = setup::read(&args.rounds.setups)?;
+    anyhow::ensure!(setups.len() >= 2, "{} has one set-up, expected at least two", args.rounds.setups.display());
     let all_flags: Vec<ServeArgs> =
-        setups.iter().map(|setup| serve_args(setup, &args.serve_flags)).collect::<anyhow::Result<_>>()?;
+        setups.iter().map(|setup| serve_args(setup, &args.rounds.serve_flags)).collect::<anyhow::Result<_>>()?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    let rounds =
-        runtime.block_on(in_turn(&setups, args.num_seeds, args.keep_running, async |round, index, server| {
-            let flags = &all_flags[index];
-            measure_setup(server, ServeArgs { seed: flags.seed + round, ..flags.clone() }, provenance.clone()).await
-        }))?;
+    let rounds = runtime.block_on(in_turn(&setups, &args.rounds, async |round, index, server| {
+        let flags = &all_flags[index];
+        measure_setup(server, ServeArgs { seed: flags.seed + round, ..flags.clone() }, provenance.clone()).await
+    }))?;
     let names = setups.iter().map(|setup| setup.name.clone()).collect();
     let comparison = Comparison { names, rounds, provenance };
-    if let Some(path) = &args.save_result {
+    if let Some(path) = &args.rounds.save_result {
         let text = format!("{:#}\n", comparison.to_json());
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }

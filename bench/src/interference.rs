@@ -9,7 +9,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::Context;
@@ -25,7 +24,7 @@ use crate::serve::report::Report;
 use crate::serve::slo::Metric;
 use crate::serve::statistics::Samples;
 use crate::serve::{ServeArgs, WarmedUp};
-use crate::setup::rounds::in_turn;
+use crate::setup::rounds::{RoundsArgs, in_turn};
 use crate::setup::server::Server;
 use crate::setup::{self, Setup};
 use crate::usage::cpu_seconds_between;
@@ -36,15 +35,9 @@ const NUM_PROMPTS_MAX: usize = 10_000;
 /// What is measured.
 #[derive(Debug, Clone, Args)]
 pub struct InterferenceArgs {
-    /// The set-ups, as for bench compare.
-    #[arg(long, value_name = "PATH")]
-    pub setups: PathBuf,
-    /// Rounds, each with a seed of its own.
-    #[arg(long, value_name = "ROUNDS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
-    pub num_seeds: u64,
-    /// Leave set-ups with a start command running until the end, instead of starting them for each round.
-    #[arg(long)]
-    pub keep_running: bool,
+    /// Set-ups and rounds.
+    #[command(flatten)]
+    pub rounds: RoundsArgs,
     /// Sequences that decode at the same time.
     #[arg(long, value_name = "SEQUENCES", default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=1024))]
     pub num_streams: u64,
@@ -66,12 +59,6 @@ pub struct InterferenceArgs {
     /// Long prompts that measure the prefill speed, one after another, in each round.
     #[arg(long, value_name = "PROMPTS", default_value_t = 5, value_parser = clap::value_parser!(u64).range(1..=1000))]
     pub num_calibrations: u64,
-    /// Write all figures as JSON.
-    #[arg(long, value_name = "PATH")]
-    pub save_result: Option<PathBuf>,
-    /// Further flags of bench serve, for all set-ups, behind --.
-    #[arg(last = true, value_name = "FLAGS OF BENCH SERVE")]
-    pub serve_flags: Vec<String>,
 }
 
 /// One set-up in one round.
@@ -116,19 +103,18 @@ pub struct Interference {
 /// If the set-ups or flags are wrong, a server does not come up, or a load is not answered.
 pub fn run(args: &InterferenceArgs, provenance: Provenance) -> anyhow::Result<Interference> {
     anyhow::ensure!((0.01..=10.0).contains(&args.load), "--load is {}, expected 0.01 to 10", args.load);
-    let setups = setup::read(&args.setups)?;
+    let setups = setup::read(&args.rounds.setups)?;
     for setup in &setups {
         // Told before the first server is started.
         streams(args, setup, 0)?;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("start the runtime")?;
-    let rounds =
-        runtime.block_on(in_turn(&setups, args.num_seeds, args.keep_running, async |round, index, server| {
-            one_round(args, &setups[index], server, round, &provenance).await
-        }))?;
+    let rounds = runtime.block_on(in_turn(&setups, &args.rounds, async |round, index, server| {
+        one_round(args, &setups[index], server, round, &provenance).await
+    }))?;
     let names = setups.iter().map(|setup| setup.name.clone()).collect();
     let result = Interference { names, rounds, load: args.load, provenance };
-    if let Some(path) = &args.save_result {
+    if let Some(path) = &args.rounds.save_result {
         let text = format!("{:#}\n", result.to_json());
         std::fs::write(path, text).with_context(|| format!("write {}", path.display()))?;
     }
@@ -231,7 +217,7 @@ fn requests(
     output: u64,
     more: &[&str],
 ) -> anyhow::Result<ServeArgs> {
-    let mut flags = args.serve_flags.clone();
+    let mut flags = args.rounds.serve_flags.clone();
     let own = [
         ("--num-prompts", num as u64),
         ("--random-input-len", input),

@@ -14,7 +14,8 @@
 //!
 //! 1. [`engine_bench`]: the engine.
 //!    [`random_checkpoint`]: models to measure with.
-//! 2. [`transfer`]: the fabric under load. [`control`]: what a message sees of that. [`peers`]: idle.
+//! 2. [`transfer`]: the fabric under load. [`control`]: what a message sees of that. `kv_workload`: the KV of both.
+//!    [`peers`]: idle.
 //! 3. [`serve`]: the load generator. [`mock`]: what it is validated against.
 //! 4. [`setup`], [`compare`], [`interference`], [`ratio`], [`sweep`]: several runs. [`report`]: a page of them.
 //!    [`usage`]: what processes took.
@@ -28,6 +29,7 @@ pub mod control;
 pub mod engine_bench;
 pub mod index_bench;
 pub mod interference;
+mod kv_workload;
 pub mod mock;
 pub mod mooncake;
 pub mod peers;
@@ -61,6 +63,9 @@ enum Args {
     /// The other process of `transfer`, which starts it itself.
     #[command(hide = true)]
     TransferSender(transfer::TransferSenderArgs),
+    /// The link between the processes of `transfer`, which starts it itself.
+    #[command(hide = true)]
+    TransferLink(transfer::TransferLinkArgs),
     /// Round trip of a message while KV moves as fast as it can.
     Control(control::ControlBenchArgs),
     /// The other process of `control`, which starts it itself.
@@ -97,6 +102,7 @@ pub fn run(args: Vec<OsString>) -> ExitCode {
         Args::Engine(engine) => told(engine_bench::run(&engine, Provenance::of_process(&args))),
         Args::Transfer(transfer) => told(transfer::run(&transfer)),
         Args::TransferSender(sender) => told(transfer::run_sender(&sender).map(|()| "")),
+        Args::TransferLink(link) => told(transfer::run_link(&link).map(|()| "")),
         Args::Control(control) => told(control::run(&control)),
         Args::ControlNode(node) => told(control::run_node(&node).map(|()| "")),
         Args::Peers(peers) => told(peers::run(&peers)),

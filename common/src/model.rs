@@ -31,7 +31,7 @@ impl fmt::Debug for ModelIdentity {
 }
 
 /// Within one numerics id, the same tokens give the same bits: kernel family, tensor-parallel degree,
-/// weight format and KV representation, joined by `/` (for example `cpu-fold-1/tp1/bf16/kv-bf16`).
+/// weight format and KV representation, joined by `/` (for example `cpu-fold-2/tp1/bf16/kv-bf16`).
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode)]
 pub struct NumericsId(pub String);
 
@@ -290,11 +290,11 @@ mod tests {
 
     #[test]
     fn what_may_have_been_converted_has_a_tag_of_its_own() {
-        let numerics = NumericsId::new("cpu-fold-1/tp1/f32", KvDtype::Bf16);
-        assert_eq!(numerics.0, "cpu-fold-1/tp1/f32/kv-bf16");
-        assert_eq!(numerics.arithmetic(), "cpu-fold-1/tp1/f32");
+        let numerics = NumericsId::new("cpu-fold-2/tp1/f32", KvDtype::Bf16);
+        assert_eq!(numerics.0, "cpu-fold-2/tp1/f32/kv-bf16");
+        assert_eq!(numerics.arithmetic(), "cpu-fold-2/tp1/f32");
         let tag = |exchange| Representation::new(KvDtype::Bf16, &numerics, exchange).0;
-        assert_eq!(tag(KvExchange::Same), "bf16/cpu-fold-1/tp1/f32/kv-bf16");
+        assert_eq!(tag(KvExchange::Same), "bf16/cpu-fold-2/tp1/f32/kv-bf16");
         assert_ne!(tag(KvExchange::Dtypes), tag(KvExchange::Same));
         assert_ne!(tag(KvExchange::Dtypes), tag(KvExchange::Numerics));
     }

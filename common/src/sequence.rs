@@ -231,6 +231,18 @@ impl Sequence {
         self.tokens.len() - self.num_computed_tokens
     }
 
+    /// Tokens that are to be computed here, as far as is known: not those whose KV is awaited or arrives.
+    pub fn num_tokens_to_compute(&self) -> usize {
+        let num_awaited = match (self.state, self.work) {
+            (SequenceState::Waiting | SequenceState::AwaitingKv, Work::AwaitKv) => self.tokens.len(),
+            (SequenceState::Waiting | SequenceState::AwaitingKv, Work::PrefillBehind { num_held_tokens }) => {
+                num_held_tokens.saturating_sub(self.num_computed_tokens)
+            }
+            _ => self.num_expected_tokens(),
+        };
+        self.num_uncomputed_tokens().saturating_sub(num_awaited)
+    }
+
     /// Generated tokens, committed ones included.
     pub fn num_generated_tokens(&self) -> usize {
         self.tokens.len() - self.prompt_len

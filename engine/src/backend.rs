@@ -8,23 +8,76 @@
 //! Activations are row-major f32 `[num_rows, width]` in the backend's own memory. A row's result depends on
 //! that row's inputs and its position alone, never on what else is in the step.
 
+use std::borrow::Cow;
+
 use common::kv_spec::GranuleOrder;
 use kernels::cuda::DeviceError;
 
+use crate::checkpoint::FloatDtype;
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
-use crate::weights::{AttentionWeights, MlpWeights};
+use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
-/// Rows of a matrix as loaded, before packing: `[its rows, cols]`.
-pub enum MatrixPart {
-    /// f32 values.
+/// Rows of a matrix as a checkpoint holds them, before packing: `[its rows, cols]`.
+pub enum MatrixPart<'a> {
+    /// Numbers where they lie in the checkpoint's file, little-endian, aligned to nothing.
+    Stored {
+        /// What they are.
+        dtype: FloatDtype,
+        /// All of them.
+        bytes: &'a [u8],
+    },
+    /// Numbers that lie in another order there.
     F32(Vec<f32>),
-    /// bf16 values.
-    Bf16(Vec<half::bf16>),
     /// Integers with scales.
     Quantized(kernels::QuantizedWeights),
+}
+
+impl MatrixPart<'_> {
+    /// As the kernels take numbers; `None` of integers with scales.
+    pub(crate) fn numbers(&self) -> Option<kernels::Weights<'_>> {
+        match self {
+            MatrixPart::Stored { dtype: FloatDtype::F32, bytes } => {
+                Some(kernels::Weights::F32Bytes(bytes.as_chunks().0))
+            }
+            MatrixPart::Stored { dtype: FloatDtype::F16, bytes } => {
+                Some(kernels::Weights::F16Bytes(bytes.as_chunks().0))
+            }
+            MatrixPart::Stored { dtype: FloatDtype::Bf16, bytes } => {
+                Some(kernels::Weights::Bf16Bytes(bytes.as_chunks().0))
+            }
+            MatrixPart::F32(values) => Some(kernels::Weights::F32(values)),
+            MatrixPart::Quantized(_) => None,
+        }
+    }
+
+    /// Integers with scales; `None` of numbers.
+    pub(crate) fn quantized(&self) -> Option<&kernels::QuantizedWeights> {
+        match self {
+            MatrixPart::Quantized(weights) => Some(weights),
+            MatrixPart::Stored { .. } | MatrixPart::F32(_) => None,
+        }
+    }
+
+    /// Little-endian numbers of type `dtype`, rounded to nearest even where they are not of it already; `None` of integers with
+    /// scales.
+    pub(crate) fn to_bytes(&self, dtype: ComputeDtype) -> Option<Cow<'_, [u8]>> {
+        let values = match (self, dtype) {
+            (MatrixPart::Stored { dtype: FloatDtype::F32, bytes }, ComputeDtype::F32)
+            | (MatrixPart::Stored { dtype: FloatDtype::Bf16, bytes }, ComputeDtype::Bf16) => {
+                return Some(Cow::Borrowed(bytes));
+            }
+            (MatrixPart::Stored { dtype, bytes }, _) => Cow::Owned(dtype.widen(bytes)),
+            (MatrixPart::F32(values), _) => Cow::Borrowed(values.as_slice()),
+            (MatrixPart::Quantized(_), _) => return None,
+        };
+        Some(Cow::Owned(match dtype {
+            ComputeDtype::F32 => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+            ComputeDtype::Bf16 => values.iter().flat_map(|x| half::bf16::from_f32(*x).to_le_bytes()).collect(),
+        }))
+    }
 }
 
 /// Some heads in the columns of a wider matrix: heads `first_head..first_head + num_heads` of each row.
@@ -66,8 +119,6 @@ pub trait Backend: Clone {
 
     /// A packed weight matrix `[rows, cols]`.
     type Matrix: Send + Sync;
-    /// The embedding table `[vocab, hidden]`.
-    type Table: Send + Sync;
     /// A vector of weights: a norm, a bias.
     type Vector: Send + Sync;
     /// Cosines and sines of all positions.
@@ -77,17 +128,13 @@ pub trait Backend: Clone {
     /// The tokens that a step draws, or where they will be, and memory for the next ones; nothing by default.
     type Drawn: Default;
 
-    /// Packs a matrix of stacked parts, which may be stored differently; `cols` is its input width.
+    /// Packs a matrix of stacked parts, which may be stored differently, for products in `dtype`; `cols` is its input
+    /// width.
     ///
     /// # Errors
     /// What a device says, for example that it has not as much memory. A CPU never refuses.
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<Self::Matrix, DeviceError>;
-
-    /// Takes an embedding table.
-    ///
-    /// # Errors
-    /// As [`matrix`](Self::matrix).
-    fn table(&self, values: MatrixPart) -> Result<Self::Table, DeviceError>;
+    fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>)
+    -> Result<Self::Matrix, DeviceError>;
 
     /// Takes a vector.
     ///
@@ -104,8 +151,8 @@ pub trait Backend: Clone {
     /// Copies activations to the host.
     fn read_back(&self, tensor: &Self::Tensor) -> Vec<f32>;
 
-    /// Rows of the embedding table: `out` `[tokens.len(), width]`.
-    fn embed(&self, table: &Self::Table, width: usize, tokens: &[u32], out: &mut Self::Tensor);
+    /// Rows of the embedding table `[vocab, width]`, which may be the output projection: `out` `[tokens.len(), width]`.
+    fn embed(&self, table: &Self::Matrix, width: usize, tokens: &[u32], out: &mut Self::Tensor);
 
     /// `out` = the given rows of `x` `[_, width]`.
     fn gather(&self, x: &Self::Tensor, width: usize, rows: &[usize], out: &mut Self::Tensor);

@@ -294,6 +294,11 @@ impl Checkpoint {
         self.files.iter().map(|file| file.path.as_path())
     }
 
+    /// Of all tensors together.
+    pub fn num_bytes(&self) -> u64 {
+        self.tensors.values().map(|place| place.bytes.len() as u64).sum()
+    }
+
     /// Whether a tensor is there.
     pub fn has(&self, name: &str) -> bool {
         self.tensors.contains_key(name)
@@ -405,7 +410,7 @@ pub enum FloatDtype {
 
 impl FloatDtype {
     /// Values as they lie, widened exactly.
-    fn widen(self, bytes: &[u8]) -> Vec<f32> {
+    pub(crate) fn widen(self, bytes: &[u8]) -> Vec<f32> {
         match self {
             FloatDtype::F32 => bytes.as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
             FloatDtype::F16 => bytes.as_chunks().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
@@ -426,7 +431,7 @@ pub struct CheckpointTensor<'a> {
     row_scales: Option<Vec<f32>>,
 }
 
-impl CheckpointTensor<'_> {
+impl<'a> CheckpointTensor<'a> {
     /// Integers and scales; `None` if the file stores numbers.
     pub fn to_quantized(&self) -> Option<QuantizedWeights> {
         let (rows, cols) = (self.rows, self.cols);
@@ -448,6 +453,11 @@ impl CheckpointTensor<'_> {
         }
     }
 
+    /// Its size in the file, without scales that are a tensor of their own.
+    pub fn num_bytes(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
     /// All values, widened exactly or dequantized.
     pub fn to_f32(&self) -> Vec<f32> {
         let Some(float) = self.stored.float() else {
@@ -461,12 +471,11 @@ impl CheckpointTensor<'_> {
         (0..self.rows).flat_map(row).collect()
     }
 
-    /// All values, rounded to nearest even where they are not bf16 already.
-    pub fn to_bf16(&self) -> Vec<bf16> {
-        if self.stored.float() == Some(FloatDtype::Bf16) && self.interleaved.is_none() {
-            return self.bytes.as_chunks().0.iter().map(|b| bf16::from_le_bytes(*b)).collect();
-        }
-        self.to_f32().into_iter().map(bf16::from_f32).collect()
+    /// The bytes of all values where they lie in the file, and their type; `None` if the file stores no numbers, or
+    /// rows in another order.
+    pub fn stored(&self) -> Option<(FloatDtype, &'a [u8])> {
+        let dtype = self.stored.float().filter(|_| self.interleaved.is_none())?;
+        Some((dtype, self.bytes))
     }
 
     fn source_row(&self, row: usize) -> usize {
@@ -534,7 +543,7 @@ mod tests {
     }
 
     #[test]
-    fn values_of_every_type_are_widened_exactly_and_rounded_to_nearest() {
+    fn values_of_every_type_are_widened_exactly() {
         let folder = TestFolder::new("dtypes");
         let halves: Vec<u8> = [1.0f32, -2.5].iter().flat_map(|&x| f16::from_f32(x).to_le_bytes()).collect();
         let brains: Vec<u8> = [1.0f32, -2.5].iter().flat_map(|&x| bf16::from_f32(x).to_le_bytes()).collect();
@@ -547,9 +556,7 @@ mod tests {
         let checkpoint = Checkpoint::open(folder.path()).unwrap();
         assert_eq!(checkpoint.tensor("h", &[2]).unwrap().to_f32(), [1.0, -2.5]);
         assert_eq!(checkpoint.tensor("b", &[2]).unwrap().to_f32(), [1.0, -2.5]);
-        assert_eq!(checkpoint.tensor("h", &[2]).unwrap().to_bf16()[1].to_f32(), -2.5);
-        let rounded: Vec<f32> = checkpoint.tensor("f", &[2]).unwrap().to_bf16().iter().map(|x| x.to_f32()).collect();
-        assert_eq!(rounded, [1.0, 1.0]);
+        assert_eq!(checkpoint.tensor("f", &[2]).unwrap().to_f32(), [1.0, 1.003_906_3]);
     }
 
     #[test]

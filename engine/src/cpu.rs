@@ -7,7 +7,6 @@ use std::sync::{Mutex, PoisonError};
 use common::kv_spec::GranuleOrder;
 use common::sampling::SampledToken;
 use common::tokens::Token;
-use half::bf16;
 use kernels::cuda::DeviceError;
 use kernels::kv_layout::KvLayout;
 use kernels::{
@@ -21,7 +20,7 @@ use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
 use crate::weight_sizes::MatrixSizes;
-use crate::weights::AttentionWeights;
+use crate::weights::{AttentionWeights, ComputeDtype};
 
 /// Threads, instruction set and priority. None of them changes a result.
 #[derive(Clone, Copy)]
@@ -36,17 +35,6 @@ impl std::fmt::Debug for CpuBackend {
         let (threads, isa) = (self.workers.threads(), self.isa);
         f.debug_struct("CpuBackend").field("threads", &threads).field("isa", &isa).finish_non_exhaustive()
     }
-}
-
-/// An embedding table in the type it is stored in.
-#[derive(Debug)]
-pub enum CpuTable {
-    /// f32 values.
-    F32(Vec<f32>),
-    /// bf16 values.
-    Bf16(Vec<bf16>),
-    /// Integers with scales.
-    Quantized(QuantizedWeights),
 }
 
 /// A matrix of stacked parts: neighbours of one format are packed together, others multiply on their own.
@@ -65,15 +53,15 @@ enum Section {
 }
 
 impl CpuMatrix {
-    fn pack(cols: usize, parts: &[MatrixPart]) -> Self {
-        let is_alike = |a: &MatrixPart, b: &MatrixPart| match (a, b) {
+    fn pack(dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
+        let is_alike = |a: &MatrixPart<'_>, b: &MatrixPart<'_>| match (a, b) {
             (MatrixPart::Quantized(a), MatrixPart::Quantized(b)) => (a.bits, a.group) == (b.bits, b.group),
             (MatrixPart::Quantized(_), _) | (_, MatrixPart::Quantized(_)) => false,
             _ => true,
         };
         let mut matrix = Self { rows: 0, cols, sections: Vec::new() };
         for parts in parts.chunk_by(is_alike) {
-            let section = Section::pack(cols, parts);
+            let section = Section::pack(dtype, cols, parts);
             let first_row = matrix.rows;
             matrix.rows += section.rows();
             matrix.sections.push((first_row, section));
@@ -115,22 +103,19 @@ impl CpuMatrix {
 }
 
 impl Section {
-    fn pack(cols: usize, parts: &[MatrixPart]) -> Self {
-        let mut floats = Vec::new();
-        let mut quantized = Vec::new();
-        for part in parts {
-            match part {
-                MatrixPart::F32(values) => floats.push(kernels::Weights::F32(values)),
-                MatrixPart::Bf16(values) => floats.push(kernels::Weights::Bf16(values)),
-                MatrixPart::Quantized(weights) => quantized.push(weights),
-            }
+    /// Of numbers alone, or of integers with scales alone.
+    fn pack(dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
+        let quantized: Vec<&QuantizedWeights> = parts.iter().filter_map(MatrixPart::quantized).collect();
+        if !quantized.is_empty() {
+            let packed = QuantizedMatrix::pack(&quantized);
+            return Self::Quantized(packed.expect("loaders make only formats that have a kernel"));
         }
-        if quantized.is_empty() {
-            let is_f32 = floats.iter().any(|part| matches!(part, kernels::Weights::F32(_)));
-            let dtype = if is_f32 { WeightDtype::F32 } else { WeightDtype::Bf16 };
-            return Self::Float(PackedMatrix::pack(dtype, cols, &floats));
-        }
-        Self::Quantized(QuantizedMatrix::pack(&quantized).expect("loaders make only formats that have a kernel"))
+        let numbers: Vec<kernels::Weights<'_>> = parts.iter().filter_map(MatrixPart::numbers).collect();
+        let dtype = match dtype {
+            ComputeDtype::F32 => WeightDtype::F32,
+            ComputeDtype::Bf16 => WeightDtype::Bf16,
+        };
+        Self::Float(PackedMatrix::pack(dtype, cols, &numbers))
     }
 
     fn rows(&self) -> usize {
@@ -215,22 +200,13 @@ impl Backend for CpuBackend {
     const GRANULE_ORDER: GranuleOrder = GranuleOrder::Lanes;
 
     type Matrix = CpuMatrix;
-    type Table = CpuTable;
     type Vector = Vec<f32>;
     type Rope = RopeAngles;
     type Tensor = CpuTensor;
     type Drawn = Vec<SampledToken>;
 
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CpuMatrix, DeviceError> {
-        Ok(CpuMatrix::pack(cols, &parts))
-    }
-
-    fn table(&self, values: MatrixPart) -> Result<CpuTable, DeviceError> {
-        Ok(match values {
-            MatrixPart::F32(values) => CpuTable::F32(values),
-            MatrixPart::Bf16(values) => CpuTable::Bf16(values),
-            MatrixPart::Quantized(weights) => CpuTable::Quantized(weights),
-        })
+    fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CpuMatrix, DeviceError> {
+        Ok(CpuMatrix::pack(dtype, cols, &parts))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {
@@ -245,15 +221,13 @@ impl Backend for CpuBackend {
         tensor.0.clone()
     }
 
-    fn embed(&self, table: &CpuTable, width: usize, tokens: &[u32], out: &mut CpuTensor) {
-        let table = match table {
-            CpuTable::F32(values) => kernels::Weights::F32(values),
-            CpuTable::Bf16(values) => kernels::Weights::Bf16(values),
-            CpuTable::Quantized(weights) => {
-                return kernels::embed_quantized(&self.ctx(), weights, tokens, out.sized(tokens.len() * width));
-            }
-        };
-        kernels::embed(&self.ctx(), table, width, tokens, out.sized(tokens.len() * width));
+    fn embed(&self, table: &CpuMatrix, width: usize, tokens: &[u32], out: &mut CpuTensor) {
+        let out = out.sized(tokens.len() * width);
+        match table.sections.as_slice() {
+            [(_, Section::Float(table))] => kernels::embed(&self.ctx(), table, tokens, out),
+            [(_, Section::Quantized(table))] => kernels::embed_quantized(&self.ctx(), table, tokens, out),
+            _ => unreachable!("an embedding table is one tensor"),
+        }
     }
 
     fn gather(&self, x: &CpuTensor, width: usize, rows: &[usize], out: &mut CpuTensor) {

@@ -7,7 +7,7 @@ use kernels::Priority;
 
 use crate::backend::Backend;
 use crate::cpu::CpuBackend;
-use crate::decoder::{Decoder, Workspace};
+use crate::decoder::{self, Decoder, Workspace};
 use crate::model::{LoadError, Model, PoolSize};
 use crate::plan::StepPlan;
 use crate::pool::{KvPool, PoolMemory};
@@ -20,7 +20,19 @@ use crate::weight_sizes::WeightSizes;
 pub struct CpuRunner {
     info: ModelInfo,
     pool: Arc<KvPool>,
+    memory: Memory,
     thread: StepThread,
+}
+
+/// What is in memory beside the pool.
+struct Memory {
+    weights: WeightSizes,
+    /// Of the angles of all positions.
+    angle_bytes: u64,
+    /// Of the activations of a row of a step.
+    row_bytes: u64,
+    /// Of the logits of a sampled row.
+    logit_bytes: u64,
 }
 
 impl CpuRunner {
@@ -54,31 +66,41 @@ impl CpuRunner {
             model.size_pool(block_size, kv_cache_memory_bytes, max_model_len)?;
         let kv_spec = model.spec().kv_spec(model.kv_dtype());
         let pool = Arc::new(KvPool::with_memory(&kv_spec, block_size, num_blocks, memory)?);
-        tracing::info!("{}", memory_report(&model.weights().sizes(), &pool));
         let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
-        let mut worker = Worker {
-            rope: model.backend().rope_table(model.spec().rope.angles(max_model_len))?,
-            model,
-            pool: pool.clone(),
-            workspace: Workspace::default(),
+        let rope = model.backend().rope_table(model.spec().rope.angles(max_model_len))?;
+        let memory = Memory {
+            weights: model.weights().sizes(),
+            angle_bytes: (size_of_val(rope.cos.as_slice()) + size_of_val(rope.sin.as_slice())) as u64,
+            row_bytes: decoder::row_bytes(model.spec()),
+            logit_bytes: 4 * model.spec().vocab_size as u64,
         };
+        let mut worker = Worker { rope, model, pool: pool.clone(), workspace: Workspace::default() };
         let thread = StepThread::start(move |plan, sink| worker.step(plan, sink))
             .map_err(|error| LoadError::Thread { reason: error.to_string() })?;
-        Ok(Self { info, pool, thread })
+        Ok(Self { info, pool, memory, thread })
+    }
+
+    /// What weights and KV take by now, and what steps of so many tokens and sequences will, in one sentence.
+    pub fn memory_report(&self, max_num_batched_tokens: usize, max_num_seqs: usize) -> String {
+        self.memory.report(&self.pool, max_num_batched_tokens as u64, max_num_seqs as u64)
     }
 }
 
-/// What weights and KV take, in one sentence.
-fn memory_report(weights: &WeightSizes, pool: &KvPool) -> String {
-    let mib = |num_bytes: u64| num_bytes.div_ceil(1 << 20);
-    let pages = if pool.gets_huge_pages() { "in huge pages" } else { "not in huge pages" };
-    format!(
-        "memory: {} MiB of weights, once per process, and {} MiB of KV pool ({} blocks of {} tokens), {pages}",
-        mib(weights.num_bytes()),
-        mib(pool.num_bytes() as u64),
-        pool.num_blocks(),
-        pool.block_size(),
-    )
+impl Memory {
+    fn report(&self, pool: &KvPool, max_num_rows: u64, max_num_logit_rows: u64) -> String {
+        let mib = |num_bytes: u64| num_bytes.div_ceil(1 << 20);
+        let pages = if pool.gets_huge_pages() { "in huge pages" } else { "not in huge pages" };
+        format!(
+            "memory: {} MiB of weights, once per process, {} MiB of KV pool ({} blocks of {} tokens), {pages}, \
+             {} MiB of angles, and up to {} MiB for steps when they come",
+            mib(self.weights.num_bytes()),
+            mib(pool.num_bytes() as u64),
+            pool.num_blocks(),
+            pool.block_size(),
+            mib(self.angle_bytes),
+            mib(max_num_rows * self.row_bytes + max_num_logit_rows * self.logit_bytes),
+        )
+    }
 }
 
 impl Runner for CpuRunner {
@@ -136,12 +158,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_memory_report_names_weights_blocks_and_pages() {
+    fn the_memory_report_names_weights_blocks_pages_and_steps() {
         let pool = KvPool::new(&KvSpec::uniform(2, 2, 16, KvDtype::Bf16, None), 16, 10).unwrap();
         let weights = WeightSizes { table_bytes: 3 << 20, vector_bytes: 1, ..WeightSizes::default() };
+        let memory = Memory { weights, angle_bytes: 100, row_bytes: 4 << 10, logit_bytes: 2 << 10 };
         assert_eq!(
-            memory_report(&weights, &pool),
-            "memory: 4 MiB of weights, once per process, and 1 MiB of KV pool (10 blocks of 16 tokens), not in huge pages"
+            memory.report(&pool, 1024, 512),
+            "memory: 4 MiB of weights, once per process, 1 MiB of KV pool (10 blocks of 16 tokens), not in huge pages, \
+             1 MiB of angles, and up to 5 MiB for steps when they come"
         );
     }
 }

@@ -36,6 +36,12 @@ impl<B: Backend> Default for Activations<B> {
     }
 }
 
+/// Bytes of the activations of one row, in f32.
+pub(crate) fn row_bytes(spec: &ModelSpec) -> u64 {
+    let attended = spec.num_heads * spec.head_dim;
+    4 * (2 * spec.hidden_size + spec.qkv_width() + attended + 3 * spec.intermediate_size) as u64
+}
+
 /// What a step computes in; kept between steps for its memory.
 pub struct Workspace<B: Backend> {
     /// Of all rows.
@@ -129,7 +135,7 @@ impl<B: Backend> Decoder<'_, B> {
     /// Rows of the embedding table.
     pub fn embed(&self, plan: &StepPlan, workspace: &mut Workspace<B>) {
         let Self { backend, spec, weights, .. } = self;
-        backend.embed(&weights.embedding, spec.hidden_size, &plan.tokens, &mut workspace.all.hidden);
+        backend.embed(weights.embedding(), spec.hidden_size, &plan.tokens, &mut workspace.all.hidden);
     }
 
     /// Draws behind [`all_logits`](Self::all_logits): every row has logits.

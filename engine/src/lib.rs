@@ -10,7 +10,8 @@
 //!    name; [`gguf`]: so does a GGUF file.
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
 //! 3. [`pool`]: the memory that KV lies in; [`conversion`]: KV out of pools that have it otherwise.
-//! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`weight_sizes`], [`cpu`].
+//! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`load_progress`],
+//!    [`weight_sizes`], [`cpu`].
 //! 5. [`runner`]: submit a plan, wait for its tokens; [`model`], [`cpu_runner`], [`cuda`]: who does it.
 //! 6. [`core`]: the thread that schedules and runs steps.
 //! 7. [`sim`]: a runner without arithmetic; [`oracle`]: arithmetic without a runner.
@@ -29,6 +30,7 @@ pub mod decoder;
 pub mod gguf;
 pub mod hub;
 pub mod identity;
+pub mod load_progress;
 pub mod model;
 pub mod oracle;
 pub mod plan;

@@ -14,9 +14,10 @@ use crate::checkpoint::{Checkpoint, CheckpointError, FloatDtype};
 use crate::cpu::CpuBackend;
 use crate::gguf::is_gguf;
 use crate::identity::{self, model_identity};
+use crate::load_progress::LoadProgress;
 use crate::pool::PoolError;
 use crate::spec::{ModelSpec, SpecError};
-use crate::weights::{ComputeDtype, Weights};
+use crate::weights::{self, ComputeDtype, Weights};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -190,7 +191,7 @@ impl Opened {
             Dtype::Float32 => ComputeDtype::F32,
             Dtype::Bfloat16 => ComputeDtype::Bf16,
             Dtype::Auto if !checkpoint.quantized_formats().is_empty() => ComputeDtype::Bf16,
-            Dtype::Auto => match checkpoint.dtype_of("model.embed_tokens.weight") {
+            Dtype::Auto => match checkpoint.dtype_of(weights::EMBEDDING) {
                 Some(FloatDtype::Bf16) => ComputeDtype::Bf16,
                 _ => ComputeDtype::F32,
             },
@@ -203,7 +204,8 @@ impl Opened {
     pub(crate) fn weight_bytes(&self) -> u64 {
         let ModelSpec { hidden_size, intermediate_size, vocab_size, num_heads, head_dim, .. } = self.spec;
         let layer = hidden_size * (self.spec.qkv_width() + num_heads * head_dim + 3 * intermediate_size);
-        let values = (self.spec.num_layers() * layer + 2 * vocab_size * hidden_size) as u64;
+        let num_tables = if self.spec.is_tied { 1 } else { 2 };
+        let values = (self.spec.num_layers() * layer + num_tables * vocab_size * hidden_size) as u64;
         let bytes = match self.dtype {
             ComputeDtype::F32 => values * 4,
             ComputeDtype::Bf16 => values * 2,
@@ -223,7 +225,9 @@ impl Opened {
         // Both read all of the checkpoint, so both do it while it is in memory.
         let (weights, identity) = std::thread::scope(|scope| {
             let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
-            let weights = Weights::load(&backend, &spec, &checkpoint, dtype, num_threads);
+            let progress = LoadProgress::start(checkpoint.num_bytes());
+            let weights = Weights::load(&backend, &spec, &checkpoint, dtype, num_threads, &progress);
+            drop(progress);
             (weights, identity.join().expect("a digest of mapped bytes does not panic"))
         });
         let weights = weights?;

@@ -3,7 +3,7 @@
 
 use std::ops::{Add, AddAssign};
 
-use crate::cpu::{CpuBackend, CpuMatrix, CpuTable};
+use crate::cpu::{CpuBackend, CpuMatrix};
 use crate::weights::Weights;
 
 /// Of some matrices.
@@ -44,7 +44,7 @@ pub struct WeightSizes {
     pub behind_last_kv: MatrixSizes,
     /// The output projection.
     pub head: MatrixSizes,
-    /// Bytes of the embedding table, of which a step reads some rows.
+    /// Bytes of the embedding table, of which a step reads some rows; 0 where it is the output projection.
     pub table_bytes: u64,
     /// Bytes of norms and biases.
     pub vector_bytes: u64,
@@ -61,7 +61,7 @@ impl WeightSizes {
 impl Weights<CpuBackend> {
     /// How large they are.
     pub fn sizes(&self) -> WeightSizes {
-        let mut sizes = WeightSizes { table_bytes: self.embedding.num_bytes(), ..WeightSizes::default() };
+        let mut sizes = WeightSizes::default();
         let bytes = |vector: &Vec<f32>| 4 * vector.len() as u64;
         let optional = |vector: &Option<Vec<f32>>| vector.as_ref().map_or(0, bytes);
         sizes.vector_bytes = bytes(&self.norm);
@@ -79,6 +79,7 @@ impl Weights<CpuBackend> {
             sizes.vector_bytes += optional(&mlp.gate_up_bias) + optional(&mlp.down_bias);
         }
         sizes.head = self.head.sizes();
+        sizes.table_bytes = self.own_embedding.as_ref().map_or(0, |table| table.sizes().num_bytes);
         sizes
     }
 }
@@ -87,17 +88,5 @@ impl CpuMatrix {
     /// How large it is.
     pub fn sizes(&self) -> MatrixSizes {
         self.section_sizes().fold(MatrixSizes::default(), Add::add)
-    }
-}
-
-impl CpuTable {
-    /// Bytes in memory.
-    pub fn num_bytes(&self) -> u64 {
-        let num_bytes = match self {
-            CpuTable::F32(values) => size_of_val(values.as_slice()),
-            CpuTable::Bf16(values) => size_of_val(values.as_slice()),
-            CpuTable::Quantized(weights) => weights.size_bytes(),
-        };
-        num_bytes as u64
     }
 }

@@ -8,9 +8,13 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::backend::{Backend, MatrixPart};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointTensor};
+use crate::load_progress::LoadProgress;
 use crate::model::LoadError;
 use crate::spec::ModelSpec;
+
+/// Embedding table, of every family.
+pub(crate) const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// What weights and activations are computed in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,13 +38,13 @@ impl ComputeDtype {
 
 /// All weights of a model.
 pub struct Weights<B: Backend> {
-    /// Embedding table.
-    pub embedding: B::Table,
+    /// Embedding table, if it is not the output projection.
+    pub own_embedding: Option<B::Matrix>,
     /// Layers, first to last.
     pub layers: Vec<LayerWeights<B>>,
     /// Norm before the output projection.
     pub norm: B::Vector,
-    /// Output projection; a second copy of the embedding table where the two are tied.
+    /// Output projection, and where the two are tied the embedding table.
     pub head: B::Matrix,
 }
 
@@ -83,7 +87,8 @@ pub struct MlpWeights<B: Backend> {
 }
 
 impl<B: Backend> Weights<B> {
-    /// Loads everything `spec` asks for, on `num_threads` threads that take a layer each at a time.
+    /// Loads everything `spec` asks for, on `num_threads` threads that take a layer each at a time, and tells `progress`
+    /// of each matrix.
     ///
     /// # Errors
     /// A tensor that is missing, misshapen or of an unknown type: of several, that of the first layer. Or what the device
@@ -97,11 +102,12 @@ impl<B: Backend> Weights<B> {
         checkpoint: &Checkpoint,
         dtype: ComputeDtype,
         num_threads: usize,
+        progress: &LoadProgress,
     ) -> Result<Self, LoadError>
     where
         B: Sync,
     {
-        let loader = Loader { backend, checkpoint, dtype };
+        let loader = Loader { backend, checkpoint, dtype, progress };
         let slots: Vec<OnceLock<Result<LayerWeights<B>, LoadError>>> =
             (0..spec.num_layers()).map(|_| OnceLock::new()).collect();
         let (next, has_failed) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -126,8 +132,13 @@ impl<B: Backend> Weights<B> {
         });
         // A layer behind one that failed may be missing; the failure comes before it.
         let layers = slots.into_iter().map_while(OnceLock::into_inner).collect::<Result<_, _>>()?;
-        let (embedding, norm, head) = ends?;
-        Ok(Self { embedding, layers, norm, head })
+        let (own_embedding, norm, head) = ends?;
+        Ok(Self { own_embedding, layers, norm, head })
+    }
+
+    /// Embedding table `[vocab, hidden]`.
+    pub fn embedding(&self) -> &B::Matrix {
+        self.own_embedding.as_ref().unwrap_or(&self.head)
     }
 }
 
@@ -135,19 +146,19 @@ struct Loader<'a, B> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
     dtype: ComputeDtype,
+    progress: &'a LoadProgress,
 }
 
 impl<B: Backend> Loader<'_, B> {
     /// Embedding table, last norm, output projection.
     #[allow(clippy::type_complexity)] // one caller, which takes it apart
-    fn ends(&self, spec: &ModelSpec) -> Result<(B::Table, B::Vector, B::Matrix), LoadError> {
-        let (vocab, hidden) = (spec.vocab_size, spec.hidden_size);
-        let head = if spec.is_tied { "model.embed_tokens.weight" } else { "lm_head.weight" };
-        Ok((
-            self.backend.table(self.part("model.embed_tokens.weight", vocab, hidden)?)?,
-            self.vector("model.norm.weight", hidden)?,
-            self.matrix(hidden, &[(head.to_string(), vocab)])?,
-        ))
+    fn ends(&self, spec: &ModelSpec) -> Result<(Option<B::Matrix>, B::Vector, B::Matrix), LoadError> {
+        let matrix = |name: &str| self.matrix(spec.hidden_size, &[(name.to_string(), spec.vocab_size)]);
+        let (table, head) = match spec.is_tied {
+            true => (None, matrix(EMBEDDING)?),
+            false => (Some(matrix(EMBEDDING)?), matrix("lm_head.weight")?),
+        };
+        Ok((table, self.vector("model.norm.weight", spec.hidden_size)?, head))
     }
 
     fn layer(&self, spec: &ModelSpec, layer: usize) -> Result<LayerWeights<B>, LoadError> {
@@ -187,22 +198,16 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, LoadError> {
-        let parts = parts.iter().map(|(name, rows)| self.part(name, *rows, cols)).collect::<Result<_, LoadError>>()?;
-        Ok(self.backend.matrix(cols, parts)?)
-    }
-
-    fn part(&self, name: &str, rows: usize, cols: usize) -> Result<MatrixPart, LoadError> {
-        let tensor = self.checkpoint.tensor(name, &[rows, cols])?;
-        Ok(match (tensor.to_quantized(), self.dtype) {
-            (Some(quantized), _) => MatrixPart::Quantized(quantized),
-            (None, ComputeDtype::F32) => MatrixPart::F32(tensor.to_f32()),
-            (None, ComputeDtype::Bf16) => MatrixPart::Bf16(tensor.to_bf16()),
-        })
+        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, cols]));
+        let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
+        let matrix = self.backend.matrix(self.dtype, cols, tensors.iter().map(part).collect())?;
+        self.progress.add(tensors.iter().map(CheckpointTensor::num_bytes).sum());
+        Ok(matrix)
     }
 
     /// Norms and biases stay f32: they cost nothing, and rounding them would.
     fn vector(&self, name: &str, len: usize) -> Result<B::Vector, LoadError> {
-        Ok(self.backend.vector(self.checkpoint.tensor(name, &[len])?.to_f32())?)
+        Ok(self.backend.vector(self.values(name, len)?)?)
     }
 
     fn biases(&self, is_there: bool, parts: &[(String, usize)]) -> Result<Option<B::Vector>, LoadError> {
@@ -211,8 +216,26 @@ impl<B: Backend> Loader<'_, B> {
         }
         let mut values = Vec::new();
         for (name, len) in parts {
-            values.extend(self.checkpoint.tensor(name, &[*len])?.to_f32());
+            values.extend(self.values(name, *len)?);
         }
         Ok(Some(self.backend.vector(values)?))
+    }
+
+    fn values(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
+        let tensor = self.checkpoint.tensor(name, &[len])?;
+        self.progress.add(tensor.num_bytes());
+        Ok(tensor.to_f32())
+    }
+}
+
+/// What a backend packs of a tensor; numbers stay where they are in the file as long as their order is that of the
+/// file.
+fn part<'a>(tensor: &CheckpointTensor<'a>) -> MatrixPart<'a> {
+    if let Some(quantized) = tensor.to_quantized() {
+        return MatrixPart::Quantized(quantized);
+    }
+    match tensor.stored() {
+        Some((dtype, bytes)) => MatrixPart::Stored { dtype, bytes },
+        None => MatrixPart::F32(tensor.to_f32()),
     }
 }

@@ -168,7 +168,7 @@ fn the_numerics_id_names_the_weights_and_identity_tells_formats_apart() {
     let numerics: Vec<&str> = infos.iter().map(|info| info.numerics.0.as_str()).collect();
     assert_eq!(
         numerics[..3],
-        ["cpu-fold-1/tp1/bf16/kv-bf16", "cpu-fold-1/tp1/bf16+q8_0/kv-bf16", "cpu-fold-1/tp1/bf16+q4_0/kv-bf16"]
+        ["cpu-fold-2/tp1/bf16/kv-bf16", "cpu-fold-2/tp1/bf16+q8_0/kv-bf16", "cpu-fold-2/tp1/bf16+q4_0/kv-bf16"]
     );
     for (i, a) in infos.iter().enumerate() {
         // Rows of 128 are no blocks of 256: this model has the same weights in q4_k_m and in q8_0.
@@ -287,7 +287,7 @@ fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
     let folder = Folder::new("mixed");
     let path = folder.gguf(wide(&folder).to_str().unwrap(), GgufType::Q4_K_M);
     let model = load_path(&path, Dtype::Float32, Isa::detect());
-    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-1/tp1/f32+q4_k+q6_k/kv-f32");
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-2/tp1/f32+q4_k+q6_k/kv-f32");
     let tokens = prompt(40, 64, 5);
     let checkpoint = Checkpoint::open(&path).unwrap();
     let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
@@ -350,7 +350,7 @@ fn a_w8a8_folder_is_the_model_of_its_dequantized_weights() {
     let folder = Folder::new("w8a8");
     let path = w8a8("models/demo", &folder);
     let model = load_path(&path, Dtype::Float32, Isa::detect());
-    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-1/tp1/f32+w8a8/kv-f32");
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-2/tp1/f32+w8a8/kv-f32");
     let tokens = prompt(40, model.spec().vocab_size as u32, 5);
     let checkpoint = Checkpoint::open(&path).unwrap();
     let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();

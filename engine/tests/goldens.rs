@@ -196,5 +196,5 @@ fn an_auto_dtype_is_the_checkpoint_s_own_and_f16_runs_as_f32() {
     assert_eq!(dtype("qwen3-tied"), "float32");
     assert_eq!(dtype("llama-linear"), "float32");
     let info = load("tests/checkpoints/qwen3", Dtype::Auto).info_for(16, 4);
-    assert_eq!(info.numerics.0, "cpu-fold-1/tp1/bf16/kv-bf16");
+    assert_eq!(info.numerics.0, "cpu-fold-2/tp1/bf16/kv-bf16");
 }

@@ -15,6 +15,7 @@
 //!
 //! Attention thus reads K and V in the order of its arithmetic, without a horizontal sum.
 
+use crate::granule::{GranuleFormat, GranuleOrder};
 use crate::numerics::{round_bf16, widen_bf16};
 
 /// Tokens of a granule.
@@ -71,19 +72,29 @@ impl KvLayout {
         );
     }
 
+    /// What the bytes of a granule are.
+    #[inline(always)]
+    pub fn granule_format(&self) -> GranuleFormat {
+        let &KvLayout { num_kv_heads, head_dim, dtype, .. } = self;
+        GranuleFormat { order: GranuleOrder::Lanes, dtype, num_kv_heads, head_dim }
+    }
+
     /// Bytes of one head of one plane of a granule.
+    #[inline(always)]
     pub fn head_bytes(&self) -> usize {
-        GRANULE_TOKENS * self.head_dim * self.dtype.size()
+        self.granule_format().head_bytes()
     }
 
     /// Bytes of the K plane, or the V plane, of one granule.
+    #[inline(always)]
     pub fn plane_bytes(&self) -> usize {
-        self.num_kv_heads * self.head_bytes()
+        self.granule_format().plane_bytes()
     }
 
     /// Bytes of one granule of one layer: both planes.
+    #[inline(always)]
     pub fn granule_bytes(&self) -> usize {
-        2 * self.plane_bytes()
+        self.granule_format().granule_bytes()
     }
 
     /// Bytes of one block of one layer.

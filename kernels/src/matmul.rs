@@ -7,8 +7,9 @@
 //! unit of work = some tiles x some panels; tile x panel = 12 x 2 vectors of 16 accumulators in registers
 //! ```
 //!
-//! Panels stay in the second-level cache while the tiles stream past them, so weights come from memory
-//! once. Units share outputs, never k.
+//! A unit takes its panels one after another, and each in blocks of steps that stay in the first-level cache while
+//! the tiles stream past from the second-level cache; the sums wait in memory for the next block, which comes nearer
+//! meanwhile. So weights come from memory once. Units share outputs, never k.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
@@ -19,7 +20,7 @@ use crate::ctx::{Columns, Ctx};
 use crate::isa::{Isa, Kind};
 use crate::numerics::{LANES, bf16_pair, fold_pair, round_bf16};
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
-use crate::pages::Pages;
+use crate::pages::{Kept, lend};
 use crate::simd::{Simd, fold_tile, vectorised, with_simd};
 
 /// Multiply-adds of one unit at most: about 100 microseconds, after which prefill may give way to decode.
@@ -27,6 +28,16 @@ const UNIT_MADDS: usize = 32 << 20;
 
 /// Weight bytes of one unit at least.
 const UNIT_BYTES: usize = 64 << 10;
+
+/// Units that each thread has at least, where a product is large enough: at the end one waits for another's last.
+const UNITS_PER_THREAD: usize = 32;
+
+/// Bytes of packed activations of one unit at most, unless one tile has more: they pass by each panel and must stay in
+/// the second-level cache.
+const UNIT_ACTIVATION_BYTES: usize = 5 << 18;
+
+/// Steps of a block: 16 KiB of a panel.
+const BLOCK_STEPS: usize = 128;
 
 /// Below this many multiply-adds a product is not worth waking anyone.
 const INLINE_MADDS: usize = 128 << 10;
@@ -65,14 +76,18 @@ pub fn matmul_into(
         let out =
             Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
         let job = Job { x, a: packed.as_ptr(), tiles, w, out };
-        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes: w.depth() * PANEL * 4 };
+        let (panel_bytes, row_bytes) = (w.depth() * PANEL * 4, row_lanes * 4);
+        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes, row_bytes };
         let (job, isa) = (&job, ctx.isa);
         run_units(ctx, &shape, &job.tiles, &|panels, tiles| {
-            with_simd!(
-                isa,
-                compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>),
-                else reference_unit(job, panels, tiles)
-            );
+            lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
+                let sums = sums.cast::<f32>();
+                with_simd!(
+                    isa,
+                    compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32),
+                    else reference_unit(job, panels, tiles)
+                );
+            });
         });
     });
 }
@@ -83,6 +98,8 @@ pub(crate) struct UnitShape {
     pub(crate) rows: usize,
     pub(crate) cols: usize,
     pub(crate) panel_bytes: usize,
+    /// Bytes of a row of packed activations.
+    pub(crate) row_bytes: usize,
 }
 
 /// Runs `unit(panels, tiles)` over all of a product, on the pool.
@@ -92,13 +109,25 @@ pub(crate) fn run_units(
     tiles: &Tiles,
     unit: &(dyn Fn(Range<usize>, Range<usize>) + Sync),
 ) {
-    let UnitShape { m, rows, cols, panel_bytes } = *shape;
+    let UnitShape { m, rows, cols, panel_bytes, row_bytes } = *shape;
     let num_panels = rows.div_ceil(PANEL);
     let madds_per_tile = tiles.rows_max() * PANEL * cols;
-    let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
-    let is_small = m * rows * cols < INLINE_MADDS;
-    let panels_per_unit = if is_small { num_panels } else { (UNIT_BYTES / panel_bytes).clamp(1, num_panels) };
+    let tiles_max = (UNIT_MADDS / madds_per_tile).min(UNIT_ACTIVATION_BYTES / (tiles.rows_max() * row_bytes));
+    let row_units = tiles.count.div_ceil(tiles_max.clamp(1, tiles.count));
+    // As equal as possible: 86 tiles are 43 + 43, not 85 + 1.
+    let tiles_per_unit = tiles.count.div_ceil(row_units);
     let row_units = tiles.count.div_ceil(tiles_per_unit);
+    let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
+    let panels_per_unit = if m * rows * cols < INLINE_MADDS {
+        num_panels
+    } else if row_units > 1 {
+        // Activations come from afar for each unit: the more panels, the less often.
+        most
+    } else {
+        // The first block of a unit comes unannounced: the longer the unit, the less that is.
+        most.min(num_panels / (UNITS_PER_THREAD * ctx.pool.threads())).max(UNIT_BYTES / panel_bytes)
+    };
+    let panels_per_unit = panels_per_unit.clamp(1, num_panels);
     let num_units = row_units * num_panels.div_ceil(panels_per_unit);
     ctx.pool.run(ctx.priority, num_units, &|index| {
         let (first_panel, first_tile) = (index / row_units * panels_per_unit, index % row_units * tiles_per_unit);
@@ -278,17 +307,50 @@ macro_rules! by_rows {
     };
 }
 
+thread_local! {
+    /// Sums of a unit's rows with one panel: `[rows][32]`.
+    static SUMS: Kept = const { Cell::new(None) };
+}
+
+/// Some steps of one panel, and where the sums of the steps before and after them are.
+struct Block {
+    panel: usize,
+    steps: Range<usize>,
+    /// Sums of the unit's rows `[rows][32]`, row 0 being `first_row`: zeros before the first block.
+    sums: *mut f32,
+    first_row: usize,
+    /// Which vectors of the next block to move nearer, and how far it is.
+    ahead: Range<usize>,
+    ahead_lanes: usize,
+}
+
 #[inline(always)]
-unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    for panel in panels {
-        for tile in tiles.clone() {
-            let rows = job.tiles.rows(tile);
-            let first = rows.start;
-            // SAFETY: the caller has the instruction set; panel and tile are of this job.
-            unsafe {
-                match job.w.dtype() {
-                    WeightDtype::Bf16 => by_rows!(rows.len(), compute_tile::<S, true>(job, panel, first)),
-                    WeightDtype::F32 => by_rows!(rows.len(), compute_tile::<S, false>(job, panel, first)),
+unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
+    let depth = job.w.depth();
+    // A single tile reads each weight once, in order.
+    let block_steps = if tiles.len() == 1 { depth } else { BLOCK_STEPS };
+    let first_row = job.tiles.rows(tiles.start).start;
+    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
+    for panel in panels.clone() {
+        // SAFETY: the caller lends memory for 32 sums of each row.
+        unsafe { sums.write_bytes(0, num_rows * PANEL) };
+        for start in (0..depth).step_by(block_steps) {
+            let steps = start..(start + block_steps).min(depth);
+            let is_last = panel + 1 == panels.end && steps.end == depth;
+            for tile in tiles.clone() {
+                // The first two tiles take half of the next block each, so that it need not come all at once.
+                let vector = tile - tiles.start;
+                let ahead = if is_last || tiles.len() == 1 { 0..0 } else { vector..vector + 1 };
+                let ahead_lanes = steps.len() * PANEL;
+                let block = Block { panel, steps: steps.clone(), sums, first_row, ahead, ahead_lanes };
+                let rows = job.tiles.rows(tile);
+                let first = rows.start;
+                // SAFETY: the caller has the instruction set; panel and tile are of this job.
+                unsafe {
+                    match job.w.dtype() {
+                        WeightDtype::Bf16 => by_rows!(rows.len(), compute_tile::<S, true>(job, &block, first)),
+                        WeightDtype::F32 => by_rows!(rows.len(), compute_tile::<S, false>(job, &block, first)),
+                    }
                 }
             }
         }
@@ -296,44 +358,60 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
 }
 
 #[inline(always)]
-unsafe fn compute_tile<S: Simd, const MR: usize, const PAIRS: bool>(job: &Job<'_>, panel: usize, first_row: usize) {
+unsafe fn compute_tile<S: Simd, const MR: usize, const PAIRS: bool>(job: &Job<'_>, block: &Block, first_row: usize) {
     if MR > S::TILE_ROWS {
         unreachable!("tiles were cut for this instruction set");
     }
     // SAFETY: as required of the caller.
     unsafe {
         if S::TILE_COLS == 2 {
-            compute_columns::<S, MR, 2, PAIRS>(job, panel, first_row, 0);
+            compute_columns::<S, MR, 2, PAIRS>(job, block, first_row, 0);
         } else {
-            compute_columns::<S, MR, 1, PAIRS>(job, panel, first_row, 0);
-            compute_columns::<S, MR, 1, PAIRS>(job, panel, first_row, 1);
+            compute_columns::<S, MR, 1, PAIRS>(job, block, first_row, 0);
+            compute_columns::<S, MR, 1, PAIRS>(job, block, first_row, 1);
         }
     }
 }
 
-/// `MR` rows from `first_row` on times `NR` vectors of a panel from vector `vector` on.
+/// `MR` rows from `first_row` on times `NR` vectors of a block from vector `vector` on.
 #[inline(always)]
 unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
     job: &Job<'_>,
-    panel: usize,
+    block: &Block,
     first_row: usize,
     vector: usize,
 ) {
     let depth = job.w.depth();
-    let first_column = panel * PANEL + vector * LANES;
-    let panel = job.w.panel(panel).as_ptr();
-    // SAFETY: the packed tile holds `depth * MR` steps, the panel `depth * 32`; the row is one of the job's.
+    let steps = block.steps.clone();
+    let first_column = block.panel * PANEL + vector * LANES;
+    // SAFETY: the packed tile holds `depth * MR` steps, the panel `depth * 32` lanes, and the sums a row of 32 for each
+    // row of the unit; the row is one of the job's.
     unsafe {
+        let panel = job.w.panel(block.panel).as_ptr().add(steps.start * PANEL);
+        let sums = block.sums.add((first_row - block.first_row) * PANEL + vector * LANES);
         let mut acc = [[S::splat(0.0); NR]; MR];
         let mut b = [panel; NR];
+        let mut ahead = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
+            ahead[c] = if block.ahead.contains(&(vector + c)) { b[c].wrapping_add(block.ahead_lanes) } else { b[c] };
         }
-        let row_lanes = depth * if PAIRS { S::PAIR_LANES } else { 1 };
-        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, job.a.add(first_row * row_lanes), &b, PANEL);
+        // Always from memory: whether or not is a question that costs more than the answer.
         for r in 0..MR {
             for c in 0..NR {
-                job.out.put_lanes::<S>(first_row + r, first_column + c * LANES, acc[r][c]);
+                acc[r][c] = S::load(sums.add(r * PANEL + c * LANES));
+            }
+        }
+        let step_lanes = if PAIRS { S::PAIR_LANES } else { 1 };
+        let a = job.a.add((first_row * depth + steps.start * MR) * step_lanes);
+        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, steps.len(), a, &b, PANEL, &ahead);
+        for r in 0..MR {
+            for c in 0..NR {
+                if steps.end == depth {
+                    job.out.put_lanes::<S>(first_row + r, first_column + c * LANES, acc[r][c]);
+                } else {
+                    S::store(sums.add(r * PANEL + c * LANES), acc[r][c]);
+                }
             }
         }
     }
@@ -404,16 +482,10 @@ fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, step_lanes: usize, in
 /// Lends this thread's buffer for packed activations, in huge pages since tiles stream through it.
 pub(crate) fn with_packed_buffer(lanes: usize, f: impl FnOnce(&mut [u32])) {
     thread_local! {
-        static BUFFER: Cell<Option<(Pages, usize)>> = const { Cell::new(None) };
+        static BUFFER: Kept = const { Cell::new(None) };
     }
-    // Taken, not borrowed: while this thread waits for its units it may compute tiles of other jobs.
-    let (pages, capacity) = match BUFFER.take() {
-        Some((pages, capacity)) if capacity >= lanes => (pages, capacity),
-        _ => (Pages::zeroed(lanes.next_power_of_two() * 4), lanes.next_power_of_two()),
-    };
     // SAFETY: zeroed (so initialised) memory of that many lanes, page-aligned, owned by this call.
-    f(unsafe { std::slice::from_raw_parts_mut(pages.as_ptr().cast::<u32>(), lanes) });
-    BUFFER.set(Some((pages, capacity)));
+    lend(&BUFFER, lanes * 4, |start| f(unsafe { std::slice::from_raw_parts_mut(start.cast::<u32>(), lanes) }));
 }
 
 #[cfg(test)]
@@ -446,8 +518,9 @@ mod tests {
 
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_reference() {
-        for (m, k, n) in [(1, 1, 1), (1, 64, 96), (2, 7, 33), (5, 33, 70), (13, 96, 31), (29, 130, 64), (40, 512, 100)]
-        {
+        // The last two have several blocks of steps and several units of rows.
+        let shapes = [(1, 1, 1), (1, 64, 96), (2, 7, 33), (5, 33, 70), (13, 96, 31), (29, 130, 64), (40, 512, 100)];
+        for (m, k, n) in shapes.into_iter().chain([(25, 601, 40), (300, 1200, 40)]) {
             for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
                 let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k, 1))]);
                 let (x, bias) = (noise(m * k, 2), noise(n, 3));

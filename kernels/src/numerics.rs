@@ -1,11 +1,12 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
-//! Family `cpu-fold-1`. Two machines whose nodes announce the same family compute the same bits. All values
+//! Family `cpu-fold-2`. Two machines whose nodes announce the same family compute the same bits. All values
 //! are f32 under IEEE 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
 //! | operation | order |
 //! |---|---|
+//! | `embed` | the row as `matmul` has it: bf16 weights through [`round_bf16`], f32 ones as they are, quantized ones `fma(scale, code, -min)` |
 //! | `matmul` f32 | fold over k |
 //! | `matmul` bf16 | operands through [`round_bf16`]; fold over k pairs (2i, 2i+1), inside a pair the odd element first: `acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc))`; an odd k ends with a zero element |
 //! | `matmul_quantized` activations | per token and 32 consecutive k (per token where a weight scale covers a whole row): `m` = largest magnitude, below 1e-30 zero; `s = m / 127`; `q = round_even(x * (127 / m))` |
@@ -27,7 +28,7 @@
 //! A NaN is a NaN: which of its bit patterns appears is not specified.
 
 /// Name of this set of orders, part of the numerics id that nodes announce. It changes whenever a bit may.
-pub const NUMERICS_FAMILY: &str = "cpu-fold-1";
+pub const NUMERICS_FAMILY: &str = "cpu-fold-2";
 
 /// Values of one SIMD lane group, whatever the width of the machine's registers.
 pub const LANES: usize = 16;
@@ -46,14 +47,29 @@ pub const BF16_TINY: f32 = f32::from_bits((127 - 56) << 23);
 pub fn round_bf16(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = (bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16) as u16;
-    let value = if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded };
-    if (value & 0x7fff) < ((127 - 56) << 7) { 0 } else { value }
+    flush_tiny_bf16(if x.is_nan() { (bits >> 16) as u16 | 0x40 } else { rounded })
+}
+
+/// What [`round_bf16`] makes of a value that is bf16 already.
+#[inline(always)]
+pub(crate) fn flush_tiny_bf16(bits: u16) -> u16 {
+    if (bits & 0x7fff) < ((127 - 56) << 7) { 0 } else { bits }
 }
 
 /// The f32 value of bf16 bits.
 #[inline(always)]
 pub fn widen_bf16(bits: u16) -> f32 {
     f32::from_bits(u32::from(bits) << 16)
+}
+
+/// The f32 value of IEEE half precision bits. Without branches or calls, so that loops over it are vectorised.
+#[inline(always)]
+pub(crate) fn widen_f16(bits: u16) -> f32 {
+    let (sign, magnitude) = (u32::from(bits & 0x8000) << 16, u32::from(bits & 0x7fff));
+    // The exponent is 112 too small there, which a product mends for subnormal numbers, too.
+    let finite = (f32::from_bits(magnitude << 13) * f32::from_bits((127 + 112) << 23)).to_bits();
+    let rest = if magnitude >= 0x7c00 { 0x7f80_0000 } else { 0 };
+    f32::from_bits(sign | finite | rest)
 }
 
 /// Two bf16 values as one 32-bit lane, the even one in the low half.
@@ -82,30 +98,38 @@ pub fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// Below this [`exp`] is 0.
+pub(crate) const EXP_LEAST: f32 = -87.3;
+
+/// 1.5 * 2^23: adding it rounds to an integer, held in the low bits.
+pub(crate) const EXP_MAGIC: f32 = 12_582_912.0;
+
+/// The natural logarithm of 2 in two parts, the first with so few bits that its multiples are exact.
+pub(crate) const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+
+/// Factors of the polynomial of [`exp`], the highest power first.
+pub(crate) const EXP_POLYNOMIAL: [f32; 8] =
+    [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0];
+
 /// `e^x` by range reduction and a polynomial of degree 7: within 2 ulp, 0 below -87.3 (no subnormals),
 /// infinity above 88.7, exactly 1 at 0.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const MAGIC: f32 = 12_582_912.0; // 1.5 * 2^23: adding it rounds to an integer, held in the low bits
-    let clamped = x.clamp(-87.3, 88.8);
-    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
-    let n = shifted - MAGIC;
-    let r = n.mul_add(-0.693_359_4, clamped);
-    let r = n.mul_add(2.121_944_4e-4, r);
-    let mut p = 1.0f32 / 5040.0;
-    p = p.mul_add(r, 1.0 / 720.0);
-    p = p.mul_add(r, 1.0 / 120.0);
-    p = p.mul_add(r, 1.0 / 24.0);
-    p = p.mul_add(r, 1.0 / 6.0);
-    p = p.mul_add(r, 0.5);
-    p = p.mul_add(r, 1.0);
-    p = p.mul_add(r, 1.0);
+    let clamped = x.clamp(EXP_LEAST, 88.8);
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, EXP_MAGIC);
+    let n = shifted - EXP_MAGIC;
+    let r = n.mul_add(-LN_2[0], clamped);
+    let r = n.mul_add(-LN_2[1], r);
+    let mut p = EXP_POLYNOMIAL[0];
+    for factor in &EXP_POLYNOMIAL[1..] {
+        p = p.mul_add(r, *factor);
+    }
     // 2^n in two factors, since n reaches 128.
-    let n = (shifted.to_bits() as i32).wrapping_sub(MAGIC.to_bits() as i32);
+    let n = (shifted.to_bits() as i32).wrapping_sub(EXP_MAGIC.to_bits() as i32);
     let half = n >> 1;
     let power = |n: i32| f32::from_bits((n.wrapping_add(127) as u32) << 23);
     let scaled = p * power(half) * power(n.wrapping_sub(half));
-    if x < -87.3 { 0.0 } else { scaled }
+    if x < EXP_LEAST { 0.0 } else { scaled }
 }
 
 /// `tanh(x)` through [`exp`]: `1 - 2 / (exp(2x) + 1)`.
@@ -170,6 +194,14 @@ mod tests {
             assert!((ln(x) - x.ln()).abs() <= 1e-14 * x.ln().abs().max(1.0), "{x}");
         }
         assert_eq!(ln(0.0), f64::NEG_INFINITY);
+    }
+
+    #[test]
+    fn every_half_precision_value_is_widened_exactly() {
+        for bits in 0..=u16::MAX {
+            let (got, want) = (widen_f16(bits), half::f16::from_bits(bits).to_f32());
+            assert!(got.to_bits() == want.to_bits() || got.is_nan() && want.is_nan(), "{bits:#06x}: {got} for {want}");
+        }
     }
 
     #[test]

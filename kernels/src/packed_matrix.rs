@@ -14,14 +14,14 @@ use std::ops::Range;
 
 use half::bf16;
 
-use crate::numerics::{bf16_pair, widen_bf16};
+use crate::numerics::{flush_tiny_bf16, round_bf16, widen_bf16, widen_f16};
 use crate::pages::Pages;
 
 /// Output features of a panel.
 pub const PANEL: usize = 32;
 
-/// Steps packed at a time.
-const STEPS: usize = 64;
+/// Steps packed at a time: two lines of the cache of each row, which the processor fetches together.
+const STEPS: usize = 32;
 
 /// Type that a packed matrix stores and the product computes with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -32,13 +32,19 @@ pub enum WeightDtype {
     Bf16,
 }
 
-/// A row-major table of weights as a checkpoint holds it.
+/// Row-major weights: in memory, or as they lie in a file, little-endian and aligned to nothing.
 #[derive(Clone, Copy, Debug)]
 pub enum Weights<'a> {
     /// f32 values.
     F32(&'a [f32]),
     /// bf16 values.
     Bf16(&'a [bf16]),
+    /// f32 values of a file.
+    F32Bytes(&'a [[u8; 4]]),
+    /// IEEE half precision values of a file.
+    F16Bytes(&'a [[u8; 2]]),
+    /// bf16 values of a file.
+    Bf16Bytes(&'a [[u8; 2]]),
 }
 
 impl Weights<'_> {
@@ -47,6 +53,8 @@ impl Weights<'_> {
         match self {
             Weights::F32(values) => values.len(),
             Weights::Bf16(values) => values.len(),
+            Weights::F32Bytes(values) => values.len(),
+            Weights::F16Bytes(values) | Weights::Bf16Bytes(values) => values.len(),
         }
     }
 
@@ -55,11 +63,52 @@ impl Weights<'_> {
         self.len() == 0
     }
 
-    fn at(&self, index: usize) -> f32 {
-        match self {
-            Weights::F32(values) => values[index],
-            Weights::Bf16(values) => widen_bf16(values[index].to_bits()),
+    /// Writes steps `first_step..` of the row `row` to `lanes`, as many as there are.
+    fn lanes(&self, dtype: WeightDtype, row: Range<usize>, first_step: usize, lanes: &mut [u32; STEPS]) {
+        let half = u16::from_le_bytes;
+        match (dtype, *self) {
+            (WeightDtype::F32, Weights::F32(v)) => singles(&v[row], first_step, lanes, |x| x),
+            (WeightDtype::F32, Weights::Bf16(v)) => singles(&v[row], first_step, lanes, |x| widen_bf16(x.to_bits())),
+            (WeightDtype::F32, Weights::F32Bytes(v)) => singles(&v[row], first_step, lanes, f32::from_le_bytes),
+            (WeightDtype::F32, Weights::F16Bytes(v)) => singles(&v[row], first_step, lanes, |x| widen_f16(half(x))),
+            (WeightDtype::F32, Weights::Bf16Bytes(v)) => singles(&v[row], first_step, lanes, |x| widen_bf16(half(x))),
+            (WeightDtype::Bf16, Weights::F32(v)) => pairs(&v[row], first_step, lanes, round_bf16),
+            (WeightDtype::Bf16, Weights::Bf16(v)) => {
+                pairs(&v[row], first_step, lanes, |x| flush_tiny_bf16(x.to_bits()));
+            }
+            (WeightDtype::Bf16, Weights::F32Bytes(v)) => {
+                pairs(&v[row], first_step, lanes, |x| round_bf16(f32::from_le_bytes(x)));
+            }
+            (WeightDtype::Bf16, Weights::F16Bytes(v)) => {
+                pairs(&v[row], first_step, lanes, |x| round_bf16(widen_f16(half(x))));
+            }
+            (WeightDtype::Bf16, Weights::Bf16Bytes(v)) => {
+                pairs(&v[row], first_step, lanes, |x| flush_tiny_bf16(half(x)));
+            }
         }
+    }
+}
+
+/// One value of the row in each lane.
+#[inline(always)]
+fn singles<T: Copy>(row: &[T], first_step: usize, lanes: &mut [u32; STEPS], widen: impl Fn(T) -> f32) {
+    let row = &row[first_step..];
+    let count = row.len().min(STEPS);
+    for (lane, value) in lanes[..count].iter_mut().zip(&row[..count]) {
+        *lane = widen(*value).to_bits();
+    }
+}
+
+/// Two values of the row in each lane; an odd one at the end stands beside zero.
+#[inline(always)]
+fn pairs<T: Copy>(row: &[T], first_step: usize, lanes: &mut [u32; STEPS], round: impl Fn(T) -> u16) {
+    let (pairs, last) = row[2 * first_step..].as_chunks::<2>();
+    let count = pairs.len().min(STEPS);
+    for (lane, [even, odd]) in lanes[..count].iter_mut().zip(&pairs[..count]) {
+        *lane = u32::from(round(*even)) | u32::from(round(*odd)) << 16;
+    }
+    if let (Some(lane), [even]) = (lanes.get_mut(pairs.len()), last) {
+        *lane = u32::from(round(*even));
     }
 }
 
@@ -95,11 +144,17 @@ impl PackedMatrix {
         let sources =
             parts.iter().zip(&part_rows).flat_map(|(part, &num_rows)| (0..num_rows).map(move |row| (part, row)));
         let sources: Vec<(&Weights<'_>, usize)> = sources.collect();
+        let mut tile = [[0u32; STEPS]; PANEL];
         for (panel, sources) in packed.chunks_exact_mut(depth * PANEL).zip(sources.chunks(PANEL)) {
-            // Some steps of all rows at a time: the lanes being written stay in the first-level cache.
             for (block, lanes) in panel.chunks_mut(STEPS * PANEL).enumerate() {
-                for (column, (part, row)) in sources.iter().enumerate() {
-                    pack_steps(dtype, part, row * cols..(row + 1) * cols, block * STEPS, &mut lanes[column..]);
+                for (steps, (part, row)) in tile.iter_mut().zip(sources) {
+                    part.lanes(dtype, row * cols..(row + 1) * cols, block * STEPS, steps);
+                }
+                for (step, lanes) in lanes.chunks_exact_mut(PANEL).enumerate() {
+                    // Only rows that are there: behind the last one the panel stays zero.
+                    for (lane, steps) in lanes.iter_mut().zip(&tile[..sources.len()]) {
+                        *lane = steps[step];
+                    }
                 }
             }
         }
@@ -152,6 +207,21 @@ impl PackedMatrix {
         }
     }
 
+    /// The weights of one output feature as the product sees them: `out` `[cols]`.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} into {} values", self.rows, out.len());
+        let steps = self.panel(row / PANEL)[row % PANEL..].iter().step_by(PANEL);
+        match self.dtype {
+            WeightDtype::F32 => out.iter_mut().zip(steps).for_each(|(out, lane)| *out = f32::from_bits(*lane)),
+            WeightDtype::Bf16 => {
+                for (out, lane) in out.chunks_mut(2).zip(steps) {
+                    let pair = [f32::from_bits(lane << 16), f32::from_bits(lane & 0xffff_0000)];
+                    out.copy_from_slice(&pair[..out.len()]);
+                }
+            }
+        }
+    }
+
     fn panel_lanes(&self) -> usize {
         self.depth() * PANEL
     }
@@ -164,20 +234,6 @@ fn depth_of(dtype: WeightDtype, cols: usize) -> usize {
     }
 }
 
-/// Writes steps `first_step..` of one row (`values` of `part`) to every 32nd lane, as many as there are.
-fn pack_steps(dtype: WeightDtype, part: &Weights<'_>, values: Range<usize>, first_step: usize, lanes: &mut [u32]) {
-    for (step, lane) in (first_step..).zip(lanes.iter_mut().step_by(PANEL)) {
-        *lane = match dtype {
-            WeightDtype::F32 => part.at(values.start + step).to_bits(),
-            WeightDtype::Bf16 => {
-                let even = values.start + 2 * step;
-                let odd = if even + 1 < values.end { part.at(even + 1) } else { 0.0 };
-                bf16_pair(part.at(even), odd)
-            }
-        };
-    }
-}
-
 impl std::fmt::Debug for PackedMatrix {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "PackedMatrix({:?}, {} x {})", self.dtype, self.rows, self.cols)
@@ -187,12 +243,22 @@ impl std::fmt::Debug for PackedMatrix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::numerics::round_bf16;
+    use half::f16;
+
+    /// A value of every kind: large, small, negative, tiny enough to be flushed as bf16, not exact as bf16.
+    fn value(index: usize) -> f32 {
+        let sign = if index.is_multiple_of(3) { -1.0 } else { 1.0 };
+        match index % 7 {
+            0 => sign * 1e-18,
+            1 => 0.0,
+            _ => sign * (index as f32 + 0.25) / 512.0,
+        }
+    }
 
     #[test]
     fn every_weight_lies_in_its_panel_and_padding_is_zero() {
         let (cols, rows) = (141, 70);
-        let values: Vec<f32> = (0..rows * cols).map(|i| i as f32 + 0.25).collect();
+        let values: Vec<f32> = (0..rows * cols).map(value).collect();
         let short: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
         let cut = 33 * cols;
         for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
@@ -215,6 +281,28 @@ mod tests {
                     };
                     assert_eq!(lane, expected, "{dtype:?} row {row} step {step}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn values_of_a_file_are_packed_as_those_in_memory() {
+        for (cols, rows) in [(141, 35), (64, 32), (1, 3), (66, 1)] {
+            let values: Vec<f32> = (0..rows * cols).map(value).collect();
+            let short: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+            let half: Vec<f16> = values.iter().map(|&x| f16::from_f32(x)).collect();
+            let widened: Vec<f32> = half.iter().map(|x| x.to_f32()).collect();
+            let bytes4: Vec<[u8; 4]> = values.iter().map(|x| x.to_le_bytes()).collect();
+            let bytes2: Vec<[u8; 2]> = short.iter().map(|x| x.to_le_bytes()).collect();
+            let half: Vec<[u8; 2]> = half.iter().map(|x| x.to_le_bytes()).collect();
+            for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
+                let lanes = |weights: Weights<'_>| -> Vec<u32> {
+                    let packed = PackedMatrix::pack(dtype, cols, &[weights]);
+                    (0..packed.num_panels()).flat_map(|panel| packed.panel(panel).to_vec()).collect()
+                };
+                assert_eq!(lanes(Weights::F32Bytes(&bytes4)), lanes(Weights::F32(&values)), "{dtype:?} {cols}");
+                assert_eq!(lanes(Weights::Bf16Bytes(&bytes2)), lanes(Weights::Bf16(&short)), "{dtype:?} {cols}");
+                assert_eq!(lanes(Weights::F16Bytes(&half)), lanes(Weights::F32(&widened)), "{dtype:?} {cols}");
             }
         }
     }

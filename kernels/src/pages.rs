@@ -2,11 +2,13 @@
 //! process, or in a file in memory that other processes can be let read.
 #![allow(unsafe_code)]
 
+use std::cell::Cell;
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::ptr::NonNull;
 #[cfg(not(miri))]
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::thread::LocalKey;
 
 /// Zeroed memory, given back on drop. Owns its bytes like a `Box<[u8]>`, but hands out only a raw pointer:
 /// who may touch which bytes is its owner's contract.
@@ -200,6 +202,20 @@ impl Pages {
         use std::os::fd::AsFd;
         self.file.as_ref().map(|file| (file.as_fd(), self.len))
     }
+}
+
+/// Memory that a thread keeps between uses, and its size.
+pub(crate) type Kept = Cell<Option<(Pages, usize)>>;
+
+/// Lends this thread's memory, `len` bytes or more of anything, aligned to pages; `kept` is a `thread_local`.
+pub(crate) fn lend(kept: &'static LocalKey<Kept>, len: usize, f: impl FnOnce(*mut u8)) {
+    // Taken, not borrowed: while a thread waits for its units it may compute units of other jobs.
+    let (pages, capacity) = match kept.take() {
+        Some((pages, capacity)) if capacity >= len => (pages, capacity),
+        _ => (Pages::zeroed(len.next_power_of_two()), len.next_power_of_two()),
+    };
+    f(pages.as_ptr());
+    kept.set(Some((pages, capacity)));
 }
 
 /// Whether the kernel is set to give huge pages to who asks for them: for memory of one process, or for files in

@@ -152,17 +152,16 @@ fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
     let mut scratch = SCRATCH.take();
     let scaled = &mut scratch.scaled;
     let token = if params.leaves_logits_alone() && params.temperature < GREEDY_BELOW {
-        highest(logits).1
+        first_of(logits, highest(logits))
     } else {
         scaled.clear();
         scaled.extend(logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) }));
         adjust(scaled, params);
-        let (max, first) = highest(scaled);
+        let max = highest(scaled);
         if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
-            first
+            first_of(scaled, max)
         } else {
-            scaled.iter_mut().for_each(|x| *x = (*x - max) / params.temperature);
-            draw(params, &mut scratch)
+            draw(params, max, &mut scratch)
         }
     };
     SCRATCH.set(scratch);
@@ -210,22 +209,20 @@ fn adjust(logits: &mut [f32], params: &SampleParams<'_>) {
     }
 }
 
-/// Steps 5 to 8 on scaled logits, the highest of which is 0.
+/// Steps 4 to 8 on logits the highest of which is `max`.
 #[inline(always)]
-fn draw(params: &SampleParams<'_>, scratch: &mut Scratch) -> u32 {
+fn draw(params: &SampleParams<'_>, max: f32, scratch: &mut Scratch) -> u32 {
     let Scratch { scaled, weights, candidates, running_sums } = scratch;
-    if params.min_p > 0.0 {
-        let least = params.min_p.min(1.0);
-        scaled.iter_mut().for_each(|x| *x = if exp(*x) >= least { *x } else { f32::NEG_INFINITY });
-    }
     let sums_all = params.top_k == 0;
     if sums_all {
-        // In a loop of its own, which is vectorised; sums in a fixed order are not.
         weights.resize(scaled.len(), 0.0);
-        for (weight, &x) in weights.iter_mut().zip(scaled.iter()) {
-            *weight = exp(x);
+        weigh(params, max, scaled, weights, running_sums);
+    } else {
+        scaled.iter_mut().for_each(|x| *x = (*x - max) / params.temperature);
+        if params.min_p > 0.0 {
+            let least = params.min_p.min(1.0);
+            scaled.iter_mut().for_each(|x| *x = if exp(*x) >= least { *x } else { f32::NEG_INFINITY });
         }
-        sum_blocks(weights, running_sums);
     }
     let total_of_all = || running_sums.last().copied().unwrap_or(0.0);
     if sums_all && params.top_p >= 1.0 {
@@ -264,13 +261,34 @@ fn draw(params: &SampleParams<'_>, scratch: &mut Scratch) -> u32 {
 /// Weights whose running sum is kept, so that drawing does not add up all before its token a second time.
 const SUM_BLOCK: usize = 1024;
 
-/// The running sum, in ascending order, at the end of each block.
+/// Weights made at a time: their loop is vectorised, and while their sum, which is not, waits for one addition after
+/// another, the machine makes the next.
+const WEIGH: usize = 64;
+
+/// Steps 4 and 5: scales logits and makes their weights; then the running sum of these, in ascending order, at the end
+/// of each block.
 #[inline(always)]
-fn sum_blocks(weights: &[f32], running_sums: &mut Vec<f64>) {
+fn weigh(params: &SampleParams<'_>, max: f32, logits: &mut [f32], weights: &mut [f32], running_sums: &mut Vec<f64>) {
+    // No weight is negative: without `min_p` all are kept.
+    let least = if params.min_p > 0.0 { params.min_p.min(1.0) } else { 0.0 };
+    let temperature = params.temperature;
+    let one = |logit: &mut f32, weight: &mut f32| {
+        let x = (*logit - max) / temperature;
+        let w = exp(x);
+        *logit = if w >= least { x } else { f32::NEG_INFINITY };
+        *weight = if w >= least { w } else { 0.0 };
+    };
     running_sums.clear();
     let mut sum = 0.0f64;
-    for block in weights.chunks(SUM_BLOCK) {
-        sum = block.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
+    for (logits, weights) in logits.chunks_mut(SUM_BLOCK).zip(weights.chunks_mut(SUM_BLOCK)) {
+        let (logits, last_logits) = logits.as_chunks_mut::<WEIGH>();
+        let (weights, last_weights) = weights.as_chunks_mut::<WEIGH>();
+        for (logits, weights) in logits.iter_mut().zip(weights) {
+            logits.iter_mut().zip(weights.iter_mut()).for_each(|(logit, weight)| one(logit, weight));
+            sum = weights.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
+        }
+        last_logits.iter_mut().zip(last_weights.iter_mut()).for_each(|(logit, weight)| one(logit, weight));
+        sum = last_weights.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
         running_sums.push(sum);
     }
 }
@@ -340,18 +358,26 @@ fn pick(weights: impl Iterator<Item = (f32, u32)>, mut sum: f64, target: f64) ->
     None
 }
 
-/// The highest logit and the lowest id that has it; -infinity and 0 if there is none.
+/// The highest logit; -infinity if there is none.
 #[inline(always)]
-fn highest(logits: &[f32]) -> (f32, u32) {
-    let mut lanes = [f32::NEG_INFINITY; LANES];
-    let (chunks, rest) = logits.as_chunks::<LANES>();
+fn highest(logits: &[f32]) -> f32 {
+    // As many lanes as hide the time of a comparison.
+    let mut lanes = [f32::NEG_INFINITY; 4 * LANES];
+    let (chunks, rest) = logits.as_chunks::<{ 4 * LANES }>();
     for chunk in chunks {
-        for i in 0..LANES {
+        for i in 0..4 * LANES {
             lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
         }
     }
-    let max = lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max });
-    (max, logits.iter().position(|&x| x == max).unwrap_or(0) as u32)
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
+}
+
+/// The lowest id that has this logit; 0 if there is none.
+#[inline(always)]
+fn first_of(logits: &[f32], logit: f32) -> u32 {
+    let holds = |chunk: &[f32]| chunk.iter().fold(false, |any, &x| any | (x == logit));
+    let chunk = logits.chunks(4 * LANES).position(holds).unwrap_or(0) * 4 * LANES;
+    logits[chunk..].iter().position(|&x| x == logit).map_or(0, |at| chunk + at) as u32
 }
 
 /// The `n` highest logits, best first.
@@ -377,7 +403,7 @@ struct Normaliser {
 impl Normaliser {
     #[inline(always)]
     fn of(logits: &[f32]) -> Self {
-        let max = highest(logits).0;
+        let max = highest(logits);
         let mut lanes = [0.0f64; LANES];
         let (chunks, rest) = logits.as_chunks::<LANES>();
         for chunk in chunks {

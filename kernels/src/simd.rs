@@ -10,6 +10,10 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+#[cfg(target_arch = "x86_64")]
+use crate::numerics::{BF16_TINY, EXP_LEAST, EXP_MAGIC, EXP_POLYNOMIAL, LN_2};
+use crate::numerics::{LANES, exp, round_bf16, widen_bf16};
+
 /// Vectors of 16 f32 (`V`) and of 16 bf16 pairs prepared for folding (`P`).
 ///
 /// # Safety
@@ -23,16 +27,19 @@ pub(crate) trait Simd {
     /// Lanes of a bf16 pair on the left of [`fold_tile`]: 1, or 2 with its elements widened to f32, the even one
     /// first. Without an instruction that multiplies pairs, every panel would have to take them apart anew.
     const PAIR_LANES: usize;
-    /// Rows of an attention tile.
+    /// Most rows of an attention tile.
     const QUERY_ROWS: usize;
-    /// Most vectors side by side in an attention tile: 1 or 4.
+    /// Vectors side by side in it: 1 or 2.
     const QUERY_COLS: usize;
+    /// Up to so many rows of an attention tile leave registers for 4 vectors side by side.
+    const WIDE_QUERY_ROWS: usize;
     type V: Copy;
     type P: Copy;
     unsafe fn splat(x: f32) -> Self::V;
     unsafe fn load(from: *const f32) -> Self::V;
     unsafe fn store(into: *mut f32, x: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
     unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// Per lane `if a > b { a } else { b }`.
@@ -41,6 +48,53 @@ pub(crate) trait Simd {
     unsafe fn tree_sum(x: Self::V) -> f32;
     /// The highest of all lanes.
     unsafe fn tree_max(x: Self::V) -> f32;
+    /// The lanes whose bits are set, `other` in place of the rest.
+    #[inline(always)]
+    unsafe fn keep(x: Self::V, lanes: u16, other: f32) -> Self::V {
+        let mut values = [0.0f32; LANES];
+        // SAFETY: the array holds 16 lanes.
+        unsafe {
+            Self::store(values.as_mut_ptr(), x);
+            for (i, value) in values.iter_mut().enumerate() {
+                *value = if lanes >> i & 1 == 1 { *value } else { other };
+            }
+            Self::load(values.as_ptr())
+        }
+    }
+    /// [`exp`](crate::numerics::exp) of lanes that are not positive.
+    #[inline(always)]
+    unsafe fn exp_not_positive(x: Self::V) -> Self::V {
+        let mut values = [0.0f32; LANES];
+        // SAFETY: the array holds 16 lanes.
+        unsafe {
+            Self::store(values.as_mut_ptr(), x);
+            values.iter_mut().for_each(|value| *value = exp(*value));
+            Self::load(values.as_ptr())
+        }
+    }
+    /// Lanes that are not negative through [`round_bf16`](crate::numerics::round_bf16), as f32. A NaN has no bits
+    /// beyond those of bf16 set, as what comes from bf16 operands has not.
+    #[inline(always)]
+    unsafe fn round_not_negative(x: Self::V) -> Self::V {
+        let mut values = [0.0f32; LANES];
+        // SAFETY: the array holds 16 lanes.
+        unsafe {
+            Self::store(values.as_mut_ptr(), x);
+            values.iter_mut().for_each(|value| *value = widen_bf16(round_bf16(*value)));
+            Self::load(values.as_ptr())
+        }
+    }
+    /// The high halves of all lanes, 8 lanes of them.
+    #[inline(always)]
+    unsafe fn store_high_halves(into: *mut u32, x: Self::V) {
+        let mut values = [0.0f32; LANES];
+        // SAFETY: the array holds 16 lanes, and 8 are valid (the trait's contract).
+        unsafe {
+            Self::store(values.as_mut_ptr(), x);
+            let halves = values.map(|value| (value.to_bits() >> 16) as u16);
+            into.cast::<[u16; LANES]>().write_unaligned(halves);
+        }
+    }
     /// The pair that lies in [`PAIR_LANES`](Self::PAIR_LANES) lanes.
     unsafe fn splat_pair(from: *const u32) -> Self::P;
     unsafe fn load_pairs(from: *const u32) -> Self::P;
@@ -53,8 +107,11 @@ pub(crate) trait Simd {
 /// step's 16 lanes of column vector c, further steps `stride` lanes apart. With `PAIRS` a lane of `b` is a bf16
 /// pair, and `PAIR_LANES` of `a` are; else a lane is an f32.
 ///
+/// Meanwhile the lines at `ahead` move to the second-level cache, at the same strides: what the caller will read
+/// next, which the machine cannot guess; `b` itself if there is nothing.
+///
 /// # Safety
-/// `a` is valid for these lanes, each `b[c]` for 16 lanes at every step.
+/// `a` is valid for these lanes, each `b[c]` for 16 lanes at every step. `ahead` may be anything.
 #[inline(always)]
 pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool, const A_ROW: usize>(
     acc: &mut [[S::V; NR]; MR],
@@ -62,6 +119,7 @@ pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const 
     a: *const u32,
     b: &[*const u32; NR],
     stride: usize,
+    ahead: &[*const u32; NR],
 ) {
     // SAFETY: pointers stay inside the ranges the caller vouches for.
     unsafe {
@@ -69,6 +127,9 @@ pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const 
             let lanes = if PAIRS { S::PAIR_LANES } else { 1 };
             let a = a.add(lanes * if A_ROW == 0 { step * MR } else { step });
             let row_stride = if A_ROW == 0 { lanes } else { A_ROW };
+            for c in 0..NR {
+                prefetch(ahead[c].wrapping_add(step * stride));
+            }
             if PAIRS {
                 let mut columns = [S::load_pairs(b[0].add(step * stride)); NR];
                 for c in 1..NR {
@@ -96,6 +157,16 @@ pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const 
     }
 }
 
+/// Has the line at this address moved to the second-level cache; an address of nothing is ignored.
+#[inline(always)]
+fn prefetch(_address: *const u32) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 machine has the instruction, which reads nothing that a program could see.
+    unsafe {
+        _mm_prefetch::<_MM_HINT_T1>(_address.cast());
+    }
+}
+
 /// Folds 8 lanes to one: lane i with i + 4, then i + 2, i + 1.
 #[cfg(target_arch = "x86_64")]
 macro_rules! tree {
@@ -117,6 +188,7 @@ impl Simd for Avx2 {
     const PAIR_LANES: usize = 2;
     const QUERY_ROWS: usize = 6;
     const QUERY_COLS: usize = 1;
+    const WIDE_QUERY_ROWS: usize = 0;
     type V = [__m256; 2];
     /// Low elements and high elements, widened.
     type P = [[__m256; 2]; 2];
@@ -143,6 +215,11 @@ impl Simd for Avx2 {
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V {
         // SAFETY: AVX2 is there.
         unsafe { [_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])] }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V {
+        // SAFETY: AVX is there.
+        unsafe { [_mm256_sub_ps(a[0], b[0]), _mm256_sub_ps(a[1], b[1])] }
     }
     #[inline(always)]
     unsafe fn mul(a: Self::V, b: Self::V) -> Self::V {
@@ -202,7 +279,7 @@ impl Simd for Avx2 {
 
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx512 {
-    ($name:ident, query rows $rows:literal, pair lanes $pair_lanes:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
+    ($name:ident, wide query rows $rows:literal, pair lanes $pair_lanes:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
         #[cfg(target_arch = "x86_64")]
         pub(crate) struct $name;
 
@@ -211,8 +288,9 @@ macro_rules! avx512 {
             const TILE_ROWS: usize = 12;
             const TILE_COLS: usize = 2;
             const PAIR_LANES: usize = $pair_lanes;
-            const QUERY_ROWS: usize = $rows;
-            const QUERY_COLS: usize = 4;
+            const QUERY_ROWS: usize = 12;
+            const QUERY_COLS: usize = 2;
+            const WIDE_QUERY_ROWS: usize = $rows;
             type V = __m512;
             type P = $pairs;
 
@@ -235,6 +313,11 @@ macro_rules! avx512 {
             unsafe fn add(a: __m512, b: __m512) -> __m512 {
                 // SAFETY: AVX-512F is there.
                 unsafe { _mm512_add_ps(a, b) }
+            }
+            #[inline(always)]
+            unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_sub_ps(a, b) }
             }
             #[inline(always)]
             unsafe fn mul(a: __m512, b: __m512) -> __m512 {
@@ -262,6 +345,51 @@ macro_rules! avx512 {
                 unsafe { tree!(_mm256_max_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps::<1>(x)), _mm_max_ps) }
             }
             #[inline(always)]
+            unsafe fn keep(x: __m512, lanes: u16, other: f32) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_mask_blend_ps(lanes, _mm512_set1_ps(other), x) }
+            }
+            #[inline(always)]
+            unsafe fn exp_not_positive(x: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe {
+                    let magic = _mm512_set1_ps(EXP_MAGIC);
+                    let n = _mm512_sub_ps(_mm512_fmadd_ps(x, _mm512_set1_ps(std::f32::consts::LOG2_E), magic), magic);
+                    let r = _mm512_fmadd_ps(n, _mm512_set1_ps(-LN_2[0]), x);
+                    let r = _mm512_fmadd_ps(n, _mm512_set1_ps(-LN_2[1]), r);
+                    let mut p = _mm512_set1_ps(EXP_POLYNOMIAL[0]);
+                    for factor in &EXP_POLYNOMIAL[1..] {
+                        p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*factor));
+                    }
+                    // What is below becomes zero whatever was computed for it; a NaN is not below. All other powers of
+                    // two are exact, as there are no subnormal results.
+                    let counts = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, _mm512_set1_ps(EXP_LEAST));
+                    _mm512_maskz_scalef_ps(counts, p, n)
+                }
+            }
+            #[inline(always)]
+            unsafe fn round_not_negative(x: __m512) -> __m512 {
+                // SAFETY: AVX-512F is there.
+                unsafe {
+                    let bits = _mm512_castps_si512(x);
+                    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                    let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+                    // A number that rounds up to the least that counts does count.
+                    let least = _mm512_set1_epi32(BF16_TINY.to_bits() as i32);
+                    let counts = _mm512_cmp_epu32_mask::<_MM_CMPINT_NLT>(rounded, least);
+                    let high = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                    _mm512_castsi512_ps(_mm512_maskz_and_epi32(counts, rounded, high))
+                }
+            }
+            #[inline(always)]
+            unsafe fn store_high_halves(into: *mut u32, x: __m512) {
+                // SAFETY: AVX-512F and AVX are there, and 8 lanes are valid (the trait's contract).
+                unsafe {
+                    let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_castps_si512(x)));
+                    _mm256_storeu_si256(into.cast(), halves);
+                }
+            }
+            #[inline(always)]
             $splat_pair
             #[inline(always)]
             $load_pairs
@@ -275,7 +403,7 @@ macro_rules! avx512 {
 avx512!(
     Avx512,
     // 32 registers: with 4 vectors of keys taken apart into 8, 6 rows of sums would leave none.
-    query rows 5,
+    wide query rows 5,
     pair lanes 2,
     [__m512; 2],
     unsafe fn splat_pair(from: *const u32) -> [__m512; 2] {
@@ -299,7 +427,7 @@ avx512!(
 #[cfg(target_arch = "x86_64")]
 avx512!(
     Avx512Bf16,
-    query rows 6,
+    wide query rows 6,
     pair lanes 1,
     __m512bh,
     unsafe fn splat_pair(from: *const u32) -> __m512bh {
@@ -427,3 +555,55 @@ macro_rules! vectorised {
     }};
 }
 pub(crate) use vectorised;
+
+#[cfg(all(test, target_arch = "x86_64"))]
+mod tests {
+    use super::*;
+    use crate::Isa;
+
+    #[inline(always)]
+    unsafe fn exp_and_round<S: Simd>(
+        x: &[f32; LANES],
+        magnitudes: &[f32; LANES],
+        powers: &mut [f32; LANES],
+        rounded: &mut [f32; LANES],
+        halves: &mut [u16; LANES],
+    ) {
+        // SAFETY: the caller has the instruction set; the arrays hold 16 lanes.
+        unsafe {
+            S::store(powers.as_mut_ptr(), S::exp_not_positive(S::load(x.as_ptr())));
+            let round = S::round_not_negative(S::load(magnitudes.as_ptr()));
+            S::store(rounded.as_mut_ptr(), round);
+            S::store_high_halves(halves.as_mut_ptr().cast(), round);
+        }
+    }
+
+    #[test]
+    fn exp_and_rounding_of_vectors_have_the_bits_of_the_scalar_ones() {
+        // From -0 to -infinity, and every number around the ends.
+        let ends = [0.0f32, EXP_LEAST, 1.17e-38, BF16_TINY, 1.0].map(|x| (-x.abs()).to_bits());
+        let ends = ends.into_iter().flat_map(|bits| bits.saturating_sub(200).max(0x8000_0000)..bits + 200);
+        let all = ends.chain([0xff80_0000]).chain((0x8000_0000..=0xff80_0000u32).step_by(3001));
+        let all: Vec<f32> = all.map(f32::from_bits).collect();
+        for &isa in &Isa::available()[1..] {
+            for x in all.as_chunks::<LANES>().0 {
+                let magnitudes = &x.map(f32::abs);
+                let (powers, rounded, halves) = (&mut [0.0; LANES], &mut [0.0; LANES], &mut [0; LANES]);
+                with_simd!(
+                    isa,
+                    exp_and_round(
+                        x: &[f32; LANES],
+                        magnitudes: &[f32; LANES],
+                        powers: &mut [f32; LANES],
+                        rounded: &mut [f32; LANES],
+                        halves: &mut [u16; LANES]
+                    ),
+                    else unreachable!("the portable one has no vectors")
+                );
+                assert_eq!(powers.map(f32::to_bits), x.map(|x| exp(x).to_bits()), "{isa:?} {x:?}");
+                assert_eq!(*halves, magnitudes.map(round_bf16), "{isa:?} {x:?}");
+                assert_eq!(rounded.map(f32::to_bits), halves.map(|half| u32::from(half) << 16), "{isa:?} {x:?}");
+            }
+        }
+    }
+}

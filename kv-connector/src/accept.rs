@@ -4,17 +4,17 @@
 //! may open, and put in a queue. A full queue resets the stream. Nobody is blocked silently.
 
 use std::net::SocketAddr;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
 use common::ids::Role;
 use common::wire::{Hello, Open, Registration};
-use quinn::{Connection, Incoming, ServerConfig};
+use quinn::{Connection, Incoming, ServerConfig, Side, VarInt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::accounting::Kind;
 use crate::fabric::Shared;
-use crate::link::{CLOSE_DONE, CloseReason, Link, LinkInner};
-use crate::socket::{Socket, Traffic};
+use crate::link::{CLOSE_DONE, CloseReason, Link};
+use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
 use crate::transfer::{bulk, cuda_ipc};
 use crate::versions;
@@ -85,19 +85,6 @@ pub(crate) async fn connections(shared: Arc<Shared>, socket: Socket, waiting: mp
     }
 }
 
-/// Streams that the node we dialled opens towards us.
-pub(crate) async fn dialled_streams(shared: Arc<Shared>, link: Weak<LinkInner>, connection: Connection) {
-    // Nothing in the protocol is opened by the end that was dialled.
-    while let Ok((mut sender, mut receiver)) = connection.accept_bi().await {
-        if link.strong_count() == 0 {
-            return;
-        }
-        shared.ledger.count_refused_stream("not_allowed");
-        let _ = sender.reset(StreamCode::NotAllowed.code());
-        let _ = receiver.stop(StreamCode::NotAllowed.code());
-    }
-}
-
 async fn serve_control(
     shared: Arc<Shared>,
     socket: &Socket,
@@ -109,10 +96,16 @@ async fn serve_control(
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);
+    let mut num_allowed = NUM_STREAMS_AT_FIRST.min(shared.limits.num_streams_max);
     let reason = loop {
         match connection.accept_bi().await {
             Ok(halves) => {
                 let (sender, receiver) = link.stream(halves);
+                // Long before the last is open, so that the peer never waits for more than a round trip.
+                if num_allowed < shared.limits.num_streams_max && link.num_holders() > num_allowed as usize / 2 {
+                    num_allowed = num_allowed.saturating_mul(2).min(shared.limits.num_streams_max);
+                    connection.set_max_concurrent_bi_streams(VarInt::from_u32(num_allowed));
+                }
                 shared.spawn(serve_stream(shared.clone(), link.clone(), sender, receiver, waiting.clone()));
             }
             Err(reason) => break reason,
@@ -180,8 +173,7 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
         shared.spawn(cuda_ipc::serve(asking, shared.exporter.clone(), attached, deadline));
     }
     let reason = if is_receiving {
-        let context = bulk::ReceiveContext { takes_runs: false, ..shared.receive_context(&shared.zone, None) };
-        bulk::receive(&connection, &Arc::new(context), &shared.tasks).await
+        bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone)), &shared.tasks).await
     } else {
         connection.closed().await.into()
     };
@@ -214,7 +206,7 @@ async fn welcome(
     };
     let deadline = tokio::time::Instant::now() + shared.limits.hello_deadline;
     let mut config = ServerConfig::with_crypto(shared.servers[socket.traffic as usize].clone());
-    config.transport_config(socket.transport(&shared.limits, remote)).migration(false);
+    config.transport_config(socket.transport(&shared.limits, remote, Side::Server)).migration(false);
     let connecting = match incoming.accept_with(Arc::new(config)) {
         Ok(connecting) => connecting,
         Err(error) => {

@@ -36,7 +36,7 @@ pub struct BusyPolling {
 pub(crate) struct Activity {
     polling: BusyPolling,
     began_at: Instant,
-    /// When a datagram was last sent or received, behind `began_at`.
+    /// When anything was last sent or received, behind `began_at`.
     last_nanos: AtomicU64,
 }
 
@@ -45,13 +45,13 @@ impl Activity {
         Arc::new(Self { polling, began_at: Instant::now(), last_nanos: AtomicU64::new(0) })
     }
 
-    /// A datagram was sent or received.
-    fn on_datagram(&self) {
+    /// A datagram was sent or received, or a message of a mapped pool.
+    pub(crate) fn on_traffic(&self) {
         self.last_nanos.store(self.nanos(), Ordering::Relaxed);
     }
 
     /// Whether the next one is worth waiting for without sleeping.
-    fn is_recent(&self) -> bool {
+    pub(crate) fn is_recent(&self) -> bool {
         let since = self.nanos().saturating_sub(self.last_nanos.load(Ordering::Relaxed));
         u128::from(since) < self.polling.time_max.as_nanos() && (self.polling.may_poll)()
     }
@@ -77,7 +77,7 @@ impl PolledSocket {
 
     /// A datagram was sent or received through it.
     pub(crate) fn on_datagram(&self) {
-        self.activity.on_datagram();
+        self.activity.on_traffic();
     }
 
     /// Receives what is there, or has the task come back at once, or lets it sleep. The task must have been registered

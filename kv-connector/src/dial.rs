@@ -4,9 +4,8 @@ use std::net::SocketAddr;
 
 use common::ids::{NodeId, Role};
 use common::wire::{Hello, Registration};
-use quinn::{ClientConfig, Connection};
+use quinn::{ClientConfig, Connection, Side};
 
-use crate::accept;
 use crate::accounting::Kind;
 use crate::certs::role_name;
 use crate::fabric::Fabric;
@@ -16,7 +15,7 @@ use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::BulkReceiver;
 use crate::transfer::cuda_ipc;
-use crate::transfer::shm::Mapping;
+use crate::transfer::shm::Attached;
 use crate::versions;
 
 /// A link that could not be made.
@@ -120,13 +119,7 @@ impl Fabric {
             connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
             return Err(DialError::WrongNode { addr, expected: expected.clone(), found });
         }
-        let link = self.shared.link(connection, version, peer);
-        self.shared.tasks.spawn(accept::dialled_streams(
-            self.shared.clone(),
-            link.downgrade(),
-            link.connection().clone(),
-        ));
-        Ok(link)
+        Ok(self.shared.link(connection, version, peer))
     }
 
     /// Dials the bulk port of a linked node, which from then on can send KV here: its extents land where
@@ -154,7 +147,7 @@ impl Fabric {
             connection.close(CLOSE_DONE, b"another life of this node was expected");
             return Err(DialError::Restarted { node });
         }
-        let mapping = match registration.filter(|_| self.shared.is_reading_shared_pools) {
+        let attached = match registration.filter(|_| self.shared.is_reading_shared_pools) {
             Some(registration) => self.attach(&node, &registration).await,
             None => None,
         };
@@ -162,9 +155,9 @@ impl Fabric {
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
         let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
-        let mut context = self.shared.receive_context(zone, mapping);
-        context.takes_runs = on_device.is_none();
-        let mut receiver = BulkReceiver::start(connection, sender, context, (held, window), &self.shared.tasks);
+        let context = self.shared.receive_context(zone);
+        let mut receiver =
+            BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
         if let Some(receiving) = on_device {
             receiver = receiver.with_cuda_ipc();
             self.shared.tasks.spawn(cuda_ipc::receive(receiving, self.shared.tasks.clone()));
@@ -174,8 +167,8 @@ impl Fabric {
     }
 
     /// The peer's pool, if it can be read here.
-    async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Mapping> {
-        let attached = Mapping::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
+    async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Attached> {
+        let attached = Attached::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
         attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
     }
 
@@ -189,7 +182,7 @@ impl Fabric {
         let pool = self.shared.device_pool.as_ref()?;
         match cuda_ipc::attach(connection, pool, self.shared.limits.attach_deadline).await {
             Ok(peer) => {
-                let (context, connection) = (self.shared.receive_context(zone, None), connection.clone());
+                let (context, connection) = (self.shared.receive_context(zone), connection.clone());
                 Some(cuda_ipc::Receiving { peer, memory: pool.clone(), context, connection })
             }
             Err(reason) => {
@@ -233,7 +226,7 @@ impl Fabric {
         };
         let connecting = async {
             let mut config = ClientConfig::new(self.shared.clients[socket.traffic as usize].clone());
-            config.transport_config(socket.transport(&self.shared.limits, addr));
+            config.transport_config(socket.transport(&self.shared.limits, addr, Side::Client));
             let connecting = socket.endpoint.connect_with(config, addr, &role_name(role));
             let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await;
             let connection = connection.map_err(|error| lost(error.into()))?;

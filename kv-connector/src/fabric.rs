@@ -40,7 +40,7 @@ use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
 use crate::transfer::cuda_ipc::Exporter;
-use crate::transfer::shm::{Mapping, Registrar};
+use crate::transfer::shm::Registrar;
 use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
@@ -243,7 +243,7 @@ impl Fabric {
 
         let ledger = Ledger::new(hello.role, hello.node.as_str());
         let registrar = shared_pool.filter(|_| bulk_listener.is_some()).and_then(|pool| {
-            let bound = Registrar::bind(pool, ledger.clone());
+            let bound = Registrar::bind(pool, ledger.clone(), activity.clone());
             bound
                 .inspect_err(|error| tracing::warn!(%error, "no socket for shared memory: KV goes over quic only"))
                 .ok()
@@ -357,14 +357,13 @@ impl Shared {
         Link::new(connection, version, peer, self.ledger.clone(), self.budget.clone())
     }
 
-    pub(crate) fn receive_context(&self, zone: &LandingZone, mapping: Option<Mapping>) -> ReceiveContext {
+    pub(crate) fn receive_context(&self, zone: &LandingZone) -> ReceiveContext {
         ReceiveContext {
             zone: zone.clone(),
             ledger: self.ledger.clone(),
             num_extents_max: self.limits.num_extents_max,
             deadline: self.limits.extent_deadline,
-            mapping,
-            takes_runs: true,
+            activity: self.activity.clone(),
         }
     }
 

@@ -7,8 +7,8 @@ use std::time::Duration;
 pub struct FabricLimits {
     /// Connections accepted at a time, control and bulk counted apart. One more is refused.
     pub num_connections_max: usize,
-    /// Streams that one peer may have open on its control connection. Above what any node admits, so that
-    /// a full node answers `Busy` and nobody waits for a stream.
+    /// Streams that one peer may have open on its control connection; it is allowed a few at first and as many once
+    /// it uses them. Above what any node admits, so that a full node answers `Busy` and nobody waits for a stream.
     pub num_streams_max: u32,
     /// Opened streams that wait for [`accept`](crate::Fabric::accept). One more is reset.
     pub num_waiting_streams_max: usize,

@@ -106,7 +106,7 @@ pub struct Link {
     inner: Arc<LinkInner>,
 }
 
-pub(crate) struct LinkInner {
+struct LinkInner {
     connection: quinn::Connection,
     version: u16,
     peer: Arc<Hello>,
@@ -195,12 +195,9 @@ impl Link {
         self.inner.connection.close(CLOSE_DONE, b"closed");
     }
 
-    pub(crate) fn connection(&self) -> &quinn::Connection {
-        &self.inner.connection
-    }
-
-    pub(crate) fn downgrade(&self) -> std::sync::Weak<LinkInner> {
-        Arc::downgrade(&self.inner)
+    /// Who keeps the link: every open stream once or twice, and few besides.
+    pub(crate) fn num_holders(&self) -> usize {
+        Arc::strong_count(&self.inner)
     }
 
     pub(crate) fn stream(&self, halves: (quinn::SendStream, quinn::RecvStream)) -> (ControlSender, ControlReceiver) {

@@ -1,8 +1,8 @@
 //! A UDP socket that keeps segmentation offload within what the kernel takes, at both ends.
 //!
 //! quinn fills up to ten datagrams of the path's size and hands them over as one send. Linux takes 65,507 bytes in
-//! one; what is more fails, counts as lost, and the connection falls back to small datagrams. So such a send is
-//! divided here. The other way round, quinn makes room for 64 of the largest datagrams in each of 32 buffers, which
+//! one; what is more fails, counts as lost, and the connection falls back to small datagrams. So quinn is told to fill
+//! no more than that of the size it last sent, and what it has filled beyond is divided here. The other way round, quinn makes room for 64 of the largest datagrams in each of 32 buffers, which
 //! for datagrams of 65,507 bytes is 134 MB for what can never be more than 65,527 bytes each.
 
 use std::fmt;
@@ -30,6 +30,8 @@ const RECEIVE_BATCH_BYTES: usize = 256 << 10;
 pub(crate) struct SegmentedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
     num_receive_segments: usize,
+    /// Of the last send of several segments, the bytes of each; 0 before it.
+    segment_bytes: AtomicUsize,
     /// Of the last system call, the mean bytes per buffer.
     received_bytes: AtomicUsize,
     polled: Option<PolledSocket>,
@@ -45,7 +47,13 @@ impl SegmentedSocket {
     ) -> Self {
         let num_segments = RECEIVE_BYTES_MAX.div_ceil(usize::from(max_udp_payload_bytes));
         let num_receive_segments = inner.max_receive_segments().min(num_segments);
-        Self { inner, num_receive_segments, received_bytes: AtomicUsize::new(0), polled }
+        Self {
+            inner,
+            num_receive_segments,
+            segment_bytes: AtomicUsize::new(0),
+            received_bytes: AtomicUsize::new(0),
+            polled,
+        }
     }
 }
 
@@ -67,9 +75,14 @@ impl AsyncUdpSocket for SegmentedSocket {
         if let Some(polled) = &self.polled {
             polled.on_datagram();
         }
-        let Some(segment_bytes) = transmit.segment_size.filter(|_| transmit.contents.len() > SEND_BYTES_MAX) else {
+        let Some(segment_bytes) = transmit.segment_size else { return self.inner.try_send(transmit) };
+        // One at a time would go unnoticed, and stay when another path's are small.
+        if 2 * segment_bytes <= SEND_BYTES_MAX {
+            self.segment_bytes.store(segment_bytes, Ordering::Relaxed);
+        }
+        if transmit.contents.len() <= SEND_BYTES_MAX {
             return self.inner.try_send(transmit);
-        };
+        }
         for contents in transmit.contents.chunks(part_bytes(transmit.contents.len(), segment_bytes)) {
             let segment_size = Some(segment_bytes).filter(|bytes| *bytes < contents.len());
             self.inner.try_send(&Transmit { contents, segment_size, ..*transmit })?;
@@ -105,7 +118,11 @@ impl AsyncUdpSocket for SegmentedSocket {
     }
 
     fn max_transmit_segments(&self) -> usize {
-        self.inner.max_transmit_segments()
+        let num_fitting = match self.segment_bytes.load(Ordering::Relaxed) {
+            0 => usize::MAX,
+            segment_bytes => SEND_BYTES_MAX / segment_bytes,
+        };
+        self.inner.max_transmit_segments().min(num_fitting)
     }
 
     fn max_receive_segments(&self) -> usize {

@@ -18,7 +18,7 @@ use std::sync::Arc;
 
 use common::config::CongestionControl;
 use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, TokioRuntime};
-use quinn::{ServerConfig, TransportConfig, VarInt};
+use quinn::{ServerConfig, Side, TransportConfig, VarInt};
 
 use crate::busy_poll::{Activity, PolledSocket};
 use crate::congestion;
@@ -32,6 +32,10 @@ const CONTROL_DATAGRAM_BYTES: u16 = 8_952;
 /// Asked of the kernel, which caps it at `net.core.rmem_max` and `wmem_max`.
 const BULK_SOCKET_BYTES: usize = 8 << 20;
 const CONTROL_SOCKET_BYTES: usize = 2 << 20;
+/// Streams that a peer may have open on a control connection it has just dialled. quinn keeps 68 bytes and more for
+/// each that may be opened, open or not, so more are allowed as they are used
+/// ([`accept`](crate::accept)).
+pub(crate) const NUM_STREAMS_AT_FIRST: u32 = 64;
 
 /// How KV travels over QUIC.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -108,10 +112,10 @@ pub(crate) fn bind(
 }
 
 impl Socket {
-    /// Transport parameters of a connection with `remote`.
-    pub(crate) fn transport(&self, limits: &FabricLimits, remote: SocketAddr) -> Arc<TransportConfig> {
+    /// Transport parameters of a connection with `remote`, on which this end is `side`.
+    pub(crate) fn transport(&self, limits: &FabricLimits, remote: SocketAddr, side: Side) -> Arc<TransportConfig> {
         Arc::new(match self.traffic {
-            Traffic::Control => control_transport(limits),
+            Traffic::Control => control_transport(limits, side),
             Traffic::Bulk => self.bulk_transport(limits, remote.ip().to_canonical().is_loopback()),
         })
     }
@@ -140,10 +144,15 @@ impl Socket {
     }
 }
 
-fn control_transport(limits: &FabricLimits) -> TransportConfig {
+fn control_transport(limits: &FabricLimits, side: Side) -> TransportConfig {
     let mut config = common(limits, CONTROL_DATAGRAM_BYTES);
+    let num_streams = match side {
+        // Nothing in the protocol is opened by the end that was dialled.
+        Side::Client => 0,
+        Side::Server => NUM_STREAMS_AT_FIRST.min(limits.num_streams_max),
+    };
     config
-        .max_concurrent_bidi_streams(VarInt::from_u32(limits.num_streams_max))
+        .max_concurrent_bidi_streams(VarInt::from_u32(num_streams))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .stream_receive_window(VarInt::from_u32(1 << 20))
         .receive_window(VarInt::from_u32(16 << 20))
@@ -186,9 +195,9 @@ mod tests {
         let receiver = bind(LOOPBACK, Traffic::Bulk, path, None, None).unwrap();
         let sender = bind(LOOPBACK, Traffic::Bulk, path, Some(server.clone()), None).unwrap();
         let addr = sender.endpoint.local_addr().unwrap();
-        server.transport_config(sender.transport(&limits, LOOPBACK));
+        server.transport_config(sender.transport(&limits, LOOPBACK, Side::Server));
         let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());
-        client.transport_config(receiver.transport(&limits, addr));
+        client.transport_config(receiver.transport(&limits, addr, Side::Client));
         let accepting = async {
             let incoming = sender.endpoint.accept().await.unwrap();
             incoming.accept_with(Arc::new(server)).unwrap().await.unwrap()

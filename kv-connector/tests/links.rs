@@ -33,6 +33,36 @@ async fn message_goes_there_and_back_over_a_stream() {
     assert_nothing_left([proxy, decode]).await;
 }
 
+/// More than a connection is allowed at first.
+#[tokio::test]
+async fn many_streams_are_open_at_a_time_and_the_limit_is_kept() {
+    const NUM_STREAMS_MAX: u32 = 300;
+    let cluster = Cluster::new();
+    let mut config = cluster.config("d0", Role::DecodeNode);
+    config.limits.num_streams_max = NUM_STREAMS_MAX;
+    let (proxy, decode) = (cluster.start("x0", Role::Proxy), Fabric::bind(config).unwrap());
+    let link = soon("dial", proxy.dial(decode.local_addr(), Role::DecodeNode, None)).await.unwrap();
+    let (mut opened, mut accepted) = (Vec::new(), Vec::new());
+    for request in 0..u128::from(NUM_STREAMS_MAX) {
+        opened.push(soon("open", link.open(&generate(request))).await.unwrap());
+        accepted.push(soon("accept", decode.accept()).await.unwrap());
+    }
+    let message = generate(u128::from(NUM_STREAMS_MAX));
+    let another = {
+        let mut opening = std::pin::pin!(link.open(&message));
+        tokio::select! {
+            biased;
+            _ = &mut opening => panic!("a stream beyond the limit is open"),
+            () = std::future::ready(()) => {}
+        }
+        accepted.truncate(200);
+        opened.truncate(200);
+        soon("open, when others have ended", opening).await.unwrap()
+    };
+    drop((opened, accepted, another, link));
+    assert_nothing_left([proxy, decode]).await;
+}
+
 #[tokio::test]
 async fn fabric_does_not_start_with_the_certificate_of_another_node() {
     let cluster = Cluster::new();

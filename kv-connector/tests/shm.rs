@@ -17,14 +17,14 @@ use kv_connector::transfer::{
     BulkReceiver, BulkSender, ExtentSource, Landing, LandingEvent, LandingPlan, LandingZone, RefusedExtent,
     SendExtentError,
 };
-use kv_connector::{Fabric, Link};
-use quinn::{Connection, RecvStream, SendStream};
+use kv_connector::{CloseReason, Fabric, Link};
+use quinn::Connection;
 use support::file_pool::{FilePool, scattered};
 use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, greet, welcome, welcome_with};
 use support::values::Values;
 use support::{Cluster, GRANULE_BYTES, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::UnixStream;
+use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::mpsc;
 
 const NUM_BLOCKS: usize = 256;
@@ -255,7 +255,9 @@ impl KvMemory for Gate {
         self.num_begun.fetch_add(1, Ordering::SeqCst);
         let num_let = self.num_let.0.lock().unwrap();
         // With a limit: a runtime waits for its tasks, and a test that fails must end.
-        let let_in = self.num_let.1.wait_timeout_while(num_let, support::SOON, |num_let| *num_let == 0).unwrap();
+        let wait = || self.num_let.1.wait_timeout_while(num_let, support::SOON, |num_let| *num_let == 0).unwrap();
+        // The connections live on meanwhile, whoever of the runtime's threads looks after them.
+        let let_in = tokio::task::block_in_place(wait);
         let (mut num_let, _) = let_in;
         *num_let = num_let.saturating_sub(1);
         drop(num_let);
@@ -342,17 +344,17 @@ async fn sender_that_gives_up_midway_stops_the_copying() {
     let Midway { pair, gate, landing, mut events, sending, .. } = Midway::new().await;
     sending.abort();
     assert!(sending.await.unwrap_err().is_cancelled());
-    // Its word is behind this extent's on the connection.
+    // Its word is before this extent's in the socket.
     let other = Job::new(2, 16, 0, 60);
     let memory = TestMemory::new(NUM_BLOCKS);
     let (other_landing, _other_events) = pair.zone.open(other.plan(&memory));
-    let (header, payload) = other.sealed(other.extent(0, 0, 16));
-    pair.sender.send_extent(&header, payload).await.unwrap();
-    eventually("it is heard", || memory.num_writes.load(Ordering::SeqCst) > 0).await;
+    let source = pair.pool.source(&other, scattered(60, 1));
+    let (header, payload) = source.seal(&other.tokens, other.extent(0, 0, 16));
+    soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
     gate.let_one();
     assert_eq!(next(&mut events).await, refused(RefusedExtent::Reset));
     assert_eq!(gate.num_begun(), 1);
-    drop((landing, other_landing));
+    drop((landing, other_landing, source));
     pair.end().await;
 }
 
@@ -394,22 +396,43 @@ async fn connection_that_is_lost_midway_stops_the_copying() {
     assert_nothing_left([prefill, decode]).await;
 }
 
-/// A sender that holds a certificate and says what it likes; the decode node reads in the pool of another.
+/// A sender that holds a certificate, lets its pool be mapped, and says what it likes.
 struct RawSender {
     decode: Fabric,
-    prefill: Fabric,
-    connection: Connection,
     receiver: BulkReceiver,
     zone: LandingZone,
     pool: Arc<FilePool>,
+    socket: UnixStream,
+    next_id: u64,
     _kept: (Link, Connection, Connection, [quinn::Endpoint; 2]),
 }
 
+const EXTENT: u8 = 1;
+const GIVE_UP: u8 = 2;
+
+fn message(kind: u8, id: u64, num_bytes: u32, body: &[u8]) -> Vec<u8> {
+    [&[kind][..], &id.to_le_bytes(), &num_bytes.to_le_bytes(), body].concat()
+}
+
 impl RawSender {
-    async fn new(name: &str, is_registered: bool) -> Self {
+    async fn new(name: &str) -> Self {
+        Self::with(name, support::SOON).await
+    }
+
+    async fn with(name: &str, deadline: Duration) -> Self {
         let cluster = Cluster::new();
         let pool = FilePool::new(NUM_BLOCKS);
-        let (prefill, registered, registration) = registered(&cluster, name, &pool).await;
+        let registration = Registration { socket: rand::random(), token: 5, num_bytes: pool.num_bytes() };
+        let listener = UnixListener::bind(format!("\0tandem-kv-{:032x}", registration.socket)).unwrap();
+        let shared = pool.clone();
+        let attaching = tokio::spawn(async move {
+            let (mut socket, _) = listener.accept().await.unwrap();
+            assert_eq!(socket.read_u128_le().await.unwrap(), 5);
+            shared.send_over(&socket);
+            assert_eq!(socket.read_u8().await.unwrap(), 1);
+            socket.write_all(&[1]).await.unwrap();
+            socket
+        });
         let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
         let (control, bulk) = (raw.listen(ALPN_CONTROL), raw.listen(ALPN_BULK));
         let mut own = hello("p9", Role::PrefillNode);
@@ -419,44 +442,51 @@ impl RawSender {
             let link = control.accept().await.unwrap().await.unwrap();
             welcome(&link, own.clone()).await;
             let connection = bulk.accept().await.unwrap().await.unwrap();
-            welcome_with(&connection, own, is_registered.then_some(registration)).await;
+            welcome_with(&connection, own, Some(registration)).await;
             (link, connection, [control, bulk])
         });
         let mut config = cluster.config(&format!("d-{name}"), Role::DecodeNode);
-        config.limits.extent_deadline = Duration::from_millis(200);
+        config.limits.extent_deadline = deadline;
         config.is_reading_shared_pools = true;
         let decode = Fabric::bind(config).unwrap();
         let link = soon("dial", decode.dial(addr, Role::PrefillNode, None)).await.unwrap();
         let zone = decode.landing_zone();
         let receiver = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
-        assert_eq!(receiver.transport_name(), if is_registered { "shm" } else { "quic" });
+        assert_eq!(receiver.transport_name(), "shm");
         let (raw_link, connection, endpoints) = soon("server", serving).await.unwrap();
-        let _kept = (link, raw_link, registered, endpoints);
-        Self { decode, prefill, connection, receiver, zone, pool, _kept }
+        let socket = soon("socket", attaching).await.unwrap();
+        let _kept = (link, raw_link, connection, endpoints);
+        Self { decode, receiver, zone, pool, socket, next_id: 0, _kept }
     }
 
     /// Sends these bytes as an extent, and says whether it was taken.
-    async fn send(&self, bytes: &[u8], is_finished: bool) -> bool {
-        let (mut send, mut answer): (SendStream, RecvStream) = self.connection.open_bi().await.unwrap();
-        send.write_all(bytes).await.unwrap();
-        if is_finished {
-            send.finish().unwrap();
-        }
-        soon("an answer", answer.read_to_end(16)).await.is_ok_and(|bytes| bytes == [1])
+    async fn send(&mut self, body: &[u8]) -> bool {
+        let id = self.next_id;
+        self.next_id += 1;
+        self.socket.write_all(&message(EXTENT, id, body.len() as u32, body)).await.unwrap();
+        let mut answer = [0; 9];
+        soon("an answer", self.socket.read_exact(&mut answer)).await.unwrap();
+        assert_eq!(answer[..8], id.to_le_bytes());
+        answer[8] == 1
     }
 
     async fn end(self) {
-        let Self { decode, prefill, connection, receiver, zone, _kept, .. } = self;
-        drop((connection, receiver, zone, _kept));
-        assert_nothing_left([decode, prefill]).await;
+        let Self { decode, receiver, zone, socket, _kept, .. } = self;
+        drop((receiver, zone, socket, _kept));
+        assert_nothing_left([decode]).await;
     }
 }
 
 /// A prefill node that shares `pool`, a bulk connection to it, and what it announced there.
-async fn registered(cluster: &Cluster, name: &str, pool: &Arc<FilePool>) -> (Fabric, Connection, Registration) {
+async fn registered(
+    cluster: &Cluster,
+    name: &str,
+    pool: &Arc<FilePool>,
+    attach_deadline: Duration,
+) -> (Fabric, Connection, Registration) {
     let mut config = cluster.config(&format!("p-{name}"), Role::PrefillNode);
     config.shared_pool = Some(pool.shared());
-    config.limits.attach_deadline = Duration::from_millis(200);
+    config.limits.attach_deadline = attach_deadline;
     let prefill = Fabric::bind(config).unwrap();
     let (connection, registration) = register(cluster, &prefill, "d9").await;
     (prefill, connection, registration)
@@ -478,7 +508,7 @@ fn extent(header: &ExtentHeader, runs: &[PoolRun]) -> Vec<u8> {
 #[tokio::test]
 async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
     let values = Values::install();
-    let peer = RawSender::new("places", true).await;
+    let mut peer = RawSender::new("places").await;
     let (job, source) = sent_from(&peer.pool, 64);
     let memory = TestMemory::new(NUM_BLOCKS);
     let (landing, mut events) = peer.zone.open(job.plan(&memory));
@@ -488,7 +518,6 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
     let count = EXTENT_HEADER_BYTES..EXTENT_HEADER_BYTES + 4;
     let mut many = extent(&header, &vec![run(0, 1); NUM_RUNS_MAX]);
     many[count.clone()].copy_from_slice(&(NUM_RUNS_MAX as u32 + 1).to_le_bytes());
-    many.extend([0; 12]);
     let mut all = extent(&header, &[run(0, len)]);
     all[count].copy_from_slice(&u32::MAX.to_le_bytes());
     let cases = [
@@ -508,22 +537,22 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
         (extent(&header, &[run(end - u64::from(len), len)]), RefusedExtent::Corrupted),
     ];
     for (bytes, reason) in &cases {
-        assert!(!peer.send(bytes, true).await);
+        assert!(!peer.send(bytes).await);
         assert_eq!(next(&mut events).await, refused(*reason));
     }
-    // One that never ends.
-    assert!(!peer.send(&extent(&header, &[run(0, len)]), false).await);
-    assert_eq!(next(&mut events).await, refused(RefusedExtent::Stalled));
     for reason in [RefusedExtent::BadRuns, RefusedExtent::Truncated, RefusedExtent::WrongSize, RefusedExtent::Corrupted]
     {
         let num_expected = cases.iter().filter(|(_, expected)| *expected == reason).count() as u64;
         let counted = values.count(&format!("tandem_refused_extents_total d-places {}", reason.as_str()));
         assert_eq!(counted, num_expected, "{reason:?}");
     }
-    // Garbage instead of a header; and the genuine extent is taken in spite of all that.
-    assert!(!peer.send(&[0x55; 200], true).await);
+    // Garbage instead of a header, less than one, and nothing; and the genuine extent is taken in spite of all that.
+    for garbage in [&[0x55; 200][..], &[0x55; EXTENT_HEADER_BYTES - 1], &[]] {
+        assert!(!peer.send(garbage).await);
+    }
+    assert_eq!(values.count("tandem_refused_extents_total d-places malformed"), 3);
     let genuine: Vec<PoolRun> = source.blocks.iter().map(|block| run(u64::from(block.0) * 2048, 2048)).collect();
-    assert!(peer.send(&extent(&header, &genuine), true).await);
+    assert!(peer.send(&extent(&header, &genuine)).await);
     assert!(matches!(next(&mut events).await, LandingEvent::ExtentVerified { .. }));
     assert_eq!(values.count("tandem_fabric_extent_bytes_total d-places verified shm"), u64::from(len));
     drop((landing, source));
@@ -531,17 +560,50 @@ async fn places_that_cannot_be_the_payload_are_refused_and_counted() {
 }
 
 #[tokio::test]
-async fn places_in_memory_that_was_never_registered_are_refused() {
-    let values = Values::install();
-    let peer = RawSender::new("unregistered", false).await;
-    let (job, source) = sent_from(&peer.pool, 64);
+async fn what_is_no_message_ends_the_connection_and_nothing_is_left() {
+    let garbage = |bytes: &[u8]| bytes.to_vec();
+    let many: Vec<u8> = (0..=256).flat_map(|id| message(EXTENT, id, 0, &[])).collect();
+    let cases = [
+        garbage(&[0x55; 13]),
+        message(EXTENT, 0, u32::MAX, &[]),
+        // One run more than there may be.
+        message(EXTENT, 0, (EXTENT_HEADER_BYTES + 4 + (NUM_RUNS_MAX + 1) * 12) as u32, &[]),
+        message(GIVE_UP, 0, 1, &[0]),
+        // An id twice, and more than may be on the way.
+        [message(EXTENT, 3, 0, &[]), message(EXTENT, 3, 0, &[])].concat(),
+        many,
+    ];
+    for (index, bytes) in cases.into_iter().enumerate() {
+        let mut peer = RawSender::new(&format!("garbage{index}")).await;
+        // To give up what was never begun is no fault: it may have been answered.
+        peer.socket.write_all(&message(GIVE_UP, 9, 0, &[])).await.unwrap();
+        peer.socket.write_all(&bytes).await.unwrap();
+        assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere, "case {index}");
+        peer.end().await;
+    }
+}
+
+#[tokio::test]
+async fn message_whose_rest_never_comes_ends_the_connection() {
+    let mut peer = RawSender::with("stalling", Duration::from_millis(200)).await;
+    peer.socket.write_all(&message(EXTENT, 0, 100, &[0; 99])).await.unwrap();
+    assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere);
+    peer.end().await;
+}
+
+#[tokio::test]
+async fn sender_that_closes_the_socket_ends_the_connection_and_what_is_on_the_way() {
+    let mut peer = RawSender::new("closing").await;
+    let (job, source) = sent_from(&peer.pool, NUM_SLICES * 1024);
     let memory = TestMemory::new(NUM_BLOCKS);
     let (landing, _events) = peer.zone.open(job.plan(&memory));
-    let (header, _) = source.seal(&job.tokens, job.extent(0, 0, 64));
+    let (header, _) = source.seal(&job.tokens, job.extent(0, 0, NUM_SLICES * 1024));
     let run = PoolRun { offset: 0, num_bytes: header.num_payload_bytes };
-    assert!(!peer.send(&extent(&header, &[run]), true).await);
-    assert_eq!(values.count("tandem_refused_extents_total d-unregistered not_registered"), 1);
-    assert_eq!(memory.num_writes.load(Ordering::SeqCst), 0);
+    let body = extent(&header, &[run]);
+    peer.socket.write_all(&message(EXTENT, 0, body.len() as u32, &body)).await.unwrap();
+    peer.socket.shutdown().await.unwrap();
+    assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere);
+    assert!(!landing.is_complete());
     drop((landing, source));
     peer.end().await;
 }
@@ -561,7 +623,7 @@ async fn token_works_once_and_for_as_long_as_its_connection() {
     let refused = |reason: &str| values.count(&format!("tandem_refused_connections_total p-tokens shm_{reason}"));
     let cluster = Cluster::new();
     let pool = FilePool::new(1);
-    let (prefill, connection, first) = registered(&cluster, "tokens", &pool).await;
+    let (prefill, connection, first) = registered(&cluster, "tokens", &pool, Duration::from_millis(200)).await;
     let (other_connection, second) = register(&cluster, &prefill, "d8").await;
     assert_eq!((first.socket, first.num_bytes), (second.socket, pool.num_bytes()));
     assert_ne!(first.token, second.token);
@@ -588,6 +650,63 @@ async fn token_works_once_and_for_as_long_as_its_connection() {
     eventually("it is given up", || refused("stalled") == 2).await;
     drop((silent, kept, connection));
     eventually("it is forgotten", || prefill.accounting().registrations == 0).await;
+    assert_nothing_left([prefill]).await;
+}
+
+/// A receiver that has mapped the sender's pool and says what it likes.
+async fn raw_receiver(name: &str, pool: &Arc<FilePool>) -> (Fabric, Connection, UnixStream) {
+    let (prefill, connection, registration) = registered(&Cluster::new(), name, pool, support::SOON).await;
+    let (mut socket, answer) = show(&registration, registration.token).await;
+    assert_eq!(answer, Some(0));
+    socket.write_all(&[1]).await.unwrap();
+    assert_eq!(soon("the sender's word", socket.read_u8()).await.unwrap(), 1);
+    (prefill, connection, socket)
+}
+
+#[tokio::test]
+async fn receiver_that_never_answers_is_sent_so_much_and_no_more_until_it_is_gone() {
+    const NUM_ON_THE_WAY_MAX: usize = 256;
+    let pool = FilePool::new(NUM_BLOCKS);
+    let (job, source) = sent_from(&pool, 64);
+    let (prefill, connection, mut socket) = raw_receiver("silent", &pool).await;
+    let sender = prefill.bulk_to(&node("d9"), Epoch(11)).unwrap();
+    assert_eq!(sender.transport().name(), "shm");
+    let (header, payload) = source.seal(&job.tokens, job.extent(0, 0, 64));
+    let mut sends = tokio::task::JoinSet::new();
+    for _ in 0..=NUM_ON_THE_WAY_MAX {
+        let (sender, payload) = (sender.clone(), payload.clone());
+        sends.spawn(async move { sender.send_extent(&header, payload).await });
+    }
+    let mut head = [0; 13];
+    for id in 0..NUM_ON_THE_WAY_MAX as u64 {
+        soon("an extent", socket.read_exact(&mut head)).await.unwrap();
+        let num_bytes = u32::from_le_bytes(*head.last_chunk().unwrap());
+        assert_eq!(head[..], message(EXTENT, id, num_bytes, &[])[..]);
+        soon("its places", socket.read_exact(&mut vec![0; num_bytes as usize])).await.unwrap();
+    }
+    assert_eq!(socket.try_read(&mut [0]).unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+    // One that is refused makes room for one.
+    socket.write_all(&[&7u64.to_le_bytes()[..], &[0]].concat()).await.unwrap();
+    assert_eq!(soon("a send ends", sends.join_next()).await.unwrap().unwrap(), Err(SendExtentError::Refused));
+    soon("an extent", socket.read_exact(&mut head)).await.unwrap();
+    assert_eq!(head[1..9], (NUM_ON_THE_WAY_MAX as u64).to_le_bytes());
+    drop(socket);
+    while let Some(sent) = soon("a send ends", sends.join_next()).await {
+        assert!(matches!(sent.unwrap(), Err(SendExtentError::ConnectionLost(_))));
+    }
+    assert!(sender.is_closed());
+    drop((source, payload, connection));
+    assert_nothing_left([prefill]).await;
+}
+
+#[tokio::test]
+async fn answer_to_nothing_ends_the_connection() {
+    let pool = FilePool::new(1);
+    let (prefill, connection, mut socket) = raw_receiver("nonsense", &pool).await;
+    socket.write_all(&[0; 9]).await.unwrap();
+    soon("the connection ends", connection.closed()).await;
+    assert_eq!(prefill.accounting().open_bulk_streams, 0);
+    drop((socket, connection));
     assert_nothing_left([prefill]).await;
 }
 

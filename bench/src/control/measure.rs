@@ -10,15 +10,16 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use common::content::ContentChain;
-use common::ids::{Attempt, Generation, RequestId, Role};
+use common::ids::Role;
 use common::tokens::Token;
-use common::wire::{PrefillControl, PrefillEvent};
+use common::wire::{Open, PrefillControl, PrefillEvent};
 use engine::pool::KvPool;
 use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan};
 use kv_connector::{ClusterCa, ControlReceiver, ControlSender, Fabric, FabricConfig, Link};
 
 use super::report::{Report, Row};
-use super::{ControlBenchArgs, workload};
+use super::{ControlBenchArgs, QUESTIONS, node_of};
+use crate::kv_workload as workload;
 
 /// Killed with this value: it has nothing to put in order.
 struct NodeProcess(Child);
@@ -46,7 +47,7 @@ struct Landings {
     pool: Arc<KvPool>,
     tokens: Vec<Token>,
     chain: ContentChain,
-    number: u128,
+    number: u64,
 }
 
 /// Measures every row in every round.
@@ -54,15 +55,15 @@ pub(super) async fn measure(args: &ControlBenchArgs) -> anyhow::Result<Report> {
     let ca = ClusterCa::generate()?;
     // Removed however this ends: there are keys in it.
     let dir = tempfile::Builder::new().prefix("tandem-control-bench-").tempdir().context("make a temporary folder")?;
-    ca.issue(Role::PrefillNode, &workload::node(Role::PrefillNode))?.save(dir.path())?;
+    ca.issue(Role::PrefillNode, &node_of(Role::PrefillNode))?.save(dir.path())?;
     std::fs::write(dir.path().join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
     measure_in(args, &ca, dir.path()).await
 }
 
 async fn measure_in(args: &ControlBenchArgs, ca: &ClusterCa, dir: &Path) -> anyhow::Result<Report> {
     let num_tokens = workload::num_tokens(args.request_mib);
-    let num_blocks = workload::blocks(num_tokens).len();
-    let pool = Arc::new(KvPool::new(&workload::kv_spec(), workload::BLOCK_SIZE, num_blocks)?);
+    let num_blocks = workload::num_blocks(num_tokens);
+    let pool = Arc::new(KvPool::new(&workload::kv_spec(workload::NUM_LAYERS), workload::BLOCK_SIZE, num_blocks)?);
     let tokens = workload::tokens(num_tokens);
     let chain = workload::chain(&tokens);
     let mut landings = Landings { pool, tokens, chain, number: 1 };
@@ -102,9 +103,9 @@ impl Pair {
     ) -> anyhow::Result<Self> {
         let (process, addr) = start_node(args, transport, dir)?;
         let role = Role::DecodeNode;
-        let identity = ca.issue(role, &workload::node(role))?;
+        let identity = ca.issue(role, &node_of(role))?;
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        let mut config = FabricConfig::new(loopback, identity, workload::hello(role, num_tokens));
+        let mut config = FabricConfig::new(loopback, identity, workload::hello(node_of(role), role, num_tokens));
         config.is_reading_shared_pools = transport == "shm";
         let fabric = Fabric::bind(config)?;
         let link = fabric.dial(addr, Role::PrefillNode, None).await?;
@@ -114,7 +115,7 @@ impl Pair {
             found == transport,
             "KV comes over {found}, expected {transport}: the two processes did not agree on it"
         );
-        let questions = link.open(&workload::prefill(workload::QUESTIONS, &[])).await?;
+        let questions = link.open(&Open::Prefill(Box::new(workload::prefill(QUESTIONS, &[], 0)))).await?;
         let row = Row::new(&format!("KV over {transport}"));
         Ok(Self { fabric, link, _bulk: bulk, questions, _process: process, row })
     }
@@ -167,22 +168,22 @@ impl Landings {
     /// From asking to the last extent verified; says how many bytes came.
     async fn request_over(&mut self, fabric: &Fabric, link: &Link) -> anyhow::Result<u64> {
         self.number += 1;
-        let request = RequestId(self.number);
+        let prefill = workload::prefill(self.number, &self.tokens, workload::NUM_LAYERS);
         let num_tokens = self.tokens.len();
         let (_landing, mut landed) = fabric.landing_zone().open(LandingPlan {
-            request,
-            attempt: Attempt(1),
-            generation: Generation(self.number as u64),
+            request: prefill.request,
+            attempt: prefill.attempt,
+            generation: prefill.generation,
             blocks: workload::blocks(num_tokens),
             chain: self.chain.clone(),
             tokens: self.tokens.clone(),
             first_token: 0,
             num_tokens,
-            kv_spec: workload::kv_spec(),
+            kv_spec: workload::kv_spec(workload::NUM_LAYERS),
             memory: self.pool.clone(),
             conversion: None,
         });
-        let _stream = link.open(&workload::prefill(request, &self.tokens)).await?;
+        let _stream = link.open(&Open::Prefill(Box::new(prefill))).await?;
         let landing = async {
             let mut sum = 0;
             loop {

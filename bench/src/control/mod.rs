@@ -11,19 +11,27 @@
 //! process computes, and each has one thread, so that a message also waits for what the same thread does with KV at
 //! that moment; a node has several.
 //!
-//! 1. `workload`: what both agree on. 2. `node`: the other process. 3. `measure`: this one. 4. `report`: the table.
+//! 1. `kv_workload`: what both agree on. 2. `node`: the other process. 3. `measure`: this one.
+//! 4. `report`: the table.
 
 mod measure;
 mod node;
 mod report;
-mod workload;
 
 use std::path::PathBuf;
 
 use anyhow::Context;
 use clap::Args;
+use common::ids::{NodeId, Role};
 
 pub use report::Report;
+
+/// The number of the request whose stream carries the questions.
+const QUESTIONS: u64 = 0;
+
+fn node_of(role: Role) -> NodeId {
+    NodeId::new(role.as_str()).expect("a role's name is a node name")
+}
 
 /// What is measured.
 #[derive(Debug, Args)]

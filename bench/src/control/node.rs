@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use anyhow::Context;
-use common::ids::Role;
+use common::ids::{RequestId, Role};
 use common::wire::{Open, Prefill, PrefillControl, PrefillEvent};
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::certs::Identity;
@@ -13,7 +13,8 @@ use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, SharedPool
 use kv_connector::{ControlReceiver, ControlSender, Fabric, FabricConfig};
 use tokio::task::JoinSet;
 
-use super::{ControlNodeArgs, workload};
+use super::{ControlNodeArgs, QUESTIONS, node_of};
+use crate::kv_workload as workload;
 
 /// Extents on the way at once.
 const NUM_EXTENTS_AT_ONCE: usize = 16;
@@ -22,15 +23,20 @@ const NUM_EXTENTS_AT_ONCE: usize = 16;
 pub(super) async fn serve(args: &ControlNodeArgs) -> anyhow::Result<()> {
     let num_tokens = workload::num_tokens(args.request_mib);
     let role = Role::PrefillNode;
-    let identity = Identity::load_from_dir(&args.identity, &workload::node(role))?;
+    let identity = Identity::load_from_dir(&args.identity, &node_of(role))?;
     let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let memory = if args.is_shared { PoolMemory::Shareable } else { PoolMemory::Private };
     let blocks = workload::blocks(num_tokens);
-    let pool = Arc::new(KvPool::with_memory(&workload::kv_spec(), workload::BLOCK_SIZE, blocks.len(), memory)?);
+    let pool = Arc::new(KvPool::with_memory(
+        &workload::kv_spec(workload::NUM_LAYERS),
+        workload::BLOCK_SIZE,
+        blocks.len(),
+        memory,
+    )?);
     // Pages that exist.
     let block = vec![0x5a; pool.block_bytes()];
     blocks.iter().for_each(|id| pool.write_block(*id, &block));
-    let mut config = FabricConfig::new(loopback, identity, workload::hello(role, num_tokens));
+    let mut config = FabricConfig::new(loopback, identity, workload::hello(node_of(role), role, num_tokens));
     config.bulk_listen = Some(loopback);
     if let Some((file, num_bytes)) = pool.shared_file() {
         let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);
@@ -53,7 +59,7 @@ pub(super) async fn serve(args: &ControlNodeArgs) -> anyhow::Result<()> {
         };
         let Some(stream) = stream else { break };
         let Open::Prefill(prefill) = stream.open else { continue };
-        if prefill.request == workload::QUESTIONS {
+        if prefill.request == RequestId(QUESTIONS.into()) {
             tokio::spawn(answer(stream.sender, stream.receiver));
             continue;
         }
@@ -62,7 +68,7 @@ pub(super) async fn serve(args: &ControlNodeArgs) -> anyhow::Result<()> {
         let Prefill { request, attempt, generation, .. } = *prefill;
         let source = ExtentSource {
             memory: pool.clone(),
-            kv_spec: workload::kv_spec(),
+            kv_spec: workload::kv_spec(workload::NUM_LAYERS),
             blocks: workload::blocks(num_tokens).into(),
             chain: chain.clone(),
             request: ExtentRequest { epoch: peer.epoch, request, attempt, generation },

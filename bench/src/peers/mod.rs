@@ -20,7 +20,7 @@ mod report;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use anyhow::Context;
+use anyhow::{Context, ensure};
 use clap::Args;
 
 pub use holding::Holding;
@@ -60,9 +60,11 @@ pub struct PeersNodeArgs {
 /// Runs the measurement.
 ///
 /// # Errors
-/// If a process cannot be started, or a connection cannot be made or is lost.
+/// If nothing could be measured. Otherwise the report says what could not.
 pub fn run(args: &PeersBenchArgs) -> anyhow::Result<Report> {
-    measure::measure(args)
+    let report = measure::measure(args)?;
+    ensure!(report.num_failures() < args.holding.len(), "nothing could be measured:\n{report}");
+    Ok(report)
 }
 
 /// Runs one of the nodes until its standard input ends.

@@ -29,6 +29,8 @@ const NUM_TRIES: usize = 10;
 /// For a handshake among others that are in progress on one core, and for the silence of a process that is given no
 /// CPU time: what is measured is what connections cost, not how soon a lost one is noticed.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// For all connections of a row.
+const MAKING: Duration = Duration::from_secs(600);
 
 /// The names of the two nodes.
 pub(super) fn node(is_dialled: bool) -> NodeId {
@@ -140,9 +142,26 @@ async fn dial(args: &PeersNodeArgs, address: SocketAddr, mut lines: mpsc::Receiv
     let fabric = fabric(args, role, model)?;
     say("ready")?;
     lines.recv().await.context("nobody wants connections")?;
+    let making = tokio::time::timeout(MAKING, make(args, &fabric, address)).await;
+    let mut held = making.context("the connections were not there in time")??;
+    say("held")?;
+    tokio::select! {
+        _ = lines.recv() => {}
+        Some(lost) = held.join_next() => bail!("an idle connection was lost: {}", lost.context("a task failed")?),
+    }
+    held.shutdown().await;
+    fabric.close().await;
+    Ok(())
+}
+
+/// Makes all connections; the tasks of the result hold one each, until it is lost.
+async fn make(args: &PeersNodeArgs, fabric: &Fabric, address: SocketAddr) -> anyhow::Result<JoinSet<String>> {
     let mut held = JoinSet::new();
     let mut dialling = JoinSet::new();
-    for _ in 0..args.count {
+    for number in 0..args.count {
+        if number > 0 && number.is_multiple_of(100) {
+            eprintln!("{}: {number} of {} connections", args.holding.as_str(), args.count);
+        }
         while dialling.len() >= NUM_DIALLED_AT_ONCE {
             keep(&mut dialling, &mut held).await?;
         }
@@ -162,14 +181,7 @@ async fn dial(args: &PeersNodeArgs, address: SocketAddr, mut lines: mpsc::Receiv
     while !dialling.is_empty() {
         keep(&mut dialling, &mut held).await?;
     }
-    say("held")?;
-    tokio::select! {
-        _ = lines.recv() => {}
-        Some(lost) = held.join_next() => bail!("an idle connection was lost: {}", lost.context("a task failed")?),
-    }
-    held.shutdown().await;
-    fabric.close().await;
-    Ok(())
+    Ok(held)
 }
 
 /// Takes over one connection that has been made.

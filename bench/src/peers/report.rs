@@ -32,11 +32,20 @@ pub struct Report {
     pub(super) count: u32,
     pub(super) seconds: u32,
     pub(super) rows: Vec<Row>,
+    /// What could not be measured, and why.
+    pub(super) failures: Vec<(Holding, String)>,
+}
+
+impl Report {
+    /// Of all that were to be measured.
+    pub(super) fn num_failures(&self) -> usize {
+        self.failures.len()
+    }
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { count, seconds, rows } = self;
+        let Self { count, seconds, rows, failures } = self;
         writeln!(f, "{count} connections, idle for {seconds} s; each end is a process; per connection")?;
         writeln!(f)?;
         let columns = ["KiB", "CPU ms to make", "idle CPU us/s", "% of a core, 1000 idle"];
@@ -60,6 +69,9 @@ impl fmt::Display for Report {
             }
             writeln!(f, "{:<8}all were there behind {:.2} s", row.holding.as_str(), row.dialling.as_secs_f64())?;
         }
+        for (holding, reason) in failures {
+            writeln!(f, "{:<8}NOT MEASURED: {reason}", holding.as_str())?;
+        }
         Ok(())
     }
 }
@@ -72,7 +84,9 @@ mod tests {
     fn figures_are_those_of_one_connection() {
         let end = End { resident_bytes: 200 * 2048, cpu_seconds_to_dial: 0.4, idle_cpu_share: 0.01 };
         let row = Row { holding: Holding::Pair, dialling: Duration::from_millis(1500), dialler: end, dialled: end };
-        let table = Report { count: 200, seconds: 7, rows: vec![row] }.to_string();
+        let failures = vec![(Holding::Watch, "the node is gone".to_string())];
+        let table = Report { count: 200, seconds: 7, rows: vec![row], failures }.to_string();
+        assert!(table.contains("watch   NOT MEASURED: the node is gone"), "{table}");
         assert!(table.starts_with("200 connections, idle for 7 s"), "{table}");
         let cells = |end: &str| {
             let line = table.lines().find(|line| line.contains(end)).unwrap();

@@ -29,10 +29,11 @@ impl Server {
     /// Starts the set-up's command with `more_flags` behind it, if it has one, and waits until `base_url` answers.
     ///
     /// # Errors
-    /// If the command cannot be run, ends by itself, or does not answer in time.
+    /// If the command cannot be run, ends by itself, or does not answer in time; if something else answers there.
     pub async fn start(setup: &Setup, more_flags: &[String]) -> anyhow::Result<Self> {
         let mut server = Self { child: None };
         if let Some(start) = &setup.start {
+            is_free(setup).await?;
             let mut command = Command::new(&start[0]);
             command.args(&start[1..]).args(more_flags).envs(&setup.env);
             // A group of its own: peers have workers, which must end with them.
@@ -90,6 +91,18 @@ impl Server {
     }
 }
 
+/// Whoever answers before the command is started would be measured in its place.
+async fn is_free(setup: &Setup) -> anyhow::Result<()> {
+    let look = crate::serve::client::http(false)?.get(&setup.base_url).timeout(LOOK_TIMEOUT).send().await;
+    anyhow::ensure!(
+        look.is_err(),
+        "something answers at {} already, and would be measured instead of {}: end it, or give the set-up another port",
+        setup.base_url,
+        setup.name
+    );
+    Ok(())
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         let Some(mut child) = self.child.take() else { return };
@@ -102,4 +115,30 @@ impl Drop for Server {
 fn signal_group(child: &Child, signal: Signal) {
     let group = Pid::from_raw(child.id().cast_signed()).expect("a child has an id");
     let _ = kill_process_group(group, signal);
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use axum::Router;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_server_that_is_there_already_is_not_measured_in_place_of_the_set_up() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(async move { axum::serve(listener, Router::new()).await });
+        let setup = Setup {
+            name: "split".to_owned(),
+            base_url: format!("http://{address}"),
+            start: Some(vec!["true".to_owned()]),
+            env: BTreeMap::new(),
+            flags: Vec::new(),
+            ready_seconds: 5,
+        };
+        let refused = Server::start(&setup, &[]).await.unwrap_err().to_string();
+        assert!(refused.contains("answers") && refused.contains("another port"), "{refused}");
+    }
 }

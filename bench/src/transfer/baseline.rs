@@ -4,7 +4,7 @@
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -14,18 +14,49 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
 use rustls::version::TLS13;
 use rustls::{ClientConfig, ClientConnection, RootCertStore, ServerConfig, StreamOwned};
 
+use super::link;
+
 /// The first byte on a connection: what follows is plain.
 pub(super) const PLAIN: u8 = 0;
 /// What follows is TLS.
 pub(super) const TLS: u8 = 1;
+/// What follows is plain and comes out of memory of as many MiB as the next four bytes say, little-endian.
+pub(super) const BETWEEN_POOLS: u8 = 2;
+/// Bytes of a read or a write.
+pub(super) const PIECE_BYTES: usize = 1 << 20;
+/// Of TCP in Linux, as far as they are of interest here.
+const CONGESTION_CONTROLS: [&str; 2] = ["cubic", "bbr"];
 
-trait Connection: Read + Write {}
+/// Over a link, a connection under each congestion control that the kernel has at the sender.
+pub(super) fn connect_under_each(addr: SocketAddr) -> anyhow::Result<Vec<(&'static str, Tcp)>> {
+    let mut connections = Vec::new();
+    for name in CONGESTION_CONTROLS {
+        if link::set_congestion_control(Some(name)).is_ok() {
+            let mut tcp = Tcp::connect(addr)?;
+            // What is answered has been accepted.
+            tcp.receive(1)?;
+            connections.push((name, tcp));
+        }
+    }
+    link::set_congestion_control(None)?;
+    Ok(connections)
+}
 
-impl<C: Read + Write> Connection for C {}
+/// Asks for `num_bytes` and reads them on a thread of its own: connections of the fabric live on meanwhile.
+pub(super) async fn receive(tcp: &Arc<Mutex<Tcp>>, num_bytes: usize) -> anyhow::Result<Duration> {
+    let tcp = tcp.clone();
+    let receiving = move || tcp.lock().expect("nobody panics with it").receive(num_bytes);
+    tokio::task::spawn_blocking(receiving).await.context("read on another thread")?
+}
 
-/// One blocking TCP connection over loopback, without digest.
+trait Connection: Read + Write + Send {}
+
+impl<C: Read + Write + Send> Connection for C {}
+
+/// One blocking TCP connection, without digest.
 pub(super) struct Tcp {
     stream: Box<dyn Connection>,
+    /// Filled from the beginning by every answer, over and over if it is larger.
     buffer: Vec<u8>,
 }
 
@@ -53,7 +84,14 @@ pub(super) fn tls_server(dir: &Path) -> anyhow::Result<Arc<ServerConfig>> {
 
 impl Tcp {
     pub(super) fn connect(addr: SocketAddr) -> anyhow::Result<Self> {
-        Ok(Self { stream: Box::new(connect(addr, PLAIN)?), buffer: vec![0; 1 << 20] })
+        Ok(Self { stream: Box::new(connect(addr, PLAIN)?), buffer: vec![0; PIECE_BYTES] })
+    }
+
+    /// Out of `mib` MiB of memory into as much: what KV does, where the other two stay within the caches.
+    pub(super) fn connect_between_pools(addr: SocketAddr, mib: u32) -> anyhow::Result<Self> {
+        let mut stream = connect(addr, BETWEEN_POOLS)?;
+        stream.write_all(&mib.to_le_bytes()).context("say what is asked for over TCP")?;
+        Ok(Self { stream: Box::new(stream), buffer: vec![0; mib as usize * PIECE_BYTES] })
     }
 
     /// Under TLS 1.3; the CA lies in `dir`.
@@ -64,18 +102,20 @@ impl Tcp {
         let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
         let name = ServerName::try_from(name.to_string()).context("the name in the sender's certificate")?;
         let stream = StreamOwned::new(ClientConnection::new(config, name)?, connect(addr, TLS)?);
-        Ok(Self { stream: Box::new(stream), buffer: vec![0; 1 << 20] })
+        Ok(Self { stream: Box::new(stream), buffer: vec![0; PIECE_BYTES] })
     }
 
-    /// Asks for `num_bytes` and reads them, over and over into the same 1 MiB.
-    pub(super) fn receive(&mut self, num_bytes: usize) -> anyhow::Result<Duration> {
+    /// Asks for `num_bytes` and reads them.
+    fn receive(&mut self, num_bytes: usize) -> anyhow::Result<Duration> {
         let started_at = Instant::now();
         self.stream.write_all(&(num_bytes as u64).to_le_bytes()).context("ask for bytes over TCP")?;
         let mut left = num_bytes;
         while left > 0 {
-            let count = left.min(self.buffer.len());
-            self.stream.read_exact(&mut self.buffer[..count]).context("read over TCP")?;
-            left -= count;
+            for piece in self.buffer.chunks_mut(PIECE_BYTES) {
+                let count = left.min(piece.len());
+                self.stream.read_exact(&mut piece[..count]).context("read over TCP")?;
+                left -= count;
+            }
         }
         Ok(started_at.elapsed())
     }

@@ -11,17 +11,19 @@
 //! zone, digests on both sides. What is missing is the engine. Rows are measured in turn, round after round, so
 //! that drift of the machine hits all of them alike; figures are medians over the rounds.
 //!
-//! 1. `workload`: shapes and messages that both ends agree on.
+//! 1. `kv_workload`: shapes and messages that both ends agree on.
 //! 2. `sender`, `receiver`: the two processes.
 //! 3. `baseline`: TCP and memcpy.
 //! 4. `report`: the table.
+//! 5. `link`: a long or lossy link between the two, for QUIC and TCP alike.
 
 mod baseline;
+mod link;
 mod receiver;
 mod report;
 mod sender;
-mod workload;
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::Arc;
@@ -30,8 +32,12 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::{Args, ValueEnum};
 use common::config::{CongestionControl, KvQuicArgs, parse_busy_poll};
+use common::ids::NodeId;
 use kv_connector::BusyPolling;
 
+use crate::kv_workload as workload;
+
+pub use link::{LinkArgs, TransferLinkArgs, run_link};
 pub use report::Report;
 
 /// What is measured.
@@ -59,9 +65,9 @@ pub struct TransferBenchArgs {
     /// bytes, 65507 is what loopback carries. A row each.
     #[arg(long, value_name = "BYTES", value_delimiter = ',', default_value = "65507")]
     pub max_udp_payload_size: Vec<u64>,
-    /// Who decides how much may be on the way over quic.
-    #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
-    pub congestion_control: CongestionControl,
+    /// Who decides how much may be on the way over quic. A row each.
+    #[arg(long, value_enum, value_name = "ALGORITHMS", value_delimiter = ',', default_values_t = [CongestionControl::Cubic])]
+    pub congestion_control: Vec<CongestionControl>,
     /// KV that a quic connection may have on the way.
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub window_bytes: u64,
@@ -72,35 +78,67 @@ pub struct TransferBenchArgs {
     /// nothing is pinned.
     #[arg(long, value_name = "CORES", value_delimiter = ',', default_value = "0,1")]
     pub cores: Vec<usize>,
+    /// The link between the two.
+    #[command(flatten)]
+    pub link: LinkArgs,
 }
 
 impl TransferBenchArgs {
     /// What the nodes of one row are set to.
-    fn kv_quic(&self, max_udp_payload_size: u64) -> KvQuicArgs {
+    fn kv_quic(&self, max_udp_payload_size: u64, kv_congestion_control: CongestionControl) -> KvQuicArgs {
         KvQuicArgs {
-            kv_congestion_control: self.congestion_control,
+            kv_congestion_control,
             kv_window_bytes: self.window_bytes,
             kv_max_udp_payload_size: max_udp_payload_size,
         }
     }
 
-    /// The rows of KV: transport, its largest UDP payload and tokens of an extent. Sizes of datagrams mean nothing
-    /// to shared memory.
+    /// The rows of KV: transport, what is particular to it, and tokens of an extent. Sizes of datagrams and who decides
+    /// about them mean nothing to shared memory, and shared memory nothing to a link.
     fn rows(&self) -> Vec<(Transport, KvQuicArgs, usize)> {
-        let payloads = |transport: Transport| match transport {
-            Transport::Quic => &self.max_udp_payload_size[..],
-            Transport::Shm => &self.max_udp_payload_size[..1],
-        };
-        let paths = self
-            .transports
-            .iter()
-            .flat_map(|transport| payloads(*transport).iter().map(move |size| (*transport, *size)));
+        let quic = self.max_udp_payload_size.iter().flat_map(|size| {
+            self.congestion_control.iter().map(move |algorithm| (Transport::Quic, self.kv_quic(*size, *algorithm)))
+        });
+        let is_linked = self.link.rtt.is_some();
+        let paths = self.transports.iter().flat_map(|transport| match transport {
+            Transport::Quic => quic.clone().collect::<Vec<_>>(),
+            Transport::Shm if is_linked => Vec::new(),
+            Transport::Shm => quic.clone().take(1).map(|(_, kv_quic)| (Transport::Shm, kv_quic)).collect(),
+        });
         paths
-            .flat_map(|(transport, size)| {
-                self.extent_tokens.iter().map(move |tokens| (transport, self.kv_quic(size), *tokens))
+            .flat_map(|(transport, kv_quic)| {
+                self.extent_tokens.iter().map(move |tokens| (transport, kv_quic.clone(), *tokens))
             })
             .collect()
     }
+
+    /// What a row is called: what tells it from the others.
+    fn row_name(&self, transport: Transport, kv_quic: &KvQuicArgs, extent_tokens: usize) -> String {
+        let mut name = transport.as_str().to_string();
+        if transport == Transport::Quic && self.max_udp_payload_size.len() > 1 {
+            name += &format!(" {}", kv_quic.kv_max_udp_payload_size);
+        }
+        if transport == Transport::Quic && self.congestion_control.len() > 1 {
+            name += &format!(" {}", kv_quic.kv_congestion_control);
+        }
+        name + &format!(", {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024)
+    }
+
+    /// Where the sender and the receiver are.
+    fn addresses(&self) -> [IpAddr; 2] {
+        match self.link.rtt {
+            Some(_) => [link::SENDER.into(), link::RECEIVER.into()],
+            None => [Ipv4Addr::LOCALHOST.into(); 2],
+        }
+    }
+}
+
+/// The sender's certificate names its role so.
+const TLS_NAME: &str = "prefill-node.role.tandem";
+
+/// The processes, as nodes.
+fn node(name: &str) -> NodeId {
+    NodeId::new(name).expect("the names here are valid")
 }
 
 /// A way that KV may take.
@@ -142,6 +180,9 @@ pub struct TransferSenderArgs {
     /// As the nodes have it.
     #[arg(long, value_parser = parse_busy_poll)]
     pub busy_poll: Duration,
+    /// Where it listens.
+    #[arg(long)]
+    pub address: IpAddr,
     /// As the nodes have them.
     #[command(flatten)]
     pub kv_quic: KvQuicArgs,
@@ -165,8 +206,15 @@ pub fn run(args: &TransferBenchArgs) -> anyhow::Result<Report> {
             );
         }
     }
-    for size in &args.max_udp_payload_size {
-        args.kv_quic(*size).validate()?;
+    let rows = args.rows();
+    if rows.is_empty() {
+        bail!("nothing is left to measure: --rtt emulates a link between hosts, so use --transports quic with it");
+    }
+    for (_, kv_quic, _) in rows {
+        kv_quic.validate()?;
+    }
+    if args.link.rtt.is_some() && !args.link.is_in_namespace {
+        link::enter_namespace()?;
     }
     let pinned = pin(&args.cores);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;

@@ -1,10 +1,10 @@
 //! The decode node's part, and the clock.
 
 use std::io::{BufRead, BufReader};
-use std::net::{Ipv4Addr, SocketAddr};
-use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::net::SocketAddr;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context, bail, ensure};
 use common::config::KvQuicArgs;
@@ -17,7 +17,8 @@ use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan};
 use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
 
 use super::report::{CpuTime, Report, Row};
-use super::{TransferBenchArgs, Transport, baseline, workload};
+use super::{TLS_NAME, TransferBenchArgs, Transport, baseline, link, node};
+use crate::kv_workload as workload;
 use crate::usage::of_process;
 
 /// One row: a process that sends, and the connections to it.
@@ -28,6 +29,7 @@ struct Pair {
     link: Link,
     _bulk: BulkReceiver,
     process: SenderProcess,
+    said: BufReader<ChildStdout>,
     row: Row,
 }
 
@@ -55,7 +57,7 @@ pub(super) async fn measure(args: &TransferBenchArgs, sender_core: Option<usize>
     let ca = ClusterCa::generate()?;
     // Removed however this ends: there are keys in it.
     let dir = tempfile::Builder::new().prefix("tandem-transfer-bench-").tempdir().context("make a temporary folder")?;
-    ca.issue(Role::PrefillNode, &workload::node("sender"))?.save(dir.path())?;
+    ca.issue(Role::PrefillNode, &node("sender"))?.save(dir.path())?;
     std::fs::write(dir.path().join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
     measure_in(args, sender_core, &ca, dir.path()).await
 }
@@ -73,55 +75,66 @@ async fn measure_in(
     let chain = workload::chain(&tokens);
     let mut landings = Landings { pool, tokens, chain, number: 0 };
 
+    let running_link = args.link.rtt.map(|_| link::Link::start(&args.link)).transpose()?;
+    let [_, own_address] = args.addresses();
     let mut pairs = Vec::new();
-    let mut baselines = None;
+    let mut listens_at = None;
     for (transport, kv_quic, extent_tokens) in args.rows() {
-        let (process, addr, tcp_addr) = start_sender(args, transport, &kv_quic, extent_tokens, sender_core, dir)?;
-        let identity = ca.issue(Role::DecodeNode, &workload::node("receiver"))?;
-        let hello = workload::hello("receiver", Role::DecodeNode, num_tokens);
-        let mut config = FabricConfig::new(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)), identity, hello);
+        let (process, said, addr, tcp_addr) = start_sender(args, transport, &kv_quic, extent_tokens, sender_core, dir)?;
+        let identity = ca.issue(Role::DecodeNode, &node("receiver"))?;
+        let hello = workload::hello(node("receiver"), Role::DecodeNode, num_tokens);
+        let mut config = FabricConfig::new(SocketAddr::from((own_address, 0)), identity, hello);
         config.is_reading_shared_pools = transport == Transport::Shm;
         config.set_kv_quic(&kv_quic);
+        if running_link.is_some() {
+            link::be_patient(&mut config);
+        }
         config.busy_polling = super::busy_polling(args.busy_poll);
         let fabric = Fabric::bind(config)?;
         let link = fabric.dial(addr, Role::PrefillNode, None).await?;
         let bulk = fabric.connect_bulk(&link, &fabric.landing_zone()).await?;
         let (found, expected) = (bulk.transport_name(), transport.as_str());
         ensure!(found == expected, "KV comes over {found}, expected {expected}: the two processes did not agree on it");
-        baselines =
-            Some((baseline::Tcp::connect(tcp_addr)?, baseline::Tcp::connect_tls(tcp_addr, dir, workload::TLS_NAME)?));
-        let datagrams = match kv_quic.kv_max_udp_payload_size {
-            size if transport == Transport::Quic && args.max_udp_payload_size.len() > 1 => format!(" {size}"),
-            _ => String::new(),
-        };
-        let row = Row::new(format!("{expected}{datagrams}, {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024));
-        pairs.push(Pair { transport, extent_tokens, fabric, link, _bulk: bulk, process, row });
+        listens_at = Some(tcp_addr);
+        let row = Row::new(args.row_name(transport, &kv_quic, extent_tokens));
+        pairs.push(Pair { transport, extent_tokens, fabric, link, _bulk: bulk, process, said, row });
     }
-    let (mut tcp, mut tls) = baselines.context("no transport was asked for")?;
+    let tcp_addr = listens_at.context("no transport was asked for")?;
     let last = pairs.last().context("no extent size was asked for")?.process.0.id();
     let num_bytes = args.request_mib as usize * (1 << 20);
     let mut memcpy = baseline::Memcpy::new(num_bytes);
-    let row = |name: &str| Row::new(name.to_string());
-    let (mut tls_row, mut tcp_row, mut memcpy_row) = (row("TLS over TCP"), row("TCP, blocking"), row("memcpy"));
-    for pair in &pairs {
+    let mut tcp_rows = Vec::new();
+    let mut tcp_row = |tcp, name: &str| tcp_rows.push((Arc::new(Mutex::new(tcp)), Row::new(name.to_string())));
+    if running_link.is_some() {
+        for (name, tcp) in baseline::connect_under_each(tcp_addr)? {
+            tcp_row(tcp, &format!("TCP, {name}"));
+        }
+    }
+    tcp_row(baseline::Tcp::connect_between_pools(tcp_addr, args.request_mib)?, "TCP between pools");
+    tcp_row(baseline::Tcp::connect_tls(tcp_addr, dir, TLS_NAME)?, "TLS over TCP");
+    tcp_row(baseline::Tcp::connect(tcp_addr)?, "TCP, blocking");
+    let mut memcpy_row = Row::new("memcpy".to_string());
+    for pair in &mut pairs {
         landings.request(pair, num_tokens, workload::NUM_LAYERS).await?; // the first touches every page
     }
     memcpy.copy();
-    tcp.receive(num_bytes)?;
-    tls.receive(num_bytes)?;
+    for (tcp, _) in &tcp_rows {
+        baseline::receive(tcp, num_bytes).await?;
+    }
     for round in 0..args.rounds {
         eprint!("\rround {} of {}", round + 1, args.rounds);
         for pair in &mut pairs {
             let cpu = Cpu::now(pair.process.0.id())?;
-            let took = landings.request(pair, num_tokens, workload::NUM_LAYERS).await?;
+            let (took, _) = landings.request(pair, num_tokens, workload::NUM_LAYERS).await?;
             pair.row.observe(num_bytes, took, cpu.since(pair.process.0.id())?);
             for _ in 0..args.num_single {
-                pair.row.observe_single(landings.request(pair, pair.extent_tokens, 1).await?);
+                let (took, way) = landings.request(pair, pair.extent_tokens, 1).await?;
+                pair.row.observe_single(took, way);
             }
         }
-        for (connection, row) in [(&mut tls, &mut tls_row), (&mut tcp, &mut tcp_row)] {
+        for (tcp, row) in &mut tcp_rows {
             let cpu = Cpu::now(last)?;
-            let took = connection.receive(num_bytes)?;
+            let took = baseline::receive(tcp, num_bytes).await?;
             row.observe(num_bytes, took, cpu.since(last)?);
         }
         let cpu = Cpu::now(last)?;
@@ -129,13 +142,18 @@ async fn measure_in(
         memcpy_row.observe(num_bytes, took, cpu.since(last)?);
     }
     eprintln!();
-    let rows = pairs.iter().map(|pair| pair.row.clone()).chain([tls_row, tcp_row, memcpy_row]).collect();
+    let tcp_rows = tcp_rows.into_iter().map(|(_, row)| row);
+    let rows = pairs.iter().map(|pair| pair.row.clone()).chain(tcp_rows).chain([memcpy_row]).collect();
     for pair in pairs {
         let fabric = pair.fabric.clone();
         drop(pair);
         fabric.close().await;
     }
-    Ok(Report::new(rows, sender_core.is_some()))
+    let mut report = Report::new(rows, sender_core.is_some());
+    if let Some(link) = running_link {
+        report = report.over_link(format!("{}\n{}", args.link, link.end()?), args.link.bytes_per_second());
+    }
+    Ok(report)
 }
 
 fn start_sender(
@@ -145,7 +163,7 @@ fn start_sender(
     extent_tokens: usize,
     core: Option<usize>,
     dir: &std::path::Path,
-) -> anyhow::Result<(SenderProcess, SocketAddr, SocketAddr)> {
+) -> anyhow::Result<(SenderProcess, BufReader<ChildStdout>, SocketAddr, SocketAddr)> {
     let program = std::env::current_exe().context("find this program")?;
     let mut command = match core {
         Some(core) => {
@@ -159,7 +177,8 @@ fn start_sender(
     if program.file_stem().is_some_and(|name| name == "tandem") {
         command.arg("bench");
     }
-    command.arg("transfer-sender").arg("--identity").arg(dir);
+    let [address, _] = args.addresses();
+    command.arg("transfer-sender").arg("--identity").arg(dir).arg("--address").arg(address.to_string());
     command.arg("--extent-tokens").arg(extent_tokens.to_string());
     command.arg("--num-tokens").arg(workload::num_tokens(args.request_mib).to_string());
     command.arg("--window").arg(args.window.to_string());
@@ -173,17 +192,25 @@ fn start_sender(
     let spawned = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn();
     let mut process = SenderProcess(spawned.context("start the process that sends")?);
     let stdout = process.0.stdout.take().context("the pipe that was asked for is there")?;
+    let mut said = BufReader::new(stdout);
     let mut line = String::new();
-    BufReader::new(stdout).read_line(&mut line).context("read where the sender listens")?;
+    said.read_line(&mut line).context("read where the sender listens")?;
     let Some((fabric, tcp)) = line.trim().split_once(' ') else {
         bail!("the process that sends did not start: it said {line:?}");
     };
-    Ok((process, fabric.parse().context("the fabric's address")?, tcp.parse().context("the TCP address")?))
+    let [fabric, tcp] = [fabric, tcp].map(|text| text.parse().map(link::far));
+    Ok((process, said, fabric.context("the fabric's address")?, tcp.context("the TCP address")?))
 }
 
 impl Landings {
-    /// From asking to the last extent verified.
-    async fn request(&mut self, pair: &Pair, num_tokens: usize, num_layers: u32) -> anyhow::Result<Duration> {
+    /// From asking to the last extent verified, and from the sender's turning to the first one to then. Both processes
+    /// read one clock.
+    async fn request(
+        &mut self,
+        pair: &mut Pair,
+        num_tokens: usize,
+        num_layers: u32,
+    ) -> anyhow::Result<(Duration, Duration)> {
         self.number += 1;
         let prefill = workload::prefill(self.number, &self.tokens[..num_tokens], num_layers);
         let plan = LandingPlan {
@@ -202,19 +229,28 @@ impl Landings {
         let open = Open::Prefill(Box::new(prefill));
         let (_landing, mut landed) = pair.fabric.landing_zone().open(plan);
         let started_at = Instant::now();
+        let (link, transport) = (&pair.link, pair.transport);
         let landing = async {
-            let _stream = pair.link.open(&open).await.context("ask for KV")?;
+            let _stream = link.open(&open).await.context("ask for KV")?;
             loop {
                 match landed.recv().await.context("the landing ended")? {
-                    LandingEvent::ExtentVerified { is_complete: true, .. } => return Ok(started_at.elapsed()),
+                    LandingEvent::ExtentVerified { is_complete: true, .. } => {
+                        return Ok((started_at.elapsed(), SystemTime::now()));
+                    }
                     LandingEvent::ExtentVerified { .. } => {}
                     LandingEvent::ExtentRefused { reason } => {
-                        bail!("{}: an extent was refused: {reason:?}", pair.transport.as_str())
+                        bail!("{}: an extent was refused: {reason:?}", transport.as_str())
                     }
                 }
             }
         };
-        tokio::time::timeout(workload::DEADLINE, landing).await.context("the KV did not arrive in time")?
+        let landed = tokio::time::timeout(workload::DEADLINE, landing).await;
+        let (took, verified_at) = landed.context("the KV did not arrive in time")??;
+        let mut line = String::new();
+        pair.said.read_line(&mut line).context("read when the sender began")?;
+        let sent_nanos = line.trim().parse().with_context(|| format!("the sender says when it began: {line:?}"))?;
+        let sent_at = SystemTime::UNIX_EPOCH + Duration::from_nanos(sent_nanos);
+        Ok((took, verified_at.duration_since(sent_at).unwrap_or_default()))
     }
 }
 

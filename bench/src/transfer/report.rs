@@ -19,11 +19,12 @@ pub(super) struct Row {
     num_bytes: f64,
     cpu: CpuTime,
     singles: Vec<Duration>,
+    ways: Vec<Duration>,
 }
 
 impl Row {
     pub(super) fn new(name: String) -> Self {
-        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: CpuTime::default(), singles: Vec::new() }
+        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: CpuTime::default(), singles: Vec::new(), ways: Vec::new() }
     }
 
     pub(super) fn observe(&mut self, num_bytes: usize, took: Duration, cpu: CpuTime) {
@@ -33,8 +34,10 @@ impl Row {
         self.cpu.receiver += cpu.receiver;
     }
 
-    pub(super) fn observe_single(&mut self, took: Duration) {
+    /// One extent: from asking for it to its verdict, and from being complete at the sender.
+    pub(super) fn observe_single(&mut self, took: Duration, way: Duration) {
         self.singles.push(took);
+        self.ways.push(way);
     }
 
     /// Median of the rounds, bytes per second.
@@ -49,13 +52,17 @@ impl Row {
         let per_gb = |time: Duration| time.as_secs_f64() / (self.num_bytes / 1e9);
         (per_gb(self.cpu.sender), per_gb(self.cpu.receiver))
     }
+}
 
-    fn single_at(&self, share: f64) -> Option<Duration> {
-        let mut singles = self.singles.clone();
-        singles.sort();
-        let last = singles.len().checked_sub(1)?;
-        Some(singles[(last as f64 * share).round() as usize])
-    }
+/// Median and 99th percentile in microseconds; nothing of nothing.
+fn percentiles(times: &[Duration]) -> String {
+    let mut times = times.to_vec();
+    times.sort();
+    let at = |share: f64| {
+        let last = times.len().checked_sub(1)?;
+        Some(times[(last as f64 * share).round() as usize].as_micros())
+    };
+    at(0.5).zip(at(0.99)).map(|(p50, p99)| format!("{p50} / {p99}")).unwrap_or_default()
 }
 
 /// GB/s of each row, held against TCP, plain and under TLS, and memcpy of the same rounds.
@@ -63,12 +70,20 @@ impl Row {
 pub struct Report {
     rows: Vec<Row>,
     is_pinned: bool,
+    /// In words, and the bytes per second that it carries.
+    link: Option<(String, Option<f64>)>,
 }
 
 impl Report {
     /// The last three rows are TLS over TCP, TCP and memcpy.
     pub(super) fn new(rows: Vec<Row>, is_pinned: bool) -> Self {
-        Self { rows, is_pinned }
+        Self { rows, is_pinned, link: None }
+    }
+
+    /// Over an emulated link, in words, that carries so many bytes per second: of them the share is printed, and not
+    /// of memcpy.
+    pub(super) fn over_link(self, words: String, bytes_per_second: Option<f64>) -> Self {
+        Self { link: Some((words, bytes_per_second)), ..self }
     }
 }
 
@@ -79,33 +94,41 @@ impl fmt::Display for Report {
             f,
             "two processes, {pinned}; GB = 10^9 bytes; digests made and checked, but not by TCP, TLS and memcpy"
         )?;
+        let rate = self.link.as_ref().and_then(|(_, bytes_per_second)| *bytes_per_second);
+        if let Some((words, _)) = &self.link {
+            writeln!(f, "{words}")?;
+        }
+        let of_limit = if rate.is_some() { "of rate" } else { "of copy" };
         writeln!(
             f,
-            "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22}",
-            "", "GB/s", "of TCP", "of TLS", "of copy", "CPU s/GB", "send / recv", "1 extent p50/p99, us"
+            "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22} {:>18}",
+            "",
+            "GB/s",
+            "of TCP",
+            "of TLS",
+            of_limit,
+            "CPU s/GB",
+            "send / recv",
+            "1 extent p50/p99, us",
+            "once complete, us"
         )?;
         let [.., tls, tcp, memcpy] = &self.rows[..] else { return Ok(()) };
         for row in &self.rows {
             let of = |other: &Row| row.rate() / other.rate();
             let (sender, receiver) = row.cpu_per_gb();
-            write!(
-                f,
-                "{:<20} {:>8.2} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13}",
+            let line = format!(
+                "{:<20} {:>8.3} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13} {:>22} {:>18}",
                 row.name,
                 row.rate() / 1e9,
                 of(tcp),
                 of(tls),
-                of(memcpy),
+                row.rate() / rate.unwrap_or(memcpy.rate()),
                 sender + receiver,
-                format!("{sender:.2} / {receiver:.2}")
-            )?;
-            match row.single_at(0.5).zip(row.single_at(0.99)) {
-                Some((p50, p99)) => {
-                    let both = format!("{} / {}", p50.as_micros(), p99.as_micros());
-                    writeln!(f, " {both:>22}")?;
-                }
-                None => writeln!(f)?,
-            }
+                format!("{sender:.2} / {receiver:.2}"),
+                percentiles(&row.singles),
+                percentiles(&row.ways)
+            );
+            writeln!(f, "{}", line.trim_end())?;
         }
         Ok(())
     }
@@ -125,18 +148,23 @@ mod tests {
         assert!((row.rate() - 1e9).abs() < 1.0);
         let (sender, receiver) = row.cpu_per_gb();
         assert!((sender - 0.2).abs() < 1e-9 && (receiver - 0.4).abs() < 1e-9);
-        (1..=101).for_each(|micros| row.observe_single(Duration::from_micros(micros)));
-        assert_eq!(row.single_at(0.5), Some(Duration::from_micros(51)));
-        assert_eq!(row.single_at(0.99), Some(Duration::from_micros(100)));
+        (1..=101).for_each(|micros| {
+            row.observe_single(Duration::from_micros(micros), Duration::from_micros(micros) / 2);
+        });
         let mut tcp = Row::new("TCP, blocking".to_string());
         tcp.observe(100_000_000, Duration::from_millis(50), CpuTime::default());
         let mut tls = Row::new("TLS over TCP".to_string());
         tls.observe(100_000_000, Duration::from_millis(80), CpuTime::default());
-        let text = Report::new(vec![row, tls, tcp.clone(), tcp], true).to_string();
+        let rows = vec![row, tls, tcp.clone(), tcp];
+        let linked = Report::new(rows.clone(), true).over_link("a link".to_string(), Some(1.25e9)).to_string();
+        assert!(linked.lines().nth(1) == Some("a link") && linked.contains("of rate"), "{linked}");
+        let share = linked.lines().find_map(|line| line.strip_prefix("quic")?.split_whitespace().nth(3));
+        assert_eq!(share, Some("0.80"), "{linked}");
+        let text = Report::new(rows, true).to_string();
         let line = text.lines().find(|line| line.starts_with("quic")).unwrap_or_default();
         assert_eq!(
             line.split_whitespace().collect::<Vec<_>>(),
-            ["quic", "1.00", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100"]
+            ["quic", "1.000", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100", "25", "/", "50"]
         );
     }
 }

@@ -1,8 +1,9 @@
 //! The prefill node's part: a pool full of noise, sent to whoever asks.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::net::{SocketAddr, TcpListener};
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::Context;
 use common::ids::{BlockId, Role};
@@ -15,16 +16,15 @@ use kv_connector::{Fabric, FabricConfig, IncomingStream};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use tokio::task::JoinSet;
 
-use super::{TransferSenderArgs, baseline, workload};
+use super::{TransferSenderArgs, baseline, link, node};
+use crate::kv_workload as workload;
 
-/// Bytes per write of the TCP baseline.
-const TCP_WRITE_BYTES: usize = 1 << 20;
-
-/// Says where it listens (one line: fabric, TCP), then serves until standard input ends.
+/// Says where it listens (one line: fabric, TCP), then serves until standard input ends. Of each request it says when it
+/// turned to the first extent: nanoseconds of the system's clock.
 pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
-    let identity = Identity::load_from_dir(&args.identity, &workload::node("sender"))?;
-    let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-    let hello = workload::hello("sender", Role::PrefillNode, args.num_tokens);
+    let identity = Identity::load_from_dir(&args.identity, &node("sender"))?;
+    let listen = SocketAddr::from((args.address, 0));
+    let hello = workload::hello(node("sender"), Role::PrefillNode, args.num_tokens);
     let memory = if args.is_shared { PoolMemory::Shareable } else { PoolMemory::Private };
     let num_blocks = workload::num_blocks(args.num_tokens);
     let pool = Arc::new(KvPool::with_memory(
@@ -34,16 +34,19 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
         memory,
     )?);
     fill(&pool, args.num_tokens);
-    let mut config = FabricConfig::new(loopback, identity, hello);
-    config.bulk_listen = Some(loopback);
+    let mut config = FabricConfig::new(listen, identity, hello);
+    config.bulk_listen = Some(listen);
     config.set_kv_quic(&args.kv_quic);
+    if args.address == link::SENDER {
+        link::be_patient(&mut config);
+    }
     config.busy_polling = super::busy_polling(args.busy_poll);
     if let Some((file, num_bytes)) = pool.shared_file() {
         let file = Arc::new(file.try_clone_to_owned().context("duplicate the pool's descriptor")?);
         config.shared_pool = Some(SharedPool { memory: pool.clone(), file, num_bytes: num_bytes as u64 });
     }
     let fabric = Fabric::bind(config)?;
-    let tcp = TcpListener::bind(loopback).context("listen for the TCP baseline")?;
+    let tcp = TcpListener::bind(listen).context("listen for the TCP baseline")?;
     println!("{} {}", fabric.local_addr(), tcp.local_addr().context("ask for the TCP port")?);
     std::io::stdout().flush().context("tell the receiver")?;
     let tls = baseline::tls_server(&args.identity)?;
@@ -102,6 +105,7 @@ async fn send_all(
     let tokens = &prefill.tokens.0;
     let mut sends = JoinSet::new();
     let (mut num_extents, mut num_bytes_sent) = (0, 0);
+    let began_at = SystemTime::now();
     for layer in 0..workload::NUM_LAYERS {
         for first in (0..tokens.len()).step_by(extent_tokens) {
             let end = tokens.len().min(first + extent_tokens);
@@ -117,6 +121,10 @@ async fn send_all(
                 sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
                 // On one thread: what was sealed leaves before the next one is.
                 tokio::task::yield_now().await;
+                if num_extents == 0 {
+                    let since = began_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+                    println!("{}", since.as_nanos());
+                }
                 num_extents += 1;
                 num_bytes_sent += num_bytes;
             }
@@ -152,25 +160,33 @@ fn serve_tcp(listener: &TcpListener, tls: &Arc<ServerConfig>) {
                 return;
             }
             match (kind, ServerConnection::new(tls)) {
-                ([baseline::TLS], Ok(connection)) => answer(&mut StreamOwned::new(connection, stream)),
-                _ => answer(&mut stream),
+                ([baseline::TLS], Ok(connection)) => answer(&mut StreamOwned::new(connection, stream), 1),
+                ([baseline::BETWEEN_POOLS], _) => {
+                    let mut mib = [0; 4];
+                    if stream.read_exact(&mut mib).is_ok() {
+                        answer(&mut stream, u32::from_le_bytes(mib));
+                    }
+                }
+                _ => answer(&mut stream, 1),
             }
         });
     }
 }
 
-/// Sends as many bytes as each 8-byte question asks for.
-fn answer(stream: &mut (impl Read + Write)) {
-    let buffer = vec![0x5a; TCP_WRITE_BYTES];
+/// Sends as many bytes as each 8-byte question asks for, out of `mib` MiB, over and over.
+fn answer(stream: &mut (impl Read + Write), mib: u32) {
+    let buffer = vec![0x5a; mib as usize * baseline::PIECE_BYTES];
     let mut question = [0; 8];
     while stream.read_exact(&mut question).is_ok() {
         let mut left = u64::from_le_bytes(question) as usize;
         while left > 0 {
-            let count = left.min(buffer.len());
-            if stream.write_all(&buffer[..count]).is_err() {
-                return;
+            for piece in buffer.chunks(baseline::PIECE_BYTES) {
+                let count = left.min(piece.len());
+                if stream.write_all(&piece[..count]).is_err() {
+                    return;
+                }
+                left -= count;
             }
-            left -= count;
         }
         if stream.flush().is_err() {
             return;

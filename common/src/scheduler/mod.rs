@@ -315,12 +315,12 @@ impl Scheduler {
     pub fn num_running_prompt_tokens(&self) -> usize {
         let running = self.running.iter().map(|(_, id)| &self.sequences[id]);
         let computing = running.filter(|sequence| !sequence.is_decoding());
-        computing.map(|sequence| sequence.num_uncomputed_tokens() - sequence.num_expected_tokens()).sum()
+        computing.map(Sequence::num_tokens_to_compute).sum()
     }
 
     /// For routing.
     pub fn load(&self, num_steps: u64) -> NodeLoad {
-        let queued = self.sequences.values().map(|s| s.num_uncomputed_tokens() as u64).sum();
+        let queued = self.sequences.values().map(|s| s.num_tokens_to_compute() as u64).sum();
         NodeLoad {
             num_running: self.running.len() as u32,
             num_waiting: (self.waiting.len() + self.saving.len() + self.parked.len() + self.restoring.len()) as u32,

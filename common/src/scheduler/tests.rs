@@ -507,12 +507,24 @@ fn sequence_that_awaits_kv_needs_no_steps_and_one_that_waits_or_runs_does() {
     engine.add(&prompt(1, 40), 1, 1, Work::AwaitKv);
     assert!(needs_steps(&engine), "it is to be admitted");
     engine.run();
-    assert_eq!(engine.scheduler.load(0).num_queued_tokens, 40);
+    assert_eq!(engine.scheduler.load(0).num_queued_tokens, 0);
     assert!(!needs_steps(&engine), "its KV is computed elsewhere");
     engine.add(&prompt(2, 8), 1, 5, Work::Generate);
     assert!(engine.launch() && needs_steps(&engine), "another one runs");
     engine.run();
     assert!(!needs_steps(&engine));
+}
+
+#[test]
+fn tokens_that_another_node_computes_are_not_queued_here() {
+    let mut engine = ModelEngine::new(limits());
+    let queued = |engine: &ModelEngine| engine.scheduler.load(0).num_queued_tokens;
+    engine.add(&prompt(1, 40), 1, 1, Work::AwaitKv);
+    assert_eq!(queued(&engine), 0);
+    engine.add(&prompt(2, 48), 1, 1, Work::PrefillBehind { num_held_tokens: 32 });
+    assert_eq!(queued(&engine), 16);
+    engine.add(&prompt(3, 24), 1, 1, Work::PrefillOnly);
+    assert_eq!(queued(&engine), 40);
 }
 
 #[test]

@@ -9,8 +9,8 @@
 //! 56  generation u64       64  digest u128
 //! ```
 //!
-//! All little-endian. A bidirectional stream carries an extent whose receiver reads the payload from the
-//! sender's memory: [`runs`](super::runs) stand in its place, and [`EXTENT_TAKEN`] is the answer.
+//! All little-endian. Where the receiver reads the payload from the sender's memory, [`runs`](super::runs) stand
+//! behind the header, and no stream carries it.
 //!
 //! The payload is the pool's bytes of those granules in ascending order; a partial
 //! last granule travels whole, its tail zero.
@@ -21,8 +21,6 @@ use crate::ids::{Attempt, Epoch, Generation, RequestId};
 
 /// Bytes of an encoded [`ExtentHeader`].
 pub const EXTENT_HEADER_BYTES: usize = 80;
-/// The answer to an extent that was read from its sender's memory and verified: the blocks may change again.
-pub const EXTENT_TAKEN: u8 = 1;
 const MAGIC: [u8; 4] = *b"TKV1";
 
 /// Which part of a sequence's KV.

@@ -71,7 +71,7 @@ pub struct NodeLoad {
     pub num_running: u32,
     /// Sequences that wait for blocks or for their turn.
     pub num_waiting: u32,
-    /// Prompt tokens still to be computed here.
+    /// Tokens still to be computed here; not those whose KV is awaited from elsewhere.
     pub num_queued_tokens: u64,
     /// Blocks that a new sequence could take now: free, or cached and unreferenced.
     pub num_available_blocks: u32,
@@ -82,8 +82,7 @@ pub struct NodeLoad {
 }
 
 impl NodeLoad {
-    /// Whether there is anything to compute or to admit. A sequence that awaits KV from elsewhere is neither, though
-    /// its tokens count as [queued](Self::num_queued_tokens).
+    /// Whether there is anything to compute or to admit. A sequence that awaits KV from elsewhere is neither.
     pub fn needs_steps(&self) -> bool {
         self.num_running > 0 || self.num_waiting > 0
     }

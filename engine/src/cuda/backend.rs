@@ -3,6 +3,7 @@
 //! Activations are f32 where they are summed and of the computing type where a product or attention reads them.
 //! Nothing here waits for the device: operations are launched one behind the other.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -56,16 +57,6 @@ enum Values {
     Dense(Buffer),
     /// Codes and scales.
     Quantized(DeviceWeights),
-}
-
-impl CudaMatrix {
-    /// Of an embedding table, or anything else that rows are taken from.
-    fn rows_of_values(&self) -> &Buffer {
-        match &self.values {
-            Values::Dense(buffer) => buffer,
-            Values::Quantized(_) => panic!("a table is dense"),
-        }
-    }
 }
 
 /// Cosines and sines.
@@ -207,11 +198,8 @@ impl CudaBackend {
     }
 
     /// Stacks quantized parts; `None` if they are not all such as the device multiplies with.
-    fn stack_quantized(&self, cols: usize, parts: &[MatrixPart]) -> Result<Option<CudaMatrix>, DeviceError> {
-        let quantized = parts.iter().map(|part| match part {
-            MatrixPart::Quantized(weights) => Some(weights),
-            MatrixPart::F32(_) | MatrixPart::Bf16(_) => None,
-        });
+    fn stack_quantized(&self, cols: usize, parts: &[MatrixPart<'_>]) -> Result<Option<CudaMatrix>, DeviceError> {
+        let quantized = parts.iter().map(MatrixPart::quantized);
         let Some(parts) = quantized.collect::<Option<Vec<_>>>() else { return Ok(None) };
         let Some(weights) = DeviceWeights::new(&self.device, &parts)? else { return Ok(None) };
         self.quantized_values_max.fetch_max(weights.num_values(), Ordering::Relaxed);
@@ -220,62 +208,40 @@ impl CudaBackend {
     }
 
     /// Stacks parts in the one type that is computed in.
-    fn stack(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
-        let size = self.dtype.size();
-        let parts: Vec<MatrixPart> = parts.into_iter().map(|part| self.dense_part(part)).collect();
-        let num_values: usize = parts
-            .iter()
-            .map(|part| match part {
-                MatrixPart::F32(values) => values.len(),
-                MatrixPart::Bf16(values) => values.len(),
-                MatrixPart::Quantized(_) => unreachable!("it was made dense just now"),
-            })
-            .sum();
-        let buffer = Buffer::new(&self.device, num_values * size)?;
+    fn stack(&self, dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Result<CudaMatrix, DeviceError> {
+        let parts: Vec<_> = parts.iter().map(|part| dense_bytes(part, dtype)).collect();
+        let num_bytes = parts.iter().map(|part| part.len()).sum::<usize>();
+        let buffer = Buffer::new(&self.device, num_bytes)?;
         let mut offset = 0;
-        for part in &parts {
-            let bytes = match (part, self.dtype) {
-                (MatrixPart::F32(values), Dtype::F32) => kernels::cuda::device::as_bytes(values),
-                (MatrixPart::Bf16(values), Dtype::Bf16) => kernels::cuda::device::as_bytes(values),
-                _ => panic!("weights that are not in the computing type are refused when a model is opened"),
-            };
+        for bytes in &parts {
             buffer.write(Lane::Transfer, offset, bytes)?;
             offset += bytes.len();
         }
-        Ok(CudaMatrix { values: Values::Dense(buffer), rows: num_values / cols.max(1), cols })
+        Ok(CudaMatrix { values: Values::Dense(buffer), rows: num_bytes / self.dtype.size() / cols.max(1), cols })
     }
+}
 
-    /// Quantized values as those that are computed with.
-    fn dense_part(&self, part: MatrixPart) -> MatrixPart {
-        match (part, self.dtype) {
-            (MatrixPart::Quantized(weights), Dtype::F32) => MatrixPart::F32(weights.dequantize()),
-            (MatrixPart::Quantized(weights), Dtype::Bf16) => {
-                MatrixPart::Bf16(weights.dequantize().into_iter().map(half::bf16::from_f32).collect())
-            }
-            (dense, _) => dense,
-        }
-    }
+/// What is computed with, quantized values too.
+fn dense_bytes<'a>(part: &'a MatrixPart<'_>, dtype: ComputeDtype) -> Cow<'a, [u8]> {
+    let Some(weights) = part.quantized() else { return part.to_bytes(dtype).expect("numbers have bytes") };
+    let values = MatrixPart::F32(weights.dequantize());
+    Cow::Owned(values.to_bytes(dtype).expect("numbers have bytes").into_owned())
 }
 
 impl Backend for CudaBackend {
     const GRANULE_ORDER: GranuleOrder = GranuleOrder::Rows;
 
     type Matrix = CudaMatrix;
-    type Table = CudaMatrix;
     type Vector = Buffer;
     type Rope = CudaRope;
     type Tensor = CudaTensor;
     type Drawn = Drawn;
 
-    fn matrix(&self, cols: usize, parts: Vec<MatrixPart>) -> Result<CudaMatrix, DeviceError> {
+    fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CudaMatrix, DeviceError> {
         match self.stack_quantized(cols, &parts)? {
             Some(quantized) => Ok(quantized),
-            None => self.stack(cols, parts),
+            None => self.stack(dtype, cols, &parts),
         }
-    }
-
-    fn table(&self, values: MatrixPart) -> Result<CudaMatrix, DeviceError> {
-        self.stack(1, vec![values])
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Buffer, DeviceError> {
@@ -304,15 +270,11 @@ impl Backend for CudaBackend {
         let inputs = self.memory.inputs();
         let out = out.sized(self, tokens.len() * width, Dtype::F32);
         let drawn = previous.as_ref().map(|previous| previous.tokens());
-        done(ops::embed(
-            table.rows_of_values(),
-            self.dtype,
-            arrays.ids.of(inputs.get()),
-            drawn,
-            out,
-            tokens.len(),
-            width,
-        ));
+        let (ids, rows) = (arrays.ids.of(inputs.get()), tokens.len());
+        done(match &table.values {
+            Values::Dense(values) => ops::embed(values, self.dtype, ids, drawn, out, rows, width),
+            Values::Quantized(weights) => weights.embed(ids, drawn, out, rows),
+        });
     }
 
     fn gather(&self, x: &CudaTensor, width: usize, rows: &[usize], out: &mut CudaTensor) {

@@ -59,7 +59,7 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(attention_prefill_64), ENTRY_OF(attention_prefill_128), ENTRY_OF(clear_blocks),
         ENTRY_OF(copy_blocks),          ENTRY_OF(dequantize_4),         ENTRY_OF(dequantize_8),
         ENTRY_OF(digest_pieces),        ENTRY_OF(quantized_matmul_4),   ENTRY_OF(quantized_matmul_8),
-        ENTRY_OF(embed_bf16),
+        ENTRY_OF(embed_4),              ENTRY_OF(embed_8),              ENTRY_OF(embed_bf16),
         ENTRY_OF(embed_f32),
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),

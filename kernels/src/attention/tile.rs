@@ -1,23 +1,27 @@
-//! One tile: up to 6 query rows against 64 positions.
+//! One tile: up to 12 query rows against 64 positions.
 //!
 //! ```text
-//! scores    q [depth][6]  x  4 granules of K [depth][16 tokens]        lanes are tokens
-//! values    p [6][steps]  x  4 granules of V [steps][head_dim]         lanes are features
+//! scores    q [depth][12]  x  2 granules of K [depth][16 tokens], twice      lanes are tokens
+//! values    p [12][steps]  x  4 granules of V [steps][head_dim]              lanes are features
 //! ```
+//!
+//! The fewer vectors side by side, the more rows share the work of taking a pair of K or V apart; up to 5 rows have
+//! four. Meanwhile K and V of the next tile come nearer: they lie in pieces of some lines, of which the machine
+//! foresees nothing.
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
 use std::ops::Range;
 
 use super::{AttentionParams, Job};
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype};
-use crate::numerics::{ATTENTION_TILE, LANES, exp, round_bf16, tanh};
+use crate::numerics::{ATTENTION_TILE, LANES, exp, tanh};
 use crate::simd::{Simd, fold_tile};
 
 /// Granules of a tile.
 const TILE_GRANULES: usize = ATTENTION_TILE / GRANULE_TOKENS;
 
 /// Rows of a subtile at most, on any instruction set.
-pub(super) const QUERY_ROWS_MAX: usize = 6;
+pub(super) const QUERY_ROWS_MAX: usize = 12;
 
 /// Scores of a subtile with the positions of a tile, then their weights.
 pub(super) type Scores = [[f32; ATTENTION_TILE]; QUERY_ROWS_MAX];
@@ -25,89 +29,98 @@ pub(super) type Scores = [[f32; ATTENTION_TILE]; QUERY_ROWS_MAX];
 /// The weights as `fold_tile` reads them: bf16 pairs (half of each row, or all of it widened) or f32.
 pub(super) type Weights = [[u32; ATTENTION_TILE]; QUERY_ROWS_MAX];
 
-/// Where the keys and values of 64 positions lie. Granules outside `granules` are not to be read.
+/// Where the keys and values of 64 positions lie. Those of granules that nobody sees are others' instead.
+#[derive(Clone, Copy)]
 pub(super) struct Tile {
-    granules: Range<usize>,
     k: [*const u32; TILE_GRANULES],
     v: [*const u32; TILE_GRANULES],
     /// Lanes from one step of V to the next: the head, padded where V was copied.
     v_stride: usize,
 }
 
-/// Finds the granules of a tile. Those of V that hold positions no row sees, or heads that are no whole
-/// vectors, are copied with zeros in these places, so that the loops over them need no mask.
+/// Finds the granules of a tile some of which is in `positions`, without looking at what is in them.
 #[inline(always)]
-pub(super) fn locate(
-    job: &Job<'_>,
-    span: usize,
-    kv_head: usize,
-    start: usize,
-    positions: &Range<usize>,
-    copies: &mut Vec<u32>,
-) -> Tile {
+pub(super) fn locate(job: &Job<'_>, span: usize, kv_head: usize, start: usize, positions: &Range<usize>) -> Tile {
     let layout = job.layout;
-    let seen = positions.start.max(start) - start..positions.end.min(start + ATTENTION_TILE) - start;
-    let granules = seen.start / GRANULE_TOKENS..seen.end.div_ceil(GRANULE_TOKENS);
-    let (pairs, padded_dim) = (layout.dtype == KvDtype::Bf16, job.padded_dim());
-    let steps = if pairs { GRANULE_TOKENS / 2 } else { GRANULE_TOKENS };
-    let pads = padded_dim != layout.head_dim;
-    copies.resize(TILE_GRANULES * steps * padded_dim, 0);
-    let mut tile = Tile {
-        granules: granules.clone(),
-        k: [std::ptr::null(); TILE_GRANULES],
-        v: [std::ptr::null(); TILE_GRANULES],
-        v_stride: padded_dim,
-    };
     let block_table = &job.batch.block_tables[job.batch.spans[span].block_table.clone()];
-    for g in granules.clone() {
-        let position = start + g * GRANULE_TOKENS;
+    let mut tile =
+        Tile { k: [std::ptr::null(); TILE_GRANULES], v: [std::ptr::null(); TILE_GRANULES], v_stride: layout.head_dim };
+    for g in 0..TILE_GRANULES {
+        let position = (start + g * GRANULE_TOKENS).clamp(positions.start, positions.end - 1);
         let block = block_table[position / layout.block_size];
         let offset = layout.granule_offset(job.layer, block, position % layout.block_size / GRANULE_TOKENS);
         let k = job.arena.bytes(offset, layout.granule_bytes()).cast_const();
-        let tokens = g * GRANULE_TOKENS..(g + 1) * GRANULE_TOKENS;
-        let whole = seen.start <= tokens.start && tokens.end <= seen.end;
-        // SAFETY: heads and planes lie within the granule; all of it is 4-byte aligned and initialised; nobody
-        // writes positions that a query sees, and others are only read as bits (the arena's invariant).
+        // SAFETY: heads and planes lie within the granule.
         unsafe {
             let k = k.add(kv_head * layout.head_bytes());
-            let v = k.add(layout.plane_bytes()).cast::<u32>();
             tile.k[g] = k.cast();
-            tile.v[g] = v;
-            if pads || !whole {
-                let copy = &mut copies[g * steps * padded_dim..][..steps * padded_dim];
-                for step in 0..steps {
-                    let mask = if pairs {
-                        let token = tokens.start + 2 * step;
-                        (u32::from(seen.contains(&token)) * 0xffff)
-                            | (u32::from(seen.contains(&(token + 1))) * 0xffff_0000)
-                    } else {
-                        u32::from(seen.contains(&(tokens.start + step))) * u32::MAX
-                    };
-                    let from = std::slice::from_raw_parts(v.add(step * layout.head_dim), layout.head_dim);
-                    let into = &mut copy[step * padded_dim..][..padded_dim];
-                    into.iter_mut().zip(from).for_each(|(into, from)| *into = from & mask);
-                    into[layout.head_dim..].fill(0);
-                }
-                tile.v[g] = copy.as_ptr();
-            }
-        }
-    }
-    for g in 0..TILE_GRANULES {
-        if !granules.contains(&g) {
-            // Scores of these are masked; any keys will do.
-            tile.k[g] = tile.k[granules.start];
+            tile.v[g] = k.add(layout.plane_bytes()).cast::<u32>();
         }
     }
     tile
 }
 
-/// Products of `MR` packed queries with the 64 keys of a tile.
+/// The granules of the tile at `start` that hold some of these positions.
+#[inline(always)]
+pub(super) fn granules(start: usize, positions: &Range<usize>) -> Range<usize> {
+    let seen = positions.start.max(start) - start..positions.end.min(start + ATTENTION_TILE) - start;
+    seen.start / GRANULE_TOKENS..seen.end.div_ceil(GRANULE_TOKENS)
+}
+
+/// Copies those granules of V that hold positions no row sees, or heads that are no whole vectors, with zeros in
+/// these places, so that the loops over them need no mask.
+#[inline(always)]
+pub(super) fn mask_values(
+    job: &Job<'_>,
+    tile: &mut Tile,
+    start: usize,
+    positions: &Range<usize>,
+    copies: &mut Vec<u32>,
+) {
+    let layout = job.layout;
+    let (pairs, padded_dim) = (layout.dtype == KvDtype::Bf16, job.padded_dim());
+    let is_whole = positions.start <= start && start + ATTENTION_TILE <= positions.end;
+    if is_whole && padded_dim == layout.head_dim {
+        return;
+    }
+    let steps = if pairs { GRANULE_TOKENS / 2 } else { GRANULE_TOKENS };
+    copies.resize(TILE_GRANULES * steps * padded_dim, 0);
+    tile.v_stride = padded_dim;
+    for g in granules(start, positions) {
+        let first = start + g * GRANULE_TOKENS;
+        let is_whole = positions.start <= first && first + GRANULE_TOKENS <= positions.end;
+        if is_whole && padded_dim == layout.head_dim {
+            continue;
+        }
+        let copy = &mut copies[g * steps * padded_dim..][..steps * padded_dim];
+        for step in 0..steps {
+            let mask = if pairs {
+                let token = first + 2 * step;
+                (u32::from(positions.contains(&token)) * 0xffff)
+                    | (u32::from(positions.contains(&(token + 1))) * 0xffff_0000)
+            } else {
+                u32::from(positions.contains(&(first + step))) * u32::MAX
+            };
+            // SAFETY: a head of V has `steps` of these; it is 4-byte aligned and initialised; nobody writes positions
+            // that a query sees, and others are only read as bits (the arena's invariant).
+            let from = unsafe { std::slice::from_raw_parts(tile.v[g].add(step * layout.head_dim), layout.head_dim) };
+            let into = &mut copy[step * padded_dim..][..padded_dim];
+            into.iter_mut().zip(from).for_each(|(into, from)| *into = from & mask);
+            into[layout.head_dim..].fill(0);
+        }
+        tile.v[g] = copy.as_ptr();
+    }
+}
+
+/// Products of `MR` packed queries with the keys of these granules of a tile, at least.
 ///
 /// # Safety
-/// The machine has the instruction set, `q` holds `[depth][MR]` lanes, `tile` points to valid granules.
+/// The machine has the instruction set, `q` holds `[depth][MR]` steps, `tile` points to valid granules.
 #[inline(always)]
 pub(super) unsafe fn score_tile<S: Simd, const MR: usize, const PAIRS: bool>(
     tile: &Tile,
+    next: &Tile,
+    granules: Range<usize>,
     depth: usize,
     q: *const u32,
     scores: &mut Scores,
@@ -117,39 +130,51 @@ pub(super) unsafe fn score_tile<S: Simd, const MR: usize, const PAIRS: bool>(
     }
     // SAFETY: K heads hold `depth * 16` lanes.
     unsafe {
-        if S::QUERY_COLS == 4 {
-            score_columns::<S, MR, 4, PAIRS>(scores, 0, depth, q, &tile.k);
+        if MR <= S::WIDE_QUERY_ROWS {
+            score_columns::<S, MR, 4, PAIRS>(scores, 0, depth, q, tile, next);
+        } else if S::QUERY_COLS == 2 {
+            for half in granules.start / 2..granules.end.div_ceil(2) {
+                score_columns::<S, MR, 2, PAIRS>(scores, 2 * half, depth, q, tile, next);
+            }
         } else {
-            for granule in 0..TILE_GRANULES {
-                score_columns::<S, MR, 1, PAIRS>(scores, granule, depth, q, &[tile.k[granule]]);
+            for granule in granules {
+                score_columns::<S, MR, 1, PAIRS>(scores, granule, depth, q, tile, next);
             }
         }
     }
 }
 
-/// Scores with the keys of `NR` granules from granule `granule` of the tile on.
+/// Scores with the keys of `NR` granules from granule `first` of the tile on.
 #[inline(always)]
 unsafe fn score_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
     scores: &mut Scores,
-    granule: usize,
+    first: usize,
     depth: usize,
     q: *const u32,
-    k: &[*const u32; NR],
+    tile: &Tile,
+    next: &Tile,
 ) {
     // SAFETY: as required of the caller.
     unsafe {
         let mut acc = [[S::splat(0.0); NR]; MR];
-        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, q, k, GRANULE_TOKENS);
+        let (mut k, mut ahead) = ([tile.k[first]; NR], [next.k[first]; NR]);
+        for c in 1..NR {
+            (k[c], ahead[c]) = (tile.k[first + c], next.k[first + c]);
+        }
+        fold_tile::<S, MR, NR, PAIRS, 0>(&mut acc, depth, q, &k, GRANULE_TOKENS, &ahead);
         for r in 0..MR {
             for c in 0..NR {
-                S::store(scores[r].as_mut_ptr().add((granule + c) * GRANULE_TOKENS), acc[r][c]);
+                S::store(scores[r].as_mut_ptr().add((first + c) * GRANULE_TOKENS), acc[r][c]);
             }
         }
     }
 }
 
-/// Scale and softcap; then turns scores into weights, updates maximum and sum, and returns the factor on what
-/// was summed before. `seen` are the positions of the tile that the row sees.
+/// Vectors of a row of scores.
+const ROW_VECTORS: usize = ATTENTION_TILE / LANES;
+
+/// Scale and softcap; then turns a row's scores into weights, rounded where values are bf16, updates maximum and sum,
+/// and returns the factor on what was summed before. `seen` are the positions of the tile that the row sees.
 ///
 /// # Safety
 /// The machine has the instruction set.
@@ -158,76 +183,73 @@ pub(super) unsafe fn softmax_step<S: Simd>(
     scores: &mut [f32; ATTENTION_TILE],
     params: &AttentionParams,
     seen: Range<usize>,
-    max: &mut f32,
-    sum: &mut f32,
+    pairs: bool,
+    (max, sum): (&mut f32, &mut f32),
+    weights: &mut [u32; ATTENTION_TILE],
 ) -> f32 {
-    let (first, num_seen) = (seen.start as u32, seen.len() as u32);
+    // Bit i of vector v: whether position 16 v + i is seen.
+    let bits = (u64::MAX >> (ATTENTION_TILE - seen.len())) << seen.start;
+    let sees = |v: usize| (bits >> (v * LANES)) as u16;
     let is_partial = seen.len() < ATTENTION_TILE;
-    let sees = |i: usize| (i as u32).wrapping_sub(first) < num_seen;
-    scores.iter_mut().for_each(|score| *score *= params.scale);
-    if let Some(cap) = params.softcap {
-        scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
-    }
-    if is_partial {
-        for (i, score) in scores.iter_mut().enumerate() {
-            *score = if sees(i) { *score } else { f32::MIN };
+    // SAFETY: the instruction set is the caller's promise; scores and weights are 4 vectors.
+    unsafe {
+        let mut s = [S::splat(0.0); ROW_VECTORS];
+        for v in 0..ROW_VECTORS {
+            s[v] = S::mul(S::load(scores.as_ptr().add(v * LANES)), S::splat(params.scale));
         }
-    }
-    // SAFETY: the instruction set is the caller's promise; scores are 4 vectors.
-    let highest = unsafe {
-        let at = |i: usize| scores.as_ptr().add(i * LANES);
-        let low = S::max(S::load(at(0)), S::load(at(1)));
-        S::tree_max(S::max(low, S::max(S::load(at(2)), S::load(at(3)))))
-    };
-    let new = if highest > *max { highest } else { *max };
-    let correction = exp(*max - new);
-    scores.iter_mut().for_each(|score| *score = exp(*score - new));
-    if is_partial {
-        for (i, score) in scores.iter_mut().enumerate() {
-            *score = if sees(i) { *score } else { 0.0 };
+        if let Some(cap) = params.softcap {
+            for v in 0..ROW_VECTORS {
+                S::store(scores.as_mut_ptr().add(v * LANES), s[v]);
+            }
+            scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+            for v in 0..ROW_VECTORS {
+                s[v] = S::load(scores.as_ptr().add(v * LANES));
+            }
         }
-    }
-    // SAFETY: as above. The first lane sums start from zero, which changes no bit of a weight.
-    let total = unsafe {
-        let at = |i: usize| scores.as_ptr().add(i * LANES);
-        let lanes = S::add(S::add(S::add(S::load(at(0)), S::load(at(1))), S::load(at(2))), S::load(at(3)));
-        S::tree_sum(lanes)
-    };
-    *max = new;
-    *sum = sum.mul_add(correction, total);
-    correction
-}
-
-/// Makes one row's weights what `value_tile` reads.
-#[inline(always)]
-pub(super) fn pack_weights<S: Simd>(pairs: bool, weights: &[f32; ATTENTION_TILE], into: &mut [u32; ATTENTION_TILE]) {
-    if pairs && S::PAIR_LANES == 2 {
-        for i in 0..ATTENTION_TILE {
-            into[i] = u32::from(round_bf16(weights[i])) << 16;
+        if is_partial {
+            for v in 0..ROW_VECTORS {
+                s[v] = S::keep(s[v], sees(v), f32::MIN);
+            }
         }
-    } else if pairs {
-        // Neighbours are the halves of a pair, so the rounded weights in order are the pairs in order: taking
-        // them apart and together again would cost as much as the rounding.
-        let mut halves = [0u16; ATTENTION_TILE];
-        for i in 0..ATTENTION_TILE {
-            halves[i] = round_bf16(weights[i]);
+        let highest = S::tree_max(S::max(S::max(s[0], s[1]), S::max(s[2], s[3])));
+        // The factor on the sums so far is exp(0) = 1 as long as the maximum stays.
+        let (new, correction) = if highest > *max { (highest, exp(*max - highest)) } else { (*max, 1.0) };
+        for v in 0..ROW_VECTORS {
+            s[v] = S::exp_not_positive(S::sub(s[v], S::splat(new)));
         }
-        for (into, pair) in into.iter_mut().zip(halves.as_chunks::<2>().0) {
-            *into = u32::from(pair[0]) | (u32::from(pair[1]) << 16);
+        if is_partial {
+            for v in 0..ROW_VECTORS {
+                s[v] = S::keep(s[v], sees(v), 0.0);
+            }
         }
-    } else {
-        *into = weights.map(f32::to_bits);
+        // The first lane sums start from zero, which changes no bit of a weight.
+        let total = S::tree_sum(S::add(S::add(S::add(s[0], s[1]), s[2]), s[3]));
+        *max = new;
+        *sum = sum.mul_add(correction, total);
+        for v in 0..ROW_VECTORS {
+            let rounded = if pairs { S::round_not_negative(s[v]) } else { s[v] };
+            let into = weights.as_mut_ptr();
+            if pairs && S::PAIR_LANES == 1 {
+                // Neighbours are the halves of a pair, so the rounded weights in order are the pairs in order.
+                S::store_high_halves(into.add(v * LANES / 2), rounded);
+            } else {
+                S::store(into.add(v * LANES).cast(), rounded);
+            }
+        }
+        correction
     }
 }
 
-/// Adds the weighted values of a tile to the `MR` rows of `acc`, of which those without a correction see
-/// nothing of it.
+/// Adds the weighted values of these granules of a tile to the `MR` rows of `acc`, of which those without a
+/// correction see nothing of it.
 ///
 /// # Safety
 /// The machine has the instruction set, `tile` points to valid granules.
 #[inline(always)]
 pub(super) unsafe fn value_tile<S: Simd, const MR: usize, const PAIRS: bool>(
     tile: &Tile,
+    next: &Tile,
+    granules: Range<usize>,
     weights: &Weights,
     corrections: &[Option<f32>],
     acc: &mut [f32],
@@ -236,30 +258,38 @@ pub(super) unsafe fn value_tile<S: Simd, const MR: usize, const PAIRS: bool>(
         unreachable!("subtiles were cut for this instruction set");
     }
     let (mut column, num_columns) = (0, acc.len() / MR / LANES);
+    let values = Values { tile, next, granules, weights, corrections };
     // SAFETY: columns stay below the padded head, which V (or its padded copy) has.
     unsafe {
         while column < num_columns {
             let left = num_columns - column;
-            if S::QUERY_COLS == 4 && left >= 4 {
-                value_columns::<S, MR, 4, PAIRS>(tile, weights, corrections, acc, column);
+            if MR <= S::WIDE_QUERY_ROWS && left >= 4 {
+                value_columns::<S, MR, 4, PAIRS>(&values, acc, column);
                 column += 4;
-            } else if S::QUERY_COLS == 4 && left >= 2 {
-                value_columns::<S, MR, 2, PAIRS>(tile, weights, corrections, acc, column);
+            } else if S::QUERY_COLS == 2 && left >= 2 {
+                value_columns::<S, MR, 2, PAIRS>(&values, acc, column);
                 column += 2;
             } else {
-                value_columns::<S, MR, 1, PAIRS>(tile, weights, corrections, acc, column);
+                value_columns::<S, MR, 1, PAIRS>(&values, acc, column);
                 column += 1;
             }
         }
     }
 }
 
+/// What all columns of a value tile have in common.
+struct Values<'a> {
+    tile: &'a Tile,
+    next: &'a Tile,
+    granules: Range<usize>,
+    weights: &'a Weights,
+    corrections: &'a [Option<f32>],
+}
+
 /// Adds the weighted values of a tile to `NR` vectors of features of each row that sees any of it.
 #[inline(always)]
 unsafe fn value_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: bool>(
-    tile: &Tile,
-    weights: &Weights,
-    corrections: &[Option<f32>],
+    values: &Values<'_>,
     acc: &mut [f32],
     column: usize,
 ) {
@@ -268,17 +298,18 @@ unsafe fn value_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: 
     // SAFETY: as required of the caller.
     unsafe {
         let mut fold = [[S::splat(0.0); NR]; MR];
-        for g in tile.granules.clone() {
-            let mut v = [tile.v[g]; NR];
+        for g in values.granules.clone() {
+            let (mut v, mut ahead) = ([values.tile.v[g]; NR], [values.next.v[g]; NR]);
             for c in 0..NR {
-                v[c] = tile.v[g].add((column + c) * LANES);
+                v[c] = v[c].add((column + c) * LANES);
+                ahead[c] = ahead[c].wrapping_add((column + c) * LANES);
             }
             let lanes = if PAIRS { S::PAIR_LANES } else { 1 };
-            let p = weights.as_ptr().cast::<u32>().add(g * steps * lanes);
-            fold_tile::<S, MR, NR, PAIRS, ATTENTION_TILE>(&mut fold, steps, p, &v, tile.v_stride);
+            let p = values.weights.as_ptr().cast::<u32>().add(g * steps * lanes);
+            fold_tile::<S, MR, NR, PAIRS, ATTENTION_TILE>(&mut fold, steps, p, &v, values.tile.v_stride, &ahead);
         }
         for r in 0..MR {
-            if let Some(correction) = corrections[r] {
+            if let Some(correction) = values.corrections[r] {
                 let correction = S::splat(correction);
                 for c in 0..NR {
                     let acc = acc[r * padded_dim + (column + c) * LANES..][..LANES].as_mut_ptr();

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! unit      one span, one KV head, up to 48 rows (query token, query head of that KV head), some parts
-//! subtile   up to 6 of its rows: their scores with 64 keys, softmax, weighted sum of 64 values (super::tile)
+//! subtile   up to 12 of its rows: their scores with 64 keys, softmax, weighted sum of 64 values (super::tile)
 //! ```
 //!
 //! Long contexts of few queries are split by part as well, and merged afterwards in ascending order.
@@ -10,7 +10,9 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::tile::{QUERY_ROWS_MAX, Scores, Weights, locate, pack_weights, score_tile, softmax_step, value_tile};
+use super::tile::{
+    QUERY_ROWS_MAX, Scores, Weights, granules, locate, mask_values, score_tile, softmax_step, value_tile,
+};
 use super::{Job, first_visible};
 use crate::ctx::Ctx;
 use crate::kv_layout::KvDtype;
@@ -73,7 +75,8 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
         let rows = s.num_rows * job.group();
         let madds_per_row = (s.first_position + s.num_rows) * 2 * job.layout.head_dim;
         madds += rows * madds_per_row * job.layout.num_kv_heads;
-        let unit_rows = (UNIT_MADDS / madds_per_row.max(1)).clamp(QUERY_ROWS_MAX, UNIT_ROWS);
+        let unit_rows = UNIT_MADDS / madds_per_row.max(1) / QUERY_ROWS_MAX * QUERY_ROWS_MAX;
+        let unit_rows = unit_rows.clamp(QUERY_ROWS_MAX, UNIT_ROWS);
         // Later rows see more keys: they go first, so that no thread is left with a long one at the end.
         for group in (0..rows.div_ceil(unit_rows)).rev() {
             for kv_head in 0..job.layout.num_kv_heads {
@@ -226,31 +229,43 @@ macro_rules! by_rows {
             (true, 4) => $f::<$s, 4, true>($($arg),*),
             (true, 5) => $f::<$s, 5, true>($($arg),*),
             (true, 6) => $f::<$s, 6, true>($($arg),*),
+            (true, 12) => $f::<$s, 12, true>($($arg),*),
             (false, 1) => $f::<$s, 1, false>($($arg),*),
             (false, 2) => $f::<$s, 2, false>($($arg),*),
             (false, 3) => $f::<$s, 3, false>($($arg),*),
             (false, 4) => $f::<$s, 4, false>($($arg),*),
             (false, 5) => $f::<$s, 5, false>($($arg),*),
             (false, 6) => $f::<$s, 6, false>($($arg),*),
-            _ => unreachable!("subtiles have 1 to 6 rows"),
+            (false, 12) => $f::<$s, 12, false>($($arg),*),
+            _ => unreachable!("subtiles have 1 to 6 rows or 12"),
         }
     };
+}
+
+/// The rows of subtile `index`, if there is one: as many as fit while there are so many, then one or two of nearly
+/// equal size with up to 6.
+#[inline(always)]
+fn subtile(index: usize, num_rows: usize, rows_max: usize) -> Option<Range<usize>> {
+    let num_full = num_rows / rows_max;
+    if index < num_full {
+        return Some(index * rows_max..(index + 1) * rows_max);
+    }
+    let (first, left, index) = (num_full * rows_max, num_rows % rows_max, index - num_full);
+    let count = left.div_ceil(6);
+    (index < count).then(|| first + index * left / count..first + (index + 1) * left / count)
 }
 
 #[inline(always)]
 unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials) {
     let mut scratch = SCRATCH.take().unwrap_or_else(Scratch::new);
     let (num_rows, padded_dim) = (unit.rows.len(), job.padded_dim());
-    // Subtiles of nearly equal size; `subtile(i)` are rows of the unit.
-    let num_subtiles = num_rows.div_ceil(S::QUERY_ROWS);
-    let subtile = |i: usize| i * num_rows / num_subtiles..(i + 1) * num_rows / num_subtiles;
+    let subtiles = || (0..).map_while(|i| subtile(i, num_rows, S::QUERY_ROWS));
     let pairs = job.layout.dtype == KvDtype::Bf16;
     let depth = if pairs { job.layout.head_dim / 2 } else { job.layout.head_dim };
     let step_lanes = if pairs { S::PAIR_LANES } else { 1 };
     let row_lanes = depth * step_lanes;
     scratch.q.resize(num_rows * row_lanes, 0);
-    for i in 0..num_subtiles {
-        let rows = subtile(i);
+    for rows in subtiles() {
         let into = &mut scratch.q[rows.start * row_lanes..rows.end * row_lanes];
         for (r, row) in rows.clone().enumerate() {
             let (q_row, head) = job.place(unit, row);
@@ -271,6 +286,7 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
     let positions = job.positions(unit);
     scratch.visible.clear();
     scratch.visible.extend((0..num_rows).map(|row| job.visible(unit, row)));
+    let unit_end = positions.end.min(unit.parts.end * ATTENTION_PART);
     let mut corrections = [None; QUERY_ROWS_MAX];
     scratch.total.reset(num_rows, padded_dim);
     for part in unit.parts.clone() {
@@ -278,33 +294,41 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
         let end = positions.end.min((part + 1) * ATTENTION_PART);
         let mut start = positions.start.max(part * ATTENTION_PART) / ATTENTION_TILE * ATTENTION_TILE;
         while start < end {
-            let tile = locate(job, unit.span, unit.kv_head, start, &positions, &mut scratch.values);
-            for i in 0..num_subtiles {
-                let rows = subtile(i);
+            let mut tile = locate(job, unit.span, unit.kv_head, start, &positions);
+            let ahead = if start + ATTENTION_TILE < unit_end { start + ATTENTION_TILE } else { start };
+            let mut next = locate(job, unit.span, unit.kv_head, ahead, &positions);
+            mask_values(job, &mut tile, start, &positions, &mut scratch.values);
+            for rows in subtiles() {
                 let seen = scratch.visible[rows.start].start..scratch.visible[rows.end - 1].end;
                 if clip(&seen, start..start + ATTENTION_TILE).is_empty() {
                     continue;
                 }
+                let granules = granules(start, &seen);
                 let q = scratch.q[rows.start * row_lanes..].as_ptr();
                 let (num, padded) = (rows.len(), padded_dim);
                 let corrections = &mut corrections[..num];
                 // SAFETY: the caller has the instruction set; q holds this subtile's `depth * rows` steps, the
                 // tile's pointers lead to heads of its layout.
                 unsafe {
-                    by_rows!(num, score_tile::<S, pairs>(&tile, depth, q, &mut scratch.scores));
+                    let scores = &mut scratch.scores;
+                    by_rows!(num, score_tile::<S, pairs>(&tile, &next, granules.clone(), depth, q, scores));
                     for (r, row) in rows.clone().enumerate() {
                         let seen = clip(&scratch.visible[row], start..start + ATTENTION_TILE);
-                        corrections[r] = (!seen.is_empty()).then(|| {
-                            let scores = &mut scratch.scores[r];
-                            let seen = seen.start - start..seen.end - start;
-                            let (max, sum) = (&mut scratch.part.max[row], &mut scratch.part.sum[row]);
-                            softmax_step::<S>(scores, job.params, seen, max, sum)
-                        });
-                        pack_weights::<S>(pairs, &scratch.scores[r], &mut scratch.weights[r]);
+                        if seen.is_empty() {
+                            corrections[r] = None;
+                            continue;
+                        }
+                        let seen = seen.start - start..seen.end - start;
+                        let state = (&mut scratch.part.max[row], &mut scratch.part.sum[row]);
+                        let (scores, weights) = (&mut scratch.scores[r], &mut scratch.weights[r]);
+                        corrections[r] = Some(softmax_step::<S>(scores, job.params, seen, pairs, state, weights));
                     }
                     let acc = &mut scratch.part.acc[rows.start * padded..rows.end * padded];
-                    by_rows!(num, value_tile::<S, pairs>(&tile, &scratch.weights, corrections, acc));
+                    let weights = &scratch.weights;
+                    by_rows!(num, value_tile::<S, pairs>(&tile, &next, granules.clone(), weights, corrections, acc));
                 }
+                // The first subtile has brought it.
+                next = tile;
             }
             start += ATTENTION_TILE;
         }

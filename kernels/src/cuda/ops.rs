@@ -35,7 +35,7 @@ impl<'a> Part<'a> {
         Self { buffer, offset }
     }
 
-    fn at(&self, num_bytes: usize) -> u64 {
+    pub(super) fn at(&self, num_bytes: usize) -> u64 {
         self.buffer.at(self.offset, num_bytes)
     }
 }

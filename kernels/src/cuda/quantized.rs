@@ -7,7 +7,7 @@
 use std::sync::Arc;
 
 use super::device::{Args, Buffer, Device, DeviceError, Lane};
-use super::ops::{Multiply, launch};
+use super::ops::{Multiply, Part, launch};
 use crate::quantized::QuantizedWeights;
 
 /// Values that share a scale.
@@ -78,6 +78,26 @@ impl DeviceWeights {
     fn args(&self, args: Args) -> Args {
         let codes = self.codes.at(0, self.num_values() * self.bits as usize / 8);
         args.address(codes).address(self.scales.at(0, self.num_values() / GROUP * 2))
+    }
+
+    /// Its rows `ids` as `out` f32 `[rows, k]`; as [`ops::embed`](super::ops::embed) otherwise.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn embed(
+        &self,
+        ids: Part<'_>,
+        drawn: Option<&Buffer>,
+        out: &Buffer,
+        rows: usize,
+    ) -> Result<(), DeviceError> {
+        let args = self
+            .args(Args::default())
+            .address(ids.at(rows * 4))
+            .address(drawn.map_or(0, |drawn| drawn.at(0, 4)))
+            .address(out.at(0, rows * self.k * 4))
+            .u32(self.k);
+        launch(out, Lane::Compute, self.named("embed_8", "embed_4"), [rows, 1, 1], 256, 0, &args)
     }
 
     /// The product of bf16 rows with it, made for [`SKINNY_ROWS_MAX`](super::ops::SKINNY_ROWS_MAX) of them: `out`

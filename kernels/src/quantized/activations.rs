@@ -65,14 +65,17 @@ pub(super) fn pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u
             let scale = Group::of(x);
             let mut sums = [0i32; 2];
             let mut lanes = into[r..].iter_mut().step_by(num_rows);
-            for (index, quad) in x.chunks(4).enumerate() {
-                let mut bytes = [0i8; 4];
-                for (byte, x) in bytes.iter_mut().zip(quad) {
-                    let q = scale.quantize(*x);
-                    sums[usize::from(index >= 4)] += q;
-                    *byte = q as i8;
+            for x in x.chunks(32) {
+                // Always 32, the last ones zero: loops of a known length are vectorised.
+                let mut values = [0.0f32; 32];
+                values[..x.len()].copy_from_slice(x);
+                let integers = values.map(|x| scale.quantize(x));
+                sums[0] += integers[..16].iter().sum::<i32>();
+                sums[1] += integers[16..].iter().sum::<i32>();
+                let bytes = integers.map(|q| q as u8);
+                for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
+                    *lane = u32::from_le_bytes(*quad);
                 }
-                *lanes.next().expect("a lane for each quad") = u32::from_le_bytes(bytes.map(|byte| byte as u8));
             }
             let [first, second] = scale.extras(format, sums);
             for (lane, value) in lanes.zip([scale.scale.to_bits(), first, second]) {

@@ -11,15 +11,20 @@
 //! f32, and their order is in [`numerics`](crate::numerics). So all instruction sets give the same bits.
 //!
 //! - `weights`: the logical form. `packed`: panels, one layout for every batch size.
-//! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `simd`: its instructions.
+//! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `tiles`: its fast version; `panels`: how that
+//!   reads each layout; `simd`: its instructions.
 
 mod activations;
 mod packed;
+#[cfg(target_arch = "x86_64")]
+mod panels;
 mod product;
 #[cfg(target_arch = "x86_64")]
 mod simd;
 #[cfg(test)]
 mod tests;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod weights;
 
 pub use packed::{PackedFormat, QuantizedMatrix};

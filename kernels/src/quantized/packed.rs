@@ -168,6 +168,18 @@ impl QuantizedMatrix {
         self.rows.div_ceil(PANEL) * self.format.panel_bytes(self.cols)
     }
 
+    /// The weights of one output feature: `out` `[cols]`.
+    pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
+        assert!(row < self.rows && out.len() == self.cols, "row {row} of {} into {} values", self.rows, out.len());
+        let len = self.format.group(self.cols);
+        for (group, out) in out.chunks_mut(len).enumerate() {
+            let (scale, min) = (self.scale(row, group), self.min(row, group).unwrap_or(0.0));
+            for (k, out) in (group * len..).zip(out) {
+                *out = scale.mul_add(self.weight(row, k) as f32, -min);
+            }
+        }
+    }
+
     pub(super) fn panel(&self, panel: usize) -> &[u8] {
         assert!(panel < self.rows.div_ceil(PANEL));
         let len = self.format.panel_bytes(self.cols);

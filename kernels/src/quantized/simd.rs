@@ -27,6 +27,8 @@ pub(super) trait IntSimd {
     unsafe fn splat(x: u32) -> Self::I;
     /// 64 bytes.
     unsafe fn load(from: *const u8) -> Self::I;
+    /// 64 bytes.
+    unsafe fn store(into: *mut u8, x: Self::I);
     /// 16 bytes, each widened without sign to a lane.
     unsafe fn load_u8(from: *const u8) -> Self::I;
     /// 16 bytes, each widened with its sign to a lane.
@@ -63,6 +65,14 @@ impl IntSimd for Avx2 {
     unsafe fn load(from: *const u8) -> Self::I {
         // SAFETY: 64 bytes are valid (the trait's contract).
         unsafe { [_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn store(into: *mut u8, x: Self::I) {
+        // SAFETY: 64 bytes are valid (the trait's contract).
+        unsafe {
+            _mm256_storeu_si256(into.cast(), x[0]);
+            _mm256_storeu_si256(into.add(32).cast(), x[1]);
+        }
     }
     #[inline(always)]
     unsafe fn load_u8(from: *const u8) -> Self::I {
@@ -177,6 +187,11 @@ macro_rules! int512 {
             unsafe fn load(from: *const u8) -> __m512i {
                 // SAFETY: 64 bytes are valid (the trait's contract).
                 unsafe { _mm512_loadu_si512(from.cast()) }
+            }
+            #[inline(always)]
+            unsafe fn store(into: *mut u8, x: __m512i) {
+                // SAFETY: 64 bytes are valid (the trait's contract).
+                unsafe { _mm512_storeu_si512(into.cast(), x) }
             }
             #[inline(always)]
             unsafe fn load_u8(from: *const u8) -> __m512i {

@@ -68,6 +68,24 @@ fn product(
 }
 
 #[test]
+fn a_row_of_a_packed_table_has_the_bits_of_the_logical_form() {
+    let pool = WorkerPool::new(2);
+    let ctx = Ctx { pool: &pool, isa: Isa::detect(), priority: Priority::Decode };
+    for (format, cols) in FORMATS.map(|format| (format, 512)).into_iter().chain([(PackedFormat::Int8Row, 77)]) {
+        let table = weights(format, 70, cols, 31);
+        let expected = table.dequantize();
+        let packed = QuantizedMatrix::pack(&[&table]).unwrap();
+        let ids: Vec<u32> = (0..140).map(|i| (i * 3) % 70).collect();
+        let mut out = vec![0.0; ids.len() * cols];
+        crate::embed_quantized(&ctx, &packed, &ids, &mut out);
+        for (out, &id) in out.chunks(cols).zip(&ids) {
+            let bits = |row: &[f32]| row.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(out), bits(&expected[id as usize * cols..][..cols]), "{format:?} row {id}");
+        }
+    }
+}
+
+#[test]
 fn a_packed_matrix_holds_exactly_what_it_was_made_of() {
     for format in FORMATS {
         let (first, second) = (weights(format, 33, 512, 1), weights(format, 37, 512, 20));
@@ -94,7 +112,9 @@ fn a_packed_matrix_holds_exactly_what_it_was_made_of() {
 #[test]
 fn every_instruction_set_gives_the_bits_of_the_reference() {
     for format in FORMATS {
-        for (m, k, n) in [(1, 256, 1), (1, 512, 96), (2, 256, 33), (5, 768, 70), (7, 256, 31), (29, 512, 64)] {
+        for (m, k, n) in
+            [(1, 256, 1), (1, 512, 96), (2, 256, 33), (5, 768, 70), (7, 256, 31), (29, 512, 64), (17, 1280, 40)]
+        {
             let w = QuantizedMatrix::pack(&[&weights(format, n, k, 1)]).unwrap();
             let (x, bias) = (noise(m * k, 2), noise(n, 3));
             for (bias, add) in [(None, false), (Some(&bias[..]), true)] {

@@ -10,6 +10,7 @@ use common::kv_memory::KvMemory;
 use common::wire::{ExtentHasher, ExtentHeader};
 
 use crate::accounting::{Held, Kind, Ledger};
+use crate::transfer::ahead;
 use crate::transfer::converting::Converting;
 use crate::transfer::landing::{LandingEvent, State};
 use crate::transfer::refused::RefusedExtent;
@@ -32,8 +33,6 @@ pub struct Arriving {
     _held: Held,
 }
 
-/// Written and then hashed at a time: source and copy fit the core's first-level cache.
-const PIECE_BYTES: usize = 16 << 10;
 /// What is converted at a time.
 const CONVERTED_BYTES_MAX: usize = 128 << 10;
 
@@ -74,13 +73,15 @@ impl Arriving {
         let mut rest = bytes;
         self.fill(bytes.len(), |into| {
             let (now, later) = rest.split_at(into.len());
+            // What is copied has just been decrypted and is in a cache: it is the blocks that are not.
+            ahead::to_write(into.as_ptr_range().end);
             into.copy_from_slice(now);
             rest = later;
         })
     }
 
-    /// Lets `read` fill the next `num_bytes` of the blocks, in ascending pieces, and hashes what it put there: what
-    /// is in the blocks is what the digest speaks of, though its source may change meanwhile.
+    /// Lets `read` fill the next `num_bytes` of the blocks, in ascending small pieces, and hashes each while it is in
+    /// the core's first-level cache: what is in the blocks is what the digest speaks of, though its source may change meanwhile.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -96,7 +97,7 @@ impl Arriving {
         let (layer, first_granule) = self.first_granule();
         let hasher = &mut self.hasher;
         let mut fill = |bytes: &mut [u8]| {
-            for piece in bytes.chunks_mut(PIECE_BYTES) {
+            for piece in bytes.chunks_mut(ahead::PIECE_BYTES) {
                 read(piece);
                 hasher.update(piece);
             }

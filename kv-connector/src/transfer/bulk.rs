@@ -1,26 +1,29 @@
 //! Bulk connections: who sends extents to whom, in which direction, and over which transport.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use common::ids::{Epoch, NodeId};
 use common::kv_memory::KvMemory;
+use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::NUM_RUNS_MAX;
 use common::wire::{ExtentHeader, Hello, PoolRun};
 use dashmap::DashMap;
-use quinn::{Connection, VarInt};
+use quinn::Connection;
+use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::accounting::{Carrier, Held, Kind, Ledger};
+use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
 use crate::transfer::cuda_ipc;
 use crate::transfer::quic::{self, QuicTransport};
-use crate::transfer::shm::{self, Mapping};
+use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
-    ExtentEnd, LandingZone, Payload, SendExtentError, SendFuture, Transport, TransportLayer, payload::PoolExtent,
+    Arriving, ExtentEnd, LandingZone, Payload, RefusedExtent, SendExtentError, SendFuture, Transport, TransportLayer,
+    payload::PoolExtent,
 };
 
 /// Sends extents to one life of one node. Cheap to clone.
@@ -139,7 +142,7 @@ impl BulkSenders {
 pub(crate) struct PeerTransport {
     quic: QuicTransport,
     shared_memory: Option<Arc<dyn KvMemory>>,
-    is_attached: AtomicBool,
+    outbox: OnceLock<Arc<Outbox>>,
     cuda_ipc: cuda_ipc::Sending,
 }
 
@@ -152,7 +155,7 @@ impl PeerTransport {
     ) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
         let cuda_ipc = cuda_ipc::Sending::new(device_memory);
-        Arc::new(Self { quic, shared_memory, is_attached: AtomicBool::new(false), cuda_ipc })
+        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), cuda_ipc })
     }
 
     /// The sender's part of `cuda-ipc`.
@@ -160,23 +163,22 @@ impl PeerTransport {
         &self.cuda_ipc
     }
 
-    /// The receiver has mapped the pool.
-    pub(super) fn on_attached(&self) {
-        self.is_attached.store(true, Ordering::SeqCst);
+    /// The receiver has mapped the pool, and hears over `stream` where extents lie in it. Happens once: a token works
+    /// once.
+    pub(super) fn on_attached(&self, stream: UnixStream, activity: Option<&Arc<Activity>>) -> Arc<Outbox> {
+        let new = || Outbox::new(stream, self.quic.connection.clone(), self.quic.ledger.clone(), activity);
+        self.outbox.get_or_init(new).clone()
     }
 
-    fn is_attached(&self) -> bool {
-        self.is_attached.load(Ordering::SeqCst)
-    }
-
-    /// Where the receiver finds the payload, if it can read it by itself.
-    fn shared_runs(&self, payload: &Payload) -> Option<Vec<PoolRun>> {
+    /// Where the receiver finds the payload, if it can read it by itself, and who tells it.
+    fn shared_runs(&self, payload: &Payload) -> Option<(&Outbox, Vec<PoolRun>)> {
+        let outbox = self.outbox.get()?;
         let is_shared = |extent: &&PoolExtent| {
             self.shared_memory.as_ref().is_some_and(|memory| Arc::ptr_eq(memory, &extent.memory))
         };
         match payload {
-            Payload::Pool(extent) if self.is_attached() => Some(extent).filter(is_shared)?.runs(NUM_RUNS_MAX),
-            _ => None,
+            Payload::Pool(extent) => Some((outbox, Some(extent).filter(is_shared)?.runs(NUM_RUNS_MAX)?)),
+            Payload::Bytes(_) => None,
         }
     }
 }
@@ -186,7 +188,7 @@ impl Transport for PeerTransport {
         if self.cuda_ipc.is_attached() {
             return Carrier::CudaIpc.as_str();
         }
-        let carrier = if self.is_attached() { Carrier::Shm } else { Carrier::Quic };
+        let carrier = if self.outbox.get().is_some() { Carrier::Shm } else { Carrier::Quic };
         carrier.as_str()
     }
 
@@ -196,8 +198,9 @@ impl Transport for PeerTransport {
                 return cuda_ipc::send(&self.quic.connection, &self.quic.ledger, header, &runs, end).await;
             }
             match self.shared_runs(&payload) {
-                Some(runs) => shm::send(&self.quic, header, &runs, end).await,
-                None => self.quic.send(header, payload, end).await,
+                Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,
+                // What is given up behind its places is what was given up behind some of its bytes.
+                _ => self.quic.send(header, payload, end).await,
             }
         })
     }
@@ -230,10 +233,19 @@ pub(crate) struct ReceiveContext {
     pub(crate) ledger: Arc<Ledger>,
     pub(crate) num_extents_max: u32,
     pub(crate) deadline: Duration,
-    /// The sender's pool, if it runs on the same host and both ends want it.
-    pub(crate) mapping: Option<Mapping>,
-    /// Whether bidirectional streams are extents to be read there; else they are `cuda-ipc`'s.
-    pub(crate) takes_runs: bool,
+    pub(crate) activity: Option<Arc<Activity>>,
+}
+
+impl ReceiveContext {
+    /// Decides on an extent by its header and claims its range: with it, the bytes of its payload. A refusal has been
+    /// counted and told.
+    pub(super) fn admit(&self, header: &[u8; EXTENT_HEADER_BYTES]) -> Result<(Arriving, usize), RefusedExtent> {
+        let header = ExtentHeader::decode(header).map_err(|_| RefusedExtent::Malformed);
+        let header = header.inspect_err(|refused| self.zone.count_refused(*refused))?;
+        let admitted = self.zone.admit(&header);
+        let arriving = admitted.inspect_err(|refused| self.zone.tell_refused(&header, *refused))?;
+        Ok((arriving, header.num_payload_bytes as usize))
+    }
 }
 
 impl BulkReceiver {
@@ -241,14 +253,15 @@ impl BulkReceiver {
         connection: Connection,
         sender: BulkSender,
         context: ReceiveContext,
+        attached: Option<Attached>,
         held: (Held, OwnedSemaphorePermit),
         tasks: &TaskTracker,
     ) -> Self {
-        let carrier = if context.mapping.is_some() { Carrier::Shm } else { Carrier::Quic };
-        if carrier == Carrier::Shm {
-            connection.set_max_concurrent_bi_streams(VarInt::from_u32(context.num_extents_max));
-        }
+        let carrier = if attached.is_some() { Carrier::Shm } else { Carrier::Quic };
         let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
+        if let Some(attached) = attached {
+            tasks.spawn(shm::receive(attached, context.clone(), connection.clone(), tasks.clone()));
+        }
         tasks.spawn(async move {
             let reason = receive(&accepting, &context, &tracker).await;
             tell_end(&accepting, &reason);
@@ -299,14 +312,6 @@ pub(crate) fn tell_end(connection: &Connection, reason: &CloseReason) {
     );
 }
 
-/// An extent that begins.
-enum Incoming {
-    /// Its payload follows.
-    Bytes(quinn::RecvStream),
-    /// The places of its payload follow, and an answer is awaited.
-    Runs(quinn::SendStream, quinn::RecvStream),
-}
-
 /// Takes in what comes over a bulk connection until it ends; says how it ended.
 pub(crate) async fn receive(
     connection: &Connection,
@@ -316,23 +321,14 @@ pub(crate) async fn receive(
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
-        let incoming = tokio::select! {
-            stream = connection.accept_uni() => stream.map(Incoming::Bytes),
-            halves = connection.accept_bi(), if context.takes_runs => {
-                halves.map(|(answer, stream)| Incoming::Runs(answer, stream))
-            }
-        };
-        let incoming = match incoming {
-            Ok(incoming) => incoming,
+        let stream = match connection.accept_uni().await {
+            Ok(stream) => stream,
             Err(error) => return error.into(),
         };
         let context = context.clone();
         tasks.spawn(async move {
             let _held = context.ledger.hold(Kind::Stream(Traffic::Bulk));
-            match incoming {
-                Incoming::Bytes(stream) => quic::receive_extent(&context, stream).await,
-                Incoming::Runs(answer, stream) => shm::receive_extent(&context, answer, stream).await,
-            }
+            quic::receive_extent(&context, stream).await;
             drop(place);
         });
     }

@@ -33,6 +33,7 @@ use common::wire::ExtentHeader;
 
 use crate::link::CloseReason;
 
+mod ahead;
 mod arriving;
 pub(crate) mod bulk;
 mod converting;

@@ -28,17 +28,17 @@ pub(super) struct QuicTransport {
 ///
 /// A reset also takes back what was written and not acknowledged, at once: when this has been dropped, the connection
 /// refers to none of it any more.
-pub(super) struct ExtentStream {
+struct ExtentStream {
     stream: quinn::SendStream,
     is_done: bool,
 }
 
 impl ExtentStream {
-    pub(super) fn new(stream: quinn::SendStream) -> Self {
+    fn new(stream: quinn::SendStream) -> Self {
         Self { stream, is_done: false }
     }
 
-    pub(super) async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), SendExtentError> {
+    async fn write(&mut self, chunks: &mut [Bytes]) -> Result<(), SendExtentError> {
         self.stream.write_all_chunks(chunks).await.map_err(|error| match error {
             WriteError::Stopped(_) | WriteError::ClosedStream | WriteError::ZeroRttRejected => SendExtentError::Refused,
             WriteError::ConnectionLost(error) => SendExtentError::ConnectionLost(error.into()),
@@ -46,7 +46,7 @@ impl ExtentStream {
     }
 
     /// What was written will arrive, though this is dropped.
-    pub(super) fn finish(mut self) -> Result<(), SendExtentError> {
+    fn finish(mut self) -> Result<(), SendExtentError> {
         self.stream.finish().map_err(|_| SendExtentError::Refused)?;
         self.is_done = true;
         Ok(())
@@ -131,24 +131,14 @@ async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Resul
 }
 
 /// Reads a header and claims its range; a refusal has been counted and told.
-pub(super) async fn admit(
-    context: &ReceiveContext,
-    stream: &mut RecvStream,
-) -> Result<(Arriving, usize), RefusedExtent> {
+async fn admit(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(Arriving, usize), RefusedExtent> {
     let mut bytes = [0; EXTENT_HEADER_BYTES];
     let read = read_exact(context.deadline, stream, &mut bytes).await;
-    let header = read.and_then(|()| ExtentHeader::decode(&bytes).map_err(|_| RefusedExtent::Malformed));
-    let header = header.inspect_err(|refused| context.zone.count_refused(*refused))?;
-    let admitted = context.zone.admit(&header);
-    let arriving = admitted.inspect_err(|refused| context.zone.tell_refused(&header, *refused))?;
-    Ok((arriving, header.num_payload_bytes as usize))
+    read.inspect_err(|refused| context.zone.count_refused(*refused))?;
+    context.admit(&bytes)
 }
 
-pub(super) async fn read_exact(
-    deadline: Duration,
-    stream: &mut RecvStream,
-    into: &mut [u8],
-) -> Result<(), RefusedExtent> {
+async fn read_exact(deadline: Duration, stream: &mut RecvStream, into: &mut [u8]) -> Result<(), RefusedExtent> {
     match tokio::time::timeout(deadline, stream.read_exact(into)).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(ReadExactError::FinishedEarly(_))) => Err(RefusedExtent::Truncated),
@@ -184,7 +174,7 @@ async fn read_payload(
     }
 }
 
-pub(super) fn refused_by(error: &ReadError) -> RefusedExtent {
+fn refused_by(error: &ReadError) -> RefusedExtent {
     match error {
         ReadError::ConnectionLost(_) => RefusedExtent::ConnectionLost,
         _ => RefusedExtent::Reset,

@@ -51,9 +51,6 @@ pub enum RefusedExtent {
     /// Its bytes cannot be copied out of its sender's device memory.
     #[error("its bytes cannot be copied out of its sender's device memory")]
     Unreadable,
-    /// It is to be read from shared memory, and none was mapped for its connection.
-    #[error("no shared memory is registered for its connection")]
-    NotRegistered,
 }
 
 impl RefusedExtent {
@@ -76,7 +73,6 @@ impl RefusedExtent {
             RefusedExtent::Closed => "closed",
             RefusedExtent::BadRuns => "bad_runs",
             RefusedExtent::Unreadable => "unreadable",
-            RefusedExtent::NotRegistered => "not_registered",
         }
     }
 

@@ -9,6 +9,7 @@ use common::kv_spec::{KvPlane, KvSpec};
 use common::tokens::Token;
 use common::wire::{ExtentBinding, ExtentHasher, ExtentHeader, ExtentId};
 
+use crate::transfer::ahead;
 use crate::transfer::payload::{Payload, PoolExtent};
 
 /// Most tokens in one extent, so that neither a buffer nor a retry is ever large.
@@ -92,7 +93,12 @@ impl ExtentSource {
         let mut hasher = ExtentHasher::new(&ExtentBinding { request, attempt, generation, extent, content });
         let hashed = self.memory.hash_granules(payload.layer, &payload.blocks, payload.first_granule, num_granules);
         if hashed.is_none() {
-            payload.visit(|_, bytes| hasher.update(bytes));
+            payload.visit(|_, bytes| {
+                for piece in bytes.chunks(ahead::PIECE_BYTES) {
+                    ahead::to_read(piece.as_ptr_range().end);
+                    hasher.update(piece);
+                }
+            });
         }
         let header = ExtentHeader {
             epoch,

@@ -64,6 +64,30 @@ impl FilePool {
         SharedPool { memory: self.clone(), file, num_bytes: self.num_bytes() }
     }
 
+    /// Sends the file over a UNIX socket, as a node does.
+    pub fn send_over(&self, socket: &impl AsRawFd) {
+        let mut byte = 0u8;
+        let mut iov = libc::iovec { iov_base: std::ptr::from_mut(&mut byte).cast(), iov_len: 1 };
+        // More than the one descriptor takes, aligned as a control message must be.
+        let mut control = [0u64; 8];
+        // SAFETY: all zeros is a valid `msghdr`; the control buffer is aligned for, and has room for, one header and one
+        // descriptor; both buffers outlive the call.
+        let sent = unsafe {
+            let mut message: libc::msghdr = std::mem::zeroed();
+            message.msg_iov = &mut iov;
+            message.msg_iovlen = 1;
+            message.msg_control = control.as_mut_ptr().cast();
+            message.msg_controllen = libc::CMSG_SPACE(size_of::<i32>() as u32) as _;
+            let header = libc::CMSG_FIRSTHDR(&message);
+            (*header).cmsg_level = libc::SOL_SOCKET;
+            (*header).cmsg_type = libc::SCM_RIGHTS;
+            (*header).cmsg_len = libc::CMSG_LEN(size_of::<i32>() as u32) as _;
+            libc::CMSG_DATA(header).cast::<i32>().write_unaligned(self.file.as_raw_fd());
+            libc::sendmsg(socket.as_raw_fd(), &message, libc::MSG_NOSIGNAL)
+        };
+        assert_eq!(sent, 1, "{}", std::io::Error::last_os_error());
+    }
+
     /// Puts a job's KV into these blocks, and makes what sends it from there.
     pub fn source(self: &Arc<Self>, job: &Job, blocks: Vec<BlockId>) -> ExtentSource {
         for layer in 0..NUM_LAYERS as u16 {

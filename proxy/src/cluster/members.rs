@@ -3,7 +3,6 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::ids::{NodeId, Role};
@@ -12,7 +11,7 @@ use common::wire::{Directory, Hello, NodeState, NodeStatus, Peer};
 use kv_connector::Link;
 use tokio::sync::watch;
 
-use crate::route::{ClusterView, NodeLife, NodeView};
+use crate::route::{ClusterView, NodeLife, NodeView, OthersWork, OwnWork};
 
 /// Why a node is not taken, in words for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -71,8 +70,8 @@ struct Member {
     link: Option<Link>,
     status: NodeStatus,
     is_stuck: bool,
-    num_open: Arc<AtomicUsize>,
-    num_sent_tokens: Arc<AtomicU64>,
+    others: OthersWork,
+    own: Arc<OwnWork>,
 }
 
 impl Members {
@@ -125,10 +124,10 @@ impl Members {
         }
         let life = (hello.node.clone(), hello.epoch);
         let known = table.members.get(&life);
-        let num_open = known.map(|member| member.num_open.clone()).unwrap_or_default();
-        let num_sent_tokens = known.map(|member| member.num_sent_tokens.clone()).unwrap_or_default();
+        let own = known.map(|member| member.own.clone()).unwrap_or_default();
+        let others = OthersWork::of(&status.load, &own);
         let (hello, link) = (hello.clone(), link.cloned());
-        let member = Member { hello, addr, link, status, is_stuck, num_open, num_sent_tokens };
+        let member = Member { hello, addr, link, status, is_stuck, others, own };
         table.members.insert(life, member);
         self.publish(&table);
         Ok(())
@@ -180,8 +179,8 @@ impl Members {
                 node: life.0.clone(),
                 epoch: life.1,
                 load: member.status.load,
-                num_open: member.num_open.clone(),
-                num_sent_tokens: member.num_sent_tokens.clone(),
+                others: member.others,
+                own: member.own.clone(),
             };
             let is_ready = member.status.state == NodeState::Ready;
             match member.hello.role {

@@ -20,7 +20,7 @@ use futures::StreamExt;
 use tokio::sync::watch;
 
 use super::nodes::{GenerateStream, NodeLost, Nodes};
-use crate::route::{ClusterView, HeldPrefixes, NodeView};
+use crate::route::{ClusterView, HeldPrefixes, NodeView, OthersWork};
 
 /// What a node with the shape of the repository's small checkpoint says of its model.
 pub fn tiny_model_info() -> ModelInfo {
@@ -93,8 +93,8 @@ impl FakeNodes {
             node: NodeId::new(*name).expect("a test's node names are valid"),
             epoch: Epoch(1),
             load: NodeLoad { num_available_blocks: 100, num_blocks: 100, ..NodeLoad::default() },
-            num_open: Arc::default(),
-            num_sent_tokens: Arc::default(),
+            others: OthersWork::default(),
+            own: Arc::default(),
         };
         let view =
             ClusterView { decode: names.iter().map(node).collect(), model: Some(model), ..ClusterView::default() };

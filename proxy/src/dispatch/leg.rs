@@ -2,7 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 
 use common::timeline::NodeTimeline;
@@ -11,7 +11,7 @@ use futures::Stream;
 use tokio::time::Instant;
 
 use super::nodes::{GenerateStream, NodeLost};
-use crate::route::NodeLife;
+use crate::route::{NodeLife, OwnWork};
 
 /// One `Generate` that is open on a node.
 pub(super) struct Leg {
@@ -37,42 +37,41 @@ pub(super) struct WaitingLeg {
 
 /// Counts an open stream, at its node and in all.
 pub(super) struct OpenStream {
-    counters: [Arc<AtomicUsize>; 2],
+    at_node: Arc<OwnWork>,
+    in_all: Arc<AtomicUsize>,
 }
 
 impl OpenStream {
-    pub(super) fn new(counters: [Arc<AtomicUsize>; 2]) -> Self {
-        for counter in &counters {
-            counter.fetch_add(1, Ordering::Relaxed);
-        }
-        Self { counters }
+    pub(super) fn new(at_node: Arc<OwnWork>, in_all: Arc<AtomicUsize>) -> Self {
+        at_node.requests.add(1);
+        in_all.fetch_add(1, Ordering::Relaxed);
+        Self { at_node, in_all }
     }
 }
 
 impl Drop for OpenStream {
     fn drop(&mut self) {
-        for counter in &self.counters {
-            counter.fetch_sub(1, Ordering::Relaxed);
-        }
+        self.at_node.requests.subtract(1);
+        self.in_all.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
 /// Counts prompt tokens that were sent to a prefill node to be computed.
 pub(super) struct SentTokens {
-    counter: Arc<AtomicU64>,
+    at_node: Arc<OwnWork>,
     num_tokens: u64,
 }
 
 impl SentTokens {
-    pub(super) fn new(counter: Arc<AtomicU64>, num_tokens: u64) -> Self {
-        counter.fetch_add(num_tokens, Ordering::Relaxed);
-        Self { counter, num_tokens }
+    pub(super) fn new(at_node: Arc<OwnWork>, num_tokens: u64) -> Self {
+        at_node.tokens.add(num_tokens);
+        Self { at_node, num_tokens }
     }
 }
 
 impl Drop for SentTokens {
     fn drop(&mut self) {
-        self.counter.fetch_sub(self.num_tokens, Ordering::Relaxed);
+        self.at_node.tokens.subtract(self.num_tokens);
     }
 }
 

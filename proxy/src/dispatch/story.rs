@@ -195,8 +195,7 @@ impl Dispatch {
         if prefix_peer.is_some() {
             dispatcher.metrics.on_prefix_peer_named();
         }
-        let sent =
-            prefill.map(|node| SentTokens::new(node.num_sent_tokens.clone(), demand.num_missing_tokens(node) as u64));
+        let sent = prefill.map(|node| SentTokens::new(node.own.clone(), demand.num_missing_tokens(node) as u64));
         let prefill_candidates: Vec<NodeId> = prefill_candidates.into_iter().map(|node| node.node.clone()).collect();
         tracing::debug!(
             node = %node.node,
@@ -221,7 +220,7 @@ impl Dispatch {
             deadline: self.request.deadline.saturating_duration_since(Instant::now()),
             prefix_peer,
         };
-        let open = OpenStream::new([node.num_open.clone(), dispatcher.num_streams.clone()]);
+        let open = OpenStream::new(node.own.clone(), dispatcher.num_streams.clone());
         let events = dispatcher.nodes.generate(node, generate);
         let life = node.life();
         self.legs.push(Leg {

@@ -132,19 +132,18 @@ mod tests {
     use common::ids::{Epoch, NodeId};
     use common::wire::NodeLoad;
     use std::sync::Arc;
-    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+    use crate::route::{OthersWork, OwnWork};
 
     const WEIGHT: usize = 256;
 
-    fn node(name: &str, num_running: u32, num_open: usize, num_available_blocks: u32, queued: u64) -> NodeView {
+    /// One that told of so much, whoever's it is, and at which this proxy has `num_open` requests.
+    fn node(name: &str, num_running: u32, num_open: u64, num_available_blocks: u32, queued: u64) -> NodeView {
         let load = NodeLoad { num_running, num_available_blocks, num_queued_tokens: queued, ..NodeLoad::default() };
-        NodeView {
-            node: NodeId::new(name).unwrap(),
-            epoch: Epoch(1),
-            load,
-            num_open: Arc::new(AtomicUsize::new(num_open)),
-            num_sent_tokens: Arc::new(AtomicU64::new(0)),
-        }
+        let own = OwnWork::default();
+        own.requests.add(num_open);
+        let others = OthersWork::of(&load, &own);
+        NodeView { node: NodeId::new(name).unwrap(), epoch: Epoch(1), load, others, own: Arc::new(own) }
     }
 
     fn name(picked: Option<&NodeView>) -> Option<&str> {
@@ -190,6 +189,16 @@ mod tests {
     fn a_burst_does_not_all_go_to_the_node_that_was_idle_a_moment_ago() {
         let view = ClusterView { decode: vec![node("a", 0, 5, 9, 0), node("b", 2, 2, 9, 0)], ..ClusterView::default() };
         assert_eq!(pick(&view, &demand(9, &[]), 0), Some("b"));
+    }
+
+    #[test]
+    fn requests_of_this_proxy_that_are_over_outweigh_no_prefix() {
+        let held = demand(100, &[("a", 2)]);
+        let view = ClusterView { decode: vec![node("a", 1, 1, 9, 0), node("b", 0, 0, 9, 0)], ..ClusterView::default() };
+        assert_eq!(pick(&view, &held, 0), Some("b"));
+        // The node has not told of it yet.
+        view.decode[0].own.requests.subtract(1);
+        assert_eq!(pick(&view, &held, 1), Some("a"));
     }
 
     #[test]
@@ -305,10 +314,10 @@ mod tests {
         for turn in 0..60 {
             let picked = pick_prefill_nodes(&view, &held, 64, 1, turn)[0];
             num_prefills[position(&view.prefill, picked)] += 1;
-            picked.num_sent_tokens.fetch_add(held.num_missing_tokens(picked) as u64, Ordering::Relaxed);
+            picked.own.tokens.add(held.num_missing_tokens(picked) as u64);
             let picked = pick_decode_node(&view, &HashSet::new(), &held, WEIGHT, turn).unwrap();
             num_decodes[position(&view.decode, picked)] += 1;
-            picked.num_open.fetch_add(1, Ordering::Relaxed);
+            picked.own.requests.add(1);
         }
         // The others get as much work as the holder, which serves more requests with it.
         let work: Vec<u64> = view.prefill.iter().map(NodeView::num_queued_tokens).collect();

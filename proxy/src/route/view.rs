@@ -1,11 +1,12 @@
 //! What the proxy knows of the nodes at one moment.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use common::ids::{Epoch, NodeId};
 use common::model::ModelInfo;
 use common::wire::NodeLoad;
+
+use super::own_work::OwnWork;
 
 /// A node that takes requests.
 #[derive(Debug, Clone)]
@@ -16,11 +17,30 @@ pub struct NodeView {
     pub epoch: Epoch,
     /// What it said last; at most about 250 ms old.
     pub load: NodeLoad,
-    /// Requests this proxy has open there: known at once, where `load` is a moment old.
-    pub num_open: Arc<AtomicUsize>,
-    /// Prompt tokens that this proxy has sent there to be computed and that are not known to be: as early as
-    /// `num_open`.
-    pub num_sent_tokens: Arc<AtomicU64>,
+    /// What of that is other proxies' work.
+    pub others: OthersWork,
+    /// What this proxy has there, as of now.
+    pub own: Arc<OwnWork>,
+}
+
+/// What a node does for others.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OthersWork {
+    /// Requests.
+    pub num_requests: u64,
+    /// Prompt tokens to be computed.
+    pub num_queued_tokens: u64,
+}
+
+impl OthersWork {
+    /// Of a node that says `load` now. To be asked once for each of its words.
+    pub fn of(load: &NodeLoad, own: &OwnWork) -> Self {
+        let num_requests = u64::from(load.num_running).saturating_add(u64::from(load.num_waiting));
+        Self {
+            num_requests: own.requests.others_of(num_requests),
+            num_queued_tokens: own.tokens.others_of(load.num_queued_tokens),
+        }
+    }
 }
 
 /// One life of a node: what a failure is remembered of.
@@ -34,13 +54,13 @@ impl NodeView {
 
     /// Requests there, as far as anyone knows by now.
     pub fn num_requests(&self) -> usize {
-        let told = (self.load.num_running as usize).saturating_add(self.load.num_waiting as usize);
-        told.max(self.num_open.load(Ordering::Relaxed))
+        let requests = self.others.num_requests.saturating_add(self.own.requests.now());
+        usize::try_from(requests).unwrap_or(usize::MAX)
     }
 
     /// Prompt tokens to be computed there, as far as anyone knows by now.
     pub fn num_queued_tokens(&self) -> u64 {
-        self.load.num_queued_tokens.max(self.num_sent_tokens.load(Ordering::Relaxed))
+        self.others.num_queued_tokens.saturating_add(self.own.tokens.now())
     }
 }
 

@@ -5,19 +5,29 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::BytesMut;
 use common::wire::Registration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
 use tokio::net::UnixStream;
 use tokio::time::Instant;
 
+use super::mailbox::ATTACHED;
 use super::memory::{MappedFile, own_user, receive_file};
-use super::registrar::{ATTACHED, socket_name};
+use super::registrar::socket_name;
 use crate::accounting::{Held, Kind, Ledger};
 
 /// A peer's pool that can be read here.
 pub(crate) struct Mapping {
     file: MappedFile,
     _held: Held,
+}
+
+/// A mapped pool, and the socket over which its owner says where extents lie in it.
+pub(crate) struct Attached {
+    pub(super) mapping: Mapping,
+    pub(super) stream: UnixStream,
+    /// What has come over it: the sender's word that it knows of the mapping, or nothing yet.
+    pub(super) received: BytesMut,
 }
 
 /// A pool that cannot be read here, which is no fault: KV comes over quic.
@@ -33,7 +43,7 @@ pub(crate) enum AttachError {
     Failed(#[from] io::Error),
 }
 
-impl Mapping {
+impl Attached {
     /// Gets and maps what `registration` announces.
     ///
     /// # Errors
@@ -48,13 +58,17 @@ impl Mapping {
         let (file, mut stream) = mapped.unwrap_or(Err(AttachError::Silent(deadline)))?;
         // Once the sender may have heard this, it may send places instead of bytes: whatever becomes of the
         // answer, which only says that the first extent already comes this way, the mapping stays.
-        let agreed = tokio::time::timeout_at(until, agree(&mut stream)).await;
-        if !matches!(agreed, Ok(Ok(()))) {
-            tracing::debug!("the peer did not say that it knows of the mapping");
+        let mut received = BytesMut::new();
+        match tokio::time::timeout_at(until, agree(&mut stream)).await {
+            Ok(Ok(word)) => received.extend_from_slice(&[word]),
+            _ => tracing::debug!("the peer did not say that it knows of the mapping"),
         }
-        Ok(Self { file, _held: ledger.hold(Kind::Registration) })
+        let mapping = Mapping { file, _held: ledger.hold(Kind::Registration) };
+        Ok(Self { mapping, stream, received })
     }
+}
 
+impl Mapping {
     pub(super) fn num_bytes(&self) -> u64 {
         self.file.len()
     }
@@ -77,9 +91,9 @@ async fn map(registration: &Registration) -> Result<(MappedFile, UnixStream), At
     Ok((file, stream))
 }
 
-async fn agree(stream: &mut UnixStream) -> io::Result<()> {
+async fn agree(stream: &mut UnixStream) -> io::Result<u8> {
     stream.write_all(&[ATTACHED]).await?;
-    stream.read_u8().await.map(drop)
+    stream.read_u8().await
 }
 
 #[cfg(test)]
@@ -97,7 +111,7 @@ mod tests {
     const DEADLINE: Duration = Duration::from_millis(200);
 
     /// What becomes of an attachment whose sender sends `file`, if there is one, and then `answers` or is gone.
-    async fn attached(file: Option<File>, num_bytes: u64, answers: bool) -> Result<Mapping, AttachError> {
+    async fn attached(file: Option<File>, num_bytes: u64, answers: bool) -> Result<Attached, AttachError> {
         let registration = Registration { socket: tls::random(), token: 5, num_bytes };
         let listener = UnixListener::bind(socket_name(registration.socket)).unwrap();
         let serving = tokio::spawn(async move {
@@ -112,7 +126,7 @@ mod tests {
             }
         });
         let ledger = Ledger::new(Role::DecodeNode, "d0");
-        let attached = Mapping::attach(&registration, DEADLINE, &ledger).await;
+        let attached = Attached::attach(&registration, DEADLINE, &ledger).await;
         serving.await.unwrap();
         assert_eq!(ledger.snapshot().registrations, usize::from(attached.is_ok()));
         attached
@@ -121,7 +135,8 @@ mod tests {
     #[tokio::test]
     async fn mapping_stays_once_the_sender_may_know_of_it() {
         for answers in [true, false] {
-            let mapping = attached(Some(sealed_file(8192, libc::F_SEAL_SHRINK)), 8192, answers).await.unwrap();
+            let attached = attached(Some(sealed_file(8192, libc::F_SEAL_SHRINK)), 8192, answers).await.unwrap();
+            let mapping = &attached.mapping;
             assert_eq!(mapping.num_bytes(), 8192);
             let mut bytes = [1; 16];
             mapping.read(8176, &mut bytes);
@@ -149,10 +164,10 @@ mod tests {
     async fn silence_is_given_up_at_the_deadline() {
         let registration = Registration { socket: tls::random(), token: 5, num_bytes: 4096 };
         let ledger = Ledger::new(Role::DecodeNode, "d0");
-        let elsewhere = Mapping::attach(&registration, DEADLINE, &ledger).await;
+        let elsewhere = Attached::attach(&registration, DEADLINE, &ledger).await;
         assert!(matches!(elsewhere, Err(AttachError::Elsewhere)));
         let _listener = UnixListener::bind(socket_name(registration.socket)).unwrap();
-        let silent = Mapping::attach(&registration, DEADLINE, &ledger).await;
+        let silent = Attached::attach(&registration, DEADLINE, &ledger).await;
         assert!(matches!(silent, Err(AttachError::Silent(DEADLINE))));
     }
 }

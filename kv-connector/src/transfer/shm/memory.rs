@@ -6,6 +6,8 @@ use std::mem::size_of;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::ptr::NonNull;
 
+use crate::transfer::ahead;
+
 /// Another process's memory, for reading only. Unmapped on drop.
 pub(super) struct MappedFile {
     start: NonNull<u8>,
@@ -60,6 +62,7 @@ impl MappedFile {
             into.len(),
             self.len
         );
+        ahead::to_read(self.start.as_ptr().wrapping_add(offset + into.len()));
         // SAFETY: in bounds of a mapping that lives as long as `self` and whose file cannot shrink (checked in
         // `new`), into memory that is exclusively borrowed. No reference to the shared bytes exists; any bit
         // pattern is a valid byte.

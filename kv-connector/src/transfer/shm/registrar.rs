@@ -8,19 +8,19 @@ use std::time::Duration;
 
 use common::kv_memory::KvMemory;
 use common::wire::Registration;
-use tokio::io::{AsyncReadExt, AsyncWriteExt, Interest};
+use tokio::io::{AsyncReadExt, Interest};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::mailbox::ATTACHED;
 use super::memory::{own_user, send_file};
 use crate::accounting::{Held, Kind, Ledger};
+use crate::busy_poll::Activity;
 use crate::tls;
 use crate::transfer::bulk::PeerTransport;
 
-/// Said by the receiver when it has mapped the pool, and answered by the sender when it knows.
-pub(super) const ATTACHED: u8 = 1;
 /// Attachments in progress; one more is refused, and its receiver stays with quic.
 const NUM_ATTACHING_MAX: usize = 64;
 /// Rest before the next try, when the system has no descriptor left.
@@ -45,6 +45,7 @@ pub(crate) struct Registrar {
     /// By token; gone once it was shown, or its connection has ended.
     open: Mutex<HashMap<u128, Arc<PeerTransport>>>,
     ledger: Arc<Ledger>,
+    activity: Option<Arc<Activity>>,
     closing: CancellationToken,
 }
 
@@ -76,10 +77,15 @@ impl From<io::Error> for RefusedAttach {
 
 impl Registrar {
     /// Binds the socket; [`serve`](Self::serve) answers on it.
-    pub(crate) fn bind(pool: SharedPool, ledger: Arc<Ledger>) -> io::Result<(Arc<Self>, UnixListener)> {
+    pub(crate) fn bind(
+        pool: SharedPool,
+        ledger: Arc<Ledger>,
+        activity: Option<Arc<Activity>>,
+    ) -> io::Result<(Arc<Self>, UnixListener)> {
         let socket = tls::random();
         let listener = UnixListener::bind(socket_name(socket))?;
-        let registrar = Self { pool, socket, open: Mutex::default(), ledger, closing: CancellationToken::new() };
+        let (open, closing) = (Mutex::default(), CancellationToken::new());
+        let registrar = Self { pool, socket, open, ledger, activity, closing };
         Ok((Arc::new(registrar), listener))
     }
 
@@ -111,9 +117,9 @@ impl Registrar {
                 self.ledger.count_refused_connection("shm_too_many");
                 continue;
             };
-            let registrar = self.clone();
+            let (registrar, hearing) = (self.clone(), tasks.clone());
             tasks.spawn(async move {
-                let handing = tokio::time::timeout(deadline, registrar.hand_out(stream));
+                let handing = tokio::time::timeout(deadline, registrar.hand_out(stream, &hearing));
                 let refused = match registrar.closing.run_until_cancelled(handing).await {
                     Some(Ok(Err(RefusedAttach::OtherUser))) => Some("shm_user"),
                     Some(Ok(Err(RefusedAttach::UnknownToken))) => Some("shm_token"),
@@ -137,7 +143,7 @@ impl Registrar {
         self.closing.cancel();
     }
 
-    async fn hand_out(&self, mut stream: UnixStream) -> Result<(), RefusedAttach> {
+    async fn hand_out(&self, mut stream: UnixStream, tasks: &TaskTracker) -> Result<(), RefusedAttach> {
         let user = stream.peer_cred()?.uid();
         if user != own_user() {
             tracing::warn!(user, "refused shared memory to another user of this host");
@@ -151,8 +157,13 @@ impl Registrar {
         stream.async_io(Interest::WRITABLE, || send_file(stream.as_fd(), file)).await?;
         let mut answer = [0];
         stream.read_exact(&mut answer).await?;
-        transport.on_attached();
-        stream.write_all(&[ATTACHED]).await?;
+        if answer != [ATTACHED] {
+            return Err(io::Error::other("it does not say that the pool is mapped").into());
+        }
+        // From here on extents go this way: whoever hears the word below finds it so.
+        let outbox = transport.on_attached(stream, self.activity.as_ref());
+        outbox.say_attached();
+        tasks.spawn(outbox.run());
         Ok(())
     }
 

@@ -1,4 +1,5 @@
-//! What both processes must agree on without telling each other.
+//! KV that `transfer` and `control` move: shapes and messages on which both of their processes agree without telling
+//! each other.
 
 use std::time::Duration;
 
@@ -10,41 +11,36 @@ use common::sampling::SamplingParams;
 use common::tokens::Token;
 use common::wire::{Hello, Prefill};
 
-pub(super) const NUM_LAYERS: u32 = 4;
+pub(crate) const NUM_LAYERS: u32 = 4;
 /// K and V of one token in one layer: 4 heads of 64 in bf16.
-pub(super) const TOKEN_BYTES: usize = 1024;
-pub(super) const BLOCK_SIZE: usize = 32;
-/// The sender's certificate names its role so.
-pub(super) const TLS_NAME: &str = "prefill-node.role.tandem";
+pub(crate) const TOKEN_BYTES: usize = 1024;
+pub(crate) const BLOCK_SIZE: usize = 32;
 /// A request is never waited for longer.
-pub(super) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// KV of the first `num_layers` layers.
-pub(super) fn kv_spec(num_layers: u32) -> KvSpec {
+pub(crate) fn kv_spec(num_layers: u32) -> KvSpec {
     KvSpec::uniform(num_layers, 4, 64, KvDtype::Bf16, None)
 }
 
 /// Tokens whose KV over all layers is `mib` large.
-pub(super) fn num_tokens(mib: u32) -> usize {
+pub(crate) fn num_tokens(mib: u32) -> usize {
     mib as usize * (1 << 20) / (NUM_LAYERS as usize * TOKEN_BYTES)
 }
 
-pub(super) fn num_blocks(num_tokens: usize) -> usize {
+pub(crate) fn num_blocks(num_tokens: usize) -> usize {
     num_tokens.div_ceil(BLOCK_SIZE)
 }
 
-pub(super) fn blocks(num_tokens: usize) -> Vec<BlockId> {
+pub(crate) fn blocks(num_tokens: usize) -> Vec<BlockId> {
     (0..num_blocks(num_tokens) as u32).map(BlockId).collect()
 }
 
-pub(super) fn node(name: &str) -> NodeId {
-    NodeId::new(name).expect("the names here are valid")
-}
-
-pub(super) fn hello(name: &str, role: Role, num_tokens: usize) -> Hello {
+/// The hello of `node`, whose pool holds the KV of `num_tokens` tokens.
+pub(crate) fn hello(node: NodeId, role: Role, num_tokens: usize) -> Hello {
     let model = ModelInfo {
         identity: ModelIdentity([7; 32]),
-        numerics: NumericsId("transfer-bench".to_string()),
+        numerics: NumericsId("bench".to_string()),
         representation: Representation("bf16".to_string()),
         kv_spec: kv_spec(NUM_LAYERS),
         vocab_size: 1 << 16,
@@ -54,27 +50,27 @@ pub(super) fn hello(name: &str, role: Role, num_tokens: usize) -> Hello {
         block_size: BLOCK_SIZE as u32,
         num_blocks: num_blocks(num_tokens) as u32,
     };
-    Hello { node: node(name), role, epoch: Epoch(1), model: Some(model), bulk_port: None }
+    Hello { node, role, epoch: Epoch(1), model: Some(model), bulk_port: None }
 }
 
 /// The tokens of every request; content does not matter to a transfer.
-pub(super) fn tokens(num_tokens: usize) -> Vec<Token> {
+pub(crate) fn tokens(num_tokens: usize) -> Vec<Token> {
     (0..num_tokens as u32).map(|index| index % 50_000).collect()
 }
 
-pub(super) fn chain(tokens: &[Token]) -> ContentChain {
+pub(crate) fn chain(tokens: &[Token]) -> ContentChain {
     let mut chain = ContentChain::new(&ChainRoot::of_model(ModelIdentity([7; 32])));
     chain.extend(tokens);
     chain
 }
 
 /// Bytes of the KV of `num_tokens` tokens in `num_layers` layers: the credit for as many.
-pub(super) fn kv_bytes(num_tokens: usize, num_layers: u32) -> u64 {
+pub(crate) fn kv_bytes(num_tokens: usize, num_layers: u32) -> u64 {
     (num_tokens * TOKEN_BYTES) as u64 * u64::from(num_layers)
 }
 
 /// Asks for the KV of `tokens` in the first `num_layers` layers: nobody sends beyond the credit.
-pub(super) fn prefill(number: u64, tokens: &[Token], num_layers: u32) -> Prefill {
+pub(crate) fn prefill(number: u64, tokens: &[Token], num_layers: u32) -> Prefill {
     Prefill {
         request: RequestId(u128::from(number)),
         attempt: Attempt(1),

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""KV between two processes, one core each: `tandem bench transfer` beside NIXL and Mooncake, in turn.
+
+    cargo build --release
+    python -m venv venv && venv/bin/pip install numpy nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
+    python bench/peers/fabrics.py --tandem target/release/tandem --python venv/bin/python --rounds 5
+
+Every round measures every row: first `tandem bench transfer` with one round of its own, then the others, each with
+every size of extents. Figures are medians of the rounds. Tandem makes and checks a digest of every extent, encrypts
+over quic, and sends from a pool of blocks; NIXL and Mooncake do neither and move one piece of memory to another.
+A row that is not installed is left out, and said.
+"""
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).resolve().parent
+# Row, fabric, and what UCX may use: over shared memory, TCP for finding each other.
+PYTHON_ROWS = [
+    ("NIXL, UCX shared memory", "nixl", {"UCX_TLS": "sm,self,tcp"}),
+    ("NIXL, UCX tcp", "nixl", {"UCX_TLS": "tcp,self"}),
+    ("Mooncake, tcp", "mooncake", {}),
+]
+
+
+class Ends:
+    """The two processes of a row, which live through all rounds."""
+
+    def __init__(self, owner, reader, env, cores):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+        env = os.environ | env
+
+        # A file, which does not fill up as a pipe would.
+        self.log = tempfile.TemporaryFile("w+")
+
+        def start(words, core):
+            return subprocess.Popen(["taskset", "-c", core, *map(str, words)], env=env, stderr=self.log, **pipes)
+
+        self.owner = start(owner, cores[1])
+        self.reader = start(reader, cores[0])
+        where = self.owner.stdout.readline().strip()
+        self.is_up = bool(where) and self.ask(where) is not None
+
+    def ask(self, line):
+        """What the reader says to it; None if it has ended."""
+        try:
+            self.reader.stdin.write(line + "\n")
+        except BrokenPipeError:
+            return None
+        return json.loads(self.reader.stdout.readline() or "null")
+
+    def end(self):
+        for process in (self.reader, self.owner):
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+            try:
+                process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def last_words(self):
+        self.log.seek(0)
+        return ([line.strip() for line in self.log if line.strip()] or ["it said nothing"])[-1]
+
+
+class Figures:
+    def __init__(self):
+        self.rates, self.cpu = [], []
+
+    def observe(self, num_bytes, seconds, *cpu_seconds):
+        self.rates.append(num_bytes / seconds / 1e9)
+        self.cpu.append([value / num_bytes * 1e9 for value in cpu_seconds])
+
+    def line(self):
+        sent, received = (statistics.median(column) for column in zip(*self.cpu))
+        return f"{statistics.median(self.rates):>8.2f} {sent + received:>10.2f} {f'{sent:.2f} / {received:.2f}':>15}"
+
+
+def tandem_round(args, figures):
+    """Rows of the table that `tandem bench transfer` prints."""
+    command = [args.tandem, "bench", "transfer", "--rounds", "1", "--num-single", "1", "--request-mib", args.mib,
+               "--extent-tokens", ",".join(str(kib) for kib in sorted({min(kib, 1024) for kib in args.extent_kib})),
+               "--cores", ",".join(args.cores)]
+    output = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True).stdout
+    for line in output.splitlines():
+        name, fields = line[:20].strip(), line[20:].split()
+        # GB/s, of TCP, of TLS, of copy, CPU s/GB, sender, slash, receiver.
+        if name and len(fields) >= 8 and fields[6] == "/":
+            row = figures.setdefault(f"tandem: {name}", Figures())
+            row.rates.append(float(fields[0]))
+            row.cpu.append([float(fields[5]), float(fields[7])])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tandem", help="the release binary")
+    parser.add_argument("--python", help="an interpreter that has NIXL and Mooncake")
+    parser.add_argument("--extent-kib", type=lambda text: [int(n) for n in text.split(",")], default=[64, 1024, 4096],
+                        help="Tandem's own extents end at 1024 KiB")
+    parser.add_argument("--mib", type=int, default=64, help="of one transfer")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=lambda text: text.split(","), default=["0", "1"], help="of reader and owner")
+    args = parser.parse_args()
+
+    rows = []
+    if args.python:
+        end = [args.python, HERE / "fabric_end.py"]
+        rows += [(name, [*end, fabric, "owner", args.mib], [*end, fabric, "reader", args.mib], env)
+                 for name, fabric, env in PYTHON_ROWS]
+    ends = {}
+    for name, owner, reader, env in rows:
+        started = Ends(owner, reader, env, args.cores)
+        # The first touches every page and makes the connections.
+        if started.is_up and all(started.ask(str(kib << 10)) for kib in args.extent_kib):
+            ends[name] = started
+        else:
+            started.end()
+            print(f"LEFT OUT: {name}: {started.last_words()}", file=sys.stderr)
+
+    figures = {}
+    for number in range(args.rounds):
+        print(f"\rround {number + 1} of {args.rounds}", end="", file=sys.stderr)
+        if args.tandem:
+            tandem_round(args, figures)
+        for name, pair in ends.items():
+            for kib in args.extent_kib:
+                said = pair.ask(str(kib << 10))
+                assert said, f"{name} ended"
+                row = figures.setdefault(f"{name}, {kib} KiB", Figures())
+                row.observe(args.mib << 20, said["seconds"], said["owner_cpu_seconds"], said["reader_cpu_seconds"])
+    print(file=sys.stderr)
+    for pair in ends.values():
+        pair.end()
+    print(f"two processes, one core each; GB = 10^9 bytes; {args.mib} MiB at a time, medians of {args.rounds} rounds")
+    print(f"{'':<34} {'GB/s':>8} {'CPU s/GB':>10} {'send / recv':>15}")
+    for name, row in figures.items():
+        print(f"{name:<34} {row.line()}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+//! The fast version: tiles of rows times panels.
+//!
+//! ```text
+//! most     each tile reads the panel as it lies in memory
+//! 6 bits   from three tiles on, 512 k of a panel are taken apart once, into the first-level cache; all tiles of the
+//!          unit pass over them, and their sums wait in the second-level cache for the next 512 k
+//! ```
+//!
+//! Neither changes the order in which anything is added.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
+
+use std::cell::Cell;
+use std::ops::Range;
+
+use super::activations::EXTRA_LANES;
+use super::packed::PackedFormat;
+use super::panels::{Int4, Int4Min, Int6, Int8, Int8Row, Opened, Panel};
+use super::product::Job;
+use super::simd::{IntSimd, Vnni};
+use crate::numerics::LANES;
+use crate::packed_matrix::PANEL;
+use crate::pages::{Kept, lend};
+use crate::simd::{Avx2, Avx512, Simd};
+
+/// Input features of a block: taken apart it has 20 KiB, less than half of a first-level cache.
+const BLOCK_K: usize = 512;
+
+/// From so many tiles on a block is taken apart once instead of by each of them.
+const OPEN_TILES: usize = 3;
+
+/// Instruction sets, each with a function of its own for every panel format and number of rows: one function for
+/// all of them takes a compiler minutes.
+trait Tile: IntSimd + Sized {
+    unsafe fn tile<P: Panel, const MR: usize>(job: &Job<'_>, block: &Block, first_row: usize);
+    unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, into: *mut u8);
+}
+
+macro_rules! instruction_set {
+    ($unit:ident, $simd:ty, $features:literal) => {
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+            // SAFETY: as required of the caller.
+            unsafe { compute_unit::<$simd>(job, panels, tiles) }
+        }
+
+        impl Tile for $simd {
+            #[inline(always)]
+            unsafe fn tile<P: Panel, const MR: usize>(job: &Job<'_>, block: &Block, first_row: usize) {
+                #[inline(never)]
+                #[target_feature(enable = $features)]
+                unsafe fn tile<P: Panel, const MR: usize>(job: &Job<'_>, block: &Block, first_row: usize) {
+                    // SAFETY: as required of the caller.
+                    unsafe { compute_tile::<$simd, P, MR>(job, block, first_row) }
+                }
+                // SAFETY: as required of the caller.
+                unsafe { tile::<P, MR>(job, block, first_row) }
+            }
+
+            #[inline(always)]
+            unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, into: *mut u8) {
+                #[inline(never)]
+                #[target_feature(enable = $features)]
+                unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, into: *mut u8) {
+                    // SAFETY: as required of the caller.
+                    unsafe { Opened::<P>::fill::<$simd>(panel, groups, into) }
+                }
+                // SAFETY: as required of the caller.
+                unsafe { open::<P>(panel, groups, into) }
+            }
+        }
+    };
+}
+
+instruction_set!(avx2, Avx2, "avx2,fma,f16c");
+instruction_set!(avx512, Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
+instruction_set!(vnni, Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
+
+/// Some groups of one panel, and where the sums of the groups before and after them are.
+struct Block {
+    panel_index: usize,
+    /// The panel, or these groups of it taken apart.
+    codes: *const u8,
+    /// The group that `codes` begins with.
+    base: usize,
+    groups: Range<usize>,
+    /// Sums of the unit's rows `[rows][32]`, row 0 being `first_row`: zeros before the first block.
+    sums: *mut f32,
+    first_row: usize,
+}
+
+/// Calls `S::tile::<P, MR>` for a number of rows known at run time.
+macro_rules! by_rows {
+    ($rows:expr, $s:ident, $p:ty, ($job:expr, $block:expr, $first_row:expr), $($mr:literal)*) => {
+        match $rows {
+            $($mr => $s::tile::<$p, $mr>($job, $block, $first_row),)*
+            rows => unreachable!("tiles of {rows} rows"),
+        }
+    };
+}
+
+#[inline(always)]
+unsafe fn compute_unit<S: Tile>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    // SAFETY: as required of the caller; the panel type is that of the format.
+    unsafe {
+        match job.w.format() {
+            PackedFormat::Int8 => compute_panels::<S, Int8>(job, panels, tiles),
+            PackedFormat::Int4 => compute_panels::<S, Int4>(job, panels, tiles),
+            PackedFormat::Int4Min => compute_panels::<S, Int4Min>(job, panels, tiles),
+            PackedFormat::Int6 => compute_panels::<S, Int6>(job, panels, tiles),
+            PackedFormat::Int8Row => compute_panels::<S, Int8Row>(job, panels, tiles),
+        }
+    }
+}
+
+thread_local! {
+    /// A block taken apart, and the sums of a unit.
+    static SCRATCH: Kept = const { Cell::new(None) };
+}
+
+#[inline(always)]
+unsafe fn compute_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    let num_groups = if P::QUADS == 0 { 1 } else { job.w.cols() / (4 * P::QUADS) };
+    let is_many = tiles.len() >= OPEN_TILES;
+    let groups_per_block = if P::OPENS && is_many { BLOCK_K / (4 * P::QUADS) } else { num_groups };
+    let opened_len = if P::OPENS && is_many { groups_per_block * Opened::<P>::GROUP_BYTES } else { 0 };
+    let first_row = job.tiles.rows(tiles.start).start;
+    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
+    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |scratch| {
+        // SAFETY: the scratch has room for both; the caller has the instruction set; panels and tiles are of this job.
+        unsafe {
+            let sums = scratch.add(opened_len).cast::<f32>();
+            for panel_index in panels.clone() {
+                let panel = job.w.panel(panel_index).as_ptr();
+                sums.write_bytes(0, num_rows * PANEL);
+                for base in (0..num_groups).step_by(groups_per_block) {
+                    let groups = base..(base + groups_per_block).min(num_groups);
+                    let mut block = Block { panel_index, codes: panel, base: 0, groups, sums, first_row };
+                    if P::OPENS && is_many {
+                        S::open::<P>(panel, block.groups.clone(), scratch);
+                        (block.codes, block.base) = (scratch, base);
+                    }
+                    for tile in tiles.clone() {
+                        let rows = job.tiles.rows(tile);
+                        let first = rows.start;
+                        // A constant first: functions for what it rules out are not even compiled.
+                        if P::OPENS && is_many {
+                            by_rows!(rows.len(), S, Opened<P>, (job, &block, first), 1 2 3 4 5 6);
+                        } else {
+                            by_rows!(rows.len(), S, P, (job, &block, first), 1 2 3 4 5 6);
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[inline(always)]
+unsafe fn compute_tile<S: IntSimd, P: Panel, const MR: usize>(job: &Job<'_>, block: &Block, first_row: usize) {
+    if MR > S::TILE_ROWS {
+        unreachable!("tiles were cut for this instruction set");
+    }
+    // SAFETY: as required of the caller.
+    unsafe {
+        if S::TILE_COLS == 2 {
+            compute_columns::<S, P, MR, 2>(job, block, first_row, 0);
+        } else {
+            compute_columns::<S, P, MR, 1>(job, block, first_row, 0);
+            compute_columns::<S, P, MR, 1>(job, block, first_row, LANES);
+        }
+    }
+}
+
+/// `MR` rows from `first_row` on times `NR` vectors of a block from feature `first_lane` on.
+#[inline(always)]
+unsafe fn compute_columns<S: IntSimd, P: Panel, const MR: usize, const NR: usize>(
+    job: &Job<'_>,
+    block: &Block,
+    first_row: usize,
+    first_lane: usize,
+) {
+    let cols = job.w.cols();
+    let num_quads = if P::QUADS == 0 { cols.div_ceil(4) } else { P::QUADS };
+    let num_groups = if P::QUADS == 0 { 1 } else { cols / (4 * P::QUADS) };
+    // Activations of one group: its quads, its scale, two more.
+    let scale_lane = num_quads * P::GROUPS;
+    // SAFETY: the packed tile holds `lanes_per_row * MR` lanes, the block its groups, and the sums a row of 32 for
+    // each row of the unit; the row is one of the job's.
+    unsafe {
+        let a = job.a.add(first_row * job.lanes_per_row);
+        // Always from memory: whether or not is a question that costs more than the answer.
+        let sums_at = block.sums.add((first_row - block.first_row) * PANEL + first_lane);
+        let mut sums = [[S::F::splat(0.0); NR]; MR];
+        for r in 0..MR {
+            for c in 0..NR {
+                sums[r][c] = S::F::load(sums_at.add(r * PANEL + c * LANES));
+            }
+        }
+        for group in block.groups.clone() {
+            let a = a.add(group / P::GROUPS * (scale_lane + EXTRA_LANES) * MR);
+            let (part, index) = (group % P::GROUPS, group - block.base);
+            let mut dots = [[S::splat(0); NR]; MR];
+            for r in 0..MR {
+                dots[r] = [S::splat(*a.add((scale_lane + 1 + part) * MR + r)); NR];
+            }
+            for quad in 0..num_quads {
+                let mut w = [S::prepare(S::splat(0)); NR];
+                for c in 0..NR {
+                    w[c] = S::prepare(P::quad::<S>(block.codes, index, quad, first_lane + c * LANES));
+                }
+                for r in 0..MR {
+                    let x = S::splat_quad(*a.add((part * num_quads + quad) * MR + r));
+                    for c in 0..NR {
+                        dots[r][c] = S::dot(dots[r][c], w[c], x);
+                    }
+                }
+            }
+            let mut scales = [S::F::splat(0.0); NR];
+            for c in 0..NR {
+                scales[c] = P::scale::<S>(block.codes, index, num_quads, first_lane + c * LANES);
+            }
+            for r in 0..MR {
+                let scale = S::F::splat(f32::from_bits(*a.add(scale_lane * MR + r)));
+                for c in 0..NR {
+                    sums[r][c] = S::F::fma(S::to_f32(dots[r][c]), S::F::mul(scale, scales[c]), sums[r][c]);
+                }
+            }
+            if P::HAS_MINS {
+                let mut mins = [S::F::splat(0.0); NR];
+                for c in 0..NR {
+                    mins[c] = P::min::<S>(block.codes, index, first_lane + c * LANES);
+                }
+                for r in 0..MR {
+                    let sum = S::F::splat(f32::from_bits(*a.add((scale_lane + 2) * MR + r)));
+                    for c in 0..NR {
+                        sums[r][c] = S::F::fma(sum, mins[c], sums[r][c]);
+                    }
+                }
+            }
+        }
+        for r in 0..MR {
+            for c in 0..NR {
+                if block.groups.end == num_groups {
+                    let column = block.panel_index * PANEL + first_lane + c * LANES;
+                    job.out.put_lanes::<S::F>(first_row + r, column, sums[r][c]);
+                } else {
+                    S::F::store(sums_at.add(r * PANEL + c * LANES), sums[r][c]);
+                }
+            }
+        }
+    }
+}
