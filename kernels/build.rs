@@ -1,5 +1,5 @@
 //! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and to PTX for
-//! compute_80, and writes a table of them that `src/cuda/images.rs` includes. With the `fibres` feature: compiles
+//! compute_80, and writes a table of them, and of their sources, that `src/cuda/images.rs` includes. With the `fibres` feature: compiles
 //! all of them by a C++ compiler to the library that `src/cuda/fibres.rs` loads.
 
 use std::path::{Path, PathBuf};
@@ -66,14 +66,38 @@ fn compile_kernels() {
         let (cubin, ptx) = (out.join(format!("{name}.cubin")), out.join(format!("{name}.ptx")));
         run_nvcc(&nvcc, &["--cubin", "-gencode=arch=compute_90a,code=sm_90a"], source, &cubin);
         run_nvcc(&nvcc, &["--ptx", "-arch=compute_80"], source, &ptx);
+        let flat = out.join(format!("{name}.flat.cu"));
+        let whole = with_headers(source, &mut Vec::new());
+        std::fs::write(&flat, whole).expect("the output folder is writable");
         let text = std::fs::read_to_string(&ptx).expect("nvcc wrote it");
         let entries = entries(&text);
         table += &format!(
-            "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: include_str!({ptx:?}) }},\n"
+            "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: include_str!({ptx:?}), source: include_str!({flat:?}) }},\n"
         );
     }
     table += "];\n";
     std::fs::write(out.join("cuda_kernels.rs"), table).expect("the output folder is writable");
+}
+
+/// A source with the headers of this folder in their place, each once: a compiler without files takes it.
+fn with_headers(path: &Path, seen: &mut Vec<PathBuf>) -> String {
+    let text = std::fs::read_to_string(path).expect("sources and their headers are readable");
+    let mut whole = String::new();
+    for line in text.lines() {
+        // Behind what only the host's compiler sees, `host/` is not to be found, and is not looked for.
+        match line.strip_prefix("#include \"").and_then(|rest| rest.strip_suffix('"')) {
+            Some(header) if !header.starts_with("host/") => {
+                let header = path.with_file_name(header);
+                if !seen.contains(&header) {
+                    seen.push(header.clone());
+                    whole += &with_headers(&header, seen);
+                }
+            }
+            _ if line == "#pragma once" => {}
+            _ => whole += &format!("{line}\n"),
+        }
+    }
+    whole
 }
 
 fn run_nvcc(nvcc: &Path, options: &[&str], source: &Path, to: &Path) {

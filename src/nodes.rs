@@ -235,6 +235,9 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     }
     config.shared_pool = shared_pool(engine.pool()).with_context(|| format!("share the KV cache of {node}"))?;
     config.is_reading_shared_pools = is_sharing;
+    if kv_transports.contains(&KvTransport::CudaIpc) && engine.pool().device_pool().is_some() {
+        config.device_pool = Some(engine.pool().clone());
+    }
     config.set_kv_quic(&kv_quic);
     config.busy_polling = busy_polling(busy_poll, &engine);
     let fabric = Fabric::bind(config).with_context(|| format!("start the fabric of {node} on {listen}"))?;

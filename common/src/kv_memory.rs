@@ -52,6 +52,25 @@ pub trait KvMemory: Send + Sync {
         visit: &mut dyn FnMut(u64, &[u8]),
     );
 
+    /// As [`visit_granules`](Self::visit_granules), without their bytes: where each piece begins and its size.
+    fn visit_places(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, usize),
+    ) {
+        let visit = &mut |offset, bytes: &[u8]| visit(offset, bytes.len());
+        self.visit_granules(layer, blocks, first_granule, num_granules, visit);
+    }
+
+    /// XXH3 of 128 bits of whole granules, made where they lie; `None` where the host is to make it of the bytes.
+    fn hash_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize) -> Option<u128> {
+        let _ = (layer, blocks, first_granule, num_granules);
+        None
+    }
+
     /// The bytes at a place that [`visit_granules`](Self::visit_granules) has told, if this memory keeps them there for
     /// as long as it lives; else they are copied. Their blocks stay pinned and final while they are used.
     fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {

@@ -29,6 +29,7 @@ pub mod block_log;
 pub mod block_manager;
 pub mod config;
 pub mod content;
+pub mod device_pool;
 pub mod eviction;
 pub mod gguf;
 pub mod handover;

@@ -3,7 +3,7 @@
 use crate::backend::{Backend, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
-use crate::runner::KvSink;
+use crate::runner::{KvSink, NoSink};
 use crate::spec::ModelSpec;
 use crate::weights::{LayerWeights, Weights};
 
@@ -112,21 +112,61 @@ impl<B: Backend> Decoder<'_, B> {
         sink: &dyn KvSink,
         workspace: &'w mut Workspace<B>,
     ) -> Option<&'w mut B::Drawn> {
-        let Workspace { all, sampled, sampled_plan, rows, logit_rows, gathered, normed, logits, drawn } = workspace;
-        let Self { backend, spec, weights, .. } = self;
-        let last = spec.num_layers() - 1;
-
-        backend.embed(weights.embedding(), spec.hidden_size, &plan.tokens, &mut all.hidden);
-        for (index, layer) in weights.layers.iter().enumerate() {
-            self.write_kv(index, layer, plan, sink, all);
-            if index < last {
-                self.finish_layer(index, layer, plan, all);
-            }
-        }
+        self.embed(plan, workspace);
+        self.write_all_kv(plan, sink, workspace);
         if plan.samples.is_empty() {
             return None; // a chunk in the middle of a prompt: its KV is all that was wanted
         }
-        distinct_rows(&plan.samples, rows, logit_rows);
+        distinct_rows(&plan.samples, &mut workspace.rows, &mut workspace.logit_rows);
+        self.logits(plan, workspace);
+        Some(self.sample(plan, workspace))
+    }
+
+    /// A step in three parts, of which the one in the middle is the same launches for all steps of as many rows:
+    /// [`embed`](Self::embed) takes the tokens in, [`all_logits`](Self::all_logits) computes, and
+    /// [`sample_rows`](Self::sample_rows) draws. Nobody hears of layers.
+    pub fn all_logits(&self, plan: &StepPlan, workspace: &mut Workspace<B>) {
+        self.write_all_kv(plan, &NoSink, workspace);
+        workspace.rows.clear();
+        workspace.rows.extend(0..plan.num_rows());
+        self.logits(plan, workspace);
+    }
+
+    /// Rows of the embedding table.
+    pub fn embed(&self, plan: &StepPlan, workspace: &mut Workspace<B>) {
+        let Self { backend, spec, weights, .. } = self;
+        backend.embed(weights.embedding(), spec.hidden_size, &plan.tokens, &mut workspace.all.hidden);
+    }
+
+    /// Draws behind [`all_logits`](Self::all_logits): every row has logits.
+    pub fn sample_rows<'w>(&self, plan: &StepPlan, workspace: &'w mut Workspace<B>) -> &'w mut B::Drawn {
+        workspace.logit_rows.clear();
+        workspace.logit_rows.extend(plan.samples.iter().map(|sample| sample.row));
+        self.sample(plan, workspace)
+    }
+
+    fn sample<'w>(&self, plan: &StepPlan, workspace: &'w mut Workspace<B>) -> &'w mut B::Drawn {
+        let Workspace { logit_rows, logits, drawn, .. } = workspace;
+        self.backend.sample(logits, self.spec.vocab_size, logit_rows, &plan.samples, drawn);
+        drawn
+    }
+
+    /// All layers, of the last one what leads to its KV.
+    fn write_all_kv(&self, plan: &StepPlan, sink: &dyn KvSink, workspace: &mut Workspace<B>) {
+        let last = self.spec.num_layers() - 1;
+        for (index, layer) in self.weights.layers.iter().enumerate() {
+            self.write_kv(index, layer, plan, sink, &mut workspace.all);
+            if index < last {
+                self.finish_layer(index, layer, plan, &mut workspace.all);
+            }
+        }
+    }
+
+    /// The rest of the last layer, and logits of the workspace's rows.
+    fn logits(&self, plan: &StepPlan, workspace: &mut Workspace<B>) {
+        let Workspace { all, sampled, sampled_plan, rows, gathered, normed, logits, .. } = workspace;
+        let Self { backend, spec, weights, .. } = self;
+        let last = spec.num_layers() - 1;
         let layer = &weights.layers[last];
         let hidden = if backend.takes_some_rows() && rows.len() < plan.num_rows() {
             // Nobody looks at the other rows behind the last layer's KV.
@@ -141,8 +181,6 @@ impl<B: Backend> Decoder<'_, B> {
             &all.hidden
         };
         backend.norm_logits(spec, &weights.norm, &weights.head, hidden, rows, gathered, normed, logits);
-        backend.sample(logits, spec.vocab_size, logit_rows, &plan.samples, drawn);
-        Some(drawn)
     }
 
     /// Norm and q, k, v of a layer; k and v into the pool.

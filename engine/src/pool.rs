@@ -19,11 +19,13 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use common::device_pool::{DevicePool, ExportedPool, PeerPool};
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
+use common::wire::PoolRun;
 use kernels::cuda::ops;
-use kernels::cuda::{Buffer, Device, DeviceError};
+use kernels::cuda::{Buffer, Device, DeviceError, PeerMemory, Piece};
 use kernels::kv_layout::GRANULE_TOKENS;
 use kernels::{KvArena, KvLayout};
 
@@ -103,6 +105,8 @@ pub struct KvPool {
     layout: KvLayout,
     /// On a device, memory for the numbers of blocks that are changed; allocating would wait for what computes.
     block_ids: Option<Mutex<Buffer>>,
+    /// On a device, memory for places that are hashed.
+    hashing: Option<Mutex<Buffer>>,
 }
 
 /// Blocks that a device changes in one go.
@@ -141,7 +145,7 @@ impl KvPool {
             None => KvArena::new(num_bytes),
         };
         arena.populate().map_err(|error| PoolError::NoMemory { bytes: num_bytes, reason: error.to_string() })?;
-        Ok(Self { arena, layout, block_ids: None })
+        Ok(Self { arena, layout, block_ids: None, hashing: None })
     }
 
     /// A zeroed pool in the memory of a device, which keeps a head of a granule in an order of its own
@@ -156,9 +160,10 @@ impl KvPool {
         device: &Arc<dyn Device>,
     ) -> Result<Self, PoolError> {
         let layout = layout_of(spec, block_size, num_blocks)?;
-        let arena = KvArena::on_device(Buffer::new(device, layout.total_bytes())?)?;
+        let arena = KvArena::on_device(Buffer::shared(device, layout.total_bytes())?)?;
         let block_ids = Some(Mutex::new(Buffer::new(device, CHANGED_BLOCKS_MAX * size_of::<u32>())?));
-        Ok(Self { arena, layout, block_ids })
+        let hashing = Some(Mutex::new(Buffer::new(device, ops::DIGEST_BYTES)?));
+        Ok(Self { arena, layout, block_ids, hashing })
     }
 
     /// The file that other processes can be let read the pool in, and its size in bytes; `None` if the memory
@@ -339,6 +344,15 @@ impl KvPool {
         self.block_ids.as_ref().map(|ids| ids.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// Where whole granules lie: (offset, bytes) of each piece.
+    fn places(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize) -> Vec<(usize, usize)> {
+        let mut places = Vec::new();
+        self.for_runs(layer, blocks, first_granule, 0, self.extent_bytes(num_granules), |offset, run| {
+            places.push((offset, run.len()));
+        });
+        places
+    }
+
     /// Cuts `len` bytes, from `byte_offset` of the extent on, where neighbouring blocks end: calls
     /// `visit(offset in the arena, range of the bytes)`.
     fn for_runs(
@@ -414,8 +428,89 @@ impl KvMemory for KvPool {
         });
     }
 
+    fn visit_places(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, usize),
+    ) {
+        let places = self.places(layer, blocks, first_granule, num_granules);
+        places.into_iter().for_each(|(offset, num_bytes)| visit(offset as u64, num_bytes));
+    }
+
+    fn hash_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize) -> Option<u128> {
+        let (buffer, scratch) = (self.arena.device()?, self.hashing.as_ref()?);
+        let places = self.places(layer, blocks, first_granule, num_granules);
+        if places.is_empty() || places.len() > ops::DIGEST_PIECES_MAX {
+            return None;
+        }
+        let scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        Some(ops::digest(buffer, &places, &scratch).unwrap_or_else(|error| lost(&error)))
+    }
+
     fn bytes_at(&self, offset: u64, num_bytes: usize) -> Option<&[u8]> {
         self.arena.bytes_at(offset as usize, num_bytes)
+    }
+}
+
+impl DevicePool for KvPool {
+    fn export(&self) -> Result<ExportedPool, String> {
+        let buffer = self.arena.device().ok_or("the pool is in the host's memory")?;
+        let handle = buffer.export().map_err(|error| error.to_string())?;
+        Ok(ExportedPool { handle, num_bytes: buffer.num_bytes() as u64 })
+    }
+
+    fn open_peer(self: Arc<Self>, exported: &ExportedPool) -> Result<Arc<dyn PeerPool>, String> {
+        let device = self.arena.device().ok_or("the pool is in the host's memory")?.device().clone();
+        let num_bytes = usize::try_from(exported.num_bytes).map_err(|_| "a pool that cannot be addressed")?;
+        let memory = PeerMemory::open(&device, &exported.handle, num_bytes).map_err(|error| error.to_string())?;
+        Ok(Arc::new(PeerKvPool { pool: self, memory }))
+    }
+}
+
+/// Another process's pool, opened for copies into `pool`.
+struct PeerKvPool {
+    pool: Arc<KvPool>,
+    memory: PeerMemory,
+}
+
+impl PeerPool for PeerKvPool {
+    fn num_bytes(&self) -> u64 {
+        self.memory.num_bytes() as u64
+    }
+
+    fn copy_granules(
+        &self,
+        runs: &[PoolRun],
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+    ) -> Result<(), String> {
+        let num_bytes: usize = runs.iter().map(|run| run.num_bytes as usize).sum();
+        let mut from = runs.iter().map(|run| (run.offset as usize, run.num_bytes as usize));
+        let (mut offset, mut left) = (0, 0);
+        let mut pieces = Vec::new();
+        // Neighbours there need not be neighbours here.
+        self.pool.for_runs(layer, blocks, first_granule, 0, num_bytes, |mut to, here| {
+            let mut missing = here.len();
+            while missing > 0 {
+                if left == 0 {
+                    (offset, left) = from.next().expect("the runs are as long as their sum");
+                }
+                let num_bytes = missing.min(left);
+                pieces.push(Piece { from: offset, to, num_bytes });
+                (offset, to, left, missing) =
+                    (offset + num_bytes, to + num_bytes, left - num_bytes, missing - num_bytes);
+            }
+        });
+        let own = self.pool.arena.device().expect("only a pool on a device opens another's");
+        self.memory.copy_to(own, &pieces).map_err(|error| error.to_string())
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), String> {
+        self.memory.read(offset as usize, into).map_err(|error| error.to_string())
     }
 }
 

@@ -6,8 +6,8 @@
 //
 //   q, out      bf16 [_, num_heads, DIM]
 //   units       row, its position, where its block table begins, which part; every part in which the row sees
-//               something is a unit, those of a row follow one another in ascending order
-//   rows        row, its first unit, how many
+//               something is a unit, those of a row follow one another in ascending order; row NOTHING: no unit
+//   rows        row, its first unit, how many; row NOTHING: none, nothing is written
 //   partial_acc f32 [num_units, num_heads, DIM], partial_state f32 [num_units, num_heads, 2]: maximum and sum
 //   sinks       as in attention_prefill.cu; null: none
 //
@@ -51,6 +51,7 @@ __device__ void attention_decode(const AttentionJob& job, const bf16* __restrict
     unsigned char* weight_tile = reinterpret_cast<unsigned char*>(weights);
 
     const DecodeUnit unit = units[blockIdx.x];
+    if (unit.row == MUTATE(24, NOTHING, 0u)) return; // the whole block
     const u32* block_table = block_tables + unit.block_table;
     const u32 group = job.num_heads / job.kv.num_kv_heads, kv_head = blockIdx.y;
     const u32 first_head = kv_head * group + blockIdx.z * 16, num_heads = min(group - blockIdx.z * 16, 16u);
@@ -159,6 +160,7 @@ __device__ void attention_merge(const float* __restrict__ partial_acc, const flo
                                 const DecodeRow* __restrict__ rows, const float* __restrict__ sinks,
                                 bf16* __restrict__ out, u32 num_heads) {
     const DecodeRow row = rows[blockIdx.x];
+    if (row.row == MUTATE(25, NOTHING, 0u)) return;
     const u32 head = blockIdx.y;
     float acc[DIM / 64], max = LOWEST, sum = 0.0f;
 #pragma unroll

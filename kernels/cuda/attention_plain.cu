@@ -3,7 +3,7 @@
 //
 //   q, out       f32 or bf16 [_, num_heads, head_dim]
 //   pool         in the same type, see kv_layout.cuh
-//   rows         [num_rows] row, its position, where its block table begins in block_tables
+//   rows         [num_rows] row, its position, where its block table begins in block_tables; row NOTHING: none
 //   sinks        f32 [num_heads] or null
 //
 // head_dim at most 256. The order is that of the CPU (kernels/src/numerics.rs), so that in f32 the bits are the
@@ -46,6 +46,7 @@ __device__ void attention_plain(const AttentionJob& job, const T* __restrict__ q
     SHARED_ARRAY(float, state, 2); // the tile's new maximum, its sum
     SHARED_ARRAY(const T*, keys, TILE_TOKENS);
     const PlainRow row = rows[blockIdx.x];
+    if (row.row == MUTATE(34, NOTHING, 0u)) return; // the whole block
     const u32 head = blockIdx.y, dim = job.kv.head_dim, kv_head = head / (job.num_heads / job.kv.num_kv_heads);
     const u32 first = first_visible(job, row.position), thread = threadIdx.x;
     const u64 to_v = v_distance(job.kv), q_at = (u64(row.row) * job.num_heads + head) * dim;

@@ -12,11 +12,17 @@ typedef unsigned long long u64;
 #define SHARED_ARRAY(type, name, count) __shared__ __align__(16) type name[count]
 // The shared memory asked for at launch.
 #define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+// Values that every thread reads and nobody writes.
+#define CONSTANT_ARRAY(type, name, count) static __constant__ const type name[count]
 #else
+#define CONSTANT_ARRAY(type, name, count) static const type name[count]
 #include "host/fibres.h"
 #endif
 
 #define FULL_WARP 0xffffffffu
+// Instead of a row or a slot: an entry that only pads a list to a length that was fixed before. Nothing is read or
+// written for it.
+#define NOTHING 0xffffffffu
 
 // A place that the host tests can make wrong, by its number within a kernel file and the headers it includes;
 // some test has to fail then. A device only ever knows the right one.

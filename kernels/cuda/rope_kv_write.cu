@@ -10,7 +10,8 @@
 // with i + rot_dim / 2, features from rot_dim on stay:
 //   (a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))
 //
-// head_dim even, at most 256. Slots of one call are distinct and inside the pool.
+// head_dim even, at most 256. Slots of one call are distinct and inside the pool; where slots[r] is NOTHING, row r's
+// k and v go nowhere.
 // Grid (rows, ceil(heads / 4)) with heads = q + 2 kv, 128 threads: a warp per head.
 #include "kv_layout.cuh"
 #include "numerics.cuh"
@@ -34,6 +35,7 @@ __device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qk
     const u32 head = blockIdx.y * 4 + warp;
     if (head >= q_heads + 2 * kv_heads) return; // a whole warp; there is no barrier of the block
     const bool is_q = head < q_heads, is_v = head >= q_heads + kv_heads;
+    if (!is_q && slots[row] == MUTATE(4, NOTHING, 0u)) return; // a whole warp
     const float* from = qkv + (u64(row) * (q_heads + 2 * kv_heads) + head) * dim;
     float* x = staged + warp * 256;
     const float* norm = is_v ? nullptr : (is_q ? q_norm : k_norm);

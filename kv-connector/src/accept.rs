@@ -16,7 +16,7 @@ use crate::fabric::Shared;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
-use crate::transfer::bulk;
+use crate::transfer::{bulk, cuda_ipc};
 use crate::versions;
 
 /// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
@@ -151,11 +151,12 @@ async fn serve_stream(
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
     // Both valid as long as the connection.
-    let (mut window, mut open_registration) = (None, None);
+    let (mut window, mut open_registration, mut sending) = (None, None, None);
     let register = |connection: &Connection, peer: &Hello| {
         // Without a share KV can still be sent to the peer; it is not asked for any.
         window = shared.receive_windows.clone().try_acquire_owned().ok();
         let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger, window.is_some());
+        sending = Some(transport.clone());
         let (registration, open) = shared.registrar.as_ref()?.register(transport);
         open_registration = Some(open);
         Some(registration)
@@ -166,6 +167,11 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     shared.tell_path(&peer.node, &connection);
     let (is_receiving, remote) = (window.is_some(), connection.remote_address());
     tracing::debug!(peer = %peer.node, version, %remote, is_receiving, "accepted a bulk connection");
+    if let Some(transport) = sending {
+        let (asking, deadline) = (connection.clone(), shared.limits.attach_deadline);
+        let attached = move || transport.cuda_ipc().on_attached();
+        shared.spawn(cuda_ipc::serve(asking, shared.exporter.clone(), attached, deadline));
+    }
     let reason = if is_receiving {
         bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone)), &shared.tasks).await
     } else {

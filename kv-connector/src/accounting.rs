@@ -39,8 +39,8 @@ pub(crate) struct Ledger {
     landings_gauge: Gauge,
     receive_bytes_gauge: Gauge,
     registrations_gauge: Gauge,
-    extent_bytes_sent: [Counter; 2],
-    extent_bytes_verified: [Counter; 2],
+    extent_bytes_sent: [Counter; 3],
+    extent_bytes_verified: [Counter; 3],
     converted_bytes: Counter,
 }
 
@@ -49,6 +49,7 @@ pub(crate) struct Ledger {
 pub(crate) enum Carrier {
     Quic,
     Shm,
+    CudaIpc,
 }
 
 impl Carrier {
@@ -56,6 +57,7 @@ impl Carrier {
         match self {
             Carrier::Quic => "quic",
             Carrier::Shm => "shm",
+            Carrier::CudaIpc => "cuda-ipc",
         }
     }
 }
@@ -88,7 +90,7 @@ impl Ledger {
         let connections = |traffic: Traffic| metrics::gauge!(CONNECTIONS, with("traffic", traffic.as_str()));
         let streams = |traffic: Traffic| metrics::gauge!(STREAMS, with("traffic", traffic.as_str()));
         let extent_bytes = |direction: &'static str| {
-            [Carrier::Quic, Carrier::Shm].map(|carrier| {
+            [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc].map(|carrier| {
                 let mut labels = with("direction", direction);
                 labels.push(Label::new("transport", carrier.as_str()));
                 metrics::counter!(EXTENT_BYTES, labels)

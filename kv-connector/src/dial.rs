@@ -14,6 +14,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::BulkReceiver;
+use crate::transfer::cuda_ipc;
 use crate::transfer::shm::Attached;
 use crate::versions;
 
@@ -150,11 +151,17 @@ impl Fabric {
             Some(registration) => self.attach(&node, &registration).await,
             None => None,
         };
+        let on_device = self.attach_device(&node, &connection, zone).await;
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
         let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
         let context = self.shared.receive_context(zone);
-        let receiver = BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
+        let mut receiver =
+            BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
+        if let Some(receiving) = on_device {
+            receiver = receiver.with_cuda_ipc();
+            self.shared.tasks.spawn(cuda_ipc::receive(receiving, self.shared.tasks.clone()));
+        }
         tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
         Ok(receiver)
     }
@@ -163,6 +170,26 @@ impl Fabric {
     async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Attached> {
         let attached = Attached::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
         attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
+    }
+
+    /// The peer's pool, if devices can copy out of it into this node's.
+    async fn attach_device(
+        &self,
+        node: &NodeId,
+        connection: &Connection,
+        zone: &LandingZone,
+    ) -> Option<cuda_ipc::Receiving> {
+        let pool = self.shared.device_pool.as_ref()?;
+        match cuda_ipc::attach(connection, pool, self.shared.limits.attach_deadline).await {
+            Ok(peer) => {
+                let (context, connection) = (self.shared.receive_context(zone), connection.clone());
+                Some(cuda_ipc::Receiving { peer, memory: pool.clone(), context, connection })
+            }
+            Err(reason) => {
+                tracing::info!(peer = %node, %reason, "KV comes through the hosts, not over cuda-ipc");
+                None
+            }
+        }
     }
 
     /// The socket that bulk connections are dialled from, bound at the first.

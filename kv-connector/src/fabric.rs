@@ -17,7 +17,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
 use common::config::KvQuicArgs;
+use common::device_pool::DevicePool;
 use common::ids::{Epoch, NodeId, Role};
+use common::kv_memory::KvMemory;
 use common::wire::{Hello, PROTOCOL_VERSIONS};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Connection, ServerConfig};
@@ -37,6 +39,7 @@ use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
+use crate::transfer::cuda_ipc::Exporter;
 use crate::transfer::shm::Registrar;
 use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
@@ -68,6 +71,9 @@ pub struct FabricConfig {
     pub shared_pool: Option<SharedPool>,
     /// Whether this node reads KV in the pools of peers on the same host that let it.
     pub is_reading_shared_pools: bool,
+    /// This node's pool, if it is in a device's memory: for devices of peers on the same host to copy KV out of, and to
+    /// copy theirs into. Without it `cuda-ipc` is off.
+    pub device_pool: Option<Arc<dyn DevicePool>>,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,
 }
@@ -90,6 +96,7 @@ impl FabricConfig {
             versions: PROTOCOL_VERSIONS.to_vec(),
             shared_pool: None,
             is_reading_shared_pools: false,
+            device_pool: None,
             transport_layer: None,
         }
     }
@@ -176,6 +183,8 @@ pub(crate) struct Shared {
     /// Hands this node's pool out to peers on the same host.
     pub(crate) registrar: Option<Arc<Registrar>>,
     pub(crate) is_reading_shared_pools: bool,
+    pub(crate) device_pool: Option<Arc<dyn DevicePool>>,
+    pub(crate) exporter: Option<Arc<Exporter>>,
     pub(crate) zone: LandingZone,
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
@@ -212,6 +221,7 @@ impl Fabric {
             versions,
             shared_pool,
             is_reading_shared_pools,
+            device_pool,
             transport_layer,
         } = config;
         check_holder(&identity, hello.role, &hello.node)?;
@@ -240,6 +250,9 @@ impl Fabric {
         });
         let (registrar, registrations) = registrar.unzip();
         let shared_memory = registrar.as_ref().map(|registrar| registrar.memory().clone());
+        let exporter = device_pool.clone().filter(|_| bulk_listener.is_some());
+        let device_memory = exporter.clone().map(|pool| pool as Arc<dyn KvMemory>);
+        let exporter = exporter.map(|pool| Arc::new(Exporter::new(pool)));
         let zone = LandingZone::new(hello.epoch, ledger.clone());
         let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
         let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
@@ -247,9 +260,11 @@ impl Fabric {
             hello,
             check,
             budget: FrameBudget::new(limits.frame_bytes_max, limits.frame_deadline),
-            bulk_senders: BulkSenders::new(transport_layer, shared_memory),
+            bulk_senders: BulkSenders::new(transport_layer, shared_memory).with_device_memory(device_memory),
             registrar,
             is_reading_shared_pools,
+            device_pool,
+            exporter,
             zone,
             limits,
             bulk_path,

@@ -17,10 +17,11 @@ use std::time::Duration;
 use common::content::GRANULE_TOKENS;
 use common::ids::{Epoch, Role};
 use common::wire::ExtentId;
-use kv_connector::transfer::{FaultPlan, FaultyTransport, InjectedFaults, LandingEvent, RefusedExtent};
+use kv_connector::transfer::{FaultPlan, FaultyTransport, InjectedFaults, LandingEvent, LandingPlan, RefusedExtent};
 use kv_connector::{BusyPolling, Fabric};
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng, rngs::StdRng};
+use support::device::OnDevice;
 use support::file_pool::{FilePool, scattered};
 use support::{Cluster, GRANULE_BYTES, Job, NUM_LAYERS, TestMemory, assert_nothing_left, eventually, node, soon};
 
@@ -42,9 +43,10 @@ const BLOCKS_PER_JOB: u32 = 40;
 enum Over {
     Quic,
     Shm,
+    CudaIpc,
 }
 
-const ALL: [Over; 2] = [Over::Quic, Over::Shm];
+const ALL: [Over; 3] = [Over::Quic, Over::Shm, Over::CudaIpc];
 
 /// With every other seed, so that each fault meets both.
 fn busy_polling(seed: u64) -> Option<BusyPolling> {
@@ -61,6 +63,8 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let mut config = cluster.config("p0", Role::PrefillNode);
     let pool = FilePool::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     config.shared_pool = (over == Over::Shm).then(|| pool.shared());
+    let exported = OnDevice::exported(&pool);
+    config.device_pool = (over == Over::CudaIpc).then(|| exported.clone() as _);
     config.busy_polling = busy_polling(seed);
     if let Some(plan) = faults {
         let injector = injector.clone();
@@ -73,17 +77,23 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let prefill = Fabric::bind(config).unwrap();
     let mut config = cluster.config("d0", Role::DecodeNode);
     config.is_reading_shared_pools = over == Over::Shm;
+    let memory = TestMemory::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
+    let own = OnDevice::new(&memory);
+    config.device_pool = (over == Over::CudaIpc).then(|| own.clone() as _);
     config.busy_polling = busy_polling(seed);
     let decode = Fabric::bind(config).unwrap();
     let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let zone = decode.landing_zone();
     let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
     let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
-    let name = if over == Over::Shm { "shm" } else { "quic" };
+    let name = match over {
+        Over::Quic => "quic",
+        Over::Shm => "shm",
+        Over::CudaIpc => "cuda-ipc",
+    };
     assert_eq!(bulk.transport_name(), name);
     assert!([name, "faulty"].contains(&sender.transport().name()));
 
-    let memory = TestMemory::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     let mut outcome = Outcome::default();
     let jobs: Vec<(Job, Vec<ExtentId>)> = (0..NUM_JOBS)
         .map(|index| {
@@ -95,12 +105,22 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
             (job, extents)
         })
         .collect();
-    let mut landings: Vec<_> = jobs.iter().map(|(job, _)| zone.open(job.plan(&memory))).collect();
+    let plan = |job: &Job| match over {
+        Over::CudaIpc => LandingPlan { memory: own.clone(), ..job.plan(&memory) },
+        Over::Quic | Over::Shm => job.plan(&memory),
+    };
+    let mut landings: Vec<_> = jobs.iter().map(|(job, _)| zone.open(plan(job))).collect();
 
     let sources: Vec<_> = jobs
         .iter()
         .enumerate()
-        .map(|(index, (job, _))| pool.source(job, scattered(index as u32 * BLOCKS_PER_JOB, job.blocks.len())))
+        .map(|(index, (job, _))| {
+            let mut source = pool.source(job, scattered(index as u32 * BLOCKS_PER_JOB, job.blocks.len()));
+            if over == Over::CudaIpc {
+                source.memory = exported.clone();
+            }
+            source
+        })
         .collect();
     let mut all: Vec<_> = jobs
         .iter()

@@ -100,19 +100,22 @@ pub struct FabricArgs {
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', help_heading = "Fabric")]
     pub register: Vec<HostPort>,
 
-    /// Ways that KV may take from prefill to decode nodes: quic, or quic,shm.
+    /// Ways that KV may take from prefill to decode nodes: quic, and any of shm and cuda-ipc.
     ///
     /// With shm at both ends, a decode node on the same host (and in the same network namespace, as the same
     /// user) reads KV where it lies in the prefill node's memory, in one pass and without encryption; any other
     /// pair of nodes uses quic. Nodes joined by shm are one trust domain: each decode node can read the whole
     /// KV pool of the prefill node. The pool of a prefill node with shm is in huge pages only if
     /// /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise. quic alone turns shm off.
+    ///
+    /// cuda-ipc is the same between GPUs of one host: where both pools are in GPUs' memory, the decode node's GPU copies
+    /// KV out of the prefill node's, and the hosts see none of it. The log says why where it cannot be had.
     #[arg(
         long,
         value_enum,
         value_name = "TRANSPORTS",
         value_delimiter = ',',
-        default_values_t = [KvTransport::Quic, KvTransport::Shm],
+        default_values_t = [KvTransport::Quic, KvTransport::Shm, KvTransport::CudaIpc],
         help_heading = "Fabric"
     )]
     pub kv_transports: Vec<KvTransport>,
@@ -141,6 +144,8 @@ pub enum KvTransport {
     Quic,
     /// Memory of the prefill node that a decode node on the same host reads.
     Shm,
+    /// Memory of the prefill node's GPU that a decode node's GPU in the same host reads.
+    CudaIpc,
 }
 
 impl KvTransport {
@@ -153,7 +158,7 @@ impl KvTransport {
             return Ok(());
         }
         Err(InvalidSettings(
-            "--kv-transports lists shm alone: add quic, which is what serves between hosts and wherever shm cannot be had"
+            "--kv-transports does not list quic: add quic, which is what serves between hosts and wherever nothing else can be had"
                 .into(),
         ))
     }

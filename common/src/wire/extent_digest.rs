@@ -90,6 +90,11 @@ impl ExtentHasher {
         self.payload.write(bytes);
     }
 
+    /// Of a payload that was hashed elsewhere, whatever bytes came here.
+    pub fn digest_of_hashed(&self, payload: u128) -> ExtentDigest {
+        ExtentDigest(payload ^ self.binding)
+    }
+
     /// Of all bytes so far.
     pub fn digest(&self) -> ExtentDigest {
         ExtentDigest(self.payload.finish_128() ^ self.binding)

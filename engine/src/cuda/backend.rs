@@ -3,18 +3,20 @@
 //! Activations are f32 where they are summed and of the computing type where a product or attention reads them.
 //! Nothing here waits for the device: operations are launched one behind the other.
 
+use std::borrow::Cow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::kv_spec::GranuleOrder;
 use kernels::KvLayout;
 use kernels::cuda::ops::{
     self, AttentionKernels, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, SKINNY_ROWS_MAX,
 };
-use kernels::cuda::{Buffer, Device, DeviceError, Lane};
+use kernels::cuda::{Buffer, Device, DeviceError, DeviceWeights, Lane};
 
 use super::done;
 use super::sampling::{Drawn, DrawnMemory, Sampler};
-use super::step::{Growing, StepArrays, StepMemory, Words};
+use super::step::{Bucket, Growing, StepArrays, StepMemory, Words};
 use crate::backend::{Backend, MatrixPart, QkvHeads};
 use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
@@ -31,6 +33,8 @@ pub struct CudaBackend {
     is_batch_invariant: bool,
     memory: Arc<StepMemory>,
     sampler: Arc<Sampler>,
+    /// Values of the largest quantized matrix.
+    quantized_values_max: Arc<AtomicUsize>,
     step: Option<Arc<Step>>,
 }
 
@@ -43,9 +47,16 @@ struct Step {
 
 /// Rows of a weight matrix `[rows, cols]`, or of the embedding table.
 pub struct CudaMatrix {
-    buffer: Buffer,
+    values: Values,
     rows: usize,
     cols: usize,
+}
+
+enum Values {
+    /// In the type that is computed in.
+    Dense(Buffer),
+    /// Codes and scales.
+    Quantized(DeviceWeights),
 }
 
 /// Cosines and sines.
@@ -65,9 +76,9 @@ pub struct CudaTensor {
 
 impl CudaTensor {
     /// `len` values of `dtype`; what they were before is of no interest.
-    fn sized(&mut self, device: &Arc<dyn Device>, len: usize, dtype: Dtype) -> &Buffer {
+    fn sized(&mut self, backend: &CudaBackend, len: usize, dtype: Dtype) -> &Buffer {
         (self.len, self.dtype) = (len, Some(dtype));
-        self.memory.at_least(device, len * dtype.size())
+        self.memory.at_least(&backend.device, len * dtype.size(), Some(backend.memory.moves()))
     }
 
     /// Its memory, which holds values of `dtype`.
@@ -90,8 +101,8 @@ impl CudaBackend {
             ComputeDtype::F32 => Dtype::F32,
             ComputeDtype::Bf16 => Dtype::Bf16,
         };
-        let (memory, sampler) = (Arc::default(), Arc::default());
-        Self { device, dtype, is_batch_invariant, memory, sampler, step: None }
+        let (memory, sampler, quantized_values_max) = (Arc::default(), Arc::default(), Arc::default());
+        Self { device, dtype, is_batch_invariant, memory, sampler, quantized_values_max, step: None }
     }
 
     /// The same with memory of its own for steps: those of two runners of one model are launched in any order.
@@ -112,16 +123,42 @@ impl CudaBackend {
     /// The same, with `plan` on the device. Tokens that are not known yet are taken from `previous`, what the step
     /// before it draws.
     pub fn at_step(&self, plan: &StepPlan, layout: &KvLayout, spec: &ModelSpec, previous: &Drawn) -> Self {
-        let mut words = Words::default();
-        let kernels = AttentionKernels::of(layout.dtype, layout.head_dim, self.device.shared_bytes_max());
-        let arrays = StepArrays::of(plan, kernels, &spec.windows, &mut words);
-        words.upload(&self.device, &mut self.memory.inputs());
+        self.at_padded_step(plan, None, layout, spec, previous)
+    }
+
+    /// The same for a plan that was padded to `bucket`.
+    pub(super) fn at_padded_step(
+        &self,
+        plan: &StepPlan,
+        bucket: Option<Bucket>,
+        layout: &KvLayout,
+        spec: &ModelSpec,
+        previous: &Drawn,
+    ) -> Self {
+        let (mut words, moves) = (Words::default(), Some(self.memory.moves()));
+        let arrays = StepArrays::of(plan, self.attention_kernels(layout), &spec.windows, bucket, &mut words);
+        words.upload(&self.device, &mut self.memory.inputs(), moves);
         let units = arrays.decode.iter().map(|decode| decode.units.len).max().unwrap_or(0);
         let bytes = ops::partial_bytes(units, spec.num_heads, layout.head_dim);
-        self.memory.partials().at_least(&self.device, bytes);
+        self.memory.partials().at_least(&self.device, bytes, moves);
         let previous = previous.memory();
         assert!(plan.from_slots.is_empty() || previous.is_some(), "a step whose tokens are drawn by no other");
         Self { step: Some(Arc::new(Step { arrays, previous })), ..self.clone() }
+    }
+
+    /// What the device has for a pool's kind of KV.
+    pub(super) fn attention_kernels(&self, layout: &KvLayout) -> AttentionKernels {
+        AttentionKernels::of(layout.dtype, layout.head_dim, self.device.shared_bytes_max())
+    }
+
+    /// How often memory of this backend's steps has moved.
+    pub(super) fn num_moves(&self) -> u64 {
+        self.memory.moves().count()
+    }
+
+    /// Where everything of the step lies.
+    pub(super) fn step_arrays(&self) -> StepArrays {
+        self.step().arrays.clone()
     }
 
     fn step(&self) -> &Step {
@@ -135,13 +172,60 @@ impl CudaBackend {
 
     fn multiply(&self, x: &CudaTensor, weight: &CudaMatrix, bias: Option<&Buffer>, add: bool, out: &Buffer) {
         let (m, n, k) = (self.rows_of(x.len, weight.cols), weight.rows, weight.cols);
-        let multiply = Multiply { x: x.of(self.dtype), w: &weight.buffer, bias, out, m, n, k, add };
-        done(match self.dtype {
-            Dtype::F32 => ops::plain_matmul(&multiply),
-            Dtype::Bf16 if m <= SKINNY_ROWS_MAX || self.is_batch_invariant() => ops::skinny_matmul(&multiply),
-            Dtype::Bf16 => ops::library_matmul(&multiply),
+        let (x, is_skinny) = (x.of(self.dtype), m <= SKINNY_ROWS_MAX || self.is_batch_invariant());
+        done(match (&weight.values, self.dtype) {
+            (Values::Dense(w), dtype) => {
+                let multiply = Multiply { x, w, bias, out, m, n, k, add };
+                match dtype {
+                    Dtype::F32 => ops::plain_matmul(&multiply),
+                    Dtype::Bf16 if is_skinny => ops::skinny_matmul(&multiply),
+                    Dtype::Bf16 => ops::library_matmul(&multiply),
+                }
+            }
+            (Values::Quantized(w), _) if is_skinny => w.multiply(x, m, bias, out, add),
+            (Values::Quantized(w), _) => {
+                let mut dense = self.memory.dense();
+                let dense = dense.at_least(&self.device, w.num_values() * 2, Some(self.memory.moves()));
+                w.multiply_dense(dense, x, m, bias, out, add)
+            }
         });
     }
+
+    /// What a quantized matrix takes as a product of many rows wants it, if there is one.
+    pub(super) fn dense_bytes_max(&self) -> usize {
+        let is_ever_dense = !self.is_batch_invariant();
+        if is_ever_dense { 2 * self.quantized_values_max.load(Ordering::Relaxed) } else { 0 }
+    }
+
+    /// Stacks quantized parts; `None` if they are not all such as the device multiplies with.
+    fn stack_quantized(&self, cols: usize, parts: &[MatrixPart<'_>]) -> Result<Option<CudaMatrix>, DeviceError> {
+        let quantized = parts.iter().map(MatrixPart::quantized);
+        let Some(parts) = quantized.collect::<Option<Vec<_>>>() else { return Ok(None) };
+        let Some(weights) = DeviceWeights::new(&self.device, &parts)? else { return Ok(None) };
+        self.quantized_values_max.fetch_max(weights.num_values(), Ordering::Relaxed);
+        let rows = weights.num_values() / cols.max(1);
+        Ok(Some(CudaMatrix { values: Values::Quantized(weights), rows, cols }))
+    }
+
+    /// Stacks parts in the one type that is computed in.
+    fn stack(&self, dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Result<CudaMatrix, DeviceError> {
+        let parts: Vec<_> = parts.iter().map(|part| dense_bytes(part, dtype)).collect();
+        let num_bytes = parts.iter().map(|part| part.len()).sum::<usize>();
+        let buffer = Buffer::new(&self.device, num_bytes)?;
+        let mut offset = 0;
+        for bytes in &parts {
+            buffer.write(Lane::Transfer, offset, bytes)?;
+            offset += bytes.len();
+        }
+        Ok(CudaMatrix { values: Values::Dense(buffer), rows: num_bytes / self.dtype.size() / cols.max(1), cols })
+    }
+}
+
+/// What is computed with, quantized values too.
+fn dense_bytes<'a>(part: &'a MatrixPart<'_>, dtype: ComputeDtype) -> Cow<'a, [u8]> {
+    let Some(weights) = part.quantized() else { return part.to_bytes(dtype).expect("numbers have bytes") };
+    let values = MatrixPart::F32(weights.dequantize());
+    Cow::Owned(values.to_bytes(dtype).expect("numbers have bytes").into_owned())
 }
 
 impl Backend for CudaBackend {
@@ -154,16 +238,10 @@ impl Backend for CudaBackend {
     type Drawn = Drawn;
 
     fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CudaMatrix, DeviceError> {
-        let in_dtype = |part| MatrixPart::to_bytes(part, dtype).expect("an opened model has no quantized weights here");
-        let parts: Vec<_> = parts.iter().map(in_dtype).collect();
-        let num_bytes = parts.iter().map(|part| part.len()).sum::<usize>();
-        let buffer = Buffer::new(&self.device, num_bytes)?;
-        let mut offset = 0;
-        for bytes in &parts {
-            buffer.write(Lane::Transfer, offset, bytes)?;
-            offset += bytes.len();
+        match self.stack_quantized(cols, &parts)? {
+            Some(quantized) => Ok(quantized),
+            None => self.stack(dtype, cols, &parts),
         }
-        Ok(CudaMatrix { buffer, rows: num_bytes / self.dtype.size() / cols, cols })
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Buffer, DeviceError> {
@@ -190,16 +268,20 @@ impl Backend for CudaBackend {
         let Step { arrays, previous } = self.step();
         assert_eq!(tokens.len(), arrays.ids.len, "the tokens of the step that was said");
         let inputs = self.memory.inputs();
-        let out = out.sized(&self.device, tokens.len() * width, Dtype::F32);
+        let out = out.sized(self, tokens.len() * width, Dtype::F32);
         let drawn = previous.as_ref().map(|previous| previous.tokens());
-        done(ops::embed(&table.buffer, self.dtype, arrays.ids.of(inputs.get()), drawn, out, tokens.len(), width));
+        let (ids, rows) = (arrays.ids.of(inputs.get()), tokens.len());
+        done(match &table.values {
+            Values::Dense(values) => ops::embed(values, self.dtype, ids, drawn, out, rows, width),
+            Values::Quantized(weights) => weights.embed(ids, drawn, out, rows),
+        });
     }
 
     fn gather(&self, x: &CudaTensor, width: usize, rows: &[usize], out: &mut CudaTensor) {
         let (mut words, mut memory) = (Words::default(), self.memory.rows());
         let ids = words.push(rows.iter().map(|row| [*row as u32]));
-        let uploaded = words.upload(&self.device, &mut memory);
-        let out = out.sized(&self.device, rows.len() * width, Dtype::F32);
+        let uploaded = words.upload(&self.device, &mut memory, None);
+        let out = out.sized(self, rows.len() * width, Dtype::F32);
         // A row of activations is a row of a table.
         done(ops::embed(x.of(Dtype::F32), Dtype::F32, ids.of(uploaded), None, out, rows.len(), width));
     }
@@ -207,13 +289,13 @@ impl Backend for CudaBackend {
     fn rms_norm(&self, x: &CudaTensor, weight: &Buffer, eps: f32, out: &mut CudaTensor) {
         let width = weight.num_bytes() / 4;
         let rows = self.rows_of(x.len, width);
-        let out = out.sized(&self.device, x.len, self.dtype);
+        let out = out.sized(self, x.len, self.dtype);
         done(ops::rms_norm(x.of(Dtype::F32), weight, eps, out, self.dtype, rows, width));
     }
 
     fn matmul(&self, x: &CudaTensor, weight: &CudaMatrix, bias: Option<&Buffer>, out: &mut CudaTensor) {
         let len = self.rows_of(x.len, weight.cols) * weight.rows;
-        self.multiply(x, weight, bias, false, out.sized(&self.device, len, Dtype::F32));
+        self.multiply(x, weight, bias, false, out.sized(self, len, Dtype::F32));
     }
 
     fn matmul_residual(&self, x: &CudaTensor, weight: &CudaMatrix, bias: Option<&Buffer>, out: &mut CudaTensor) {
@@ -241,7 +323,7 @@ impl Backend for CudaBackend {
             num_rows: arrays.positions.len,
         };
         let q = qkv.of(dtype);
-        let out = out.sized(&self.device, qkv.len, dtype);
+        let out = out.sized(self, qkv.len, dtype);
         let (inputs, partials) = (self.memory.inputs(), self.memory.partials());
         let inputs = inputs.get();
         let tables = arrays.block_tables.of(inputs);
@@ -268,9 +350,32 @@ impl Backend for CudaBackend {
         }
     }
 
+    /// Without the copy where all rows are wanted as they are.
+    fn norm_logits(
+        &self,
+        spec: &ModelSpec,
+        norm: &Buffer,
+        head: &CudaMatrix,
+        hidden: &CudaTensor,
+        rows: &[usize],
+        gathered: &mut CudaTensor,
+        normed: &mut CudaTensor,
+        logits: &mut CudaTensor,
+    ) {
+        let num_rows = self.rows_of(hidden.len, spec.hidden_size);
+        let hidden = if rows.len() == num_rows && rows.iter().enumerate().all(|(index, row)| index == *row) {
+            hidden
+        } else {
+            self.gather(hidden, spec.hidden_size, rows, gathered);
+            gathered
+        };
+        self.rms_norm(hidden, norm, spec.rms_norm_eps, normed);
+        self.matmul(normed, head, None, logits);
+    }
+
     fn silu_mul(&self, gate_up: &CudaTensor, ffn: usize, out: &mut CudaTensor) {
         let rows = self.rows_of(gate_up.len, 2 * ffn);
-        let out = out.sized(&self.device, rows * ffn, self.dtype);
+        let out = out.sized(self, rows * ffn, self.dtype);
         done(ops::silu_mul(gate_up.of(Dtype::F32), out, self.dtype, rows, ffn));
     }
 
@@ -291,9 +396,13 @@ impl Backend for CudaBackend {
         qkv: &mut CudaTensor,
     ) {
         let on_device = pool.device_pool().expect("a CUDA runner's pool is on its device");
+        let rows = plan.num_rows();
+        // The two change places below, in every layer: neither grows once both have held what either does.
+        for tensor in [&mut *normed, &mut *qkv] {
+            tensor.sized(self, rows * spec.qkv_width().max(spec.hidden_size), Dtype::F32);
+        }
         self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
         self.matmul(normed, &weights.qkv, weights.qkv_bias.as_ref(), qkv);
-        let rows = plan.num_rows();
         let heads = HeadWeights {
             norms: weights.qk_norm.as_ref().map(|(q, k)| (q, k)),
             eps: spec.rms_norm_eps,
@@ -305,7 +414,7 @@ impl Backend for CudaBackend {
         let (inputs, arrays) = (self.memory.inputs(), &self.step().arrays);
         // The norm has been read: its memory takes the rotated queries, and the two change places.
         let q_len = rows * spec.num_heads * spec.head_dim;
-        let q_out = normed.sized(&self.device, q_len, on_device.layout.dtype);
+        let q_out = normed.sized(self, q_len, on_device.layout.dtype);
         let (positions, slots) = (arrays.positions.of(inputs.get()), arrays.slots.of(inputs.get()));
         let q_heads = spec.num_heads;
         let qkv_values = qkv.of(Dtype::F32);

@@ -3,12 +3,14 @@
 //! - [`backend`]: the decoder's operations.
 //! - [`step`]: what a plan is for the device: flat arrays in one copy, the rows of attention sorted by kernel.
 //! - [`sampling`]: from logits to tokens without the host.
+//! - [`graphs`]: decode steps that are recorded once and launched as a whole.
 //! - [`runner`]: steps launched ahead of what is known, layers reported by events.
 //! - [`model`]: what of a checkpoint can run there, and how much memory is left for KV.
 //!
 //! Everything here runs on whatever is a [`Device`](kernels::cuda::Device): a GPU, or the host in tests.
 
 pub mod backend;
+pub mod graphs;
 pub mod model;
 pub mod runner;
 pub mod sampling;

@@ -11,7 +11,7 @@ use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, partial_bytes};
 use kernels::kv_layout::GRANULE_TOKENS;
 
 use super::CudaBackend;
-use super::step::DECODE_ROWS_MAX;
+use super::step::{BUCKET_ROWS_MAX, DECODE_ROWS_MAX, bucket_rows};
 use crate::model::{LoadError, Model, Opened};
 use crate::runner::IN_FLIGHT_MAX;
 use crate::spec::ModelSpec;
@@ -125,7 +125,9 @@ impl Model<CudaBackend> {
 
     fn step_bytes(&self, limits: &StepLimits, num_nodes: u64) -> u64 {
         let kernels = attention_kernels(self.dtype(), self.spec(), self.backend().device().shared_bytes_max());
-        num_nodes * step_bytes(self.spec(), kernels, limits) + OVERHEAD_BYTES
+        // Memory grows to the next power of two.
+        let dense = self.backend().dense_bytes_max().next_power_of_two() as u64;
+        num_nodes * (step_bytes(self.spec(), kernels, limits) + dense) + OVERHEAD_BYTES
     }
 }
 
@@ -139,7 +141,12 @@ fn attention_kernels(dtype: ComputeDtype, spec: &ModelSpec, shared_bytes_max: us
 
 /// Activations, inputs and logits of the largest step, and angles.
 fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) -> u64 {
-    let (num_rows, num_seqs) = (limits.max_num_batched_tokens as u64, limits.max_num_seqs as u64);
+    // Decode steps have the rows of their bucket.
+    let num_seqs = match limits.max_num_seqs {
+        few if few <= BUCKET_ROWS_MAX => bucket_rows(few),
+        many => many,
+    } as u64;
+    let num_rows = (limits.max_num_batched_tokens as u64).max(num_seqs);
     let longest = limits.max_model_len.map_or(spec.max_position, |len| len.min(spec.max_position));
     let heads = spec.num_heads * spec.head_dim;
     // hidden, and two that take turns as norm and qkv; attended; gate and up, and their product; numbers of the row
@@ -152,7 +159,8 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     };
     let windows: BTreeSet<_> = spec.windows.iter().collect();
     let part = partial_bytes(1, spec.num_heads, spec.head_dim) + windows.len() * 16;
-    let single_row = longest.div_ceil(PART_TOKENS) * part;
+    // Of decode steps, as many units as the next power of two.
+    let single_row = (longest.div_ceil(PART_TOKENS)).next_power_of_two() * part;
     // Rows of logits: all, with a copy of all and one changed by its request, and those that alternatives are found in,
     // of each step that may not be read yet. Changes are of tokens seen.
     let logits = (3 + IN_FLIGHT_MAX + 1) * spec.vocab_size;
@@ -161,19 +169,28 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     let sequence = logits + changes + block_table + 2 * spec.hidden_size;
     let words = num_rows * row as u64 + num_seqs * sequence as u64;
     // Memory grows by doubling, so twice what is used.
-    2 * (4 * words + num_single_rows * single_row as u64) + (4 * longest * spec.head_dim) as u64
+    2 * (4 * words + num_single_rows.next_power_of_two() * single_row as u64) + (4 * longest * spec.head_dim) as u64
 }
 
-/// Kernels have no quantized weights, and bf16 products read 8 values at a time.
+/// Formats of weights that stay quantized on a device; what else is in such a file (q6_k for the logits) is made dense.
+const QUANTIZED_FORMATS: [&str; 2] = ["q8_0", "q4_0"];
+
+fn check_formats(formats: &BTreeSet<String>, dtype: ComputeDtype) -> Result<(), String> {
+    let joined = formats.iter().cloned().collect::<Vec<_>>().join(", ");
+    if !formats.is_empty() && !formats.iter().any(|format| QUANTIZED_FORMATS.contains(&format.as_str())) {
+        let known = QUANTIZED_FORMATS.join(" and ");
+        return Err(format!("its weights are quantized ({joined}), there are kernels for {known}"));
+    }
+    if !formats.is_empty() && dtype != ComputeDtype::Bf16 {
+        return Err(format!("its weights are quantized ({joined}), which is computed with in bfloat16 alone"));
+    }
+    Ok(())
+}
+
+/// There are kernels for some formats, all in bf16, whose products read 8 values at a time.
 fn check_runnable(opened: &Opened) -> Result<(), LoadError> {
     let unsupported = |reason: String| Err(LoadError::NotOnDevice { reason });
-    let formats = opened.checkpoint.quantized_formats();
-    if !formats.is_empty() {
-        return unsupported(format!(
-            "its weights are quantized ({})",
-            formats.into_iter().collect::<Vec<_>>().join(", ")
-        ));
-    }
+    check_formats(&opened.checkpoint.quantized_formats(), opened.dtype).or_else(unsupported)?;
     let spec = &opened.spec;
     let sums = [spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim];
     if opened.dtype == ComputeDtype::Bf16
@@ -185,4 +202,23 @@ fn check_runnable(opened: &Opened) -> Result<(), LoadError> {
         return unsupported(format!("a vocabulary of {} tokens; at most 2^24 - 1 are sampled", spec.vocab_size));
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn formats_without_a_kernel_are_refused_by_name() {
+        let check =
+            |formats: &[&str], dtype| check_formats(&formats.iter().map(|format| format.to_string()).collect(), dtype);
+        for taken in [&[][..], &["q8_0"], &["q4_0", "q6_k"]] {
+            assert_eq!(check(taken, ComputeDtype::Bf16), Ok(()), "{taken:?}");
+        }
+        assert_eq!(check(&[], ComputeDtype::F32), Ok(()));
+        let said = check(&["q4_k", "q6_k"], ComputeDtype::Bf16).unwrap_err();
+        assert_eq!(said, "its weights are quantized (q4_k, q6_k), there are kernels for q8_0 and q4_0");
+        let said = check(&["q8_0"], ComputeDtype::F32).unwrap_err();
+        assert_eq!(said, "its weights are quantized (q8_0), which is computed with in bfloat16 alone");
+    }
 }

@@ -10,12 +10,13 @@
 //! A step behind another is launched before anybody has seen what the first draws: its tokens are taken on the
 //! device. Only penalties, which count tokens on the host, make the launch wait. Layers are told to the
 //! [`KvSink`] by the thread that waits, when their event has come, while the device computes the next ones.
+//! Decode steps, of which nobody wants to hear layers, are [graphs](super::graphs).
 //!
 //! A panic of either thread (a device that is lost, a plan that cannot be) ends both and is told to whoever waits.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
 use common::model::ModelInfo;
@@ -24,7 +25,9 @@ use kernels::cuda::{Device, Event};
 
 use super::backend::{CudaBackend, CudaRope};
 use super::done;
+use super::graphs::{DecodeGraphs, GraphCounts, Way};
 use super::sampling::Drawn;
+use super::step::Bucket;
 use crate::backend::Backend;
 use crate::decoder::{Decoder, Workspace};
 use crate::model::{LoadError, Model, PoolSize};
@@ -43,6 +46,7 @@ pub struct CudaRunner {
     num_submitted: u64,
     num_waited: u64,
     threads: Vec<JoinHandle<()>>,
+    graph_counts: Arc<Mutex<GraphCounts>>,
 }
 
 struct Job {
@@ -82,6 +86,7 @@ impl CudaRunner {
         let rope = backend.rope_table(model.spec().rope.angles(max_model_len))?;
         let pool = Arc::new(KvPool::on_device(&kv_spec, block_size, num_blocks, backend.device())?);
         let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
+        let graph_counts = Arc::new(Mutex::new(GraphCounts::default()));
         let (jobs, job_receiver) = channel();
         let (launched, launched_receiver) = channel();
         let (drawn, drawn_receiver) = channel();
@@ -92,14 +97,17 @@ impl CudaRunner {
             rope,
             pool: pool.clone(),
             workspace: Workspace::default(),
+            padded: StepPlan::default(),
+            graphs: DecodeGraphs::default(),
+            graph_counts: graph_counts.clone(),
             launched,
             drawn: drawn_receiver,
             num_unseen: 0,
             previous: Drawn::default(),
             last_tokens: Vec::new(),
         };
-        let mut runner =
-            Self { info, pool, jobs: Some(jobs), outcomes, num_submitted: 0, num_waited: 0, threads: Vec::new() };
+        let (jobs, threads) = (Some(jobs), Vec::new());
+        let mut runner = Self { info, pool, jobs, outcomes, num_submitted: 0, num_waited: 0, threads, graph_counts };
         let mut start = |name: &str, run: Box<dyn FnOnce() + Send>| {
             let thread = std::thread::Builder::new().name(name.to_string()).spawn(run);
             thread.map(|thread| runner.threads.push(thread))
@@ -110,6 +118,11 @@ impl CudaRunner {
             })
             .map_err(|error| LoadError::Thread { reason: error.to_string() })?;
         Ok(runner)
+    }
+
+    /// How decode steps that were waited for went to the device, and maybe one or two more.
+    pub fn graph_counts(&self) -> GraphCounts {
+        *self.graph_counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -161,6 +174,10 @@ struct Launcher {
     rope: CudaRope,
     pool: Arc<KvPool>,
     workspace: Workspace<CudaBackend>,
+    /// A decode step as its bucket has it; kept for its memory.
+    padded: StepPlan,
+    graphs: DecodeGraphs,
+    graph_counts: Arc<Mutex<GraphCounts>>,
     launched: Sender<Launched>,
     /// Tokens of each step, once the thread that waits has them.
     drawn: Receiver<Vec<Token>>,
@@ -207,19 +224,51 @@ impl Launcher {
             self.previous = Drawn::default();
             return Launched::End { plan, drawn: Drawn::default(), event: done(device.record()) };
         }
-        let decoder = Decoder {
-            backend: self.backend.at_step(&plan, self.pool.layout(), self.model.spec(), &self.previous),
-            spec: self.model.spec(),
-            weights: self.model.weights(),
-            rope: &self.rope,
-            pool: &self.pool,
+        let kernels = self.backend.attention_kernels(self.pool.layout());
+        let drawn = match Bucket::of(&plan, kernels, &self.model.spec().windows) {
+            Some(bucket) => self.decode(&plan, bucket),
+            None => {
+                let events = LayerEvents { device: device.clone(), last: Mutex::default(), launched: &self.launched };
+                let decoder = decoder(&self.model, &self.rope, &self.pool, self.at_step(&plan, None));
+                decoder.forward(&plan, &events, &mut self.workspace).map(std::mem::take).unwrap_or_default()
+            }
         };
-        let events =
-            LayerEvents { device: device.clone(), last: std::sync::Mutex::default(), launched: &self.launched };
-        let drawn = decoder.forward(&plan, &events, &mut self.workspace).map(std::mem::take).unwrap_or_default();
         self.num_unseen += 1;
         self.previous = drawn.clone();
         Launched::End { plan, drawn, event: done(device.record()) }
+    }
+
+    /// A decode step, padded to its bucket, as a graph if one was recorded.
+    fn decode(&mut self, plan: &StepPlan, bucket: Bucket) -> Drawn {
+        let mut padded = std::mem::take(&mut self.padded);
+        bucket.pad(plan, &mut padded);
+        let backend = self.at_step(&padded, Some(bucket));
+        let (device, arrays) = (backend.device().clone(), backend.step_arrays());
+        let decoder = decoder(&self.model, &self.rope, &self.pool, backend);
+        let workspace = &mut self.workspace;
+        decoder.embed(&padded, workspace);
+        let num_moves = || self.backend.num_moves();
+        match self.graphs.way(bucket, &arrays, num_moves()) {
+            Way::Replay(graph) => done(graph.launch()),
+            Way::Record => {
+                done(device.begin_capture());
+                decoder.all_logits(&padded, workspace);
+                done(self.graphs.on_recorded(done(device.end_capture())));
+            }
+            Way::Direct => {
+                decoder.all_logits(&padded, workspace);
+                self.graphs.on_direct(bucket, arrays, num_moves());
+            }
+        }
+        let drawn = std::mem::take(decoder.sample_rows(&padded, workspace));
+        *self.graph_counts.lock().unwrap_or_else(PoisonError::into_inner) = self.graphs.counts();
+        self.padded = padded;
+        drawn
+    }
+
+    /// The backend with `plan` on the device.
+    fn at_step(&self, plan: &StepPlan, bucket: Option<Bucket>) -> CudaBackend {
+        self.backend.at_padded_step(plan, bucket, self.pool.layout(), self.model.spec(), &self.previous)
     }
 
     /// Waits for the tokens of all steps so far.
@@ -236,10 +285,19 @@ impl Launcher {
     }
 }
 
+fn decoder<'a>(
+    model: &'a Model<CudaBackend>,
+    rope: &'a CudaRope,
+    pool: &'a KvPool,
+    backend: CudaBackend,
+) -> Decoder<'a, CudaBackend> {
+    Decoder { backend, spec: model.spec(), weights: model.weights(), rope, pool }
+}
+
 /// Records an event behind each layer and hands it on with the span.
 struct LayerEvents<'a> {
     device: Arc<dyn Device>,
-    last: std::sync::Mutex<Option<(u32, Arc<dyn Event>)>>,
+    last: Mutex<Option<(u32, Arc<dyn Event>)>>,
     launched: &'a Sender<Launched>,
 }
 

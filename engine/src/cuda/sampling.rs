@@ -202,12 +202,12 @@ impl Sampler {
         let num_adjusted = adjust_rows.len();
         let jobs = words.push(jobs);
         let (adjust_rows, adjustments) = (words.push(adjust_rows), words.push(adjustments));
-        let uploaded = words.upload(device, &mut uploaded);
+        let uploaded = words.upload(device, &mut uploaded, None);
         let mut with_copies = memory.logits();
         let logits = if num_adjusted == 0 {
             logits
         } else {
-            let all = with_copies.at_least(device, (num_rows + num_adjusted) * row_bytes);
+            let all = with_copies.at_least(device, (num_rows + num_adjusted) * row_bytes, None);
             done(all.copy_from(Lane::Compute, 0, logits, 0, num_rows * row_bytes));
             done(ops::adjust_logits(
                 all,
@@ -241,7 +241,7 @@ impl Sampler {
         // The logits are overwritten by the next step before anybody has looked at them.
         if !tops.is_empty() {
             let mut rows = drawn.rows();
-            let rows = rows.at_least(device, tops.len() * row_bytes);
+            let rows = rows.at_least(device, tops.len() * row_bytes, None);
             for (index, row) in tops.iter().enumerate() {
                 done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
             }

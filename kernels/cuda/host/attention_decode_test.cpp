@@ -11,7 +11,8 @@ static const Kernels OF_64 = {attention_decode_64, attention_merge_64, attention
 static const Kernels OF_128 = {attention_decode_128, attention_merge_128, attention_prefill_128};
 static const Kernels OF_256 = {attention_decode_256, attention_merge_256, nullptr};
 
-static void attended(fibres::Order order, const Kernels& kernels, const Shape& shape, const std::vector<u32>& positions) {
+static void attended(fibres::Order order, const Kernels& kernels, const Shape& shape, const std::vector<u32>& positions,
+                     u32 num_padding = 0) {
     std::vector<Sequence> sequences;
     for (u32 position : positions) sequences.push_back({position, 1});
     AttentionCase<bf16> c(shape, sequences);
@@ -24,6 +25,7 @@ static void attended(fibres::Order order, const Kernels& kernels, const Shape& s
         for (u32 part = first; part <= last; ++part) units.push_back({row, positions[row], c.table_starts[row], part});
         tiles.push_back({row, 1, positions[row], c.table_starts[row]});
     }
+    for (u32 i = 0; i < num_padding; ++i) units.push_back({NOTHING, 0, 0, 0}), rows.push_back({NOTHING, 0, 0});
     auto device_units = on_device(units);
     auto device_rows = on_device(rows);
     auto device_tiles = on_device(tiles);
@@ -34,6 +36,8 @@ static void attended(fibres::Order order, const Kernels& kernels, const Shape& s
     LAUNCH(order, dim3(u32(rows.size()), shape.num_heads), 64, 0, kernels.merge, acc.get(), state.get(), device_rows.get(),
            c.sinks_or_null(), c.out.get(), shape.num_heads);
     c.expect(1e-2);
+    for (size_t at = acc.size() - size_t(num_padding) * shape.num_heads * shape.head_dim; at < acc.size(); ++at)
+        expect_same(bits_of(acc[at]), 0xffffffffu, "part of a unit that only pads", at);
     if (!kernels.prefill) return;
 
     Device<bf16> prefilled(c.out.size());
@@ -47,6 +51,8 @@ TEST(a_ragged_batch_gets_the_attention_of_the_definition_with_the_bits_of_prefil
     attended(order, OF_128, {3, 1, 128, 32, 0, 0, true}, {70, 511});
     attended(order, OF_256, {2, 1, 256, 48, 0, 0, false}, {100});
 }
+
+TEST(units_and_rows_that_only_pad_change_nothing) { attended(order, OF_64, {2, 1, 64, 16, 0, 0, false}, {20, 3}, 2); }
 
 TEST(window_softcap_sinks_and_groups_beyond_one_tile_count) {
     attended(order, OF_64, {2, 2, 64, 48, 20, 0, false}, {515, 5});

@@ -9,8 +9,11 @@
 #include "../attention_plain.cu"
 #include "../attention_prefill.cu"
 #include "../block_copy.cu"
+#include "../dequantize.cu"
+#include "../digest.cu"
 #include "../embed.cu"
 #include "../plain_matmul.cu"
+#include "../quantized_matmul.cu"
 #include "../rms_norm.cu"
 #include "../rope_kv_write.cu"
 #include "../sample.cu"
@@ -54,7 +57,10 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(attention_decode_256), ENTRY_OF(attention_merge_64),   ENTRY_OF(attention_merge_128),
         ENTRY_OF(attention_merge_256),  ENTRY_OF(attention_plain_bf16), ENTRY_OF(attention_plain_f32),
         ENTRY_OF(attention_prefill_64), ENTRY_OF(attention_prefill_128), ENTRY_OF(clear_blocks),
-        ENTRY_OF(copy_blocks),          ENTRY_OF(embed_bf16),           ENTRY_OF(embed_f32),
+        ENTRY_OF(copy_blocks),          ENTRY_OF(dequantize_4),         ENTRY_OF(dequantize_8),
+        ENTRY_OF(digest_pieces),        ENTRY_OF(quantized_matmul_4),   ENTRY_OF(quantized_matmul_8),
+        ENTRY_OF(embed_4),              ENTRY_OF(embed_8),              ENTRY_OF(embed_bf16),
+        ENTRY_OF(embed_f32),
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),
         ENTRY_OF(silu_mul_bf16),        ENTRY_OF(silu_mul_f32),         ENTRY_OF(skinny_matmul_bf16),
@@ -73,9 +79,12 @@ std::map<void*, fibres::Guarded>& memory() {
 
 extern "C" {
 
-void* fibres_alloc(size_t num_bytes) {
+// With `file` not null, the memory is that of a file, which other processes can map: its descriptor, which closes with
+// the memory, and where in the file the memory begins.
+void* fibres_alloc(size_t num_bytes, int* file, size_t* offset) {
     const std::lock_guard<std::mutex> guard(one_at_a_time);
-    fibres::Guarded bytes(num_bytes);
+    fibres::Guarded bytes(num_bytes, file != nullptr);
+    if (file) *file = bytes.file(), *offset = bytes.file_offset();
     std::memset(bytes.data(), 0xff, bytes.size());
     void* const at = bytes.data();
     memory().emplace(at, std::move(bytes));

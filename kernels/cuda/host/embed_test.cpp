@@ -1,5 +1,5 @@
 #include "../embed.cu"
-#include "harness.h"
+#include "quantized_case.h"
 
 template <typename T, typename Kernel>
 static void rows_come_out(fibres::Order order, Kernel kernel, u32 width) {
@@ -19,5 +19,25 @@ TEST(rows_of_known_and_of_just_drawn_tokens_come_out) {
     for (u32 width : {1u, 70u, 256u, 515u}) {
         rows_come_out<float>(order, embed_f32, width);
         rows_come_out<bf16>(order, embed_bf16, width);
+    }
+}
+
+template <u32 BITS, typename Kernel>
+static void rows_of_codes_come_out(fibres::Order order, Kernel kernel, u32 width) {
+    const QuantizedCase<BITS> c(9, width);
+    auto ids = on_device<u32>({3, 8, 0x80000000u | 1, 0});
+    auto drawn = on_device<u32>({7, 5});
+    const u32 rows = 4, wanted[rows] = {3, 8, 5, 0};
+    Device<float> out(rows * width);
+    LAUNCH(order, rows, 256, 0, kernel, c.codes.get(), c.scales.get(), ids.get(), drawn.get(), out.get(), width);
+    for (u32 row = 0; row < rows; ++row)
+        for (u32 i = 0; i < width; ++i)
+            expect_close(out[row * width + i], value_of(c.weight(wanted[row], i)), 0, "out", row * width + i);
+}
+
+TEST(rows_of_codes_come_out_as_what_they_stand_for) {
+    for (u32 width : {32u, 96u, 2048u + 64u}) {
+        rows_of_codes_come_out<8>(order, embed_8, width);
+        rows_of_codes_come_out<4>(order, embed_4, width);
     }
 }

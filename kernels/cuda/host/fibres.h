@@ -66,30 +66,42 @@ inline int mutation = 0;
 // Bytes that end (but for what alignment to 16 needs) where the process may touch nothing.
 class Guarded {
   public:
-    explicit Guarded(size_t num_bytes) : num_bytes_(num_bytes) {
+    explicit Guarded(size_t num_bytes, bool is_file = false) : num_bytes_(num_bytes) {
         const size_t page = size_t(sysconf(_SC_PAGESIZE));
         const size_t rounded = (num_bytes + 15) / 16 * 16;
         mapped_ = (rounded + page - 1) / page * page + page;
-        void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        if (is_file) {
+            file_ = memfd_create("fibres", MFD_CLOEXEC);
+            if (file_ < 0 || ftruncate(file_, off_t(mapped_)) != 0) fail("no file in memory of %zu bytes", num_bytes);
+        }
+        const int flags = is_file ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+        void* base = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, flags, file_, 0);
         if (base == MAP_FAILED) fail("no memory for a buffer of %zu bytes", num_bytes);
         base_ = static_cast<unsigned char*>(base);
         mprotect(base_ + mapped_ - page, page, PROT_NONE);
         data_ = base_ + mapped_ - page - rounded;
     }
-    ~Guarded() { if (base_) munmap(base_, mapped_); }
+    ~Guarded() {
+        if (base_) munmap(base_, mapped_);
+        if (file_ >= 0) close(file_);
+    }
     Guarded(const Guarded&) = delete;
     Guarded(Guarded&& other) noexcept { *this = std::move(other); }
     Guarded& operator=(Guarded&& other) noexcept {
         std::swap(base_, other.base_), std::swap(data_, other.data_);
-        std::swap(mapped_, other.mapped_), std::swap(num_bytes_, other.num_bytes_);
+        std::swap(mapped_, other.mapped_), std::swap(num_bytes_, other.num_bytes_), std::swap(file_, other.file_);
         return *this;
     }
     unsigned char* data() const { return data_; }
     size_t size() const { return num_bytes_; }
+    // Of the file that it is the memory of; -1: of none.
+    int file() const { return file_; }
+    size_t file_offset() const { return size_t(data_ - base_); }
 
   private:
     unsigned char *base_ = nullptr, *data_ = nullptr;
     size_t mapped_ = 0, num_bytes_ = 0;
+    int file_ = -1;
 };
 
 // What one lane gives to a collective: enough for the operands of an `mma`.

@@ -4,6 +4,7 @@
 struct Case {
     u32 q_heads, kv_heads, dim, rot_dim, block_size;
     bool has_norm;
+    bool has_padding = false; // the last row
 };
 
 template <typename T, typename Kernel>
@@ -17,6 +18,7 @@ static void written(fibres::Order order, Kernel kernel, const Case& c) {
     auto sines = random_values<float>(max_position * c.rot_dim / 2, -1, 1);
     auto positions = on_device(random_choice(rows, max_position));
     auto slots = on_device(random_choice(rows, num_blocks * c.block_size));
+    if (c.has_padding) slots[rows - 1] = NOTHING;
     Device<T> q_out(rows * c.q_heads * c.dim);
     Device<T> pool(size_t(layers) * num_blocks * c.block_size * 2 * c.kv_heads * c.dim);
     // What the kernel does not write stays, so it must begin as something recognisable.
@@ -53,7 +55,7 @@ static void written(fibres::Order order, Kernel kernel, const Case& c) {
                 if (!is_v && !is_k) {
                     const size_t at = (row * c.q_heads + head) * c.dim + i;
                     expect_close(value_of(q_out[at]), y[i], TOLERANCE<T>, "q_out", at);
-                } else {
+                } else if (slots[row] != NOTHING) {
                     const u32 kv_head = head - c.q_heads - (is_v ? c.kv_heads : 0);
                     want_pool[granule * 2 * plane + (is_v ? plane : 0) + (kv_head * 16 + offset % 16) * c.dim + i] = y[i];
                 }
@@ -68,4 +70,9 @@ TEST(q_is_rotated_and_k_and_v_land_in_their_slots) {
         written<float>(order, rope_kv_write_f32, c);
         written<bf16>(order, rope_kv_write_bf16, c);
     }
+}
+
+TEST(k_and_v_of_a_row_that_only_pads_go_nowhere) {
+    written<float>(order, rope_kv_write_f32, {2, 1, 16, 16, 16, false, true});
+    written<bf16>(order, rope_kv_write_bf16, {2, 1, 16, 16, 16, true, true});
 }

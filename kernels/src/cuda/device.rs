@@ -7,10 +7,15 @@
 //! behind the caller's back; an [`Event`] tells when. A copy on [`Lane::Transfer`] is done when the call returns, and
 //! passes by what computes: whoever calls knows that nobody else touches those bytes, as with the
 //! [arena](crate::arena) on the host.
+//!
+//! **Graphs.** What a thread launches on [`Lane::Compute`] between [`begin_capture`](Device::begin_capture) and
+//! [`end_capture`](Device::end_capture) is recorded and not done; other threads and the other lane go on as ever.
 #![allow(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;
+
+use super::graph::Graph;
 
 /// Why a device does not do what it was asked.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -108,7 +113,7 @@ pub struct Launch<'a> {
 }
 
 /// Values for a kernel's parameters, each as its bytes.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Clone)]
 pub struct Args {
     /// Each value begins at a word of its own.
     words: [u64; 32],
@@ -116,11 +121,14 @@ pub struct Args {
     /// First word and size in bytes.
     places: [(usize, usize); 16],
     num: usize,
+    /// A bit for each value that is an address.
+    addresses: u16,
 }
 
 impl Args {
     /// Appends an address, or null.
-    pub(super) fn address(self, address: u64) -> Self {
+    pub(super) fn address(mut self, address: u64) -> Self {
+        self.addresses |= 1 << self.num;
         self.bytes(&address.to_ne_bytes())
     }
 
@@ -156,6 +164,13 @@ impl Args {
     /// Where each value lies and its size in bytes.
     pub fn values(&self) -> impl Iterator<Item = (*const u8, usize)> + '_ {
         self.places[..self.num].iter().map(|(word, size)| (self.words[*word..].as_ptr().cast(), *size))
+    }
+
+    /// Those that are addresses.
+    #[cfg_attr(not(any(feature = "cuda", feature = "fibres")), allow(dead_code, reason = "for graphs of a device"))]
+    pub(super) fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
+        let places = self.places[..self.num].iter().enumerate();
+        places.filter(|(index, _)| self.addresses >> index & 1 == 1).map(|(_, (word, _))| self.words[*word])
     }
 }
 
@@ -200,6 +215,32 @@ pub trait Device: Send + Sync {
     /// What the driver says, for example that there is not as much.
     fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError>;
 
+    /// As [`alloc`](Self::alloc), memory that [`export`](Self::export) takes.
+    ///
+    /// # Errors
+    /// As [`alloc`](Self::alloc).
+    fn alloc_shared(&self, num_bytes: usize) -> Result<u64, DeviceError> {
+        self.alloc(num_bytes)
+    }
+
+    /// A handle of memory for other processes of this host.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn export(&self, address: u64) -> Result<Vec<u8>, DeviceError>;
+
+    /// Address at which this process can read `num_bytes` of memory that another has [exported](Self::export).
+    ///
+    /// # Errors
+    /// What the driver says; that there is less.
+    fn open_export(&self, handle: &[u8], num_bytes: usize) -> Result<u64, DeviceError>;
+
+    /// Ends what [`open_export`](Self::open_export) began.
+    ///
+    /// # Safety
+    /// `address` came from there and is not used again.
+    unsafe fn close_export(&self, address: u64);
+
     /// Gives memory back, once everything that was launched is done with it.
     ///
     /// # Safety
@@ -232,6 +273,15 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// As of [`copy_in`](Self::copy_in) and [`copy_out`](Self::copy_out).
     unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError>;
+
+    /// Copies within the device, or from memory of another that was opened: (from, to, bytes) each, one wait for all.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As of [`copy_within`](Self::copy_within), each.
+    unsafe fn copy_all_within(&self, lane: Lane, copies: &[(u64, u64, usize)]) -> Result<(), DeviceError>;
 
     /// Zeroes memory.
     ///
@@ -268,6 +318,20 @@ pub trait Device: Send + Sync {
     /// # Errors
     /// What the driver says.
     fn record(&self) -> Result<Box<dyn Event>, DeviceError>;
+
+    /// From here on what this thread launches on [`Lane::Compute`] is recorded and not done, until
+    /// [`end_capture`](Self::end_capture). Launches, products, copies within the device and zeroing can be recorded;
+    /// copies from and to the host and events are refused, and memory cannot be taken or given back.
+    ///
+    /// # Errors
+    /// What the driver says; that this thread is recording already.
+    fn begin_capture(&self) -> Result<(), DeviceError>;
+
+    /// What was recorded.
+    ///
+    /// # Errors
+    /// What the driver says; that this thread is not recording.
+    fn end_capture(self: Arc<Self>) -> Result<Box<dyn Graph>, DeviceError>;
 }
 
 /// Memory on a device. Bounds are checked here; who may touch what is the users' agreement, as with the
@@ -284,8 +348,11 @@ impl Buffer {
     /// # Errors
     /// What the driver says.
     pub fn new(device: &Arc<dyn Device>, num_bytes: usize) -> Result<Self, DeviceError> {
-        let address = device.alloc(num_bytes.max(1))?;
-        Ok(Self { device: device.clone(), address, num_bytes })
+        Ok(Self::from_alloc(device, device.alloc(num_bytes.max(1))?, num_bytes))
+    }
+
+    pub(super) fn from_alloc(device: &Arc<dyn Device>, address: u64, num_bytes: usize) -> Self {
+        Self { device: device.clone(), address, num_bytes }
     }
 
     /// A copy of host values, there when the call returns.

@@ -2,17 +2,23 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::c_void;
+use std::ffi::{c_char, c_void};
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
-use cudarc::driver::sys::{CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUstream};
-use cudarc::driver::{CudaContext, CudaFunction, CudaStream, DriverError, result};
+use cudarc::driver::sys::{
+    self, CUdevice_attribute, CUevent_flags, CUfunction_attribute, CUgraphInstantiate_flags, CUipcMem_flags,
+    CUipcMemHandle, CUstream, CUstreamCaptureMode,
+};
+use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaStream, DriverError, result};
 use cudarc::nvrtc::Ptx;
 
 use super::blas::{Blas, WORKSPACE_BYTES};
 use super::device::{Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 use super::images::{EMBEDDED, Image};
+use super::nvrtc;
 
 /// Bytes of one piece of a copy between the device and memory of the host that the driver may move anywhere: it
 /// goes through memory that stays where it is.
@@ -41,7 +47,33 @@ pub struct Gpu {
     blas: Option<Blas>,
     /// Of the library, on the compute lane; 0 without it.
     workspace: u64,
+    /// What was given to users.
+    allocations: Mutex<Allocations>,
+    /// What threads are recording.
+    captures: Mutex<HashMap<ThreadId, Capture>>,
 }
+
+/// A stream that records and does nothing: the compute lane goes on for the other threads.
+struct Capture {
+    stream: Arc<CudaStream>,
+    named: Named,
+    num_nodes: usize,
+}
+
+/// A graph that is ready to be launched on the compute lane.
+struct GpuGraph {
+    /// Dropped before the device, whose kernels and workspace it uses, and when it runs no more.
+    graph: CudaGraph,
+    named: Named,
+    num_nodes: usize,
+    gpu: Arc<Gpu>,
+}
+
+// SAFETY: a graph may be used from any thread as long as one does at a time: that is who holds the compute lane, and
+// whoever drops it, which takes exclusive access.
+unsafe impl Send for GpuGraph {}
+// SAFETY: likewise.
+unsafe impl Sync for GpuGraph {}
 
 struct Function {
     function: CudaFunction,
@@ -120,7 +152,8 @@ impl Gpu {
         Ok(usize::try_from(count).unwrap_or(0))
     }
 
-    /// The GPU number `ordinal`, with every kernel loaded: from cubins in `folder` if given, else those embedded.
+    /// The GPU number `ordinal`, with every kernel loaded: from cubins in `folder` if given, else those embedded, or
+    /// compiled here where the driver takes none of these.
     ///
     /// # Errors
     /// [`DeviceError`]: no driver, no such GPU, no image of a kernel for it, or what the driver says.
@@ -146,8 +179,20 @@ impl Gpu {
             Some(_) => unsafe { result::malloc_sync(WORKSPACE_BYTES) }.map_err(refused("give memory to cuBLASLt"))?,
             None => 0,
         };
-        let (compute, transfer) = (Mutex::new(compute), Mutex::new(transfer));
-        Ok(Self { context, ordinal, name, capability, shared_bytes_max, functions, compute, transfer, blas, workspace })
+        Ok(Self {
+            context,
+            ordinal,
+            name,
+            capability,
+            shared_bytes_max,
+            functions,
+            compute: Mutex::new(compute),
+            transfer: Mutex::new(transfer),
+            blas,
+            workspace,
+            allocations: Mutex::default(),
+            captures: Mutex::default(),
+        })
     }
 
     /// How many kernels there are.
@@ -160,12 +205,47 @@ impl Gpu {
     }
 
     /// Holding it is the order of the lane. A panic with it leaves nothing half done that counts.
-    fn lane(&self, lane: Lane) -> std::sync::MutexGuard<'_, LaneState> {
+    fn lane(&self, lane: Lane) -> MutexGuard<'_, LaneState> {
         let state = match lane {
             Lane::Compute => &self.compute,
             Lane::Transfer => &self.transfer,
         };
         state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn allocations(&self) -> MutexGuard<'_, Allocations> {
+        self.allocations.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn captures(&self) -> MutexGuard<'_, HashMap<ThreadId, Capture>> {
+        self.captures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives `put` the stream that something naming `addresses` goes to: the one that this thread records, or the
+    /// lane's, which is held meanwhile.
+    fn put(
+        &self,
+        lane: Lane,
+        addresses: impl IntoIterator<Item = u64>,
+        put: impl FnOnce(CUstream) -> Result<(), DeviceError>,
+    ) -> Result<(), DeviceError> {
+        if lane == Lane::Compute {
+            let mut captures = self.captures();
+            if let Some(capture) = captures.get_mut(&std::thread::current().id()) {
+                let allocations = self.allocations();
+                addresses.into_iter().try_for_each(|address| capture.named.add(address, &allocations))?;
+                capture.num_nodes += 1;
+                return put(capture.stream.cu_stream());
+            }
+        }
+        let state = self.lane(lane);
+        put(state.stream.cu_stream())?;
+        self.settle(lane, &state)
+    }
+
+    fn check_not_recording(&self, lane: Lane, what: &str) -> Result<(), DeviceError> {
+        let is_recording = lane == Lane::Compute && self.captures().contains_key(&std::thread::current().id());
+        if is_recording { Err(not_recordable(what)) } else { Ok(()) }
     }
 
     /// What is asked of the transfer lane is done when the call returns.
@@ -189,7 +269,19 @@ fn load_kernels(
             Image::Cubin(bytes) => Ptx::from_binary(bytes.into_owned()),
             Image::Ptx(text) => Ptx::from_src(text),
         };
-        let module = context.load_module(image).map_err(refused(format!("load {}", kernel.name)))?;
+        let module = match context.load_module(image) {
+            Ok(module) => module,
+            // A folder's files are what whoever named it wants, or an error.
+            Err(error) if folder.is_some() => return Err(refused(format!("load {}", kernel.name))(error)),
+            Err(error) => {
+                let refusal = refused(format!("load {} as it is embedded", kernel.name))(error);
+                let cubin = nvrtc::compile(kernel, capability);
+                let cubin = cubin.map_err(|reason| DeviceError::Image(format!("{refusal}; and {reason}")))?;
+                context
+                    .load_module(Ptx::from_binary(cubin))
+                    .map_err(refused(format!("load {} as libnvrtc compiled it", kernel.name)))?
+            }
+        };
         for &entry in kernel.entries {
             let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
             functions.insert(entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) });
@@ -308,11 +400,61 @@ impl Device for Gpu {
 
     fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError> {
         self.bind()?;
+        if self.captures().contains_key(&std::thread::current().id()) {
+            return Err(out_of_order("give memory", "this thread is recording a graph"));
+        }
         // SAFETY: any size.
-        unsafe { result::malloc_sync(num_bytes) }.map_err(refused(format!("give {num_bytes} bytes of memory")))
+        let given = unsafe { result::malloc_sync(num_bytes) };
+        let address = given.map_err(refused(format!("give {num_bytes} bytes of memory")))?;
+        self.allocations().on_given(address, num_bytes);
+        Ok(address)
+    }
+
+    fn export(&self, address: u64) -> Result<Vec<u8>, DeviceError> {
+        self.bind()?;
+        let mut handle = CUipcMemHandle { reserved: [0; _] };
+        // SAFETY: the handle is exclusively borrowed; the driver knows which addresses it has given.
+        let status = unsafe { sys::cuIpcGetMemHandle(&raw mut handle, address) };
+        status.result().map_err(refused("export memory to other processes"))?;
+        Ok(handle.reserved.map(|byte| byte as u8).to_vec())
+    }
+
+    fn open_export(&self, handle: &[u8], num_bytes: usize) -> Result<u64, DeviceError> {
+        self.bind()?;
+        let asked = format!("open {num_bytes} bytes of another process");
+        let Ok(bytes) = <[u8; _]>::try_from(handle) else {
+            return Err(DeviceError::Refused { asked, reason: format!("a handle of {} bytes", handle.len()) });
+        };
+        let handle = CUipcMemHandle { reserved: bytes.map(|byte| byte as c_char) };
+        let (mut address, flags) = (0, CUipcMem_flags::CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS as u32);
+        // SAFETY: the address is exclusively borrowed; what the handle names is for the driver to find out.
+        let status = unsafe { sys::cuIpcOpenMemHandle_v2(&raw mut address, handle, flags) };
+        status.result().map_err(refused(asked.clone()))?;
+        let (mut base, mut found) = (0, 0);
+        // SAFETY: both are exclusively borrowed.
+        let status = unsafe { sys::cuMemGetAddressRange_v2(&raw mut base, &raw mut found, address) };
+        match status.result().map_err(refused(asked.clone())) {
+            Ok(()) if found - ((address - base) as usize).min(found) >= num_bytes => Ok(address),
+            outcome => {
+                // SAFETY: opened above, and nobody has heard of it.
+                unsafe { self.close_export(address) };
+                outcome?;
+                Err(DeviceError::Refused { asked, reason: format!("it has {found}") })
+            }
+        }
+    }
+
+    unsafe fn close_export(&self, address: u64) {
+        // What the driver refuses, it has taken back with the context.
+        if self.bind().is_ok() {
+            // SAFETY: by this function's contract.
+            let _ = unsafe { sys::cuIpcCloseMemHandle(address) };
+        }
     }
 
     unsafe fn free(&self, address: u64) {
+        // Before the driver has it back and may give it to another thread.
+        self.allocations().on_taken_back(address);
         // The driver waits for everything that was launched. What it refuses, it has taken back with the context.
         if self.bind().is_ok() {
             // SAFETY: by this function's contract.
@@ -321,6 +463,7 @@ impl Device for Gpu {
     }
 
     unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.check_not_recording(lane, "a copy from the host")?;
         self.bind()?;
         let mut state = self.lane(lane);
         state.copy_in(&self.context, to, from)?;
@@ -328,26 +471,40 @@ impl Device for Gpu {
     }
 
     unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+        self.check_not_recording(lane, "a copy to the host")?;
         self.bind()?;
         self.lane(lane).copy_out(&self.context, from, to)
     }
 
     unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
         self.bind()?;
+        self.put(lane, [from, to], |stream| {
+            // SAFETY: by this function's contract.
+            unsafe { result::memcpy_dtod_async(to, from, num_bytes, stream) }.map_err(refused("copy within its memory"))
+        })
+    }
+
+    unsafe fn copy_all_within(&self, lane: Lane, copies: &[(u64, u64, usize)]) -> Result<(), DeviceError> {
+        self.bind()?;
+        if lane == Lane::Compute && self.captures().contains_key(&std::thread::current().id()) {
+            // SAFETY: by this function's contract.
+            return copies.iter().try_for_each(|&(from, to, bytes)| unsafe { self.copy_within(lane, from, to, bytes) });
+        }
         let state = self.lane(lane);
-        // SAFETY: by this function's contract.
-        unsafe { result::memcpy_dtod_async(to, from, num_bytes, state.stream.cu_stream()) }
-            .map_err(refused("copy within its memory"))?;
+        for &(from, to, num_bytes) in copies {
+            // SAFETY: by this function's contract.
+            unsafe { result::memcpy_dtod_async(to, from, num_bytes, state.stream.cu_stream()) }
+                .map_err(refused("copy within its memory"))?;
+        }
         self.settle(lane, &state)
     }
 
     unsafe fn zero(&self, lane: Lane, at: u64, num_bytes: usize) -> Result<(), DeviceError> {
         self.bind()?;
-        let state = self.lane(lane);
-        // SAFETY: by this function's contract.
-        unsafe { result::memset_d8_async(at, 0, num_bytes, state.stream.cu_stream()) }
-            .map_err(refused("clear memory"))?;
-        self.settle(lane, &state)
+        self.put(lane, [at], |stream| {
+            // SAFETY: by this function's contract.
+            unsafe { result::memset_d8_async(at, 0, num_bytes, stream) }.map_err(refused("clear memory"))
+        })
     }
 
     unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
@@ -368,21 +525,21 @@ impl Device for Gpu {
         }
         let mut args: Vec<*mut c_void> = launch.args.values().map(|(value, _)| value.cast_mut().cast()).collect();
         let [x, y, z] = launch.grid;
-        let state = self.lane(lane);
-        // SAFETY: the function's module is loaded for as long as `function` lives; the arguments are the kernel's by
-        // this function's contract, and read before the call returns.
-        unsafe {
-            result::launch_kernel(
-                function.cu_function(),
-                (x, y, z),
-                (launch.threads, 1, 1),
-                launch.shared_bytes,
-                state.stream.cu_stream(),
-                &mut args,
-            )
-        }
-        .map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))?;
-        self.settle(lane, &state)
+        self.put(lane, launch.args.addresses(), |stream| {
+            // SAFETY: the function's module is loaded for as long as `function` lives; the arguments are the kernel's
+            // by this function's contract, and read before the call returns.
+            unsafe {
+                result::launch_kernel(
+                    function.cu_function(),
+                    (x, y, z),
+                    (launch.threads, 1, 1),
+                    launch.shared_bytes,
+                    stream,
+                    &mut args,
+                )
+            }
+            .map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))
+        })
     }
 
     fn has_product(&self) -> bool {
@@ -395,15 +552,68 @@ impl Device for Gpu {
             let reason = "libcublasLt is not there".to_string();
             return Err(DeviceError::Refused { asked: "multiply many rows".to_string(), reason });
         };
-        let state = self.lane(Lane::Compute);
-        // SAFETY: by this function's contract; the workspace is used on this lane alone; the context is bound.
-        unsafe { blas.multiply(product, self.workspace, state.stream.cu_stream()) }
+        let Product { x, w, bias, out, .. } = *product;
+        self.put(Lane::Compute, [x, w, bias, out], |stream| {
+            // SAFETY: by this function's contract; the workspace is used on this lane alone, also by graphs that are
+            // launched on it; the context is bound.
+            unsafe { blas.multiply(product, self.workspace, stream) }
+        })
     }
 
     fn record(&self) -> Result<Box<dyn Event>, DeviceError> {
+        self.check_not_recording(Lane::Compute, "an event")?;
         self.bind()?;
         let state = self.lane(Lane::Compute);
         Ok(Box::new(RecordedEvent::on(&self.context, state.stream.cu_stream())?))
+    }
+
+    fn begin_capture(&self) -> Result<(), DeviceError> {
+        let thread = std::thread::current().id();
+        if self.captures().contains_key(&thread) {
+            return Err(out_of_order("begin a graph", "this thread is recording one already"));
+        }
+        let stream = self.context.new_stream().map_err(refused("make a stream"))?;
+        // Of other threads' calls to the driver none is forbidden meanwhile.
+        stream
+            .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(refused("begin a graph"))?;
+        self.captures().insert(thread, Capture { stream, named: Named::default(), num_nodes: 0 });
+        Ok(())
+    }
+
+    fn end_capture(self: Arc<Self>) -> Result<Box<dyn Graph>, DeviceError> {
+        let capture = self.captures().remove(&std::thread::current().id());
+        let Some(Capture { stream, named, num_nodes }) = capture else {
+            return Err(out_of_order("end a graph", "this thread is recording none"));
+        };
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(refused("make a graph"))?;
+        let graph = graph.ok_or_else(|| out_of_order("make a graph", "the driver says that nothing was recorded"))?;
+        Ok(Box::new(GpuGraph { graph, named, num_nodes, gpu: self }))
+    }
+}
+
+impl Drop for GpuGraph {
+    fn drop(&mut self) {
+        // It may run still. What the driver refuses now, it is gone with the context.
+        if self.gpu.bind().is_ok() {
+            let _ = self.gpu.lane(Lane::Compute).stream.synchronize();
+        }
+    }
+}
+
+impl Graph for GpuGraph {
+    fn launch(&self) -> Result<(), DeviceError> {
+        self.gpu.bind()?;
+        let state = self.gpu.lane(Lane::Compute);
+        self.named.check(&self.gpu.allocations())?;
+        // SAFETY: instantiated from a capture of this device, whose kernels, workspace and named memory are there;
+        // nobody else uses it while the lane is held.
+        unsafe { result::graph::launch(self.graph.cu_graph_exec(), state.stream.cu_stream()) }
+            .map_err(refused("launch a graph"))
+    }
+
+    fn num_nodes(&self) -> usize {
+        self.num_nodes
     }
 }
 
@@ -421,6 +631,7 @@ mod tests {
     use super::*;
     use crate::cuda::device::Buffer;
     use crate::cuda::ops::{self, Multiply};
+    use crate::cuda::{PeerMemory, Piece};
 
     #[test]
     fn a_gpu_that_is_not_there_is_a_sentence() {
@@ -453,6 +664,71 @@ mod tests {
             to.read(lane, 0, &mut back).unwrap();
             assert!(back[0] == bytes[0] && back[1..3] == [0, 0] && back[3..] == bytes[3..], "{lane:?}");
         }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn a_graph_does_again_what_was_recorded_with_what_is_there_then() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        let table = Buffer::of(&device, &[1f32, 2.0, 3.0, 4.0]).unwrap();
+        let (ids, out) = (Buffer::of(&device, &[1u32]).unwrap(), Buffer::of(&device, &[0f32; 2]).unwrap());
+        device.begin_capture().unwrap();
+        ops::embed(&table, ops::Dtype::F32, ops::Part::from(&ids), None, &out, 1, 2).unwrap();
+        let graph = device.clone().end_capture().unwrap();
+        for (id, wanted) in [(0u32, [1f32, 2.0]), (1, [3.0, 4.0])] {
+            ids.write(Lane::Compute, 0, &id.to_le_bytes()).unwrap();
+            graph.launch().unwrap();
+            let mut bytes = [0; 8];
+            out.read(Lane::Compute, 0, &mut bytes).unwrap();
+            assert_eq!(bytes, wanted.map(f32::to_le_bytes).as_flattened());
+        }
+        drop(ids);
+        assert!(graph.launch().unwrap_err().to_string().contains("was given back"));
+    }
+
+    const HANDLE: &str = "TANDEM_TEST_HANDLE";
+
+    fn some_bytes() -> Vec<u8> {
+        (0..3 << 20).map(|i: u32| (i % 253) as u8).collect()
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn exported_memory_is_copied_by_another_process() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        let bytes = some_bytes();
+        let buffer = Buffer::shared(&device, bytes.len()).unwrap();
+        buffer.write(Lane::Transfer, 0, &bytes).unwrap();
+        let handle: String = buffer.export().unwrap().iter().map(|byte| format!("{byte:02x}")).collect();
+        let other = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["cuda::driver::tests::opens_what_was_exported", "--exact", "--ignored", "--nocapture"])
+            .env(HANDLE, handle)
+            .status();
+        assert!(other.unwrap().success());
+    }
+
+    #[test]
+    #[ignore = "a part of another test, which runs it in a process of its own"]
+    fn opens_what_was_exported() {
+        let hex = std::env::var(HANDLE).expect("it is run by the other test");
+        let handle: Vec<u8> = hex
+            .as_bytes()
+            .chunks(2)
+            .map(|byte| u8::from_str_radix(std::str::from_utf8(byte).unwrap(), 16).unwrap())
+            .collect();
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        let bytes = some_bytes();
+        let peer = PeerMemory::open(&device, &handle, bytes.len()).unwrap();
+        let (own, scratch) =
+            (Buffer::new(&device, bytes.len()).unwrap(), Buffer::new(&device, ops::DIGEST_BYTES).unwrap());
+        let half = bytes.len() / 2;
+        let pieces = [(half, 0), (0, half)].map(|(from, to)| Piece { from, to, num_bytes: half });
+        peer.copy_to(&own, &pieces).unwrap();
+        let mut back = vec![0; bytes.len()];
+        own.read(Lane::Transfer, 0, &mut back).unwrap();
+        assert!(back == [&bytes[half..], &bytes[..half]].concat());
+        let digest = |pieces: &[(usize, usize)]| ops::digest(&own, pieces, &scratch).unwrap();
+        assert_eq!(digest(&[(0, half), (half, half)]), digest(&[(0, bytes.len())]));
     }
 
     #[test]

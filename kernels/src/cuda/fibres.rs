@@ -7,13 +7,16 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use libloading::{Library, Symbol};
 
-use super::device::{Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::device::{Args, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 
-type Alloc = unsafe extern "C" fn(usize) -> *mut c_void;
+type Alloc = unsafe extern "C" fn(usize, *mut c_int, *mut usize) -> *mut c_void;
 type Free = unsafe extern "C" fn(*mut c_void);
 type LaunchKernel =
     unsafe extern "C" fn(*const c_char, *const c_uint, c_uint, usize, usize, *const *const u8, *const usize) -> c_int;
@@ -28,16 +31,35 @@ pub struct FibreDevice {
     launch: LaunchKernel,
     memory_bytes: usize,
     shared_bytes_max: usize,
-    allocated: Mutex<Allocated>,
+    allocated: Mutex<Allocations>,
+    /// What threads are recording.
+    captures: Mutex<HashMap<ThreadId, Capture>>,
+    /// Files that shared memory is in, by address: descriptor, where the memory begins, its size.
+    files: Mutex<HashMap<u64, [u64; 3]>>,
+    /// Other processes' memory: where each mapping begins and its size, by the address that was given for it.
+    opened: Mutex<HashMap<u64, (usize, usize)>>,
     /// Where the functions are.
     _library: Library,
 }
 
-/// Memory that was given.
+/// What was recorded, with the parameters it had.
 #[derive(Default)]
-struct Allocated {
-    sizes: HashMap<u64, usize>,
-    num_bytes: usize,
+struct Capture {
+    nodes: Vec<Node>,
+    named: Named,
+}
+
+enum Node {
+    Launch { kernel: &'static str, grid: [u32; 3], threads: u32, shared_bytes: u32, args: Box<Args> },
+    Product(Product),
+    Copy { from: u64, to: u64, num_bytes: usize },
+    Zero { at: u64, num_bytes: usize },
+}
+
+/// Nodes that are done one after the other, each as if it were launched now.
+struct FibreGraph {
+    device: Arc<FibreDevice>,
+    capture: Capture,
 }
 
 impl FibreDevice {
@@ -65,11 +87,67 @@ impl FibreDevice {
             let launch: Symbol<'_, LaunchKernel> = library.get(b"fibres_launch").expect("device.cpp has it");
             (*alloc, *free, *launch)
         };
-        Self { alloc, free, launch, memory_bytes, shared_bytes_max, allocated: Mutex::default(), _library: library }
+        Self {
+            alloc,
+            free,
+            launch,
+            memory_bytes,
+            shared_bytes_max,
+            allocated: Mutex::default(),
+            captures: Mutex::default(),
+            files: Mutex::default(),
+            opened: Mutex::default(),
+            _library: library,
+        }
     }
 
-    fn allocated(&self) -> MutexGuard<'_, Allocated> {
+    fn allocated(&self) -> MutexGuard<'_, Allocations> {
         self.allocated.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn captures(&self) -> MutexGuard<'_, HashMap<ThreadId, Capture>> {
+        self.captures.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Memory of the device; `file` is filled with the descriptor of its file and where it begins there, if given.
+    fn give(&self, num_bytes: usize, file: Option<(&mut c_int, &mut usize)>) -> Result<u64, DeviceError> {
+        if self.is_recording() {
+            return Err(out_of_order("give memory", "this thread is recording a graph"));
+        }
+        let mut allocated = self.allocated();
+        let used = allocated.num_bytes();
+        if num_bytes > self.memory_bytes - used {
+            let reason = format!("it has {} in all, {used} in use", self.memory_bytes);
+            return Err(DeviceError::Refused { asked: format!("give {num_bytes} bytes of memory"), reason });
+        }
+        let (file, offset) = match file {
+            Some((file, offset)) => (std::ptr::from_mut(file), std::ptr::from_mut(offset)),
+            None => (std::ptr::null_mut(), std::ptr::null_mut()),
+        };
+        // SAFETY: any size is allowed; the two are null or exclusively borrowed.
+        let address = unsafe { (self.alloc)(num_bytes, file, offset) } as u64;
+        allocated.on_given(address, num_bytes);
+        Ok(address)
+    }
+
+    fn is_recording(&self) -> bool {
+        self.captures().contains_key(&std::thread::current().id())
+    }
+
+    /// Keeps a node that names `addresses` instead of doing it, if this thread is recording on this lane.
+    fn is_recorded(&self, lane: Lane, addresses: &[u64], node: impl FnOnce() -> Node) -> Result<bool, DeviceError> {
+        let mut captures = self.captures();
+        let Some(capture) = captures.get_mut(&std::thread::current().id()).filter(|_| lane == Lane::Compute) else {
+            return Ok(false);
+        };
+        let allocated = self.allocated();
+        addresses.iter().try_for_each(|address| capture.named.add(*address, &allocated))?;
+        capture.nodes.push(node());
+        Ok(true)
+    }
+
+    fn check_not_recording(&self, lane: Lane, what: &str) -> Result<(), DeviceError> {
+        if lane == Lane::Compute && self.is_recording() { Err(not_recordable(what)) } else { Ok(()) }
     }
 }
 
@@ -77,6 +155,15 @@ impl Default for FibreDevice {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// Four numbers; zeros for what is missing.
+fn fields(bytes: &[u8]) -> [u64; 4] {
+    let mut fields = [0; 4];
+    for (field, bytes) in fields.iter_mut().zip(bytes.as_chunks::<8>().0) {
+        *field = u64::from_le_bytes(*bytes);
+    }
+    fields
 }
 
 struct Done;
@@ -93,7 +180,7 @@ impl Device for FibreDevice {
     }
 
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
-        let free_bytes = self.memory_bytes - self.allocated().num_bytes;
+        let free_bytes = self.memory_bytes - self.allocated().num_bytes();
         Ok(MemoryInfo { free_bytes, total_bytes: self.memory_bytes })
     }
 
@@ -102,50 +189,107 @@ impl Device for FibreDevice {
     }
 
     fn alloc(&self, num_bytes: usize) -> Result<u64, DeviceError> {
-        let mut allocated = self.allocated();
-        if num_bytes > self.memory_bytes - allocated.num_bytes {
-            let reason = format!("it has {} in all, {} in use", self.memory_bytes, allocated.num_bytes);
-            return Err(DeviceError::Refused { asked: format!("give {num_bytes} bytes of memory"), reason });
-        }
-        // SAFETY: any size is allowed.
-        let address = unsafe { (self.alloc)(num_bytes) } as u64;
-        allocated.sizes.insert(address, num_bytes);
-        allocated.num_bytes += num_bytes;
+        self.give(num_bytes, None)
+    }
+
+    /// In a file in memory, which stands for what a GPU's driver lets other processes open.
+    fn alloc_shared(&self, num_bytes: usize) -> Result<u64, DeviceError> {
+        let (mut file, mut offset) = (-1, 0);
+        let address = self.give(num_bytes, Some((&mut file, &mut offset)))?;
+        let mut files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        files.insert(address, [file as u64, offset as u64, num_bytes as u64]);
         Ok(address)
+    }
+
+    /// Process, descriptor, where the memory begins in its file, and its size.
+    fn export(&self, address: u64) -> Result<Vec<u8>, DeviceError> {
+        let files = self.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some([file, offset, num_bytes]) = files.get(&address).copied() else {
+            return Err(out_of_order("export memory", "it was not made to be shared"));
+        };
+        Ok([u64::from(std::process::id()), file, offset, num_bytes].map(u64::to_le_bytes).concat())
+    }
+
+    fn open_export(&self, handle: &[u8], num_bytes: usize) -> Result<u64, DeviceError> {
+        let refused = |reason: String| DeviceError::Refused { asked: "open a peer's memory".to_string(), reason };
+        let ([process, file, offset, size], true) = (fields(handle), handle.len() == 32) else {
+            return Err(refused(format!("a handle of {} bytes", handle.len())));
+        };
+        if size != num_bytes as u64 {
+            return Err(refused(format!("it has {size} bytes, {num_bytes} were announced")));
+        }
+        let path = format!("/proc/{process}/fd/{file}");
+        let file = std::fs::File::open(&path).map_err(|error| refused(format!("{path}: {error}")))?;
+        let found = file.metadata().map_err(|error| refused(error.to_string()))?.len();
+        let end = offset.checked_add(size).filter(|end| *end <= found);
+        let Some(end) = end else { return Err(refused(format!("{path} has {found} bytes"))) };
+        // SAFETY: a fresh mapping at an address of the kernel's choice, of a file that has as many bytes.
+        let start = unsafe {
+            libc::mmap(std::ptr::null_mut(), end as usize, libc::PROT_READ, libc::MAP_SHARED, file.as_raw_fd(), 0)
+        };
+        if start == libc::MAP_FAILED {
+            return Err(refused(std::io::Error::last_os_error().to_string()));
+        }
+        let address = start as u64 + offset;
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        opened.insert(address, (start as usize, end as usize));
+        Ok(address)
+    }
+
+    unsafe fn close_export(&self, address: u64) {
+        let opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner).remove(&address);
+        if let Some((start, num_bytes)) = opened {
+            // SAFETY: mapped in `open_export`; by this function's contract nobody uses it any more.
+            unsafe { libc::munmap(start as *mut c_void, num_bytes) };
+        }
     }
 
     unsafe fn free(&self, address: u64) {
         let mut allocated = self.allocated();
-        allocated.num_bytes -= allocated.sizes.remove(&address).unwrap_or(0);
+        allocated.on_taken_back(address);
+        self.files.lock().unwrap_or_else(PoisonError::into_inner).remove(&address);
         // SAFETY: by this function's contract it came from `alloc`; nothing runs behind the caller's back.
         unsafe { (self.free)(address as *mut c_void) }
     }
 
-    unsafe fn copy_in(&self, _lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+    unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+        self.check_not_recording(lane, "a copy from the host")?;
         // SAFETY: by this function's contract `to` begins as many bytes of a buffer of its own.
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
         Ok(())
     }
 
-    unsafe fn copy_out(&self, _lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+    unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+        self.check_not_recording(lane, "a copy to the host")?;
         // SAFETY: by this function's contract `from` begins as many bytes of a buffer of its own.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
         Ok(())
     }
 
-    unsafe fn copy_within(&self, _lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
+    unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
+        if self.is_recorded(lane, &[from, to], || Node::Copy { from, to, num_bytes })? {
+            return Ok(());
+        }
         // SAFETY: by this function's contract both are within buffers and do not overlap.
         unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to as *mut u8, num_bytes) };
         Ok(())
     }
 
-    unsafe fn zero(&self, _lane: Lane, at: u64, num_bytes: usize) -> Result<(), DeviceError> {
+    unsafe fn copy_all_within(&self, lane: Lane, copies: &[(u64, u64, usize)]) -> Result<(), DeviceError> {
+        // SAFETY: by this function's contract.
+        copies.iter().try_for_each(|(from, to, num_bytes)| unsafe { self.copy_within(lane, *from, *to, *num_bytes) })
+    }
+
+    unsafe fn zero(&self, lane: Lane, at: u64, num_bytes: usize) -> Result<(), DeviceError> {
+        if self.is_recorded(lane, &[at], || Node::Zero { at, num_bytes })? {
+            return Ok(());
+        }
         // SAFETY: by this function's contract `at` begins as many bytes of a buffer.
         unsafe { std::ptr::write_bytes(at as *mut u8, 0, num_bytes) };
         Ok(())
     }
 
-    unsafe fn launch(&self, _lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
+    unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
         let refused = |reason: String| DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason };
         if launch.grid[1..].iter().any(|blocks| *blocks > GRID_YZ_MAX) {
             return Err(refused(format!("{:?} blocks, at most {GRID_YZ_MAX} along y and along z", launch.grid)));
@@ -153,6 +297,11 @@ impl Device for FibreDevice {
         if launch.shared_bytes as usize > self.shared_bytes_max {
             let (asked, most) = (launch.shared_bytes, self.shared_bytes_max);
             return Err(refused(format!("{asked} bytes of shared memory, of at most {most}")));
+        }
+        let Launch { kernel, grid, threads, shared_bytes, args } = *launch;
+        let node = || Node::Launch { kernel, grid, threads, shared_bytes, args: Box::new(args.clone()) };
+        if self.is_recorded(lane, &args.addresses().collect::<Vec<_>>(), node)? {
+            return Ok(());
         }
         let name = CString::new(launch.kernel).expect("names of kernels hold no zero");
         let (args, sizes): (Vec<*const u8>, Vec<usize>) = launch.args.values().unzip();
@@ -184,6 +333,9 @@ impl Device for FibreDevice {
 
     unsafe fn multiply(&self, product: &Product) -> Result<(), DeviceError> {
         let Product { x, w, bias, out, m, n, k, add } = *product;
+        if self.is_recorded(Lane::Compute, &[x, w, bias, out], || Node::Product(*product))? {
+            return Ok(());
+        }
         // SAFETY: by this function's contract the addresses begin matrices of these shapes, and nobody writes them.
         let (x, w) = unsafe {
             (std::slice::from_raw_parts(x as *const u16, m * k), std::slice::from_raw_parts(w as *const u16, n * k))
@@ -205,16 +357,58 @@ impl Device for FibreDevice {
     }
 
     fn record(&self) -> Result<Box<dyn Event>, DeviceError> {
+        self.check_not_recording(Lane::Compute, "an event")?;
         Ok(Box::new(Done))
+    }
+
+    fn begin_capture(&self) -> Result<(), DeviceError> {
+        match self.captures().insert(std::thread::current().id(), Capture::default()) {
+            None => Ok(()),
+            Some(_) => Err(out_of_order("begin a graph", "this thread is recording one already")),
+        }
+    }
+
+    fn end_capture(self: Arc<Self>) -> Result<Box<dyn Graph>, DeviceError> {
+        let capture = self.captures().remove(&std::thread::current().id());
+        let capture = capture.ok_or_else(|| out_of_order("end a graph", "this thread is recording none"))?;
+        Ok(Box::new(FibreGraph { device: self, capture }))
+    }
+}
+
+impl Graph for FibreGraph {
+    fn launch(&self) -> Result<(), DeviceError> {
+        self.capture.named.check(&self.device.allocated())?;
+        for node in &self.capture.nodes {
+            // SAFETY: whoever launched it vouched for the arguments; the memory they name is still the same, by the
+            // check above, and who uses it at this point of the lane is whoever launches the graph.
+            unsafe {
+                match node {
+                    Node::Launch { kernel, grid, threads, shared_bytes, args } => {
+                        let (grid, threads, shared_bytes) = (*grid, *threads, *shared_bytes);
+                        self.device
+                            .launch(Lane::Compute, &Launch { kernel, grid, threads, shared_bytes, args: args.as_ref() })
+                    }
+                    Node::Product(product) => self.device.multiply(product),
+                    Node::Copy { from, to, num_bytes } => {
+                        self.device.copy_within(Lane::Compute, *from, *to, *num_bytes)
+                    }
+                    Node::Zero { at, num_bytes } => self.device.zero(Lane::Compute, *at, *num_bytes),
+                }
+            }?;
+        }
+        Ok(())
+    }
+
+    fn num_nodes(&self) -> usize {
+        self.capture.nodes.len()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
     use super::*;
-    use crate::cuda::device::{Args, Buffer};
+    use crate::cuda::device::Buffer;
+    use crate::cuda::{PeerMemory, Piece, ops};
 
     fn refusal(kernel: &'static str, args: &Args) -> String {
         refusal_of(&Launch { kernel, grid: [1, 1, 1], threads: 256, shared_bytes: 0, args })
@@ -261,6 +455,91 @@ mod tests {
         assert!(said.ends_with("it has 1073741824 in all, 12 in use"), "{said}");
         drop(buffer);
         assert_eq!(device.memory().unwrap().free_bytes, 1 << 30);
+    }
+
+    fn rows(device: &Arc<dyn Device>, values: [f32; 4]) -> Buffer {
+        Buffer::of(device, &values).unwrap()
+    }
+
+    fn values(of: &Buffer) -> Vec<f32> {
+        let mut bytes = vec![0; of.num_bytes()];
+        of.read(Lane::Compute, 0, &mut bytes).unwrap();
+        bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
+    }
+
+    #[test]
+    fn a_graph_does_again_what_was_recorded_with_what_is_there_then() {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+        let (table, ids) = (rows(&device, [1.0, 2.0, 3.0, 4.0]), Buffer::of(&device, &[1u32]).unwrap());
+        let (out, copy) = (rows(&device, [0.0; 4]), rows(&device, [0.0; 4]));
+        device.begin_capture().unwrap();
+        ops::embed(&table, ops::Dtype::F32, ops::Part::from(&ids), None, &out, 1, 2).unwrap();
+        copy.copy_from(Lane::Compute, 4, &out, 0, 8).unwrap();
+        copy.zero(Lane::Compute, 12, 4).unwrap();
+        // Another thread is not recorded, nor is the other lane.
+        std::thread::scope(|scope| scope.spawn(|| table.write(Lane::Compute, 0, &[0; 4]).unwrap()).join().unwrap());
+        ids.write(Lane::Transfer, 0, &0u32.to_le_bytes()).unwrap();
+        let graph = device.clone().end_capture().unwrap();
+        assert_eq!((graph.num_nodes(), values(&out), values(&copy)), (3, vec![0.0; 4], vec![0.0; 4]));
+        graph.launch().unwrap();
+        assert_eq!((values(&out), values(&copy)), (vec![0.0, 2.0, 0.0, 0.0], vec![0.0, 0.0, 2.0, 0.0]));
+        ids.write(Lane::Compute, 0, &1u32.to_le_bytes()).unwrap();
+        graph.launch().unwrap();
+        assert_eq!(values(&copy), [0.0, 3.0, 4.0, 0.0]);
+        drop(ids);
+        let said = graph.launch().unwrap_err().to_string();
+        assert!(said.contains("cannot launch a graph") && said.contains("was given back"), "{said}");
+    }
+
+    #[test]
+    fn memory_of_another_process_is_opened_and_outlives_what_it_was_exported_from() {
+        let (one, other): (Arc<dyn Device>, Arc<dyn Device>) =
+            (Arc::new(FibreDevice::new()), Arc::new(FibreDevice::new()));
+        let buffer = Buffer::shared(&one, 5000).unwrap();
+        buffer.write(Lane::Transfer, 4990, &[1, 2, 3, 4]).unwrap();
+        let handle = buffer.export().unwrap();
+        let peer = PeerMemory::open(&other, &handle, 5000).unwrap();
+        drop(buffer);
+        let to = Buffer::new(&other, 8).unwrap();
+        to.zero(Lane::Transfer, 0, 8).unwrap();
+        let pieces = [(4992, 0, 2), (4990, 4, 3)].map(|(from, to, num_bytes)| Piece { from, to, num_bytes });
+        peer.copy_to(&to, &pieces).unwrap();
+        let mut bytes = [0; 8];
+        to.read(Lane::Transfer, 0, &mut bytes).unwrap();
+        assert_eq!(bytes, [3, 4, 0, 0, 1, 2, 3, 0]);
+        let mut byte = [0];
+        peer.read(4991, &mut byte).unwrap();
+        assert_eq!(byte, [2]);
+
+        let said = |handle: &[u8], size| PeerMemory::open(&other, handle, size).err().unwrap().to_string();
+        assert!(said(&handle, 5001).contains("it has 5000 bytes, 5001 were announced"), "{}", said(&handle, 5001));
+        assert!(said(&handle[1..], 5000).contains("a handle of 31 bytes"));
+        let gone = [u64::from(u32::MAX), 3, 0, 5000].map(u64::to_le_bytes).concat();
+        assert!(said(&gone, 5000).contains("/proc/4294967295/fd/3"));
+        let private = Buffer::new(&one, 8).unwrap();
+        assert!(private.export().unwrap_err().to_string().contains("it was not made to be shared"));
+    }
+
+    #[test]
+    fn what_depends_on_the_host_is_refused_while_a_graph_is_recorded() {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+        let buffer = rows(&device, [0.0; 4]);
+        let said = device.clone().end_capture().err().unwrap().to_string();
+        assert_eq!(said, "the device cannot end a graph: this thread is recording none");
+        device.begin_capture().unwrap();
+        let refused = [
+            buffer.write(Lane::Compute, 0, &[1]).unwrap_err(),
+            buffer.read(Lane::Compute, 0, &mut [1]).unwrap_err(),
+            device.record().err().unwrap(),
+            Buffer::new(&device, 1).unwrap_err(),
+        ];
+        assert_eq!(device.clone().end_capture().unwrap().num_nodes(), 0);
+        let said: Vec<String> = refused.iter().map(DeviceError::to_string).collect();
+        for (said, what) in
+            said.iter().zip(["record a copy from", "record a copy to", "record an event", "give memory"])
+        {
+            assert!(said.starts_with(&format!("the device cannot {what}")), "{said}");
+        }
     }
 
     #[test]

@@ -16,6 +16,8 @@ pub struct Embedded {
     pub entries: &'static [&'static str],
     cubin: &'static [u8],
     ptx: &'static str,
+    /// With all its headers, for [a compiler on the machine](super::nvrtc).
+    pub(super) source: &'static str,
 }
 
 include!(concat!(env!("OUT_DIR"), "/cuda_kernels.rs"));

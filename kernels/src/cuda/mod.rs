@@ -1,12 +1,15 @@
 //! CUDA devices and the kernels of `kernels/cuda` on them.
 //!
 //! - [`device`]: what a device can do, and memory on it.
-//! - [`ops`]: the kernels as functions.
-//! - `driver`, `blas`, `images` (feature `cuda`): GPUs through NVIDIA's driver. One program serves machines with and
+//! - [`ops`]: the kernels as functions; [`DeviceWeights`]: those for quantized weights.
+//! - [`PeerMemory`]: what processes of one host let each other read.
+//! - [`Graph`]: launches that are recorded once and done again as a whole.
+//! - `driver`, `blas`, `images`, `nvrtc` (feature `cuda`): GPUs through NVIDIA's driver. One program serves machines with and
 //!   without a GPU: the driver is looked for when it is asked for, and its absence is a sentence. Kernels are
 //!   embedded twice, as machine code for compute capability 9.0 and as PTX that the driver compiles for 8.0 and
 //!   later; a folder of cubins can replace them (`TANDEM_CUDA_KERNELS`), so that kernels can be rebuilt where there is
-//!   nvcc and no Rust.
+//!   nvcc and no Rust. Where the driver takes neither image (it is older than the compiler that made them), `nvrtc`
+//!   compiles the embedded sources, if NVIDIA's library for that is on the machine.
 //! - `fibres` (feature `fibres`): the host as a device, for tests of everything above a device.
 
 #[cfg(feature = "cuda")]
@@ -16,9 +19,15 @@ pub mod device;
 mod driver;
 #[cfg(feature = "fibres")]
 mod fibres;
+#[cfg_attr(not(any(feature = "cuda", feature = "fibres")), allow(dead_code, reason = "for the devices"))]
+mod graph;
 #[cfg(feature = "cuda")]
 mod images;
+#[cfg(feature = "cuda")]
+mod nvrtc;
 pub mod ops;
+mod quantized;
+mod shared;
 
 use std::sync::Arc;
 
@@ -27,8 +36,11 @@ pub use device::{Buffer, Device, DeviceError, Event, Lane, MemoryInfo};
 pub use driver::Gpu;
 #[cfg(feature = "fibres")]
 pub use fibres::FibreDevice;
+pub use graph::Graph;
 #[cfg(feature = "cuda")]
 pub use images::{EMBEDDED, Embedded, Image, ImageError, KERNELS_FOLDER_VARIABLE};
+pub use quantized::DeviceWeights;
+pub use shared::{PeerMemory, Piece};
 
 /// The GPU number `ordinal` of this machine, with all kernels on it.
 ///

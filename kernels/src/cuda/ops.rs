@@ -12,6 +12,9 @@ use crate::kv_layout::{KvDtype, KvLayout};
 /// Type of operands, of stored KV and of what attention takes and gives.
 pub type Dtype = KvDtype;
 
+/// Instead of a row or a slot: an entry that only pads a list to a length that was fixed before (`NOTHING` of
+/// device.cuh). [`rope_kv_write`] takes it as a slot, [`attention_plain`] and [`attention_decode`] as a row.
+pub const NOTHING: u32 = u32::MAX;
 /// Rows up to which [`skinny_matmul`] is made for.
 pub const SKINNY_ROWS_MAX: usize = 16;
 /// Positions after which decode attention splits.
@@ -32,7 +35,7 @@ impl<'a> Part<'a> {
         Self { buffer, offset }
     }
 
-    fn at(&self, num_bytes: usize) -> u64 {
+    pub(super) fn at(&self, num_bytes: usize) -> u64 {
         self.buffer.at(self.offset, num_bytes)
     }
 }
@@ -95,7 +98,7 @@ fn named(dtype: Dtype, f32: &'static str, bf16: &'static str) -> &'static str {
     }
 }
 
-fn launch(
+pub(super) fn launch(
     on: &Buffer,
     lane: Lane,
     kernel: &'static str,
@@ -235,17 +238,28 @@ pub fn attention_plain(
     block_tables: Part<'_>,
     out: &Buffer,
 ) -> Result<(), DeviceError> {
-    let dtype = pool.layout.dtype;
-    let args = Args::default()
+    let args = attention_args(pool, shape, q, rows.at(num_rows * 12), block_tables, out);
+    let kernel = named(pool.layout.dtype, "attention_plain_f32", "attention_plain_bf16");
+    launch(q, Lane::Compute, kernel, [num_rows, shape.num_heads, 1], 128, 0, &args)
+}
+
+/// Of a kernel that attends to what `list` names, without sinks.
+fn attention_args(
+    pool: Pool<'_>,
+    shape: &AttentionShape,
+    q: &Buffer,
+    list: u64,
+    block_tables: Part<'_>,
+    out: &Buffer,
+) -> Args {
+    Args::default()
         .fields(pool.job(shape))
         .address(q.at(0, all_rows_bytes(pool, shape)))
         .address(pool.address())
-        .address(rows.at(num_rows * 12))
+        .address(list)
         .address(block_tables.at(4))
         .address(0)
-        .address(out.at(0, all_rows_bytes(pool, shape)));
-    let kernel = named(dtype, "attention_plain_f32", "attention_plain_bf16");
-    launch(q, Lane::Compute, kernel, [num_rows, shape.num_heads, 1], 128, 0, &args)
+        .address(out.at(0, all_rows_bytes(pool, shape)))
 }
 
 /// Of the queries of a step, and of what comes out.
@@ -311,14 +325,7 @@ pub fn attention_prefill(
         128 => "attention_prefill_128",
         _ => panic!("prefill attention on tensor cores has no kernel for heads of {dim}"),
     };
-    let args = Args::default()
-        .fields(pool.job(shape))
-        .address(q.at(0, all_rows_bytes(pool, shape)))
-        .address(pool.address())
-        .address(tiles.at(num_tiles * 16))
-        .address(block_tables.at(4))
-        .address(0)
-        .address(out.at(0, all_rows_bytes(pool, shape)));
+    let args = attention_args(pool, shape, q, tiles.at(num_tiles * 16), block_tables, out);
     launch(q, Lane::Compute, kernel, [num_tiles, shape.num_heads, 1], 128, prefill_shared(dim), &args)
 }
 
@@ -515,6 +522,40 @@ pub fn sample(
         .address(out.at(0, num_samples * 4))
         .address(logprobs.map_or(0, |logprobs| logprobs.at(0, num_samples * 4)));
     launch(logits, Lane::Compute, "sample", [num_samples, 1, 1], 512, 0, &args)
+}
+
+/// Pieces that [`digest`] takes at most.
+pub const DIGEST_PIECES_MAX: usize = 1024;
+/// Memory that [`digest`] needs for itself.
+pub const DIGEST_BYTES: usize = 16 + DIGEST_PIECES_MAX * 16;
+
+/// XXH3 of 128 bits of pieces of `buffer` (offset, bytes), one behind the other; on [`Lane::Transfer`]. Each piece is of
+/// a multiple of 64 bytes at a multiple of 8, all together are at least 256. `scratch` is [`DIGEST_BYTES`] that nobody
+/// else uses.
+///
+/// # Errors
+/// What the device says.
+pub fn digest(buffer: &Buffer, pieces: &[(usize, usize)], scratch: &Buffer) -> Result<u128, DeviceError> {
+    assert!(pieces.len() <= DIGEST_PIECES_MAX, "{} pieces, at most {DIGEST_PIECES_MAX}", pieces.len());
+    let (mut words, mut end) = (Vec::with_capacity(pieces.len() * 16), 0);
+    for &(offset, num_bytes) in pieces {
+        assert!(num_bytes.is_multiple_of(64) && offset.is_multiple_of(8), "a piece of {num_bytes} bytes at {offset}");
+        buffer.at(offset, num_bytes);
+        end += num_bytes as u64;
+        words.extend((offset as u64).to_le_bytes());
+        words.extend(end.to_le_bytes());
+    }
+    assert!(end >= 256, "the digest of {end} bytes: expected 256 at least");
+    scratch.write(Lane::Transfer, 16, &words)?;
+    let args = Args::default()
+        .address(buffer.at(0, buffer.num_bytes()))
+        .address(scratch.at(16, words.len()))
+        .u64(end)
+        .address(scratch.at(0, 16));
+    launch(buffer, Lane::Transfer, "digest_pieces", [1, 1, 1], 256, 0, &args)?;
+    let mut halves = [0; 16];
+    scratch.read(Lane::Transfer, 0, &mut halves)?;
+    Ok(u128::from_le_bytes(halves))
 }
 
 /// Copies blocks in all layers; done when the call returns, as with bytes of the pool that are read or written.

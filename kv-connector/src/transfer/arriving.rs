@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use common::content::GRANULE_TOKENS;
+use common::ids::BlockId;
+use common::kv_memory::KvMemory;
 use common::wire::{ExtentHasher, ExtentHeader};
 
 use crate::accounting::{Held, Kind, Ledger};
@@ -25,6 +27,8 @@ pub struct Arriving {
     /// Where the sender's granules are not as they are here.
     converting: Option<Converting>,
     num_bytes: usize,
+    /// Of what a device has copied into its blocks, made there.
+    hashed: Option<u128>,
     is_verified: bool,
     _held: Held,
 }
@@ -54,6 +58,7 @@ impl Arriving {
             hasher,
             converting,
             num_bytes: 0,
+            hashed: None,
             is_verified: false,
             _held: held,
         })
@@ -101,6 +106,31 @@ impl Arriving {
             plan.memory.fill_at(layer, &plan.blocks, first_granule, self.num_bytes, num_bytes, &mut fill);
         })?;
         self.num_bytes = end;
+        Ok(())
+    }
+
+    /// Whether its blocks are `memory`'s, which keeps granules as they come.
+    pub(super) fn lands_in(&self, memory: &Arc<dyn KvMemory>) -> bool {
+        self.converting.is_none() && std::ptr::addr_eq(Arc::as_ptr(memory), Arc::as_ptr(&self.state.plan.memory))
+    }
+
+    /// Lets `copy` put all bytes into the blocks (layer, block table, first granule), behind the host's back; then they
+    /// are hashed where they lie.
+    ///
+    /// # Errors
+    /// [`RefusedExtent::Closed`]; what `copy` says; [`RefusedExtent::Unreadable`] if the memory makes no such hash.
+    pub(super) fn fill_on_device(
+        &mut self,
+        copy: impl FnOnce(u32, &[BlockId], usize) -> Result<(), RefusedExtent>,
+    ) -> Result<(), RefusedExtent> {
+        let plan = &self.state.plan;
+        let (layer, first_granule) = self.first_granule();
+        self.hashed = self.state.while_open(|| {
+            copy(layer, &plan.blocks, first_granule)?;
+            let hashed = plan.memory.hash_granules(layer, &plan.blocks, first_granule, self.granules.len());
+            hashed.map(Some).ok_or(RefusedExtent::Unreadable)
+        })??;
+        self.num_bytes = self.header.num_payload_bytes as usize;
         Ok(())
     }
 
@@ -165,7 +195,8 @@ impl Arriving {
         if self.num_bytes < num_payload_bytes {
             return Err(RefusedExtent::Truncated);
         }
-        if self.hasher.digest() != self.header.digest {
+        let digest = self.hashed.map_or_else(|| self.hasher.digest(), |hashed| self.hasher.digest_of_hashed(hashed));
+        if digest != self.header.digest {
             return Err(RefusedExtent::Corrupted);
         }
         let state = self.state.clone();

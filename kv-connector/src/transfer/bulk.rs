@@ -18,6 +18,7 @@ use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
+use crate::transfer::cuda_ipc;
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
@@ -68,6 +69,8 @@ pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
     /// The memory that peers may read KV in.
     shared_memory: Option<Arc<dyn KvMemory>>,
+    /// The memory that peers may have their devices copy KV out of.
+    device_memory: Option<Arc<dyn KvMemory>>,
     senders: DashMap<(NodeId, Epoch), Entry>,
 }
 
@@ -80,12 +83,16 @@ struct Entry {
 
 impl BulkSenders {
     pub(crate) fn new(layer: Option<TransportLayer>, shared_memory: Option<Arc<dyn KvMemory>>) -> Self {
-        Self { layer, shared_memory, senders: DashMap::new() }
+        Self { layer, shared_memory, device_memory: None, senders: DashMap::new() }
+    }
+
+    pub(crate) fn with_device_memory(self, device_memory: Option<Arc<dyn KvMemory>>) -> Self {
+        Self { device_memory, ..self }
     }
 
     /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
     pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
-        self.sender(PeerTransport::new(connection, ledger, None))
+        self.sender(PeerTransport::new(connection, ledger, None, None))
     }
 
     /// Through what the tests have put around it.
@@ -106,7 +113,8 @@ impl BulkSenders {
     ) -> Arc<PeerTransport> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
+        let (shared, on_device) = (self.shared_memory.clone(), self.device_memory.clone());
+        let transport = PeerTransport::new(connection, ledger, shared, on_device);
         let sender = self.sender(transport.clone());
         let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
         self.senders.insert((peer.node.clone(), peer.epoch), entry);
@@ -135,12 +143,24 @@ pub(crate) struct PeerTransport {
     quic: QuicTransport,
     shared_memory: Option<Arc<dyn KvMemory>>,
     outbox: OnceLock<Arc<Outbox>>,
+    cuda_ipc: cuda_ipc::Sending,
 }
 
 impl PeerTransport {
-    fn new(connection: &Connection, ledger: &Arc<Ledger>, shared_memory: Option<Arc<dyn KvMemory>>) -> Arc<Self> {
+    fn new(
+        connection: &Connection,
+        ledger: &Arc<Ledger>,
+        shared_memory: Option<Arc<dyn KvMemory>>,
+        device_memory: Option<Arc<dyn KvMemory>>,
+    ) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new() })
+        let cuda_ipc = cuda_ipc::Sending::new(device_memory);
+        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), cuda_ipc })
+    }
+
+    /// The sender's part of `cuda-ipc`.
+    pub(crate) fn cuda_ipc(&self) -> &cuda_ipc::Sending {
+        &self.cuda_ipc
     }
 
     /// The receiver has mapped the pool, and hears over `stream` where extents lie in it. Happens once: a token works
@@ -165,12 +185,18 @@ impl PeerTransport {
 
 impl Transport for PeerTransport {
     fn name(&self) -> &'static str {
+        if self.cuda_ipc.is_attached() {
+            return Carrier::CudaIpc.as_str();
+        }
         let carrier = if self.outbox.get().is_some() { Carrier::Shm } else { Carrier::Quic };
         carrier.as_str()
     }
 
     fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         Box::pin(async move {
+            if let Some(runs) = self.cuda_ipc.runs(&payload) {
+                return cuda_ipc::send(&self.quic.connection, &self.quic.ledger, header, &runs, end).await;
+            }
             match self.shared_runs(&payload) {
                 Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,
                 // What is given up behind its places is what was given up behind some of its bytes.
@@ -184,7 +210,7 @@ impl Transport for PeerTransport {
     }
 
     fn datagram_bytes(&self) -> Option<u16> {
-        self.outbox.get().is_none().then(|| self.quic.connection.stats().path.current_mtu)
+        (self.name() == Carrier::Quic.as_str()).then(|| self.quic.connection.stats().path.current_mtu)
     }
 }
 
@@ -244,7 +270,13 @@ impl BulkReceiver {
         Self { connection, sender, carrier }
     }
 
-    /// Name of the transport that KV comes over: `quic` or `shm`.
+    /// KV comes over `cuda-ipc` too, and by preference.
+    pub(crate) fn with_cuda_ipc(mut self) -> Self {
+        self.carrier = Carrier::CudaIpc;
+        self
+    }
+
+    /// Name of the transport that KV comes over: `quic`, `shm` or `cuda-ipc`.
     pub fn transport_name(&self) -> &'static str {
         self.carrier.as_str()
     }

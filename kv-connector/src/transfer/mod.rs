@@ -20,10 +20,10 @@
 //! different order or type does it convert on the way (`converting`), by what the two hellos said.
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
-//! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is. `cuda-ipc` and
-//! `nixl` would fit in the same way: registrations exchanged at the hello and valid for one connection, and
-//! only the owner of the destination moves bytes. Where a stop could not be proven, blocks would have to stay
-//! quarantined until the endpoint is torn down; why `shm` needs none is said in its module.
+//! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is, `cuda-ipc` lets its device do
+//! so where both pools are in devices' memory. `nixl` would fit in the same way: registrations exchanged at the hello
+//! and valid for one connection, and only the owner of the destination moves bytes. Where a stop could not be proven,
+//! blocks would have to stay quarantined until the endpoint is torn down; why these need none is said in their modules.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -38,6 +38,7 @@ mod arriving;
 pub(crate) mod bulk;
 mod converting;
 mod coverage;
+pub(crate) mod cuda_ipc;
 mod faulty;
 mod landing;
 mod payload;
@@ -86,7 +87,7 @@ pub type SendFuture<'a> = Pin<Box<dyn Future<Output = Result<(), SendExtentError
 /// or is refused, or never arrives; extents do not wait for each other's losses; dropping the future
 /// gives the extent up.
 pub trait Transport: Send + Sync {
-    /// Name in logs and metrics: `quic`, `shm`.
+    /// Name in logs and metrics: `quic`, `shm`, `cuda-ipc`.
     fn name(&self) -> &'static str;
 
     /// Sends one extent. Resolves when nobody needs the payload any more: the transport has copied all of it,

@@ -152,13 +152,17 @@ impl PoolExtent {
     /// Where the bytes lie, neighbours joined; `None` beyond `num_runs_max`.
     pub(super) fn runs(&self, num_runs_max: usize) -> Option<Vec<PoolRun>> {
         let mut runs: Vec<PoolRun> = Vec::new();
-        self.visit(|offset, bytes| {
-            let num_bytes = bytes.len() as u32;
+        let mut left = self.num_bytes;
+        let mut place = |offset: u64, num_bytes: usize| {
+            let num_bytes = num_bytes.min(left);
+            left -= num_bytes;
             match runs.last_mut().filter(|last| last.end() == offset) {
-                Some(last) => last.num_bytes += num_bytes,
-                None => runs.push(PoolRun { offset, num_bytes }),
+                Some(last) => last.num_bytes += num_bytes as u32,
+                None if num_bytes > 0 => runs.push(PoolRun { offset, num_bytes: num_bytes as u32 }),
+                None => {}
             }
-        });
+        };
+        self.memory.visit_places(self.layer, &self.blocks, self.first_granule, self.num_granules, &mut place);
         (runs.len() <= num_runs_max).then_some(runs)
     }
 }

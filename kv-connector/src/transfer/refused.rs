@@ -48,6 +48,9 @@ pub enum RefusedExtent {
     /// Its list of places in shared memory cannot be its payload.
     #[error("it names places in shared memory that cannot be its bytes")]
     BadRuns,
+    /// Its bytes cannot be copied out of its sender's device memory.
+    #[error("its bytes cannot be copied out of its sender's device memory")]
+    Unreadable,
 }
 
 impl RefusedExtent {
@@ -69,6 +72,7 @@ impl RefusedExtent {
             RefusedExtent::ConnectionLost => "connection_lost",
             RefusedExtent::Closed => "closed",
             RefusedExtent::BadRuns => "bad_runs",
+            RefusedExtent::Unreadable => "unreadable",
         }
     }
 

@@ -75,7 +75,7 @@ impl ExtentSource {
         (group, &self.kv_spec.groups[group].planes)
     }
 
-    /// Makes an extent's header; its bytes are hashed where they lie and stay there. `tokens` are the
+    /// Makes an extent's header; its bytes are hashed where they lie (by a device, if that is where) and stay there. `tokens` are the
     /// sequence's, at least up to the extent's end.
     pub fn seal(&self, tokens: &[Token], extent: ExtentId) -> (ExtentHeader, Payload) {
         let num_granules = (extent.num_tokens as usize).div_ceil(GRANULE_TOKENS);
@@ -91,12 +91,15 @@ impl ExtentSource {
         let content = self.chain.digest_of_prefix(tokens, end);
         let ExtentRequest { epoch, request, attempt, generation } = self.request;
         let mut hasher = ExtentHasher::new(&ExtentBinding { request, attempt, generation, extent, content });
-        payload.visit(|_, bytes| {
-            for piece in bytes.chunks(ahead::PIECE_BYTES) {
-                ahead::to_read(piece.as_ptr_range().end);
-                hasher.update(piece);
-            }
-        });
+        let hashed = self.memory.hash_granules(payload.layer, &payload.blocks, payload.first_granule, num_granules);
+        if hashed.is_none() {
+            payload.visit(|_, bytes| {
+                for piece in bytes.chunks(ahead::PIECE_BYTES) {
+                    ahead::to_read(piece.as_ptr_range().end);
+                    hasher.update(piece);
+                }
+            });
+        }
         let header = ExtentHeader {
             epoch,
             request,
@@ -104,7 +107,7 @@ impl ExtentSource {
             generation,
             extent,
             num_payload_bytes: payload.num_bytes as u32,
-            digest: hasher.digest(),
+            digest: hashed.map_or_else(|| hasher.digest(), |hashed| hasher.digest_of_hashed(hashed)),
         };
         (header, Payload::Pool(payload))
     }

@@ -1,6 +1,7 @@
 //! What the connector's tests share: a cluster on loopback, a pool in plain memory, extents of it.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+pub mod device;
 pub mod file_pool;
 pub mod raw;
 pub mod relay;

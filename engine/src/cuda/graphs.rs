@@ -1,0 +1,104 @@
+//! Graphs of decode steps: what lies between the tokens of a step and its logits, recorded once per bucket and
+//! launched as a whole from then on.
+//!
+//! ```text
+//! a step       arrays to the device | embed | layers ... logits | sample
+//! every time   a copy                 launch  one graph           launches
+//! ```
+//!
+//! What differs from step to step is outside or in memory: which tokens the step before drew (`embed`), what requests
+//! ask for (`sample`), and the arrays, which are copied to the same place every time. A bucket's first step is launched
+//! directly, so that all memory has its size and the library its plans; its second is recorded. When memory of steps
+//! moves, everything recorded is forgotten; the device would refuse it.
+
+use kernels::cuda::{DeviceError, Graph};
+
+use super::step::{Bucket, StepArrays};
+
+/// Graphs that are kept: 20 numbers of rows, each with some numbers of units. A graph takes some 100 KB on a device for
+/// every 100 of its launches.
+const GRAPHS_MAX: usize = 64;
+
+/// How decode steps went to the device.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct GraphCounts {
+    /// Launch by launch, as the first of their bucket.
+    pub num_direct: u64,
+    /// Recorded, then launched.
+    pub num_recorded: u64,
+    /// Launched from what was recorded before.
+    pub num_replayed: u64,
+}
+
+/// What was met, the latest last.
+#[derive(Default)]
+pub(super) struct DecodeGraphs {
+    met: Vec<Met>,
+    counts: GraphCounts,
+}
+
+/// A bucket that had a step, and its graph from the second step on.
+struct Met {
+    bucket: Bucket,
+    arrays: StepArrays,
+    /// Moves of memory when it was met.
+    num_moves: u64,
+    graph: Option<Box<dyn Graph>>,
+}
+
+/// How a step's middle part comes to the device.
+pub(super) enum Way<'a> {
+    /// By launching it.
+    Direct,
+    /// By recording it, and then launching the graph.
+    Record,
+    /// By this.
+    Replay(&'a dyn Graph),
+}
+
+impl DecodeGraphs {
+    pub(super) fn counts(&self) -> GraphCounts {
+        self.counts
+    }
+
+    /// For a step whose arrays lie like this, when memory has moved so often.
+    pub(super) fn way(&mut self, bucket: Bucket, arrays: &StepArrays, num_moves: u64) -> Way<'_> {
+        self.met.retain(|met| met.num_moves == num_moves);
+        let met = self.met.iter().position(|met| met.bucket == bucket && met.arrays.is_laid_out_as(arrays));
+        let Some(index) = met else {
+            self.counts.num_direct += 1;
+            return Way::Direct;
+        };
+        let met = self.met.remove(index);
+        self.met.push(met);
+        let met = self.met.last().expect("just pushed");
+        match &met.graph {
+            Some(graph) => {
+                self.counts.num_replayed += 1;
+                Way::Replay(graph.as_ref())
+            }
+            None => {
+                self.counts.num_recorded += 1;
+                Way::Record
+            }
+        }
+    }
+
+    /// A step of this bucket was launched directly; memory has moved so often behind it.
+    pub(super) fn on_direct(&mut self, bucket: Bucket, arrays: StepArrays, num_moves: u64) {
+        if self.met.len() == GRAPHS_MAX {
+            self.met.remove(0);
+        }
+        self.met.push(Met { bucket, arrays, num_moves, graph: None });
+    }
+
+    /// Keeps what was recorded for the step that was last asked about, and launches it.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub(super) fn on_recorded(&mut self, graph: Box<dyn Graph>) -> Result<(), DeviceError> {
+        let met = self.met.last_mut().expect("a step is recorded when its bucket was met");
+        tracing::debug!(bucket = ?met.bucket, num_nodes = graph.num_nodes(), "recorded a graph of decode steps");
+        met.graph.insert(graph).launch()
+    }
+}

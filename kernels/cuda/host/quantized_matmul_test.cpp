@@ -1,0 +1,29 @@
+#include "../quantized_matmul.cu"
+#include "quantized_case.h"
+
+template <u32 BITS, typename Kernel>
+static void multiplied(fibres::Order order, Kernel kernel, u32 m, u32 n, u32 k, bool has_bias, bool add) {
+    const QuantizedCase<BITS> c(n, k);
+    auto x = random_values<bf16>(size_t(m) * k);
+    auto bias = random_values<float>(n), before = random_values<float>(size_t(m) * n);
+    Device<float> out(size_t(m) * n);
+    for (size_t i = 0; i < out.size(); ++i) out[i] = before[i];
+    LAUNCH(order, dim3((n + 15) / 16, (m + 15) / 16), 256, 0, kernel, x.get(), c.codes.get(), c.scales.get(),
+           has_bias ? bias.get() : nullptr, out.get(), m, n, k, u32(add));
+    for (u32 row = 0; row < m; ++row)
+        for (u32 column = 0; column < n; ++column) {
+            double want = (has_bias ? bias[column] : 0.0) + (add ? before[size_t(row) * n + column] : 0.0);
+            for (u32 i = 0; i < k; ++i)
+                want += double(value_of(x[size_t(row) * k + i])) * value_of(c.weight(column, i));
+            expect_close(out[size_t(row) * n + column], want, 2e-4, "out", size_t(row) * n + column);
+        }
+}
+
+TEST(products_are_those_of_the_weights_that_codes_stand_for) {
+    multiplied<8>(order, quantized_matmul_8, 1, 16, 32, false, false);
+    multiplied<8>(order, quantized_matmul_8, 5, 19, 320, true, false);
+    multiplied<8>(order, quantized_matmul_8, 18, 7, 96, false, true);
+    multiplied<4>(order, quantized_matmul_4, 1, 16, 32, false, false);
+    multiplied<4>(order, quantized_matmul_4, 5, 19, 320, true, true);
+    multiplied<4>(order, quantized_matmul_4, 18, 7, 96, false, false);
+}

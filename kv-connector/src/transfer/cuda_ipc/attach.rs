@@ -1,0 +1,148 @@
+//! How a receiver comes to read its sender's pool: both ends' part.
+
+use std::io;
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use common::device_pool::{DevicePool, ExportedPool, HANDLE_BYTES_MAX, PeerPool};
+use quinn::{Connection, RecvStream, SendStream};
+
+/// Asked first: who asks, and in which words.
+const ASK: [u8; 4] = *b"TKCI";
+/// Said by the receiver when it has opened the pool, and answered by the sender when it knows.
+const ATTACHED: u8 = 1;
+/// A sentence on the wire.
+const SENTENCE_BYTES_MAX: usize = 512;
+
+/// A pool that cannot be read here, which is no fault: KV comes over another transport.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum AttachError {
+    #[error("{0}")]
+    Refused(String),
+    #[error("the device cannot open the peer's pool: {0}")]
+    Unopened(String),
+    #[error("the peer did not answer within {0:?}")]
+    Silent(Duration),
+    #[error("the peer did not answer as this version does ({0})")]
+    Broken(String),
+}
+
+/// A node's pool, exported when the first asks for it.
+pub(crate) struct Exporter {
+    pool: Arc<dyn DevicePool>,
+    exported: OnceLock<Result<ExportedPool, String>>,
+}
+
+impl Exporter {
+    pub(crate) fn new(pool: Arc<dyn DevicePool>) -> Self {
+        Self { pool, exported: OnceLock::new() }
+    }
+
+    fn exported(&self) -> Result<&ExportedPool, &String> {
+        self.exported
+            .get_or_init(|| {
+                let exported = self.pool.export()?;
+                if exported.handle.len() > HANDLE_BYTES_MAX {
+                    return Err(format!("a handle of {} bytes cannot be sent", exported.handle.len()));
+                }
+                Ok(exported)
+            })
+            .as_ref()
+    }
+}
+
+/// Names the running kernel: containers of one host have the same.
+fn this_host() -> io::Result<[u8; 16]> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let id = u128::from_str_radix(&digits, 16).map_err(io::Error::other)?;
+    Ok(id.to_be_bytes())
+}
+
+/// The receiver's part: asks for the peer's pool and opens it for copies into `pool`.
+pub(crate) async fn attach(
+    connection: &Connection,
+    pool: &Arc<dyn DevicePool>,
+    deadline: Duration,
+) -> Result<Arc<dyn PeerPool>, AttachError> {
+    let asked = tokio::time::timeout(deadline, ask(connection, pool));
+    asked.await.unwrap_or(Err(AttachError::Silent(deadline)))
+}
+
+async fn ask(connection: &Connection, pool: &Arc<dyn DevicePool>) -> Result<Arc<dyn PeerPool>, AttachError> {
+    let broken = |error: &dyn std::fmt::Display| AttachError::Broken(error.to_string());
+    let (mut sender, mut receiver) = connection.open_bi().await.map_err(|error| broken(&error))?;
+    let host = this_host().map_err(|error| AttachError::Refused(format!("this host has no name: {error}")))?;
+    sender.write_all(&[&ASK[..], &host].concat()).await.map_err(|error| broken(&error))?;
+    let mut head = [0; 11];
+    receiver.read_exact(&mut head).await.map_err(|error| broken(&error))?;
+    let [is_exported, size @ .., low, high] = head;
+    let mut rest = vec![0; usize::from(u16::from_le_bytes([low, high]))];
+    if rest.len() > SENTENCE_BYTES_MAX {
+        return Err(broken(&format!("an answer of {} bytes", rest.len())));
+    }
+    receiver.read_exact(&mut rest).await.map_err(|error| broken(&error))?;
+    if is_exported == 0 {
+        return Err(AttachError::Refused(String::from_utf8_lossy(&rest).into_owned()));
+    }
+    let exported = ExportedPool { handle: rest, num_bytes: u64::from_le_bytes(size) };
+    let pool = pool.clone();
+    // The driver may take its time.
+    let opened = tokio::task::spawn_blocking(move || pool.open_peer(&exported)).await;
+    let opened = opened.map_err(|error| broken(&error))?.map_err(AttachError::Unopened)?;
+    // Once the sender may have heard this, it may send places instead of bytes: whatever becomes of the answer, which
+    // only says that the first extent already comes this way, the pool stays open.
+    if sender.write_all(&[ATTACHED]).await.is_ok() && receiver.read_exact(&mut [0]).await.is_err() {
+        tracing::debug!("the peer did not say that it knows of the open pool");
+    }
+    Ok(opened)
+}
+
+/// The sender's part: answers whoever is at the other end of a bulk connection, until that ends.
+pub(crate) async fn serve(
+    connection: Connection,
+    exporter: Option<Arc<Exporter>>,
+    on_attached: impl Fn() + Send,
+    deadline: Duration,
+) {
+    while let Ok((sender, receiver)) = connection.accept_bi().await {
+        let answered = answer(sender, receiver, exporter.as_deref(), &on_attached);
+        match tokio::time::timeout(deadline, answered).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(%error, "whoever asked for the device's pool went away"),
+            Err(_) => tracing::debug!("whoever asked for the device's pool fell silent"),
+        }
+    }
+}
+
+async fn answer(
+    mut sender: SendStream,
+    mut receiver: RecvStream,
+    exporter: Option<&Exporter>,
+    on_attached: &(impl Fn() + Send),
+) -> io::Result<()> {
+    let mut asked = [0; 20];
+    receiver.read_exact(&mut asked).await.map_err(io::Error::other)?;
+    let exported = match exporter {
+        _ if asked[..4] != ASK => Err("it asks in words that this version does not know".to_string()),
+        None => Err("the peer's KV is not in a device's memory, or its --kv-transports has no cuda-ipc".to_string()),
+        Some(_) if asked[4..] != this_host()? => Err("the peer is on another host".to_string()),
+        Some(exporter) => exporter.exported().map_err(|reason| format!("the peer cannot export its pool: {reason}")),
+    };
+    let answer = match &exported {
+        Ok(ExportedPool { handle, num_bytes }) => framed(1, *num_bytes, handle),
+        Err(reason) => framed(0, 0, &reason.as_bytes()[..reason.len().min(SENTENCE_BYTES_MAX)]),
+    };
+    sender.write_all(&answer).await?;
+    let mut attached = [0];
+    if exported.is_ok() && receiver.read_exact(&mut attached).await.is_ok() && attached == [ATTACHED] {
+        on_attached();
+        sender.write_all(&[ATTACHED]).await?;
+    }
+    Ok(())
+}
+
+fn framed(is_exported: u8, num_bytes: u64, rest: &[u8]) -> Vec<u8> {
+    let len = u16::try_from(rest.len()).expect("handles and sentences are short");
+    [&[is_exported][..], &num_bytes.to_le_bytes(), &len.to_le_bytes(), rest].concat()
+}

@@ -1,0 +1,246 @@
+//! KV that a device copies out of another process's pool: who may, what is refused, and what is left when the other
+//! process is gone. A file in memory stands for what a driver lets other processes open.
+#![allow(clippy::unwrap_used)]
+
+mod support;
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use common::ids::{Epoch, Role};
+use kv_connector::transfer::{
+    BulkReceiver, BulkSender, ExtentSource, LandingEvent, LandingPlan, LandingZone, RefusedExtent,
+};
+use kv_connector::{ClusterCa, Fabric, Link};
+use support::device::OnDevice;
+use support::file_pool::{FilePool, scattered};
+use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, node, soon};
+
+const NUM_BLOCKS: usize = 64;
+
+/// A prefill node and a decode node whose pools are on devices, if so.
+struct Pair {
+    prefill: Fabric,
+    decode: Fabric,
+    zone: LandingZone,
+    bulk: BulkReceiver,
+    sender: BulkSender,
+    link: Link,
+    pool: Arc<FilePool>,
+    exported: Arc<OnDevice>,
+    memory: Arc<TestMemory>,
+    own: Arc<OnDevice>,
+}
+
+impl Pair {
+    async fn new(is_sender_on_device: bool, is_receiver_on_device: bool) -> Self {
+        let (cluster, pool, memory) = (Cluster::new(), FilePool::new(NUM_BLOCKS), TestMemory::new(NUM_BLOCKS));
+        let (exported, own) = (OnDevice::exported(&pool), OnDevice::new(&memory));
+        let mut config = cluster.config("p0", Role::PrefillNode);
+        config.device_pool = is_sender_on_device.then(|| exported.clone() as _);
+        let prefill = Fabric::bind(config).unwrap();
+        let mut config = cluster.config("d0", Role::DecodeNode);
+        config.device_pool = is_receiver_on_device.then(|| own.clone() as _);
+        let decode = Fabric::bind(config).unwrap();
+        let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
+        let zone = decode.landing_zone();
+        let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+        let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
+        Self { prefill, decode, zone, bulk, sender, link, pool, exported, memory, own }
+    }
+
+    /// A job, its KV in the sender's pool, and where it is to land.
+    fn job(&self, num_tokens: usize) -> (Job, ExtentSource, LandingPlan) {
+        let job = Job::new(1, num_tokens, 0, 0);
+        let mut source = self.pool.source(&job, scattered(0, job.blocks.len()));
+        source.memory = self.exported.clone();
+        let plan = LandingPlan { memory: self.own.clone(), ..job.plan(&self.memory) };
+        (job, source, plan)
+    }
+
+    async fn end(self) {
+        let Self { prefill, decode, zone, bulk, sender, link, .. } = self;
+        drop((zone, bulk, sender, link));
+        assert_nothing_left([prefill, decode]).await;
+    }
+}
+
+#[tokio::test]
+async fn kv_goes_over_cuda_ipc_where_both_pools_are_on_devices_and_over_quic_elsewhere() {
+    for (sender, receiver, name) in
+        [(true, true, "cuda-ipc"), (false, true, "quic"), (true, false, "quic"), (false, false, "quic")]
+    {
+        let pair = Pair::new(sender, receiver).await;
+        assert_eq!((pair.bulk.transport_name(), pair.sender.transport().name()), (name, name));
+        let (job, source, plan) = pair.job(100);
+        let (landing, _events) = pair.zone.open(plan);
+        for extent in job.extents(48) {
+            let (header, payload) = source.seal(&job.tokens, extent);
+            soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+        }
+        eventually("all has landed", || landing.is_complete()).await;
+        assert!(job.extents(48).iter().all(|extent| job.holds(&pair.memory, extent)));
+        drop((landing, source));
+        pair.end().await;
+    }
+}
+
+#[tokio::test]
+async fn what_lands_elsewhere_than_in_the_pool_comes_through_the_host() {
+    let pair = Pair::new(true, true).await;
+    let (job, source, plan) = pair.job(60);
+    pair.own.before_copies(|| panic!("the device has nothing to copy to"));
+    let (landing, _events) = pair.zone.open(LandingPlan { memory: pair.memory.clone(), ..plan });
+    for extent in job.extents(32) {
+        let (header, payload) = source.seal(&job.tokens, extent);
+        soon("send", pair.sender.send_extent(&header, payload)).await.unwrap();
+    }
+    assert!(landing.is_complete() && job.extents(32).iter().all(|extent| job.holds(&pair.memory, extent)));
+    drop((landing, source));
+    pair.end().await;
+}
+
+#[tokio::test]
+async fn blocks_that_change_before_they_are_copied_are_refused() {
+    let pair = Pair::new(true, true).await;
+    let (job, source, plan) = pair.job(40);
+    let (landing, mut events) = pair.zone.open(plan);
+    let extent = job.extent(1, 0, 32);
+    let (header, payload) = source.seal(&job.tokens, extent);
+    pair.pool.damage(1, &scattered(0, job.blocks.len()), 1);
+    assert!(soon("send", pair.sender.send_extent(&header, payload)).await.is_err());
+    let told = soon("an event", events.recv()).await.unwrap();
+    assert_eq!(told, LandingEvent::ExtentRefused { reason: RefusedExtent::Corrupted });
+    assert_eq!(landing.num_contiguous_tokens(), 0);
+    drop((landing, source));
+    pair.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_written_behind_the_end_of_a_landing() {
+    let pair = Pair::new(true, true).await;
+    let (job, source, plan) = pair.job(40);
+    let (landing, _events) = pair.zone.open(plan);
+    let (landed, closed) = (channel(), channel::<()>());
+    let (copying, go_on) = (landed.0, closed.1);
+    pair.own.before_copies(move || {
+        copying.send(()).unwrap();
+        go_on.recv().unwrap();
+    });
+    let extent = job.extent(0, 0, 32);
+    let (header, payload) = source.seal(&job.tokens, extent);
+    let sender = pair.sender.clone();
+    let sending = tokio::spawn(async move { sender.send_extent(&header, payload).await });
+    tokio::task::spawn_blocking(move || landed.1.recv().unwrap()).await.unwrap();
+    // Closing waits for the copy that has begun, and no other begins.
+    let closing = tokio::task::spawn_blocking(move || {
+        drop(landing);
+        "closed"
+    });
+    closed.0.send(()).unwrap();
+    assert_eq!(closing.await.unwrap(), "closed");
+    let bytes = pair.memory.bytes();
+    let _ = soon("the send ends", sending).await.unwrap();
+    let (header, payload) = source.seal(&job.tokens, job.extent(1, 0, 32));
+    assert!(soon("send", pair.sender.send_extent(&header, payload)).await.is_err());
+    assert!(pair.memory.bytes() == bytes);
+    drop(source);
+    pair.end().await;
+}
+
+const CA_FOLDER: &str = "TANDEM_TEST_CA";
+const NUM_TOKENS: usize = 100;
+
+/// The other process of the test below: a prefill node that sends one extent after the other.
+#[test]
+#[ignore = "a part of another test, which runs it in a process of its own"]
+fn sending_process() {
+    let folder = PathBuf::from(std::env::var_os(CA_FOLDER).expect("it is run by the other test"));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let cluster = Cluster { ca: ClusterCa::load(&folder).unwrap() };
+        let pool = FilePool::new(NUM_BLOCKS);
+        let exported = OnDevice::exported(&pool);
+        let mut config = cluster.config("p0", Role::PrefillNode);
+        config.device_pool = Some(exported.clone());
+        let prefill = Fabric::bind(config).unwrap();
+        writeln!(std::io::stdout(), "\nlistens {}", prefill.local_addr()).unwrap();
+        let mut sender = None;
+        eventually("the other process attaches", || {
+            sender = prefill.bulk_to(&node("d0"), Epoch(11)).filter(|sender| sender.transport().name() == "cuda-ipc");
+            sender.is_some()
+        })
+        .await;
+        let job = Job::new(1, NUM_TOKENS, 0, 0);
+        let mut source = pool.source(&job, scattered(0, job.blocks.len()));
+        source.memory = exported;
+        for extent in job.extents(32) {
+            let (header, payload) = source.seal(&job.tokens, extent);
+            sender.as_ref().unwrap().send_extent(&header, payload).await.unwrap();
+        }
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_dies_while_its_pool_is_read_costs_what_it_had_not_sent() {
+    let folder = std::env::temp_dir().join(format!("tandem-cuda-ipc-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let cluster = Cluster::new();
+    cluster.ca.save(&folder).unwrap();
+    let mut other = Command::new(std::env::current_exe().unwrap())
+        .args(["sending_process", "--exact", "--ignored", "--nocapture"])
+        .env(CA_FOLDER, &folder)
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
+    let line = lines.find_map(|line| line.unwrap().strip_prefix("listens ").map(str::to_string)).unwrap();
+    let address: SocketAddr = line.parse().unwrap();
+
+    let memory = TestMemory::new(NUM_BLOCKS);
+    let own = OnDevice::new(&memory);
+    let mut config = cluster.config("d0", Role::DecodeNode);
+    config.device_pool = Some(own.clone());
+    let decode = Fabric::bind(config).unwrap();
+    let job = Job::new(1, NUM_TOKENS, 0, 0);
+    let zone = decode.landing_zone();
+    let (landing, mut events) = zone.open(LandingPlan { memory: own.clone(), ..job.plan(&memory) });
+    let (copying, begun) = channel();
+    let (go_on, waiting) = channel::<()>();
+    let mut num_copies = 0;
+    own.before_copies(move || {
+        num_copies += 1;
+        if num_copies == 3 {
+            copying.send(()).unwrap();
+            waiting.recv().unwrap();
+        }
+    });
+    let link = soon("dial", decode.dial(address, Role::PrefillNode, None)).await.unwrap();
+    let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+    assert_eq!(bulk.transport_name(), "cuda-ipc");
+    // It dies while its third extent is about to be copied.
+    tokio::task::spawn_blocking(move || begun.recv().unwrap()).await.unwrap();
+    other.kill().unwrap();
+    other.wait().unwrap();
+    go_on.send(()).unwrap();
+    let mut num_verified = 0;
+    while num_verified < 3 {
+        match soon("an event", events.recv()).await.unwrap() {
+            // What it had posted lies in memory that outlives it here, and is what its digest says.
+            LandingEvent::ExtentVerified { extent, .. } => {
+                assert!(job.holds(&memory, &extent));
+                num_verified += 1;
+            }
+            refused => panic!("{refused:?}"),
+        }
+    }
+    soon("the connection ends", bulk.closed()).await;
+    assert!(!landing.is_complete());
+    drop((landing, bulk, link, zone));
+    assert_nothing_left([decode]).await;
+    std::fs::remove_dir_all(&folder).unwrap();
+}

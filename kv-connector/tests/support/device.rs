@@ -1,0 +1,136 @@
+//! Pools that count as a device's: a file in memory stands for what a driver lets other processes open.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+use std::fs::File;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+
+use common::content::PrefixDigest;
+use common::device_pool::{DevicePool, ExportedPool, PeerPool};
+use common::ids::{Attempt, BlockId, Generation, RequestId};
+use common::kv_memory::KvMemory;
+use common::wire::{ExtentBinding, ExtentHasher, PoolRun};
+
+use super::file_pool::FilePool;
+use super::{GRANULE_BYTES, Job, TestMemory};
+
+/// Another memory, whose bytes the host sees by copies only.
+pub struct OnDevice {
+    memory: Arc<dyn KvMemory>,
+    /// What others may open.
+    file: Option<(OwnedFd, u64)>,
+    before_copy: Mutex<Option<Box<dyn FnMut() + Send>>>,
+}
+
+impl OnDevice {
+    /// A sender's.
+    pub fn exported(pool: &Arc<FilePool>) -> Arc<Self> {
+        let file = pool.shared().file.try_clone().unwrap();
+        Arc::new(Self { memory: pool.clone(), file: Some((file, pool.num_bytes())), before_copy: Mutex::default() })
+    }
+
+    /// A receiver's.
+    pub fn new(memory: &Arc<TestMemory>) -> Arc<Self> {
+        Arc::new(Self { memory: memory.clone(), file: None, before_copy: Mutex::default() })
+    }
+
+    /// Runs `act` before every copy out of a peer's pool.
+    pub fn before_copies(&self, act: impl FnMut() + Send + 'static) {
+        *self.before_copy.lock().unwrap() = Some(Box::new(act));
+    }
+}
+
+/// XXH3 as every digest of an extent has it in it.
+fn hashed(bytes: &[u8]) -> u128 {
+    let extent = Job::new(1, 16, 0, 0).extent(0, 0, 16);
+    let (request, attempt, generation, content) = (RequestId(0), Attempt(0), Generation(0), PrefixDigest([0; 32]));
+    let mut hasher = ExtentHasher::new(&ExtentBinding { request, attempt, generation, extent, content });
+    hasher.update(bytes);
+    hasher.digest().0 ^ hasher.digest_of_hashed(0).0
+}
+
+impl KvMemory for OnDevice {
+    fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        self.memory.write_at(layer, blocks, first_granule, byte_offset, bytes);
+    }
+
+    fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]) {
+        self.memory.read_granules(layer, blocks, first_granule, num_granules, out);
+    }
+
+    fn visit_granules(
+        &self,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        num_granules: usize,
+        visit: &mut dyn FnMut(u64, &[u8]),
+    ) {
+        self.memory.visit_granules(layer, blocks, first_granule, num_granules, visit);
+    }
+
+    fn hash_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize) -> Option<u128> {
+        let mut bytes = vec![0; num_granules * GRANULE_BYTES];
+        self.memory.read_granules(layer, blocks, first_granule, num_granules, &mut bytes);
+        Some(hashed(&bytes))
+    }
+
+    fn granule_bytes(&self) -> usize {
+        self.memory.granule_bytes()
+    }
+
+    fn num_layers(&self) -> usize {
+        self.memory.num_layers()
+    }
+}
+
+impl DevicePool for OnDevice {
+    fn export(&self) -> Result<ExportedPool, String> {
+        let (file, num_bytes) = self.file.as_ref().ok_or("this pool is nobody's to see")?;
+        let handle = format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()).into_bytes();
+        Ok(ExportedPool { handle, num_bytes: *num_bytes })
+    }
+
+    fn open_peer(self: Arc<Self>, exported: &ExportedPool) -> Result<Arc<dyn PeerPool>, String> {
+        let path = String::from_utf8(exported.handle.clone()).map_err(|error| error.to_string())?;
+        let file = File::open(path).map_err(|error| error.to_string())?;
+        Ok(Arc::new(Opened { file, num_bytes: exported.num_bytes, own: self }))
+    }
+}
+
+struct Opened {
+    file: File,
+    num_bytes: u64,
+    own: Arc<OnDevice>,
+}
+
+impl PeerPool for Opened {
+    fn num_bytes(&self) -> u64 {
+        self.num_bytes
+    }
+
+    fn copy_granules(
+        &self,
+        runs: &[PoolRun],
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+    ) -> Result<(), String> {
+        if let Some(act) = self.own.before_copy.lock().unwrap().as_mut() {
+            act();
+        }
+        let mut bytes = Vec::new();
+        for run in runs {
+            let start = bytes.len();
+            bytes.resize(start + run.num_bytes as usize, 0);
+            self.read(run.offset, &mut bytes[start..])?;
+        }
+        self.own.write_at(layer, blocks, first_granule, 0, &bytes);
+        Ok(())
+    }
+
+    fn read(&self, offset: u64, into: &mut [u8]) -> Result<(), String> {
+        self.file.read_exact_at(into, offset).map_err(|error| error.to_string())
+    }
+}
