@@ -32,10 +32,16 @@ impl Group {
         Group { scale: max / 127.0, reciprocal: 127.0 / max }
     }
 
-    /// The integer of one value, from -127 to 127.
+    /// The integer of one value, from -127 to 127, half to even; 0 if the group has a NaN or an infinity.
+    ///
+    /// The last bit of numbers around `SHIFT` stands for 1, so adding it rounds, and leaves the integer in the low
+    /// bits. `as i32` says more, what to do with numbers too large, and would be done one by one.
     #[inline(always)]
     pub(super) fn quantize(&self, x: f32) -> i32 {
-        (x * self.reciprocal).round_ties_even() as i32
+        const SHIFT: f32 = 1.5 * (1 << 23) as f32;
+        let x = x * self.reciprocal;
+        let x = if x.abs() < 128.0 { x } else { 0.0 };
+        (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
     }
 
     /// The two lanes behind the scale, for the sums of the integers of the group's halves: what an integer
@@ -66,13 +72,20 @@ pub(super) fn pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u
             let mut sums = [0i32; 2];
             let mut lanes = into[r..].iter_mut().step_by(num_rows);
             for x in x.chunks(32) {
-                // Always 32, the last ones zero: loops of a known length are vectorised.
-                let mut values = [0.0f32; 32];
-                values[..x.len()].copy_from_slice(x);
-                let integers = values.map(|x| scale.quantize(x));
-                sums[0] += integers[..16].iter().sum::<i32>();
-                sums[1] += integers[16..].iter().sum::<i32>();
-                let bytes = integers.map(|q| q as u8);
+                // Always 32, the last ones zero: loops of a known length are vectorised (`map` of an array would be a
+                // call, into code without these instructions).
+                let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
+                let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
+                    padded[..x.len()].copy_from_slice(x);
+                    &padded
+                });
+                for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
+                    for (x, byte) in values.iter().zip(bytes) {
+                        let q = scale.quantize(*x);
+                        *sum += q;
+                        *byte = q as u8;
+                    }
+                }
                 for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
                     *lane = u32::from_le_bytes(*quad);
                 }
@@ -89,4 +102,29 @@ pub(super) fn pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u
 pub(super) fn lanes_per_row(k: usize, format: PackedFormat) -> usize {
     let group = format.activation_group(k);
     k.div_ceil(group) * (group / 4 + EXTRA_LANES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn integers_are_rounded_half_to_even_and_zero_beside_what_is_not_finite() {
+        // A largest magnitude of 127 makes the reciprocal 1.
+        let unit = Group::of(&[127.0]);
+        for x in (-127 * 64..=127 * 64).map(|x| x as f32 / 64.0) {
+            for x in [x.next_down(), x, x.next_up()] {
+                assert_eq!(unit.quantize(x), x.round_ties_even() as i32, "{x}");
+            }
+        }
+        // The largest of a group is 127 whatever its reciprocal was rounded to.
+        for bits in (TINY.to_bits()..f32::MAX.to_bits()).step_by(9973) {
+            let x = f32::from_bits(bits);
+            assert_eq!((Group::of(&[x]).quantize(x), Group::of(&[x]).quantize(-x)), (127, -127), "{x}");
+        }
+        for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let group = Group::of(&[1.0, odd]);
+            assert_eq!((group.quantize(1.0), group.quantize(odd)), (0, 0), "{odd}");
+        }
+    }
 }

@@ -23,6 +23,8 @@ pub(super) trait Panel: Sized {
     const HAS_MINS: bool;
     /// Whether taking codes apart costs so much that many tiles had better share it.
     const OPENS: bool = false;
+    /// Whether these are some groups of a panel, whose sums go on in the next ones.
+    const IS_PART: bool = false;
     unsafe fn quad<S: IntSimd>(panel: *const u8, group: usize, quad: usize, lane: usize) -> S::I;
     unsafe fn scale<S: IntSimd>(panel: *const u8, group: usize, num_quads: usize, lane: usize) -> <S::F as Simd>::V;
     unsafe fn min<S: IntSimd>(_panel: *const u8, _group: usize, _lane: usize) -> <S::F as Simd>::V {
@@ -196,6 +198,7 @@ impl<P: Panel> Panel for Opened<P> {
     const QUADS: usize = P::QUADS;
     const GROUPS: usize = P::GROUPS;
     const HAS_MINS: bool = P::HAS_MINS;
+    const IS_PART: bool = true;
 
     #[inline(always)]
     unsafe fn quad<S: IntSimd>(panel: *const u8, group: usize, quad: usize, lane: usize) -> S::I {

@@ -1,7 +1,7 @@
 //! The fast version: tiles of rows times panels.
 //!
 //! ```text
-//! most     each tile reads the panel as it lies in memory
+//! most     each tile reads the whole panel as it lies in memory, its sums in registers all the while
 //! 6 bits   from three tiles on, 512 k of a panel are taken apart once, into the first-level cache; all tiles of the
 //!          unit pass over them, and their sums wait in the second-level cache for the next 512 k
 //! ```
@@ -76,27 +76,15 @@ instruction_set!(avx2, Avx2, "avx2,fma,f16c");
 instruction_set!(avx512, Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
 instruction_set!(vnni, Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
-/// Some groups of one panel, and where the sums of the groups before and after them are.
+/// Some groups of one panel, and where sums wait between them.
 struct Block {
     panel_index: usize,
     /// The panel, or these groups of it taken apart.
     codes: *const u8,
-    /// The group that `codes` begins with.
-    base: usize,
     groups: Range<usize>,
-    /// Sums of the unit's rows `[rows][32]`, row 0 being `first_row`: zeros before the first block.
+    /// Only of groups taken apart: sums of the unit's rows `[rows][32]`, row 0 being `first_row`.
     sums: *mut f32,
     first_row: usize,
-}
-
-/// Calls `S::tile::<P, MR>` for a number of rows known at run time.
-macro_rules! by_rows {
-    ($rows:expr, $s:ident, $p:ty, ($job:expr, $block:expr, $first_row:expr), $($mr:literal)*) => {
-        match $rows {
-            $($mr => $s::tile::<$p, $mr>($job, $block, $first_row),)*
-            rows => unreachable!("tiles of {rows} rows"),
-        }
-    };
 }
 
 #[inline(always)]
@@ -121,39 +109,61 @@ thread_local! {
 #[inline(always)]
 unsafe fn compute_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     let num_groups = if P::QUADS == 0 { 1 } else { job.w.cols() / (4 * P::QUADS) };
-    let is_many = tiles.len() >= OPEN_TILES;
-    let groups_per_block = if P::OPENS && is_many { BLOCK_K / (4 * P::QUADS) } else { num_groups };
-    let opened_len = if P::OPENS && is_many { groups_per_block * Opened::<P>::GROUP_BYTES } else { 0 };
+    // A constant first: functions for what it rules out are not even compiled.
+    if P::OPENS && tiles.len() >= OPEN_TILES {
+        // SAFETY: as required of the caller.
+        unsafe { open_panels::<S, P>(job, panels, tiles, num_groups) };
+        return;
+    }
+    for panel_index in panels {
+        let codes = job.w.panel(panel_index).as_ptr();
+        let block = Block { panel_index, codes, groups: 0..num_groups, sums: std::ptr::null_mut(), first_row: 0 };
+        // SAFETY: the caller has the instruction set; panels and tiles are of this job.
+        unsafe { compute_tiles::<S, P>(job, &block, tiles.clone()) };
+    }
+}
+
+#[inline(always)]
+unsafe fn open_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, num_groups: usize) {
+    let groups_per_block = BLOCK_K / (4 * P::QUADS);
+    let opened_len = groups_per_block * Opened::<P>::GROUP_BYTES;
     let first_row = job.tiles.rows(tiles.start).start;
     let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
-    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |scratch| {
+    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |opened| {
         // SAFETY: the scratch has room for both; the caller has the instruction set; panels and tiles are of this job.
         unsafe {
-            let sums = scratch.add(opened_len).cast::<f32>();
-            for panel_index in panels.clone() {
+            let sums = opened.add(opened_len).cast::<f32>();
+            for panel_index in panels {
                 let panel = job.w.panel(panel_index).as_ptr();
-                sums.write_bytes(0, num_rows * PANEL);
-                for base in (0..num_groups).step_by(groups_per_block) {
-                    let groups = base..(base + groups_per_block).min(num_groups);
-                    let mut block = Block { panel_index, codes: panel, base: 0, groups, sums, first_row };
-                    if P::OPENS && is_many {
-                        S::open::<P>(panel, block.groups.clone(), scratch);
-                        (block.codes, block.base) = (scratch, base);
-                    }
-                    for tile in tiles.clone() {
-                        let rows = job.tiles.rows(tile);
-                        let first = rows.start;
-                        // A constant first: functions for what it rules out are not even compiled.
-                        if P::OPENS && is_many {
-                            by_rows!(rows.len(), S, Opened<P>, (job, &block, first), 1 2 3 4 5 6);
-                        } else {
-                            by_rows!(rows.len(), S, P, (job, &block, first), 1 2 3 4 5 6);
-                        }
-                    }
+                for start in (0..num_groups).step_by(groups_per_block) {
+                    let groups = start..(start + groups_per_block).min(num_groups);
+                    S::open::<P>(panel, groups.clone(), opened);
+                    let block = Block { panel_index, codes: opened, groups, sums, first_row };
+                    compute_tiles::<S, Opened<P>>(job, &block, tiles.clone());
                 }
             }
         }
     });
+}
+
+#[inline(always)]
+unsafe fn compute_tiles<S: Tile, P: Panel>(job: &Job<'_>, block: &Block, tiles: Range<usize>) {
+    for tile in tiles {
+        let rows = job.tiles.rows(tile);
+        let first = rows.start;
+        // SAFETY: as required of the caller.
+        unsafe {
+            match rows.len() {
+                1 => S::tile::<P, 1>(job, block, first),
+                2 => S::tile::<P, 2>(job, block, first),
+                3 => S::tile::<P, 3>(job, block, first),
+                4 => S::tile::<P, 4>(job, block, first),
+                5 => S::tile::<P, 5>(job, block, first),
+                6 => S::tile::<P, 6>(job, block, first),
+                rows => unreachable!("tiles of {rows} rows"),
+            }
+        }
+    }
 }
 
 #[inline(always)]
@@ -185,21 +195,24 @@ unsafe fn compute_columns<S: IntSimd, P: Panel, const MR: usize, const NR: usize
     let num_groups = if P::QUADS == 0 { 1 } else { cols / (4 * P::QUADS) };
     // Activations of one group: its quads, its scale, two more.
     let scale_lane = num_quads * P::GROUPS;
-    // SAFETY: the packed tile holds `lanes_per_row * MR` lanes, the block its groups, and the sums a row of 32 for
-    // each row of the unit; the row is one of the job's.
+    // SAFETY: the packed tile holds `lanes_per_row * MR` lanes, the block its groups, and where it is a part, its
+    // sums a row of 32 for each row of the unit, written by the block before; the row is one of the job's.
     unsafe {
         let a = job.a.add(first_row * job.lanes_per_row);
-        // Always from memory: whether or not is a question that costs more than the answer.
-        let sums_at = block.sums.add((first_row - block.first_row) * PANEL + first_lane);
         let mut sums = [[S::F::splat(0.0); NR]; MR];
-        for r in 0..MR {
-            for c in 0..NR {
-                sums[r][c] = S::F::load(sums_at.add(r * PANEL + c * LANES));
+        let at =
+            |r: usize, c: usize| block.sums.add((first_row - block.first_row + r) * PANEL + first_lane + c * LANES);
+        if P::IS_PART && block.groups.start > 0 {
+            for r in 0..MR {
+                for c in 0..NR {
+                    sums[r][c] = S::F::load(at(r, c));
+                }
             }
         }
         for group in block.groups.clone() {
             let a = a.add(group / P::GROUPS * (scale_lane + EXTRA_LANES) * MR);
-            let (part, index) = (group % P::GROUPS, group - block.base);
+            let part = group % P::GROUPS;
+            let index = if P::IS_PART { group - block.groups.start } else { group };
             let mut dots = [[S::splat(0); NR]; MR];
             for r in 0..MR {
                 dots[r] = [S::splat(*a.add((scale_lane + 1 + part) * MR + r)); NR];
@@ -241,11 +254,11 @@ unsafe fn compute_columns<S: IntSimd, P: Panel, const MR: usize, const NR: usize
         }
         for r in 0..MR {
             for c in 0..NR {
-                if block.groups.end == num_groups {
+                if P::IS_PART && block.groups.end < num_groups {
+                    S::F::store(at(r, c), sums[r][c]);
+                } else {
                     let column = block.panel_index * PANEL + first_lane + c * LANES;
                     job.out.put_lanes::<S::F>(first_row + r, column, sums[r][c]);
-                } else {
-                    S::F::store(sums_at.add(r * PANEL + c * LANES), sums[r][c]);
                 }
             }
         }
