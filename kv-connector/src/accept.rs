@@ -85,6 +85,36 @@ pub(crate) async fn connections(shared: Arc<Shared>, socket: Socket, waiting: mp
     }
 }
 
+/// Streams that the peer of one control connection may have open: few until it has opened some.
+struct Allowance {
+    num_allowed: u32,
+    num_max: u32,
+    num_accepted: u32,
+}
+
+impl Allowance {
+    fn new(num_max: u32) -> Self {
+        Self { num_allowed: NUM_STREAMS_AT_FIRST.min(num_max), num_max, num_accepted: 0 }
+    }
+
+    /// How many it may have open from now on, if that changes.
+    ///
+    /// QUIC counts a stream until its opener has ended its half, which may be long after this node has dropped its
+    /// own, and nobody here hears of it. So every one that was ever accepted counts as open.
+    fn on_accepted(&mut self) -> Option<u32> {
+        if self.num_allowed == self.num_max {
+            return None;
+        }
+        self.num_accepted += 1;
+        // Long before the last is open, so that the peer never waits for more than a round trip.
+        if self.num_accepted < self.num_allowed.div_ceil(2) {
+            return None;
+        }
+        self.num_allowed = self.num_allowed.saturating_mul(2).min(self.num_max);
+        Some(self.num_allowed)
+    }
+}
+
 async fn serve_control(
     shared: Arc<Shared>,
     socket: &Socket,
@@ -96,14 +126,12 @@ async fn serve_control(
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);
-    let mut num_allowed = NUM_STREAMS_AT_FIRST.min(shared.limits.num_streams_max);
+    let mut allowance = Allowance::new(shared.limits.num_streams_max);
     let reason = loop {
         match connection.accept_bi().await {
             Ok(halves) => {
                 let (sender, receiver) = link.stream(halves);
-                // Long before the last is open, so that the peer never waits for more than a round trip.
-                if num_allowed < shared.limits.num_streams_max && link.num_holders() > num_allowed as usize / 2 {
-                    num_allowed = num_allowed.saturating_mul(2).min(shared.limits.num_streams_max);
+                if let Some(num_allowed) = allowance.on_accepted() {
                     connection.set_max_concurrent_bi_streams(VarInt::from_u32(num_allowed));
                 }
                 shared.spawn(serve_stream(shared.clone(), link.clone(), sender, receiver, waiting.clone()));

@@ -8,7 +8,8 @@ pub struct FabricLimits {
     /// Connections accepted at a time, control and bulk counted apart. One more is refused.
     pub num_connections_max: usize,
     /// Streams that one peer may have open on its control connection; it is allowed a few at first and as many once
-    /// it uses them. Above what any node admits, so that a full node answers `Busy` and nobody waits for a stream.
+    /// it has opened some. Above what any node admits, so that a full node answers `Busy` and nobody waits for a
+    /// stream.
     pub num_streams_max: u32,
     /// Opened streams that wait for [`accept`](crate::Fabric::accept). One more is reset.
     pub num_waiting_streams_max: usize,
@@ -22,7 +23,8 @@ pub struct FabricLimits {
     pub keep_alive: Duration,
     /// A peer that is silent for this long is gone.
     pub idle_timeout: Duration,
-    /// Extents that one bulk connection receives at a time.
+    /// Extents that one bulk connection receives at a time over `quic`, and as many again over `cuda-ipc`: its sender
+    /// is told. How many more over `shm` is part of the protocol of its socket, which has no word for it: 256.
     pub num_extents_max: u32,
     /// Time for an extent's header, and between two pieces of its payload.
     pub extent_deadline: Duration,

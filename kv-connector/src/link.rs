@@ -195,11 +195,6 @@ impl Link {
         self.inner.connection.close(CLOSE_DONE, b"closed");
     }
 
-    /// Who keeps the link: every open stream once or twice, and few besides.
-    pub(crate) fn num_holders(&self) -> usize {
-        Arc::strong_count(&self.inner)
-    }
-
     pub(crate) fn stream(&self, halves: (quinn::SendStream, quinn::RecvStream)) -> (ControlSender, ControlReceiver) {
         let held = self.inner.ledger.hold(Kind::Stream(Traffic::Control));
         let hold = StreamHold::new(held, Some(self.clone()));

@@ -33,7 +33,7 @@ const CONTROL_DATAGRAM_BYTES: u16 = 8_952;
 const BULK_SOCKET_BYTES: usize = 8 << 20;
 const CONTROL_SOCKET_BYTES: usize = 2 << 20;
 /// Streams that a peer may have open on a control connection it has just dialled. quinn keeps 68 bytes and more for
-/// each that may be opened, open or not, so more are allowed as they are used
+/// each that may be opened, open or not, so more are allowed once it has opened some
 /// ([`accept`](crate::accept)).
 pub(crate) const NUM_STREAMS_AT_FIRST: u32 = 64;
 
@@ -131,7 +131,8 @@ impl Socket {
             config.enable_segmentation_offload(2 * usize::from(max_udp_payload_bytes) <= SEND_BYTES_MAX);
         }
         config
-            // The hello, and nothing else.
+            // One after the other: the hello, and what asks for a device's pool. Whose device copies allows more, once
+            // it does.
             .max_concurrent_bidi_streams(VarInt::from_u32(1))
             .max_concurrent_uni_streams(VarInt::from_u32(limits.num_extents_max))
             .stream_receive_window(VarInt::from_u32(window_bytes))

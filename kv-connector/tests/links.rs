@@ -63,6 +63,26 @@ async fn many_streams_are_open_at_a_time_and_the_limit_is_kept() {
     assert_nothing_left([proxy, decode]).await;
 }
 
+/// As a decode node does whose answers wait at a proxy for clients that are slow to read them.
+#[tokio::test]
+async fn streams_that_only_their_opener_still_holds_do_not_keep_others_from_being_opened() {
+    const NUM_STREAMS: u128 = 500;
+    let cluster = Cluster::new();
+    let (proxy, decode) = (cluster.start("x0", Role::Proxy), cluster.start("d0", Role::DecodeNode));
+    let link = soon("dial", proxy.dial(decode.local_addr(), Role::DecodeNode, None)).await.unwrap();
+    let mut opened = Vec::new();
+    for request in 0..NUM_STREAMS {
+        opened.push(soon("open", link.open(&generate(request))).await.unwrap());
+        let mut stream = soon("accept", decode.accept()).await.unwrap();
+        stream.sender.finish();
+        soon("the end has arrived", stream.sender.stopped()).await;
+    }
+    eventually("the node holds none", || decode.accounting().open_control_streams == 0).await;
+    assert_eq!(proxy.accounting().open_control_streams, NUM_STREAMS as usize);
+    drop((opened, link));
+    assert_nothing_left([proxy, decode]).await;
+}
+
 #[tokio::test]
 async fn fabric_does_not_start_with_the_certificate_of_another_node() {
     let cluster = Cluster::new();

@@ -389,9 +389,16 @@ async fn connection_that_is_lost_midway_stops_the_copying() {
     drop(bulk);
     assert!(matches!(soon("the send ends", sending).await.unwrap(), Err(SendExtentError::ConnectionLost(_))));
     assert!(sender.is_closed());
-    gate.let_one();
+    // The slice that is being written, and others if the receiver is late to hear of it.
+    let mut num_let = 0;
+    while events.is_empty() {
+        assert!(num_let < NUM_SLICES - 1, "the copying goes on without a connection");
+        gate.let_one();
+        num_let += 1;
+        eventually("it stops, or the next slice begins", || !events.is_empty() || gate.num_begun() > num_let).await;
+    }
     assert_eq!(next(&mut events).await, refused(RefusedExtent::ConnectionLost));
-    assert_eq!(gate.num_begun(), 1);
+    assert_eq!(gate.num_begun(), num_let);
     drop((landing, zone, sender, link));
     assert_nothing_left([prefill, decode]).await;
 }
@@ -405,6 +412,15 @@ struct RawSender {
     socket: UnixStream,
     next_id: u64,
     _kept: (Link, Connection, Connection, [quinn::Endpoint; 2]),
+}
+
+fn socket_name(registration: &Registration) -> String {
+    format!("\0tandem-kv-mailbox-{:032x}", registration.socket)
+}
+
+/// Where the socket was when it was closed as soon as the pool was handed over.
+fn earlier_socket_name(registration: &Registration) -> String {
+    format!("\0tandem-kv-{:032x}", registration.socket)
 }
 
 const EXTENT: u8 = 1;
@@ -423,7 +439,7 @@ impl RawSender {
         let cluster = Cluster::new();
         let pool = FilePool::new(NUM_BLOCKS);
         let registration = Registration { socket: rand::random(), token: 5, num_bytes: pool.num_bytes() };
-        let listener = UnixListener::bind(format!("\0tandem-kv-{:032x}", registration.socket)).unwrap();
+        let listener = UnixListener::bind(socket_name(&registration)).unwrap();
         let shared = pool.clone();
         let attaching = tokio::spawn(async move {
             let (mut socket, _) = listener.accept().await.unwrap();
@@ -583,6 +599,29 @@ async fn what_is_no_message_ends_the_connection_and_nothing_is_left() {
     }
 }
 
+/// More than the kernel keeps for a peer that does not read, and what a node may keep besides.
+const NUM_UNREAD: usize = 20_000;
+
+#[tokio::test]
+async fn sender_that_reads_no_answers_ends_the_connection() {
+    let values = Values::install();
+    let mut peer = RawSender::new("unread").await;
+    for id in 0..NUM_UNREAD as u64 {
+        if peer.socket.write_all(&message(EXTENT, id, 0, &[])).await.is_err() {
+            break;
+        }
+        // One after the other: never more on the way than may be.
+        let is_answered = || {
+            let num_refused = values.count("tandem_refused_extents_total d-unread malformed");
+            num_refused == id + 1 || peer.receiver.is_closed()
+        };
+        eventually("it is refused", is_answered).await;
+    }
+    assert!(peer.receiver.is_closed(), "answers are kept for who does not read them");
+    assert_eq!(peer.receiver.closed().await, CloseReason::ClosedHere);
+    peer.end().await;
+}
+
 #[tokio::test]
 async fn message_whose_rest_never_comes_ends_the_connection() {
     let mut peer = RawSender::with("stalling", Duration::from_millis(200)).await;
@@ -591,27 +630,31 @@ async fn message_whose_rest_never_comes_ends_the_connection() {
     peer.end().await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
 async fn sender_that_closes_the_socket_ends_the_connection_and_what_is_on_the_way() {
     let mut peer = RawSender::new("closing").await;
     let (job, source) = sent_from(&peer.pool, NUM_SLICES * 1024);
-    let memory = TestMemory::new(NUM_BLOCKS);
-    let (landing, _events) = peer.zone.open(job.plan(&memory));
+    let gate = Gate::new();
+    let plan = LandingPlan { memory: gate.clone(), ..job.plan(&TestMemory::new(1)) };
+    let (landing, mut events) = peer.zone.open(plan);
     let (header, _) = source.seal(&job.tokens, job.extent(0, 0, NUM_SLICES * 1024));
     let run = PoolRun { offset: 0, num_bytes: header.num_payload_bytes };
     let body = extent(&header, &[run]);
     peer.socket.write_all(&message(EXTENT, 0, body.len() as u32, &body)).await.unwrap();
+    eventually("the first slice is there", || gate.num_begun() == 1).await;
     peer.socket.shutdown().await.unwrap();
+    // Whoever closes it has told the copying before.
     assert_eq!(soon("the connection ends", peer.receiver.closed()).await, CloseReason::ClosedHere);
-    assert!(!landing.is_complete());
+    gate.let_one();
+    assert_eq!(next(&mut events).await, refused(RefusedExtent::ConnectionLost));
+    assert_eq!(gate.num_begun(), 1);
     drop((landing, source));
     peer.end().await;
 }
 
 /// What the other end of the socket says to a token: nothing, or a byte that comes with the memory.
 async fn show(registration: &Registration, token: u128) -> (UnixStream, Option<u8>) {
-    let name = format!("\0tandem-kv-{:032x}", registration.socket);
-    let mut stream = UnixStream::connect(name).await.unwrap();
+    let mut stream = UnixStream::connect(socket_name(registration)).await.unwrap();
     stream.write_all(&token.to_le_bytes()).await.unwrap();
     let answer = soon("an answer", stream.read_u8()).await.ok();
     (stream, answer)
@@ -628,6 +671,9 @@ async fn token_works_once_and_for_as_long_as_its_connection() {
     assert_eq!((first.socket, first.num_bytes), (second.socket, pool.num_bytes()));
     assert_ne!(first.token, second.token);
     assert_eq!(prefill.accounting().registrations, 2);
+
+    // Nor is anybody where an earlier version would look.
+    assert!(UnixStream::connect(earlier_socket_name(&first)).await.is_err());
 
     assert_eq!(show(&first, first.token ^ 1).await.1, None);
     eventually("it is counted", || refused("token") == 1).await;
@@ -646,7 +692,7 @@ async fn token_works_once_and_for_as_long_as_its_connection() {
     eventually("it is given up", || refused("stalled") == 1).await;
     assert_eq!(prefill.bulk_to(&node("d9"), Epoch(11)).unwrap().transport().name(), "quic");
     // Who says nothing at all.
-    let silent = UnixStream::connect(format!("\0tandem-kv-{:032x}", first.socket)).await.unwrap();
+    let silent = UnixStream::connect(socket_name(&first)).await.unwrap();
     eventually("it is given up", || refused("stalled") == 2).await;
     drop((silent, kept, connection));
     eventually("it is forgotten", || prefill.accounting().registrations == 0).await;
@@ -700,6 +746,35 @@ async fn receiver_that_never_answers_is_sent_so_much_and_no_more_until_it_is_gon
 }
 
 #[tokio::test]
+async fn receiver_that_answers_what_it_has_not_read_ends_the_connection() {
+    let pool = FilePool::new(NUM_BLOCKS);
+    let (job, source) = sent_from(&pool, NUM_SLICES * 1024);
+    let (prefill, connection, mut socket) = raw_receiver("unread", &pool).await;
+    let sender = prefill.bulk_to(&node("d9"), Epoch(11)).unwrap();
+    let (header, payload) = source.seal(&job.tokens, job.extent(0, 0, NUM_SLICES * 1024));
+    let mut sent = Ok(());
+    for id in 0..NUM_UNREAD as u64 {
+        let mut sending = std::pin::pin!(sender.send_extent(&header, payload.clone()));
+        // It is posted when it is first waited for.
+        tokio::select! {
+            biased;
+            early = &mut sending => sent = early,
+            () = std::future::ready(()) => {
+                // Fails if the socket has ended, which the send says.
+                let _ = socket.write_all(&[&id.to_le_bytes()[..], &[1]].concat()).await;
+                sent = soon("the send ends", sending).await;
+            }
+        }
+        if sent.is_err() {
+            break;
+        }
+    }
+    assert!(matches!(sent, Err(SendExtentError::ConnectionLost(_))), "places are kept for who does not read them");
+    drop((source, payload, socket, connection));
+    assert_nothing_left([prefill]).await;
+}
+
+#[tokio::test]
 async fn answer_to_nothing_ends_the_connection() {
     let pool = FilePool::new(1);
     let (prefill, connection, mut socket) = raw_receiver("nonsense", &pool).await;
@@ -712,7 +787,10 @@ async fn answer_to_nothing_ends_the_connection() {
 
 #[tokio::test]
 async fn socket_that_is_elsewhere_makes_it_quic() {
-    // What a node on another host sees: a registration whose socket is not there.
+    // What a node on another host sees, and one of a version that says something else over the socket: a registration
+    // whose socket is not there.
+    let registration = Registration { socket: rand::random(), token: 2, num_bytes: 1 << 40 };
+    let earlier = UnixListener::bind(earlier_socket_name(&registration)).unwrap();
     let cluster = Cluster::new();
     let raw = Raw::new(&cluster, "p9", Role::PrefillNode);
     let (control, bulk) = (raw.listen(ALPN_CONTROL), raw.listen(ALPN_BULK));
@@ -723,7 +801,6 @@ async fn socket_that_is_elsewhere_makes_it_quic() {
         let link = control.accept().await.unwrap().await.unwrap();
         welcome(&link, own.clone()).await;
         let connection = bulk.accept().await.unwrap().await.unwrap();
-        let registration = Registration { socket: 1, token: 2, num_bytes: 1 << 40 };
         welcome_with(&connection, own, Some(registration)).await;
         (link, connection, control, bulk)
     });
@@ -733,6 +810,6 @@ async fn socket_that_is_elsewhere_makes_it_quic() {
     let link = soon("dial", decode.dial(addr, Role::PrefillNode, None)).await.unwrap();
     let receiver = soon("bulk", decode.connect_bulk(&link, &decode.landing_zone())).await.unwrap();
     assert_eq!((receiver.transport_name(), decode.accounting().registrations), ("quic", 0));
-    drop((receiver, link, serving));
+    drop((receiver, link, serving, earlier));
     assert_nothing_left([decode]).await;
 }

@@ -3,7 +3,7 @@
 //! One thread reads and decides, one thread for each direction sleeps until the next packet of that direction is to
 //! leave. How late it was is kept: a table is worth nothing if the link was slower than it says.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
@@ -46,6 +46,8 @@ struct Told {
     num_lost: u64,
     num_queue_full: u64,
     num_too_many: u64,
+    /// The device did not take them back.
+    num_unwritten: u64,
 }
 
 /// Runs the link until standard input ends.
@@ -76,8 +78,8 @@ pub fn run_link(args: &TransferLinkArgs) -> anyhow::Result<()> {
     let late: Late = Arc::new(Mutex::new(vec![0; LATE_MICROS_MAX + 1]));
     let senders = [(); 2].map(|()| {
         let (sender, receiver) = sync_channel(NUM_PACKETS_MAX);
-        let (device, late) = (device.clone(), late.clone());
-        std::thread::spawn(move || write(&device, receiver, &late));
+        let (device, late, told) = (device.clone(), late.clone(), told.clone());
+        std::thread::spawn(move || write(|packet| device.try_send(packet), receiver, &late, &told));
         sender
     });
     let reader = {
@@ -90,9 +92,9 @@ pub fn run_link(args: &TransferLinkArgs) -> anyhow::Result<()> {
         bail!("the TUN device cannot be read any more");
     }
     let late = late.lock().expect("nobody panics with it").clone();
-    let Told { num_entered, num_lost, num_queue_full, num_too_many } =
+    let Told { num_entered, num_lost, num_queue_full, num_too_many, num_unwritten } =
         std::mem::take(&mut *told.lock().expect("nobody panics with it"));
-    let num_missed = num_too_many + num_dropped_by_kernel();
+    let num_missed = num_too_many + num_unwritten + num_dropped_by_kernel()?;
     println!(
         "{num_entered} packets entered, {num_lost} lost by chance, {num_queue_full} found the queue full, {num_missed} \
          lost by the emulator; left late by {} / {} / {} us (p50 / p99 / max)",
@@ -189,13 +191,19 @@ fn translate(packet: &mut [u8]) -> Option<Direction> {
 type Late = Arc<Mutex<Vec<u64>>>;
 
 /// Writes what has crossed the link, in order.
-fn write(device: &Tun, packets: Receiver<OnTheWay>, late: &Late) {
+fn write(
+    send: impl Fn(&[u8]) -> io::Result<usize>,
+    packets: Receiver<OnTheWay>,
+    late: &Mutex<Vec<u64>>,
+    told: &Mutex<Told>,
+) {
     for (at, packet) in packets {
         if let Some(early) = at.checked_duration_since(Instant::now()) {
             std::thread::sleep(early);
         }
-        // Whoever was to have it is gone.
-        let _ = device.try_send(&packet);
+        if send(&packet).is_err() {
+            told.lock().expect("nobody panics with it").num_unwritten += 1;
+        }
         let micros = Instant::now().saturating_duration_since(at).as_micros();
         let index = usize::try_from(micros).unwrap_or(LATE_MICROS_MAX).min(LATE_MICROS_MAX);
         late.lock().expect("nobody panics with it")[index] += 1;
@@ -214,12 +222,20 @@ fn late_at(late: &[u64], share: f64) -> usize {
         .unwrap_or_default()
 }
 
-/// Packets that the device's queue had no room for: the emulator did not read fast enough.
-fn num_dropped_by_kernel() -> u64 {
-    let devices = std::fs::read_to_string("/proc/net/dev").unwrap_or_default();
-    let line = devices.lines().find_map(|line| line.trim().strip_prefix(DEVICE)?.strip_prefix(':'));
-    // Eight fields of what was received, then bytes, packets, errors and drops of what was sent.
-    line.and_then(|line| line.split_whitespace().nth(11)?.parse().ok()).unwrap_or_default()
+/// Packets that the device's queue had no room for, since the emulator did not read fast enough, and those that the
+/// kernel did not take in from it.
+fn num_dropped_by_kernel() -> anyhow::Result<u64> {
+    let devices = std::fs::read_to_string("/proc/net/dev").context("read what the device dropped")?;
+    num_dropped(&devices).context("/proc/net/dev does not say what the device dropped")
+}
+
+fn num_dropped(devices: &str) -> Option<u64> {
+    let line = devices.lines().find_map(|line| line.trim().strip_prefix(DEVICE)?.strip_prefix(':'))?;
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    // Bytes, packets, errors, drops and four more of what was received, which is what the emulator wrote; then the same
+    // of what was sent.
+    let [received, sent] = [3, 11].map(|index| fields.get(index)?.parse::<u64>().ok());
+    Some(received? + sent?)
 }
 
 #[cfg(test)]
@@ -259,6 +275,32 @@ mod tests {
         stray[0] = 0x60;
         assert_eq!(translate(&mut stray), None);
         assert_eq!(translate(&mut []), None);
+    }
+
+    #[test]
+    fn packet_that_the_device_does_not_take_is_counted() {
+        let (sender, receiver) = sync_channel(3);
+        for byte in [1, 2, 3] {
+            sender.send((Instant::now(), vec![byte])).unwrap();
+        }
+        drop(sender);
+        let (late, told) = (Mutex::new(vec![0; LATE_MICROS_MAX + 1]), Mutex::default());
+        let send = |packet: &[u8]| match packet {
+            [2] => Err(io::ErrorKind::WouldBlock.into()),
+            packet => Ok(packet.len()),
+        };
+        write(send, receiver, &late, &told);
+        assert_eq!(told.lock().unwrap().num_unwritten, 1);
+    }
+
+    #[test]
+    fn what_the_kernel_drops_in_either_direction_is_counted() {
+        let devices = "Inter-|   Receive                                                |  Transmit\n \
+                       face |bytes    packets errs drop fifo frame compressed multicast|bytes    packets errs drop fifo\n\
+                       lo: 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1\n\
+                       tandem-link: 10 20 30 5 50 60 70 80 90 100 110 7 130 140 150 160\n";
+        assert_eq!(num_dropped(devices), Some(12));
+        assert_eq!(num_dropped("lo: 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1\n"), None);
     }
 
     #[test]

@@ -12,7 +12,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::attach::{Attached, Mapping};
-use super::mailbox::{Broken, Mailbox, Message, NUM_ON_THE_WAY_MAX, take_attached, take_message};
+use super::mailbox::{
+    Broken, Mailbox, Message, NUM_ON_THE_WAY_MAX, UNSENT_ANSWERS_BYTES_MAX, take_attached, take_message,
+};
 use crate::accounting::{Carrier, Kind};
 use crate::link::CLOSE_DONE;
 use crate::socket::Traffic;
@@ -42,7 +44,7 @@ pub(crate) async fn receive(
 ) {
     let Attached { mapping, stream, received } = attached;
     let inbox = Arc::new(Inbox {
-        mailbox: Mailbox::new(stream, &[], context.activity.as_ref()),
+        mailbox: Mailbox::new(stream, &[], UNSENT_ANSWERS_BYTES_MAX, context.activity.as_ref()),
         mapping,
         context,
         copying: Mutex::default(),

@@ -10,8 +10,9 @@
 //! socket, is the end of the attachment and of its bulk connection.
 //!
 //! Posting never waits and is never torn: what the kernel has no room for is kept and leaves in order, so a send that
-//! is dropped midway has said all of a message or nothing of it. What is kept is bounded by the extents that may be
-//! on the way.
+//! is dropped midway has said all of a message or nothing of it. What is kept is bounded by what the extents that may
+//! be on the way need; a peer that makes it more, since it does not read and yet goes on to post or to answer, ends the
+//! attachment.
 
 use std::convert::Infallible;
 use std::io::{self, Read};
@@ -40,6 +41,12 @@ const BODY_BYTES_MAX: usize = EXTENT_HEADER_BYTES + NUM_RUNS_BYTES + NUM_RUNS_MA
 const REFUSED: u8 = 0;
 const TAKEN: u8 = 1;
 const ANSWER_BYTES: usize = 8 + 1;
+/// What a sender keeps at most for a receiver that reads: the places of every extent on the way, and the word that it
+/// is given up, which may find that of as many before it still unsent.
+pub(super) const UNSENT_MESSAGES_BYTES_MAX: usize =
+    1 + NUM_ON_THE_WAY_MAX * (MESSAGE_HEAD_BYTES + BODY_BYTES_MAX + 2 * MESSAGE_HEAD_BYTES);
+/// What a receiver keeps at most for a sender that reads: a place is free only once its answer was read.
+pub(super) const UNSENT_ANSWERS_BYTES_MAX: usize = NUM_ON_THE_WAY_MAX * ANSWER_BYTES;
 /// Taken from the kernel at a time.
 const READ_BYTES: usize = 32 << 10;
 /// Taken at a time by who looks again and again: an extent in 64 runs and more.
@@ -63,6 +70,8 @@ pub(super) enum Broken {
     Stalled(Duration),
     #[error("what came is no message: {0}")]
     Malformed(&'static str),
+    #[error("the peer does not read: more than {0} bytes wait for it")]
+    Unread(usize),
     #[error(transparent)]
     Io(#[from] io::Error),
 }
@@ -72,7 +81,10 @@ pub(super) struct Mailbox {
     stream: UnixStream,
     /// What the kernel had no room for.
     unsent: Mutex<BytesMut>,
+    unsent_bytes_max: usize,
     is_full: Notify,
+    /// More than that was to be kept, and is not.
+    is_unread: Notify,
     polled: Option<Polled>,
 }
 
@@ -108,10 +120,17 @@ impl Polled {
 
 impl Mailbox {
     /// `first` leaves before everything that is posted, with the first of it or with [`post`](Self::post) of nothing.
-    pub(super) fn new(stream: UnixStream, first: &[u8], activity: Option<&Arc<Activity>>) -> Self {
+    /// Keeps at most `unsent_bytes_max` that the kernel has no room for.
+    pub(super) fn new(
+        stream: UnixStream,
+        first: &[u8],
+        unsent_bytes_max: usize,
+        activity: Option<&Arc<Activity>>,
+    ) -> Self {
         // Without a descriptor left it is woken by the kernel, as without busy polling.
         let polled = activity.and_then(|activity| Polled::new(&stream, activity.clone()).ok());
-        Self { stream, unsent: Mutex::new(first.into()), is_full: Notify::new(), polled }
+        let (unsent, is_full, is_unread) = (Mutex::new(first.into()), Notify::new(), Notify::new());
+        Self { stream, unsent, unsent_bytes_max, is_full, is_unread, polled }
     }
 
     fn on_traffic(&self) {
@@ -141,13 +160,24 @@ impl Mailbox {
             // Nobody reads any more, which whoever reads here learns as well.
             unsent.clear();
         }
+        if unsent.len() > self.unsent_bytes_max {
+            *unsent = BytesMut::new();
+            self.is_unread.notify_one();
+        }
         if !unsent.is_empty() {
             self.is_full.notify_one();
         }
     }
 
-    /// Has what the kernel had no room for leave, until the socket breaks.
+    /// Has what the kernel had no room for leave, until the socket breaks or more is to be kept than may be.
     pub(super) async fn flush(&self) -> Result<Infallible, Broken> {
+        tokio::select! {
+            broken = self.flush_on() => broken,
+            () = self.is_unread.notified() => Err(Broken::Unread(self.unsent_bytes_max)),
+        }
+    }
+
+    async fn flush_on(&self) -> Result<Infallible, Broken> {
         loop {
             self.is_full.notified().await;
             while !self.unsent().is_empty() {
@@ -238,6 +268,8 @@ pub(super) fn take_answer(buffer: &mut BytesMut) -> Option<(u64, bool)> {
 mod tests {
     use super::*;
 
+    use futures::FutureExt;
+
     use crate::busy_poll::BusyPolling;
 
     const DEADLINE: Duration = Duration::from_secs(60);
@@ -251,7 +283,8 @@ mod tests {
 
     async fn arrives_whole_and_in_order(activity: Option<&Arc<Activity>>) {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let (sender, receiver) = (Mailbox::new(ours, &[ATTACHED], activity), Mailbox::new(theirs, &[], activity));
+        let sender = Mailbox::new(ours, &[ATTACHED], UNSENT_MESSAGES_BYTES_MAX, activity);
+        let receiver = Mailbox::new(theirs, &[], UNSENT_ANSWERS_BYTES_MAX, activity);
         let runs = vec![7; NUM_RUNS_BYTES + NUM_RUNS_MAX * RUN_BYTES];
         for id in 0..NUM_ON_THE_WAY_MAX as u64 {
             sender.post_extent(id, &[1; EXTENT_HEADER_BYTES], &runs);
@@ -284,6 +317,23 @@ mod tests {
             broken = sender.flush() => panic!("{broken:?}"),
             () = reading => {}
         }
+    }
+
+    #[tokio::test]
+    async fn peer_that_does_not_read_is_given_up_and_nothing_is_kept_for_it() {
+        let (ours, _theirs) = UnixStream::pair().unwrap();
+        let mailbox = Mailbox::new(ours, &[], UNSENT_ANSWERS_BYTES_MAX, None);
+        // The kernel takes some, and then as many are kept as may be.
+        let mut id = 0;
+        while mailbox.unsent().len() + ANSWER_BYTES <= UNSENT_ANSWERS_BYTES_MAX {
+            mailbox.post_answer(id, true);
+            id += 1;
+        }
+        let mut flushing = std::pin::pin!(mailbox.flush());
+        assert!((&mut flushing).now_or_never().is_none());
+        mailbox.post_answer(id, true);
+        assert_eq!(mailbox.unsent().capacity(), 0);
+        assert!(matches!(tokio::time::timeout(DEADLINE, flushing).await, Ok(Err(Broken::Unread(_)))));
     }
 
     #[test]

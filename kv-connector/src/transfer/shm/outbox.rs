@@ -11,7 +11,7 @@ use quinn::Connection;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::mailbox::{ATTACHED, Broken, Mailbox, NUM_ON_THE_WAY_MAX, take_answer};
+use super::mailbox::{ATTACHED, Broken, Mailbox, NUM_ON_THE_WAY_MAX, UNSENT_MESSAGES_BYTES_MAX, take_answer};
 use crate::accounting::{Carrier, Kind, Ledger};
 use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
@@ -48,7 +48,7 @@ impl Outbox {
         activity: Option<&Arc<Activity>>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            mailbox: Mailbox::new(stream, &[ATTACHED], activity),
+            mailbox: Mailbox::new(stream, &[ATTACHED], UNSENT_MESSAGES_BYTES_MAX, activity),
             connection,
             ledger,
             places: Arc::new(Semaphore::new(NUM_ON_THE_WAY_MAX)),
@@ -140,7 +140,10 @@ struct Unanswered<'a> {
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        if let Some(id) = self.id {
+        let Some(id) = self.id else { return };
+        // Not for one that was answered meanwhile, whose place another may have: a place has one such word at a time.
+        let posted = self.outbox.posted();
+        if posted.unanswered.contains_key(&id) {
             self.outbox.mailbox.post_give_up(id);
         }
     }

@@ -57,9 +57,10 @@ pub(crate) struct OpenRegistration {
 }
 
 /// The socket's address in the abstract namespace, which is a network namespace's own and leaves nothing
-/// behind. A peer names a number, so that it can have nobody connect to any other socket.
+/// behind. A peer names a number, so that it can have nobody connect to any other socket. The rest of the name stands
+/// for what is said over the socket: an end that says it in another way finds nobody there, and stays with quic.
 pub(super) fn socket_name(socket: u128) -> String {
-    format!("\0tandem-kv-{socket:032x}")
+    format!("\0tandem-kv-mailbox-{socket:032x}")
 }
 
 /// Why a descriptor was not handed out, as a label of `tandem_refused_connections_total`.
