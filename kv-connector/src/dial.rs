@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 
-use common::ids::{NodeId, Role};
+use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, Registration};
 use quinn::{ClientConfig, Connection, Side};
 
@@ -14,7 +14,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::BulkReceiver;
-use crate::transfer::cuda_ipc;
+use crate::transfer::cuda_ipc::{self, AttachError};
 use crate::transfer::shm::Attached;
 use crate::versions;
 
@@ -151,7 +151,7 @@ impl Fabric {
             Some(registration) => self.attach(&node, &registration).await,
             None => None,
         };
-        let on_device = self.attach_device(&node, &connection, zone).await;
+        let on_device = self.attach_device((node.clone(), epoch), &connection, zone).await;
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
         let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
@@ -175,18 +175,22 @@ impl Fabric {
     /// The peer's pool, if devices can copy out of it into this node's.
     async fn attach_device(
         &self,
-        node: &NodeId,
+        life: (NodeId, Epoch),
         connection: &Connection,
         zone: &LandingZone,
     ) -> Option<cuda_ipc::Receiving> {
-        let pool = self.shared.device_pool.as_ref()?;
-        match cuda_ipc::attach(connection, pool, self.shared.limits.attach_deadline).await {
+        let copier = self.shared.copier.clone()?;
+        let attached = match copier.has_failed(&life) {
+            true => Err(AttachError::HasFailed),
+            false => cuda_ipc::attach(connection, copier.pool(), self.shared.limits.attach_deadline).await,
+        };
+        match attached {
             Ok(peer) => {
                 let (context, connection) = (self.shared.receive_context(zone), connection.clone());
-                Some(cuda_ipc::Receiving { peer, memory: pool.clone(), context, connection })
+                Some(cuda_ipc::Receiving { life, peer, copier, context, connection })
             }
             Err(reason) => {
-                tracing::info!(peer = %node, %reason, "KV comes through the hosts, not over cuda-ipc");
+                tracing::info!(peer = %life.0, %reason, "KV comes through the hosts, not over cuda-ipc");
                 None
             }
         }

@@ -39,7 +39,7 @@ use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
-use crate::transfer::cuda_ipc::Exporter;
+use crate::transfer::cuda_ipc::{Copier, Exporter};
 use crate::transfer::shm::Registrar;
 use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
@@ -183,7 +183,7 @@ pub(crate) struct Shared {
     /// Hands this node's pool out to peers on the same host.
     pub(crate) registrar: Option<Arc<Registrar>>,
     pub(crate) is_reading_shared_pools: bool,
-    pub(crate) device_pool: Option<Arc<dyn DevicePool>>,
+    pub(crate) copier: Option<Arc<Copier>>,
     pub(crate) exporter: Option<Arc<Exporter>>,
     pub(crate) zone: LandingZone,
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
@@ -253,6 +253,7 @@ impl Fabric {
         let exporter = device_pool.clone().filter(|_| bulk_listener.is_some());
         let device_memory = exporter.clone().map(|pool| pool as Arc<dyn KvMemory>);
         let exporter = exporter.map(|pool| Arc::new(Exporter::new(pool)));
+        let copier = device_pool.map(|pool| Arc::new(Copier::new(pool)));
         let zone = LandingZone::new(hello.epoch, ledger.clone());
         let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
         let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
@@ -263,7 +264,7 @@ impl Fabric {
             bulk_senders: BulkSenders::new(transport_layer, shared_memory).with_device_memory(device_memory),
             registrar,
             is_reading_shared_pools,
-            device_pool,
+            copier,
             exporter,
             zone,
             limits,

@@ -137,8 +137,8 @@ impl BulkSenders {
     }
 }
 
-/// One bulk connection, seen from its sender: `quic`, until the receiver has mapped this node's pool; from
-/// then on `shm` for what lies in that pool.
+/// One bulk connection, seen from its sender: `quic`, until the receiver can read this node's pool; from then on
+/// `cuda-ipc` for what lies in a pool that its device has opened, or `shm` for what lies in one that it has mapped.
 pub(crate) struct PeerTransport {
     quic: QuicTransport,
     shared_memory: Option<Arc<dyn KvMemory>>,

@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::content::PrefixDigest;
@@ -21,23 +22,53 @@ pub struct OnDevice {
     /// What others may open.
     file: Option<(OwnedFd, u64)>,
     before_copy: Mutex<Option<Box<dyn FnMut() + Send>>>,
+    is_failing: AtomicBool,
+    /// Of copies: how many are at the device now, and how many were at most.
+    num_copying: AtomicUsize,
+    num_copying_most: AtomicUsize,
 }
 
 impl OnDevice {
     /// A sender's.
     pub fn exported(pool: &Arc<FilePool>) -> Arc<Self> {
         let file = pool.shared().file.try_clone().unwrap();
-        Arc::new(Self { memory: pool.clone(), file: Some((file, pool.num_bytes())), before_copy: Mutex::default() })
+        Arc::new(Self::over(pool.clone(), Some((file, pool.num_bytes()))))
     }
 
     /// A receiver's.
     pub fn new(memory: &Arc<TestMemory>) -> Arc<Self> {
-        Arc::new(Self { memory: memory.clone(), file: None, before_copy: Mutex::default() })
+        Arc::new(Self::over(memory.clone(), None))
+    }
+
+    fn over(memory: Arc<dyn KvMemory>, file: Option<(OwnedFd, u64)>) -> Self {
+        Self {
+            memory,
+            file,
+            before_copy: Mutex::default(),
+            is_failing: AtomicBool::new(false),
+            num_copying: AtomicUsize::new(0),
+            num_copying_most: AtomicUsize::new(0),
+        }
     }
 
     /// Runs `act` before every copy out of a peer's pool.
     pub fn before_copies(&self, act: impl FnMut() + Send + 'static) {
         *self.before_copy.lock().unwrap() = Some(Box::new(act));
+    }
+
+    /// From now on every copy fails.
+    pub fn fail_copies(&self) {
+        self.is_failing.store(true, Ordering::SeqCst);
+    }
+
+    /// Copies that are at the device now; it makes one at a time.
+    pub fn num_copying(&self) -> usize {
+        self.num_copying.load(Ordering::SeqCst)
+    }
+
+    /// The most of them that there ever were.
+    pub fn num_copying_most(&self) -> usize {
+        self.num_copying_most.load(Ordering::SeqCst)
     }
 }
 
@@ -117,8 +148,14 @@ impl PeerPool for Opened {
         blocks: &[BlockId],
         first_granule: usize,
     ) -> Result<(), String> {
+        let num_copying = self.own.num_copying.fetch_add(1, Ordering::SeqCst) + 1;
+        self.own.num_copying_most.fetch_max(num_copying, Ordering::SeqCst);
         if let Some(act) = self.own.before_copy.lock().unwrap().as_mut() {
             act();
+        }
+        self.own.num_copying.fetch_sub(1, Ordering::SeqCst);
+        if self.own.is_failing.load(Ordering::SeqCst) {
+            return Err("the device has fallen off the bus".to_string());
         }
         let mut bytes = Vec::new();
         for run in runs {

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::device_pool::{DevicePool, ExportedPool, HANDLE_BYTES_MAX, PeerPool};
 use quinn::{Connection, RecvStream, SendStream};
+use tokio::time::Instant;
 
 /// Asked first: who asks, and in which words.
 const ASK: [u8; 4] = *b"TKCI";
@@ -13,6 +14,9 @@ const ASK: [u8; 4] = *b"TKCI";
 const ATTACHED: u8 = 1;
 /// A sentence on the wire.
 const SENTENCE_BYTES_MAX: usize = 512;
+/// A sender waits so many times as long as a receiver, whose time began earlier and who alone can say that the pool is
+/// open: it hears of every one that was opened in time.
+const SENDER_PATIENCE: u32 = 2;
 
 /// A pool that cannot be read here, which is no fault: KV comes over another transport.
 #[derive(Debug, thiserror::Error)]
@@ -25,6 +29,8 @@ pub(crate) enum AttachError {
     Silent(Duration),
     #[error("the peer did not answer as this version does ({0})")]
     Broken(String),
+    #[error("copies out of the peer's pool have failed before in its present life")]
+    HasFailed,
 }
 
 /// A node's pool, exported when the first asks for it.
@@ -59,17 +65,30 @@ fn this_host() -> io::Result<[u8; 16]> {
     Ok(id.to_be_bytes())
 }
 
-/// The receiver's part: asks for the peer's pool and opens it for copies into `pool`.
+/// The receiver's part: asks for the peer's pool and opens it for copies into `pool`. Where it fails, the sender has not
+/// heard that the pool is open, and never will.
 pub(crate) async fn attach(
     connection: &Connection,
     pool: &Arc<dyn DevicePool>,
     deadline: Duration,
 ) -> Result<Arc<dyn PeerPool>, AttachError> {
-    let asked = tokio::time::timeout(deadline, ask(connection, pool));
-    asked.await.unwrap_or(Err(AttachError::Silent(deadline)))
+    let until = Instant::now() + deadline;
+    let opened = tokio::time::timeout_at(until, open(connection, pool)).await;
+    let (peer, mut answer) = opened.unwrap_or(Err(AttachError::Silent(deadline)))?;
+    // Once the sender may have heard that the pool is open, it may send places instead of bytes: whatever becomes of the
+    // answer, which only says that the first extent already comes this way, the pool stays open.
+    if !matches!(tokio::time::timeout_at(until, answer.read_exact(&mut [0])).await, Ok(Ok(()))) {
+        tracing::debug!("the peer did not say that it knows of the open pool");
+    }
+    Ok(peer)
 }
 
-async fn ask(connection: &Connection, pool: &Arc<dyn DevicePool>) -> Result<Arc<dyn PeerPool>, AttachError> {
+/// Up to telling the sender that its pool is open: with it, the stream on which it answers. Dropped before, it has told
+/// nothing.
+async fn open(
+    connection: &Connection,
+    pool: &Arc<dyn DevicePool>,
+) -> Result<(Arc<dyn PeerPool>, RecvStream), AttachError> {
     let broken = |error: &dyn std::fmt::Display| AttachError::Broken(error.to_string());
     let (mut sender, mut receiver) = connection.open_bi().await.map_err(|error| broken(&error))?;
     let host = this_host().map_err(|error| AttachError::Refused(format!("this host has no name: {error}")))?;
@@ -90,15 +109,13 @@ async fn ask(connection: &Connection, pool: &Arc<dyn DevicePool>) -> Result<Arc<
     // The driver may take its time.
     let opened = tokio::task::spawn_blocking(move || pool.open_peer(&exported)).await;
     let opened = opened.map_err(|error| broken(&error))?.map_err(AttachError::Unopened)?;
-    // Once the sender may have heard this, it may send places instead of bytes: whatever becomes of the answer, which
-    // only says that the first extent already comes this way, the pool stays open.
-    if sender.write_all(&[ATTACHED]).await.is_ok() && receiver.read_exact(&mut [0]).await.is_err() {
-        tracing::debug!("the peer did not say that it knows of the open pool");
-    }
-    Ok(opened)
+    // Fails if the sender no longer listens: then it sends bytes.
+    sender.write_all(&[ATTACHED]).await.map_err(|error| broken(&error))?;
+    Ok((opened, receiver))
 }
 
-/// The sender's part: answers whoever is at the other end of a bulk connection, until that ends.
+/// The sender's part: answers whoever is at the other end of a bulk connection, until that ends. `deadline` is a
+/// receiver's.
 pub(crate) async fn serve(
     connection: Connection,
     exporter: Option<Arc<Exporter>>,
@@ -107,7 +124,7 @@ pub(crate) async fn serve(
 ) {
     while let Ok((sender, receiver)) = connection.accept_bi().await {
         let answered = answer(sender, receiver, exporter.as_deref(), &on_attached);
-        match tokio::time::timeout(deadline, answered).await {
+        match tokio::time::timeout(SENDER_PATIENCE * deadline, answered).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(%error, "whoever asked for the device's pool went away"),
             Err(_) => tracing::debug!("whoever asked for the device's pool fell silent"),

@@ -22,26 +22,29 @@
 //! **One trust domain**, as with `shm`: who has the handle can read the sender's whole pool. It leaves over the bulk
 //! connection, so only for a node of the cluster; drivers open handles of the same user alone.
 //!
-//! The sender exports its pool once. A receiver keeps it open as long as its end of the connection; a device that cannot
-//! copy any more refuses extents and ends the connection, so that the next begins with `quic`.
+//! The sender exports its pool once. A receiver keeps it open as long as its end of the connection; where a copy fails it
+//! refuses the extent, ends the connection, and remembers it: the next one to the same life of the sender stays with `quic`.
 
 mod attach;
+mod copier;
 mod receive;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytes::Bytes;
 use common::kv_memory::KvMemory;
 use common::wire::runs::{NUM_RUNS_MAX, encode_runs};
 use common::wire::{ExtentHeader, PoolRun};
-use quinn::{Connection, ReadError, ReadExactError, SendStream, WriteError};
+use quinn::{Connection, ReadError, ReadExactError};
 
-pub(crate) use attach::{Exporter, attach, serve};
+pub(crate) use attach::{AttachError, Exporter, attach, serve};
+pub(crate) use copier::Copier;
 pub(crate) use receive::{Receiving, receive};
 
 use crate::accounting::{Carrier, Kind, Ledger};
 use crate::socket::Traffic;
-use crate::stream::StreamCode;
+use crate::transfer::extent_stream::ExtentStream;
 use crate::transfer::payload::PoolExtent;
 use crate::transfer::{ExtentEnd, Payload, SendExtentError};
 
@@ -81,21 +84,6 @@ impl Sending {
     }
 }
 
-/// A stream that is given up unless it was finished; quinn finishes one that is dropped.
-struct Posting {
-    stream: SendStream,
-    is_done: bool,
-}
-
-impl Drop for Posting {
-    fn drop(&mut self) {
-        if !self.is_done {
-            // Fails only if the receiver stopped it already.
-            let _ = self.stream.reset(StreamCode::Cancelled.code());
-        }
-    }
-}
-
 /// Sends one extent's places and resolves when the receiver has copied and verified it.
 pub(crate) async fn send(
     connection: &Connection,
@@ -107,17 +95,12 @@ pub(crate) async fn send(
     let lost = |error: quinn::ConnectionError| SendExtentError::ConnectionLost(error.into());
     let _held = ledger.hold(Kind::Stream(Traffic::Bulk));
     let (stream, mut answer) = connection.open_bi().await.map_err(lost)?;
-    let mut posting = Posting { stream, is_done: false };
-    let places = [&header.encode()[..], &encode_runs(runs)].concat();
-    posting.stream.write_all(&places).await.map_err(|error| match error {
-        WriteError::ConnectionLost(error) => lost(error),
-        _ => SendExtentError::Refused,
-    })?;
+    let mut posting = ExtentStream::new(stream);
+    posting.write(&mut [Bytes::copy_from_slice(&header.encode()), encode_runs(runs).into()]).await?;
     if end == ExtentEnd::Reset {
         return Ok(());
     }
-    posting.stream.finish().map_err(|_| SendExtentError::Refused)?;
-    posting.is_done = true;
+    posting.finish()?;
     let mut taken = [0];
     match answer.read_exact(&mut taken).await {
         Ok(()) if taken == [TAKEN] => {

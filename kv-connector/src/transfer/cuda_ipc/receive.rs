@@ -3,29 +3,33 @@
 use std::sync::Arc;
 
 use common::device_pool::PeerPool;
+use common::ids::{Epoch, NodeId};
 use common::kv_memory::KvMemory;
+use common::wire::PoolRun;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
-use common::wire::runs::{InvalidRuns, NUM_RUNS_BYTES, NUM_RUNS_MAX, RUN_BYTES, decode_num_runs, decode_runs};
-use common::wire::{ExtentHeader, PoolRun};
+use common::wire::runs::{NUM_RUNS_BYTES, NUM_RUNS_MAX, RUN_BYTES};
 use quinn::{Connection, ReadToEndError, RecvStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
-use super::TAKEN;
+use super::{Copier, TAKEN};
 use crate::accounting::{Carrier, Kind};
 use crate::link::CLOSE_DONE;
 use crate::socket::Traffic;
 use crate::stream::StreamCode;
 use crate::transfer::bulk::ReceiveContext;
+use crate::transfer::places::posted_runs;
 use crate::transfer::{Arriving, RefusedExtent};
 
 const POST_BYTES_MAX: usize = EXTENT_HEADER_BYTES + NUM_RUNS_BYTES + NUM_RUNS_MAX * RUN_BYTES;
 
 /// What one sender's extents are taken in with.
 pub(crate) struct Receiving {
+    /// Whose pool it is.
+    pub(crate) life: (NodeId, Epoch),
     pub(crate) peer: Arc<dyn PeerPool>,
-    /// The pool that has opened it.
-    pub(crate) memory: Arc<dyn KvMemory>,
+    /// The device whose pool has opened it.
+    pub(crate) copier: Arc<Copier>,
     pub(crate) context: ReceiveContext,
     pub(crate) connection: Connection,
 }
@@ -66,13 +70,19 @@ impl Receiving {
             zone.count_refused(RefusedExtent::Malformed);
             return Err(RefusedExtent::Malformed);
         };
-        let header = ExtentHeader::decode(header).map_err(|_| RefusedExtent::Malformed);
-        let header = header.inspect_err(|refused| zone.count_refused(*refused))?;
-        let admitted = zone.admit(&header);
-        let mut arriving = admitted.inspect_err(|refused| zone.tell_refused(&header, *refused))?;
-        let num_bytes = header.num_payload_bytes as usize;
-        let runs = match self.runs(runs, num_bytes) {
-            Ok(runs) => runs,
+        let (mut arriving, num_bytes) = self.context.admit(header)?;
+        let closed = arriving.closed();
+        let beginning = async {
+            let runs = posted_runs(runs, self.peer.num_bytes(), num_bytes, "a device's memory")?;
+            Ok((runs, self.copier.place().await))
+        };
+        let begun = tokio::select! {
+            biased;
+            () = closed => Err(RefusedExtent::Closed),
+            begun = beginning => begun,
+        };
+        let (runs, place) = match begun {
+            Ok(begun) => begun,
             Err(refused) => {
                 arriving.refuse(refused);
                 return Err(refused);
@@ -83,6 +93,7 @@ impl Receiving {
         // midway either; what it does to the blocks of a closed landing, it has done when `close` returns.
         let copying = tokio::task::spawn_blocking(move || {
             let copied = receiving.copy(&runs, &mut arriving);
+            drop(place);
             (copied, arriving)
         });
         let Ok((copied, arriving)) = copying.await else { return Err(RefusedExtent::Unreadable) };
@@ -107,35 +118,31 @@ impl Receiving {
         }
     }
 
-    /// The list behind the header.
-    fn runs(&self, encoded: &[u8], payload_bytes: usize) -> Result<Vec<PoolRun>, RefusedExtent> {
-        let refused = |invalid: InvalidRuns| {
-            tracing::warn!(%invalid, "an extent names places in a device's memory that cannot be its payload");
-            match invalid {
-                InvalidRuns::TooShort => RefusedExtent::Truncated,
-                InvalidRuns::TooLong => RefusedExtent::WrongSize,
-                _ => RefusedExtent::BadRuns,
-            }
-        };
-        let (number, list) = encoded.split_first_chunk::<NUM_RUNS_BYTES>().ok_or(RefusedExtent::Truncated)?;
-        let num_bytes = decode_num_runs(*number).map_err(refused)?;
-        match list.len().cmp(&num_bytes) {
-            std::cmp::Ordering::Less => Err(RefusedExtent::Truncated),
-            std::cmp::Ordering::Greater => Err(RefusedExtent::BadRuns),
-            std::cmp::Ordering::Equal => {
-                decode_runs(list, self.peer.num_bytes(), payload_bytes as u32).map_err(refused)
-            }
+    /// Fills the blocks; a device that cannot is not asked again in this life of the peer.
+    fn copy(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
+        if self.copier.has_failed(&self.life) {
+            return Err(RefusedExtent::Unreadable);
         }
+        let copied = self.copy_runs(runs, arriving);
+        if copied == Err(RefusedExtent::Unreadable) {
+            tracing::warn!(
+                peer = %self.life.0,
+                "the device cannot take in the peer's KV: the bulk connection is given up, the next stays with quic"
+            );
+            self.copier.on_failed(&self.life);
+            self.connection.close(CLOSE_DONE, b"the device cannot take in the pool's KV any more");
+        }
+        copied
     }
 
     /// Device to device where the landing is in the pool that opened the peer's; else through the host.
-    fn copy(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
+    fn copy_runs(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
         let failed = |reason: String| {
-            tracing::warn!(%reason, "a peer's pool cannot be read any more: the bulk connection is given up");
-            self.connection.close(CLOSE_DONE, b"the device cannot read the pool any more");
+            tracing::warn!(peer = %self.life.0, %reason, "a copy out of a peer's pool failed");
             RefusedExtent::Unreadable
         };
-        if arriving.lands_in(&self.memory) {
+        let own: Arc<dyn KvMemory> = self.copier.pool().clone();
+        if arriving.lands_in(&own) {
             return arriving.fill_on_device(|layer, blocks, first_granule| {
                 self.peer.copy_granules(runs, layer, blocks, first_granule).map_err(failed)
             });

@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use bytes::{Bytes, BytesMut};
 use common::wire::PoolRun;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
-use common::wire::runs::{InvalidRuns, NUM_RUNS_BYTES, decode_num_runs, decode_runs};
 use quinn::Connection;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -19,6 +18,7 @@ use crate::accounting::{Carrier, Kind};
 use crate::link::CLOSE_DONE;
 use crate::socket::Traffic;
 use crate::transfer::bulk::ReceiveContext;
+use crate::transfer::places::posted_runs;
 use crate::transfer::{Arriving, RefusedExtent};
 
 /// Copied and hashed at a time: stays in the second-level cache, takes some 20 microseconds, and
@@ -127,7 +127,7 @@ impl Inbox {
         let (mut arriving, num_bytes) = self.context.admit(header)?;
         let closed = arriving.closed();
         let copying = async {
-            let runs = self.runs(runs, num_bytes)?;
+            let runs = posted_runs(runs, self.mapping.num_bytes(), num_bytes, "shared memory")?;
             copy(&self.mapping, &runs, &mut arriving).await
         };
         // Between two slices the copying looks up, so that whoever no longer wants it is heard.
@@ -149,27 +149,6 @@ impl Inbox {
         }
         self.context.ledger.count_verified(Carrier::Shm, num_bytes);
         Ok(())
-    }
-
-    /// The list behind the header.
-    fn runs(&self, encoded: &[u8], payload_bytes: usize) -> Result<Vec<PoolRun>, RefusedExtent> {
-        let refused = |invalid: InvalidRuns| {
-            tracing::warn!(%invalid, "an extent names places in shared memory that cannot be its payload");
-            match invalid {
-                InvalidRuns::TooShort => RefusedExtent::Truncated,
-                InvalidRuns::TooLong => RefusedExtent::WrongSize,
-                _ => RefusedExtent::BadRuns,
-            }
-        };
-        let (number, list) = encoded.split_first_chunk::<NUM_RUNS_BYTES>().ok_or(RefusedExtent::Truncated)?;
-        let num_bytes = decode_num_runs(*number).map_err(refused)?;
-        match list.len().cmp(&num_bytes) {
-            std::cmp::Ordering::Less => Err(RefusedExtent::Truncated),
-            std::cmp::Ordering::Greater => Err(RefusedExtent::BadRuns),
-            std::cmp::Ordering::Equal => {
-                decode_runs(list, self.mapping.num_bytes(), payload_bytes as u32).map_err(refused)
-            }
-        }
     }
 
     fn copying(&self) -> MutexGuard<'_, HashMap<u64, CancellationToken>> {
