@@ -84,13 +84,7 @@ impl DeviceWeights {
     ///
     /// # Errors
     /// What the device says.
-    pub fn embed(
-        &self,
-        ids: Part<'_>,
-        drawn: Option<&Buffer>,
-        out: &Buffer,
-        rows: usize,
-    ) -> Result<(), DeviceError> {
+    pub fn embed(&self, ids: Part<'_>, drawn: Option<&Buffer>, out: &Buffer, rows: usize) -> Result<(), DeviceError> {
         let args = self
             .args(Args::default())
             .address(ids.at(rows * 4))
