@@ -23,6 +23,7 @@ use serde_json::Value;
 use crate::gguf::names::{self, InterleavedHeads};
 use crate::gguf::{blocks, config, is_gguf};
 use crate::spec::{self, ModelSpec, SpecError};
+use crate::weights::Stacked;
 
 /// Why a checkpoint cannot be loaded.
 #[derive(Debug, thiserror::Error)]
@@ -294,9 +295,16 @@ impl Checkpoint {
         self.files.iter().map(|file| file.path.as_path())
     }
 
-    /// Of all tensors together.
-    pub fn num_bytes(&self) -> u64 {
-        self.tensors.values().map(|place| place.bytes.len() as u64).sum()
+    /// The size of a tensor in its file, and the format if it is quantized; `None` if it is not there.
+    pub(crate) fn size_of(&self, name: &str) -> Option<(u64, Option<String>)> {
+        let place = self.tensors.get(name)?;
+        Some((place.bytes.len() as u64, place.stored.quantized()))
+    }
+
+    /// The size in its files of what `matrices` are stacked of.
+    pub(crate) fn num_bytes_of(&self, matrices: impl Iterator<Item = Stacked>) -> u64 {
+        let tensors = matrices.flat_map(|matrix| matrix.parts);
+        tensors.filter_map(|(name, _)| self.size_of(&name)).map(|(num_bytes, _)| num_bytes).sum()
     }
 
     /// Whether a tensor is there.

@@ -54,8 +54,11 @@ enum Section {
 
 impl CpuMatrix {
     fn pack(dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
+        // All that a packed format is chosen by: q4_0 and q4_K differ in nothing but the offset, the block and minima.
+        let format =
+            |w: &QuantizedWeights| (w.bits, w.offset, w.group, w.block, w.group_scales.is_some(), w.mins.is_some());
         let is_alike = |a: &MatrixPart<'_>, b: &MatrixPart<'_>| match (a, b) {
-            (MatrixPart::Quantized(a), MatrixPart::Quantized(b)) => (a.bits, a.group) == (b.bits, b.group),
+            (MatrixPart::Quantized(a), MatrixPart::Quantized(b)) => format(a) == format(b),
             (MatrixPart::Quantized(_), _) | (_, MatrixPart::Quantized(_)) => false,
             _ => true,
         };

@@ -29,10 +29,10 @@ struct Memory {
     weights: WeightSizes,
     /// Of the angles of all positions.
     angle_bytes: u64,
-    /// Of the activations of a row of a step.
+    /// Of a row of a step.
     row_bytes: u64,
-    /// Of the logits of a sampled row.
-    logit_bytes: u64,
+    /// Of a sampled row beside.
+    sampled_row_bytes: u64,
 }
 
 impl CpuRunner {
@@ -72,7 +72,7 @@ impl CpuRunner {
             weights: model.weights().sizes(),
             angle_bytes: (size_of_val(rope.cos.as_slice()) + size_of_val(rope.sin.as_slice())) as u64,
             row_bytes: decoder::row_bytes(model.spec()),
-            logit_bytes: 4 * model.spec().vocab_size as u64,
+            sampled_row_bytes: decoder::sampled_row_bytes(model.spec()),
         };
         let mut worker = Worker { rope, model, pool: pool.clone(), workspace: Workspace::default() };
         let thread = StepThread::start(move |plan, sink| worker.step(plan, sink))
@@ -87,7 +87,7 @@ impl CpuRunner {
 }
 
 impl Memory {
-    fn report(&self, pool: &KvPool, max_num_rows: u64, max_num_logit_rows: u64) -> String {
+    fn report(&self, pool: &KvPool, max_num_rows: u64, max_num_sampled_rows: u64) -> String {
         let mib = |num_bytes: u64| num_bytes.div_ceil(1 << 20);
         let pages = if pool.gets_huge_pages() { "in huge pages" } else { "not in huge pages" };
         format!(
@@ -98,7 +98,7 @@ impl Memory {
             pool.num_blocks(),
             pool.block_size(),
             mib(self.angle_bytes),
-            mib(max_num_rows * self.row_bytes + max_num_logit_rows * self.logit_bytes),
+            mib(max_num_rows * self.row_bytes + max_num_sampled_rows * self.sampled_row_bytes),
         )
     }
 }
@@ -161,7 +161,7 @@ mod tests {
     fn the_memory_report_names_weights_blocks_pages_and_steps() {
         let pool = KvPool::new(&KvSpec::uniform(2, 2, 16, KvDtype::Bf16, None), 16, 10).unwrap();
         let weights = WeightSizes { table_bytes: 3 << 20, vector_bytes: 1, ..WeightSizes::default() };
-        let memory = Memory { weights, angle_bytes: 100, row_bytes: 4 << 10, logit_bytes: 2 << 10 };
+        let memory = Memory { weights, angle_bytes: 100, row_bytes: 4 << 10, sampled_row_bytes: 2 << 10 };
         assert_eq!(
             memory.report(&pool, 1024, 512),
             "memory: 4 MiB of weights, once per process, 1 MiB of KV pool (10 blocks of 16 tokens), not in huge pages, \

@@ -36,10 +36,22 @@ impl<B: Backend> Default for Activations<B> {
     }
 }
 
-/// Bytes of the activations of one row, in f32.
-pub(crate) fn row_bytes(spec: &ModelSpec) -> u64 {
+/// Bytes of the [`Activations`] of one row, in f32.
+fn activation_bytes(spec: &ModelSpec) -> u64 {
     let attended = spec.num_heads * spec.head_dim;
     4 * (2 * spec.hidden_size + spec.qkv_width() + attended + 3 * spec.intermediate_size) as u64
+}
+
+/// What a row of a step takes on a CPU at most: its activations, and those of the widest product packed, which is 4
+/// bytes a value, or fewer where products are of bf16 pairs or 8 bits.
+pub(crate) fn row_bytes(spec: &ModelSpec) -> u64 {
+    let widest = spec.hidden_size.max(spec.num_heads * spec.head_dim).max(spec.intermediate_size);
+    activation_bytes(spec) + 4 * widest as u64
+}
+
+/// What a sampled row takes beside: the activations of its way behind the last layer's KV, gathered, normed, logits.
+pub(crate) fn sampled_row_bytes(spec: &ModelSpec) -> u64 {
+    activation_bytes(spec) + 4 * (2 * spec.hidden_size + spec.vocab_size) as u64
 }
 
 /// What a step computes in; kept between steps for its memory.

@@ -1,7 +1,7 @@
 //! How far the loading of weights is, for whoever waits for it: a bar on a terminal, else a line every few seconds.
 //!
 //! Told by the threads that load, matrix by matrix: a line is late by as long as one takes, and nobody has to wake up
-//! for it.
+//! for it. Norms and biases, which are next to nothing, are counted neither in the total nor on the way.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ pub struct LoadProgress {
 }
 
 impl LoadProgress {
-    /// Of `num_bytes` of a checkpoint, from now on.
+    /// Of `num_bytes` of matrices in a checkpoint, from now on.
     pub fn start(num_bytes: u64) -> Self {
         // Draws nothing where standard error is no terminal.
         let bar = ProgressBar::new(num_bytes);

@@ -17,7 +17,7 @@ use crate::identity::{self, model_identity};
 use crate::load_progress::LoadProgress;
 use crate::pool::PoolError;
 use crate::spec::{ModelSpec, SpecError};
-use crate::weights::{self, ComputeDtype, Weights};
+use crate::weights::{self, ComputeDtype, Stacked, Weights};
 
 /// Why a model cannot be loaded or run.
 #[derive(Debug, thiserror::Error)]
@@ -199,20 +199,6 @@ impl Opened {
         Ok(Self { folder: folder.to_path_buf(), spec, checkpoint, dtype })
     }
 
-    /// What the weights take where nothing is quantized: matrices in the computing type; norms, biases and angles
-    /// are next to nothing beside them and counted as one part in 64.
-    pub(crate) fn weight_bytes(&self) -> u64 {
-        let ModelSpec { hidden_size, intermediate_size, vocab_size, num_heads, head_dim, .. } = self.spec;
-        let layer = hidden_size * (self.spec.qkv_width() + num_heads * head_dim + 3 * intermediate_size);
-        let num_tables = if self.spec.is_tied { 1 } else { 2 };
-        let values = (self.spec.num_layers() * layer + num_tables * vocab_size * hidden_size) as u64;
-        let bytes = match self.dtype {
-            ComputeDtype::F32 => values * 4,
-            ComputeDtype::Bf16 => values * 2,
-        };
-        bytes + bytes / 64
-    }
-
     pub(crate) fn load<B: Backend + Sync>(
         self,
         backend: B,
@@ -225,7 +211,7 @@ impl Opened {
         // Both read all of the checkpoint, so both do it while it is in memory.
         let (weights, identity) = std::thread::scope(|scope| {
             let identity = scope.spawn(|| model_identity(&checkpoint, &spec, dtype.as_str(), cache_folder));
-            let progress = LoadProgress::start(checkpoint.num_bytes());
+            let progress = LoadProgress::start(checkpoint.num_bytes_of(Stacked::all(&spec)));
             let weights = Weights::load(&backend, &spec, &checkpoint, dtype, num_threads, &progress);
             drop(progress);
             (weights, identity.join().expect("a digest of mapped bytes does not panic"))

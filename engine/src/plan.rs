@@ -104,6 +104,20 @@ impl StepPlan {
         self.spare_tokens.clear();
     }
 
+    /// Becomes `plan` in the memory it has. The memory for what is drawn stays each plan's own.
+    pub fn copy_from(&mut self, plan: &StepPlan) {
+        let Self { tokens, from_slots, positions, slots, spans, block_tables, samples, has_decode, spare_tokens: _ } =
+            self;
+        tokens.clone_from(&plan.tokens);
+        from_slots.clone_from(&plan.from_slots);
+        positions.clone_from(&plan.positions);
+        slots.clone_from(&plan.slots);
+        spans.clone_from(&plan.spans);
+        block_tables.clone_from(&plan.block_tables);
+        samples.clone_from(&plan.samples);
+        *has_decode = plan.has_decode;
+    }
+
     /// Becomes the given rows of `plan` without its samples: a span of one row for each, over the same KV.
     ///
     /// # Panics
@@ -151,6 +165,50 @@ impl StepPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_copy_takes_the_memory_that_is_there() {
+        let span = Span {
+            sequence: SequenceId(1),
+            first_row: 0,
+            num_rows: 2,
+            first_position: 3,
+            block_table: 0..2,
+            is_reported: false,
+        };
+        let sample = SampleRow {
+            row: 1,
+            sequence: SequenceId(1),
+            choice: ChoiceIndex(0),
+            position: 5,
+            params: Arc::new(SamplingParams::greedy(1)),
+            is_stop_banned: false,
+            history: None,
+        };
+        let plan = StepPlan {
+            tokens: vec![7, 8],
+            from_slots: vec![FromSlot { row: 1, slot: 0 }],
+            positions: vec![3, 4],
+            slots: vec![40, 41],
+            spans: vec![span],
+            block_tables: vec![2, 5],
+            samples: vec![sample],
+            has_decode: true,
+            spare_tokens: Vec::new(),
+        };
+        let mut copy = StepPlan::default();
+        copy.copy_from(&plan);
+        assert_eq!(copy, plan);
+        let memory = |plan: &StepPlan| {
+            let StepPlan { tokens, from_slots, positions, slots, spans, block_tables, samples, .. } = plan;
+            let words = [tokens, positions, slots, block_tables].map(|array| array.as_ptr());
+            (words, from_slots.as_ptr(), spans.as_ptr(), samples.as_ptr())
+        };
+        let before = memory(&copy);
+        copy.tokens.clear();
+        copy.copy_from(&plan);
+        assert_eq!((memory(&copy), copy), (before, plan));
+    }
 
     #[test]
     fn taken_rows_are_spans_of_one_row_at_their_own_positions() {

@@ -142,6 +142,45 @@ impl<B: Backend> Weights<B> {
     }
 }
 
+/// A matrix as a checkpoint has it: the tensors that are stacked, each with its rows, and the width of all.
+pub(crate) struct Stacked {
+    pub(crate) cols: usize,
+    pub(crate) parts: Vec<(String, usize)>,
+}
+
+impl Stacked {
+    /// All of a model.
+    pub(crate) fn all(spec: &ModelSpec) -> impl Iterator<Item = Self> {
+        let layers = (0..spec.num_layers()).flat_map(|layer| Self::of_layer(spec, layer));
+        let head = (!spec.is_tied).then(|| Self::head(spec));
+        layers.chain([Self::table(spec)]).chain(head)
+    }
+
+    fn table(spec: &ModelSpec) -> Self {
+        Self { cols: spec.hidden_size, parts: vec![(EMBEDDING.to_string(), spec.vocab_size)] }
+    }
+
+    fn head(spec: &ModelSpec) -> Self {
+        Self { cols: spec.hidden_size, parts: vec![("lm_head.weight".to_string(), spec.vocab_size)] }
+    }
+
+    /// q, k, v; the output of attention; gate and up; down.
+    fn of_layer(spec: &ModelSpec, layer: usize) -> [Self; 4] {
+        let (hidden, ffn) = (spec.hidden_size, spec.intermediate_size);
+        let (q, kv) = (spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim);
+        let stacked = |cols: usize, parts: &[(&str, usize)]| {
+            let named = |(part, rows): &(&str, usize)| (format!("model.layers.{layer}.{part}.weight"), *rows);
+            Self { cols, parts: parts.iter().map(named).collect() }
+        };
+        [
+            stacked(hidden, &[("self_attn.q_proj", q), ("self_attn.k_proj", kv), ("self_attn.v_proj", kv)]),
+            stacked(q, &[("self_attn.o_proj", hidden)]),
+            stacked(hidden, &[("mlp.gate_proj", ffn), ("mlp.up_proj", ffn)]),
+            stacked(ffn, &[("mlp.down_proj", hidden)]),
+        ]
+    }
+}
+
 struct Loader<'a, B> {
     backend: &'a B,
     checkpoint: &'a Checkpoint,
@@ -153,10 +192,10 @@ impl<B: Backend> Loader<'_, B> {
     /// Embedding table, last norm, output projection.
     #[allow(clippy::type_complexity)] // one caller, which takes it apart
     fn ends(&self, spec: &ModelSpec) -> Result<(Option<B::Matrix>, B::Vector, B::Matrix), LoadError> {
-        let matrix = |name: &str| self.matrix(spec.hidden_size, &[(name.to_string(), spec.vocab_size)]);
+        let table = self.matrix(&Stacked::table(spec))?;
         let (table, head) = match spec.is_tied {
-            true => (None, matrix(EMBEDDING)?),
-            false => (Some(matrix(EMBEDDING)?), matrix("lm_head.weight")?),
+            true => (None, table),
+            false => (Some(table), self.matrix(&Stacked::head(spec))?),
         };
         Ok((table, self.vector("model.norm.weight", spec.hidden_size)?, head))
     }
@@ -165,14 +204,11 @@ impl<B: Backend> Loader<'_, B> {
         let name = |rest: &str| format!("model.layers.{layer}.{rest}");
         let (hidden, ffn, head_dim) = (spec.hidden_size, spec.intermediate_size, spec.head_dim);
         let (q, kv) = (spec.num_heads * head_dim, spec.num_kv_heads * head_dim);
-        let weight = |part: &str, rows: usize| (name(&format!("{part}.weight")), rows);
+        let [qkv, output, gate_up, down] = Stacked::of_layer(spec, layer);
         let bias = |part: &str, rows: usize| (name(&format!("{part}.bias")), rows);
         let attention = AttentionWeights {
             norm: self.vector(&name("input_layernorm.weight"), hidden)?,
-            qkv: self.matrix(
-                hidden,
-                &[weight("self_attn.q_proj", q), weight("self_attn.k_proj", kv), weight("self_attn.v_proj", kv)],
-            )?,
+            qkv: self.matrix(&qkv)?,
             qkv_bias: self.biases(
                 spec.has_qkv_bias,
                 &[bias("self_attn.q_proj", q), bias("self_attn.k_proj", kv), bias("self_attn.v_proj", kv)],
@@ -184,23 +220,23 @@ impl<B: Backend> Loader<'_, B> {
                 )),
                 false => None,
             },
-            output: self.matrix(q, &[weight("self_attn.o_proj", hidden)])?,
+            output: self.matrix(&output)?,
             output_bias: self.biases(spec.has_output_bias, &[bias("self_attn.o_proj", hidden)])?,
         };
         let mlp = MlpWeights {
             norm: self.vector(&name("post_attention_layernorm.weight"), hidden)?,
-            gate_up: self.matrix(hidden, &[weight("mlp.gate_proj", ffn), weight("mlp.up_proj", ffn)])?,
+            gate_up: self.matrix(&gate_up)?,
             gate_up_bias: self.biases(spec.has_mlp_bias, &[bias("mlp.gate_proj", ffn), bias("mlp.up_proj", ffn)])?,
-            down: self.matrix(ffn, &[weight("mlp.down_proj", hidden)])?,
+            down: self.matrix(&down)?,
             down_bias: self.biases(spec.has_mlp_bias, &[bias("mlp.down_proj", hidden)])?,
         };
         Ok(LayerWeights { attention, mlp })
     }
 
-    fn matrix(&self, cols: usize, parts: &[(String, usize)]) -> Result<B::Matrix, LoadError> {
-        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, cols]));
+    fn matrix(&self, Stacked { cols, parts }: &Stacked) -> Result<B::Matrix, LoadError> {
+        let tensors = parts.iter().map(|(name, rows)| self.checkpoint.tensor(name, &[*rows, *cols]));
         let tensors = tensors.collect::<Result<Vec<_>, _>>()?;
-        let matrix = self.backend.matrix(self.dtype, cols, tensors.iter().map(part).collect())?;
+        let matrix = self.backend.matrix(self.dtype, *cols, tensors.iter().map(part).collect())?;
         self.progress.add(tensors.iter().map(CheckpointTensor::num_bytes).sum());
         Ok(matrix)
     }
@@ -222,9 +258,7 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn values(&self, name: &str, len: usize) -> Result<Vec<f32>, LoadError> {
-        let tensor = self.checkpoint.tensor(name, &[len])?;
-        self.progress.add(tensor.num_bytes());
-        Ok(tensor.to_f32())
+        Ok(self.checkpoint.tensor(name, &[len])?.to_f32())
     }
 }
 

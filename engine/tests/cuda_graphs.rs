@@ -114,6 +114,17 @@ fn batches_that_change_between_buckets_draw_the_tokens_of_direct_launches() {
 }
 
 #[test]
+fn batches_of_more_rows_than_the_kernel_for_few_takes_are_replayed_in_their_bucket() {
+    // 18 and 17 rows are both a bucket of 32; on this device the library adds in one order whatever the number of rows.
+    let all: Vec<usize> = (0..18).collect();
+    let (eighteen, seventeen, one) = (&all[..], &all[1..], &all[3..4]);
+    let batches = [eighteen, seventeen, eighteen, seventeen, one, one, one, eighteen];
+    let lens: Vec<usize> = (0..18).map(|id| 1 + 7 * id).collect();
+    let checkpoint = WideHeads::new(64, 2, Some(40));
+    assert_replays_are_direct_launches(checkpoint.folder(), Dtype::Auto, &lens, &batches);
+}
+
+#[test]
 fn heads_without_kernels_on_tensor_cores_are_replayed_too() {
     let batches: &[&[usize]] = &[&[0, 1, 2], &[0, 2], &[0, 1, 2], &[0, 1], &[0, 1, 2], &[1, 2], &[0, 1, 2], &[0, 1]];
     let checkpoint = WideHeads::new(24, 2, None);

@@ -7,12 +7,15 @@ mod on_fibres;
 mod steps;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use common::config::Dtype;
 use engine::checkpoint::Checkpoint;
+use engine::cuda::graphs::GraphCounts;
 use engine::gguf::write::{GgufType, convert};
 use engine::oracle::Oracle;
 use engine::runner::Runner;
+use kernels::cuda::{Device, FibreDevice};
 use steps::{TestSequence, prompt, root, step};
 
 /// A folder of the test's own with a checkpoint as a GGUF file.
@@ -83,15 +86,36 @@ fn logits_are_those_of_the_dequantized_weights() {
         let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
         let (expected, spread) = (log_softmax(oracle.last().unwrap()), spread(oracle.last().unwrap()));
         let mut runner = on_fibres::runner(&model, 16, 64);
-        // Many rows by the library, the last ones by the kernel for few, then as a graph.
-        for num_single in [0, 1, 4] {
+        // Many rows by the library; the last ones by the kernel for few, of which the very last is sampled: launched,
+        // recorded, then twice as a graph.
+        for num_single in [0, 1, 2, 4, 1] {
             let found = top(&mut runner, &tokens, num_single);
             let worst = found.iter().map(|(id, logprob)| (logprob - expected[*id as usize]).abs()).fold(0f32, f32::max);
             println!("{name}, {num_single} single rows: {worst}, logits spread by {spread}");
             // Arithmetic in bf16; a scale in the wrong place is off by all of it.
             assert!(worst < 0.08 * spread, "{name}, {num_single} single rows: {worst}, logits spread by {spread}");
         }
+        let counts = runner.graph_counts();
+        assert_eq!(counts, GraphCounts { num_direct: 1, num_recorded: 1, num_replayed: 2 });
     }
+}
+
+/// Between what 118,784 weights of the model take in 4 bits and a half, in 8 and a half, and in bf16.
+#[test]
+fn a_model_fits_whose_codes_do() {
+    let load = |ty, name: &str, memory_bytes| {
+        let file = File::new(name, ty);
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::with_limits(memory_bytes, 227 << 10));
+        let loaded = on_fibres::load_to(&device, &file.path, on_fibres::options(Dtype::Auto));
+        loaded.map(|_| ()).map_err(|error| error.to_string())
+    };
+    const BETWEEN: usize = 180_000;
+    assert_eq!(load(GgufType::Q4_0, "fits-4", BETWEEN), Ok(()));
+    assert_eq!(load(GgufType::Q8_0, "fits-8", BETWEEN), Ok(()));
+    let said = load(GgufType::Bf16, "fits-16", BETWEEN).unwrap_err();
+    assert!(said.starts_with("the model needs 241280 bytes of memory") && said.contains("180000 free"), "{said}");
+    let said = load(GgufType::Q4_0, "fits-not", 60_000).unwrap_err();
+    assert!(said.starts_with("the model needs 67860 bytes of memory"), "{said}");
 }
 
 #[test]

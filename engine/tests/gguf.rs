@@ -281,6 +281,51 @@ fn wide(folder: &Folder) -> PathBuf {
     path
 }
 
+/// The same file with tensors stored in another way.
+fn stored_again(path: &Path, name: impl Fn(&str) -> bool, ty: candle_core::quantized::GgmlDType) -> PathBuf {
+    use candle_core::Device;
+    use candle_core::quantized::{QTensor, gguf_file};
+    let mut file = fs::File::open(path).unwrap();
+    let content = gguf_file::Content::read(&mut file).unwrap();
+    let mut names: Vec<&String> = content.tensor_infos.keys().collect();
+    names.sort();
+    let tensors: Vec<(&str, QTensor)> = names
+        .into_iter()
+        .map(|tensor| {
+            let stored = content.tensor(&mut file, tensor, &Device::Cpu).unwrap();
+            if !name(tensor) {
+                return (tensor.as_str(), stored);
+            }
+            (tensor.as_str(), QTensor::quantize(&stored.dequantize(&Device::Cpu).unwrap(), ty).unwrap())
+        })
+        .collect();
+    let metadata: Vec<_> = content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let again = path.with_extension("again.gguf");
+    gguf_file::write(&mut fs::File::create(&again).unwrap(), &metadata, &tensors).unwrap();
+    again
+}
+
+/// The two 4-bit formats have codes and groups of one size: they differ in offset, blocks and minima.
+#[test]
+fn a_file_may_have_queries_in_q4_0_and_keys_in_q4_k() {
+    let folder = Folder::new("four-bits");
+    let path = folder.gguf(wide(&folder).to_str().unwrap(), GgufType::Q4_K_M);
+    let is_query = |name: &str| name.ends_with("attn_q.weight");
+    let path = stored_again(&path, is_query, candle_core::quantized::GgmlDType::Q4_0);
+    let model = load_path(&path, Dtype::Float32, Isa::detect());
+    assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-2/tp1/f32+q4_0+q4_k+q6_k/kv-f32");
+    let tokens = prompt(40, 64, 5);
+    let checkpoint = Checkpoint::open(&path).unwrap();
+    let oracle = Oracle::new(model.spec(), &checkpoint).logits(&tokens).unwrap();
+    let bound = 0.15 * spread(oracle.last().unwrap());
+    let expected = log_softmax(oracle.last().unwrap());
+    for (token, logprob) in top(&model, &tokens, 20) {
+        let error = (logprob - expected[token as usize]).abs();
+        assert!(error < bound, "{token}: {error} of {bound}");
+    }
+}
+
 /// Value projections of 6 bits beside query and key projections of 4: one fused matrix of two formats.
 #[test]
 fn a_q4_k_m_file_mixes_formats_in_one_matrix() {

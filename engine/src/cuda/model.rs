@@ -15,7 +15,7 @@ use super::step::{BUCKET_ROWS_MAX, DECODE_ROWS_MAX, bucket_rows};
 use crate::model::{LoadError, Model, Opened};
 use crate::runner::IN_FLIGHT_MAX;
 use crate::spec::ModelSpec;
-use crate::weights::ComputeDtype;
+use crate::weights::{ComputeDtype, Stacked};
 
 /// Name of the orders of additions, part of the numerics id that nodes announce: with products of many rows by
 /// cuBLASLt, whose order is the library's own, and without; and where the device has too little shared memory for the
@@ -75,7 +75,7 @@ impl Model<CudaBackend> {
         if let Some(asked) = asked.filter(|asked| *asked != opened.dtype) {
             return Err(LoadError::KvDtypeOnDevice { asked: asked.as_str(), computed: opened.dtype.as_str() });
         }
-        let (needed, free) = (opened.weight_bytes(), device.memory()?.free_bytes as u64);
+        let (needed, free) = (weight_bytes(&opened), device.memory()?.free_bytes as u64);
         if needed > free {
             return Err(LoadError::DeviceMemory { device: device.name(), needed, free });
         }
@@ -175,6 +175,47 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
 /// Formats of weights that stay quantized on a device; what else is in such a file (q6_k for the logits) is made dense.
 const QUANTIZED_FORMATS: [&str; 2] = ["q8_0", "q4_0"];
 
+/// What the weights take on a device. Norms, biases and angles are next to nothing beside matrices and counted as one
+/// part in 64.
+fn weight_bytes(opened: &Opened) -> u64 {
+    let bytes = Stacked::all(&opened.spec).map(|matrix| {
+        let parts: Vec<_> = matrix
+            .parts
+            .iter()
+            .map(|(name, rows)| {
+                // A tensor that is missing is told by whoever asks for it.
+                let (stored_bytes, format) = opened.checkpoint.size_of(name).unwrap_or_default();
+                Part { num_values: *rows as u64 * matrix.cols as u64, stored_bytes, format }
+            })
+            .collect();
+        matrix_bytes(&parts, opened.dtype)
+    });
+    let bytes = bytes.sum::<u64>();
+    bytes + bytes / 64
+}
+
+/// A tensor in its file.
+struct Part {
+    num_values: u64,
+    stored_bytes: u64,
+    /// If it is quantized.
+    format: Option<String>,
+}
+
+/// Codes with f16 scales, as in the file, if all parts are of one format that stays quantized; else all are made dense.
+fn matrix_bytes(parts: &[Part], dtype: ComputeDtype) -> u64 {
+    let is_kept = |format: &String| QUANTIZED_FORMATS.contains(&format.as_str());
+    let kept = parts.first().and_then(|first| first.format.as_ref()).filter(|format| is_kept(format));
+    if kept.is_some() && parts.iter().all(|part| part.format.as_ref() == kept) {
+        return parts.iter().map(|part| part.stored_bytes).sum();
+    }
+    let value_bytes = match dtype {
+        ComputeDtype::F32 => 4,
+        ComputeDtype::Bf16 => 2,
+    };
+    parts.iter().map(|part| part.num_values * value_bytes).sum()
+}
+
 fn check_formats(formats: &BTreeSet<String>, dtype: ComputeDtype) -> Result<(), String> {
     let joined = formats.iter().cloned().collect::<Vec<_>>().join(", ");
     if !formats.is_empty() && !formats.iter().any(|format| QUANTIZED_FORMATS.contains(&format.as_str())) {
@@ -207,6 +248,22 @@ fn check_runnable(opened: &Opened) -> Result<(), LoadError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_matrix_takes_its_codes_if_all_parts_are_of_one_format_that_is_kept() {
+        let bytes = |formats: &[&str]| {
+            let part = |format: &&str| Part {
+                num_values: 64,
+                stored_bytes: 36,
+                format: Some(format.to_string()).filter(|format| !format.is_empty()),
+            };
+            matrix_bytes(&formats.iter().map(part).collect::<Vec<_>>(), ComputeDtype::Bf16)
+        };
+        assert_eq!(bytes(&["q4_0", "q4_0", "q4_0"]), 3 * 36);
+        for dense in [["q4_0", "q8_0"], ["q8_0", ""], ["", "q8_0"], ["q6_k", "q6_k"], ["", ""]] {
+            assert_eq!(bytes(&dense), 2 * 64 * 2, "{dense:?}");
+        }
+    }
 
     #[test]
     fn formats_without_a_kernel_are_refused_by_name() {

@@ -21,7 +21,7 @@ use std::thread::JoinHandle;
 
 use common::model::ModelInfo;
 use common::tokens::Token;
-use kernels::cuda::{Device, Event};
+use kernels::cuda::{Device, Event, Graph, Recording};
 
 use super::backend::{CudaBackend, CudaRope};
 use super::done;
@@ -61,7 +61,13 @@ enum Launched {
     /// K and V of a layer will be written for this span.
     Layer { layer: u32, span: Span, event: Arc<dyn Event> },
     /// Everything of the step is launched.
-    End { plan: StepPlan, drawn: Drawn, event: Box<dyn Event> },
+    End {
+        plan: StepPlan,
+        drawn: Drawn,
+        event: Box<dyn Event>,
+        /// Of steps before it; to be dropped when it is over.
+        retired: Vec<Box<dyn Graph>>,
+    },
     /// It could not be.
     Failed(StepError),
 }
@@ -222,7 +228,7 @@ impl Launcher {
         if plan.num_rows() == 0 {
             self.num_unseen += 1;
             self.previous = Drawn::default();
-            return Launched::End { plan, drawn: Drawn::default(), event: done(device.record()) };
+            return Launched::End { plan, drawn: Drawn::default(), event: done(device.record()), retired: Vec::new() };
         }
         let kernels = self.backend.attention_kernels(self.pool.layout());
         let drawn = match Bucket::of(&plan, kernels, &self.model.spec().windows) {
@@ -235,7 +241,7 @@ impl Launcher {
         };
         self.num_unseen += 1;
         self.previous = drawn.clone();
-        Launched::End { plan, drawn, event: done(device.record()) }
+        Launched::End { plan, drawn, event: done(device.record()), retired: self.graphs.take_retired() }
     }
 
     /// A decode step, padded to its bucket, as a graph if one was recorded.
@@ -251,9 +257,9 @@ impl Launcher {
         match self.graphs.way(bucket, &arrays, num_moves()) {
             Way::Replay(graph) => done(graph.launch()),
             Way::Record => {
-                done(device.begin_capture());
+                let recording = done(Recording::begin(&device));
                 decoder.all_logits(&padded, workspace);
-                done(self.graphs.on_recorded(done(device.end_capture())));
+                done(self.graphs.on_recorded(done(recording.end())));
             }
             Way::Direct => {
                 decoder.all_logits(&padded, workspace);
@@ -342,8 +348,9 @@ fn one_step(launched: &Receiver<Launched>, sink: &dyn KvSink) -> Result<StepOutp
                 done(event.wait());
                 sink.on_layer_written(layer, &span);
             }
-            Ok(Launched::End { plan, drawn, event }) => {
+            Ok(Launched::End { plan, drawn, event, retired }) => {
                 done(event.wait());
+                drop(retired);
                 let tokens = plan.samples.iter().zip(drawn.read());
                 let tokens = tokens.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token });
                 return Ok(StepOutput { tokens: tokens.collect(), plan });

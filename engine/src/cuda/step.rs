@@ -166,7 +166,8 @@ pub(crate) struct Bucket {
 pub(crate) const BUCKET_ROWS_MAX: usize = 256;
 
 /// What so many rows are padded to: few sizes, and at most 15 rows too many. [`SKINNY_ROWS_MAX`] is one of them, so
-/// that a product is the same with and without padding.
+/// that up to there a product is the same with and without padding. Beyond, it is only where products are
+/// batch-invariant: the library's algorithm depends on the number of rows.
 ///
 /// [`SKINNY_ROWS_MAX`]: kernels::cuda::ops::SKINNY_ROWS_MAX
 pub(crate) fn bucket_rows(num_rows: usize) -> usize {
@@ -192,7 +193,7 @@ impl Bucket {
 
     /// Makes `padded` the same step with the bucket's rows: those that are too many write no KV, and nobody reads them.
     pub(crate) fn pad(self, plan: &StepPlan, padded: &mut StepPlan) {
-        padded.clone_from(plan);
+        padded.copy_from(plan);
         padded.tokens.resize(self.num_rows, 0);
         padded.positions.resize(self.num_rows, 0);
         padded.slots.resize(self.num_rows, NOTHING);

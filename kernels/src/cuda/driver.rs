@@ -27,6 +27,8 @@ const STAGING_BYTES: usize = 2 << 20;
 const COMPUTE_STAGES: usize = 8;
 /// Pieces of a transfer that may be on their way: one that the device moves, one that the host does.
 const TRANSFER_STAGES: usize = 2;
+/// Memory in multiples of this is cut out of no larger block.
+const SHARED_BLOCK_BYTES: usize = 2 << 20;
 /// Shared memory that a kernel gets without being asked twice for.
 const SHARED_BYTES_UNASKED: u32 = 48 << 10;
 
@@ -51,6 +53,8 @@ pub struct Gpu {
     allocations: Mutex<Allocations>,
     /// What threads are recording.
     captures: Mutex<HashMap<ThreadId, Capture>>,
+    /// Streams that recorded and do not now: as many as threads ever did at the same time.
+    idle_captures: Mutex<Vec<Arc<CudaStream>>>,
 }
 
 /// A stream that records and does nothing: the compute lane goes on for the other threads.
@@ -62,7 +66,8 @@ struct Capture {
 
 /// A graph that is ready to be launched on the compute lane.
 struct GpuGraph {
-    /// Dropped before the device, whose kernels and workspace it uses, and when it runs no more.
+    /// Dropped before the device, whose kernels and workspace it uses. If it runs then, the driver lets it end first
+    /// (`cuGraphExecDestroy`), and nobody waits.
     graph: CudaGraph,
     named: Named,
     num_nodes: usize,
@@ -192,6 +197,7 @@ impl Gpu {
             workspace,
             allocations: Mutex::default(),
             captures: Mutex::default(),
+            idle_captures: Mutex::default(),
         })
     }
 
@@ -410,6 +416,11 @@ impl Device for Gpu {
         Ok(address)
     }
 
+    /// In whole blocks of the driver: it may cut small memory out of a larger block, and a handle is of all of that.
+    fn alloc_shared(&self, num_bytes: usize) -> Result<u64, DeviceError> {
+        self.alloc(num_bytes.next_multiple_of(SHARED_BLOCK_BYTES))
+    }
+
     fn export(&self, address: u64) -> Result<Vec<u8>, DeviceError> {
         self.bind()?;
         let mut handle = CUipcMemHandle { reserved: [0; _] };
@@ -572,7 +583,11 @@ impl Device for Gpu {
         if self.captures().contains_key(&thread) {
             return Err(out_of_order("begin a graph", "this thread is recording one already"));
         }
-        let stream = self.context.new_stream().map_err(refused("make a stream"))?;
+        let idle = self.idle_captures.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let stream = match idle {
+            Some(stream) => stream,
+            None => self.context.new_stream().map_err(refused("make a stream"))?,
+        };
         // Of other threads' calls to the driver none is forbidden meanwhile.
         stream
             .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
@@ -586,7 +601,9 @@ impl Device for Gpu {
         let Some(Capture { stream, named, num_nodes }) = capture else {
             return Err(out_of_order("end a graph", "this thread is recording none"));
         };
+        // A stream that failed is not used again.
         let graph = stream.end_capture(CUgraphInstantiate_flags(0)).map_err(refused("make a graph"))?;
+        self.idle_captures.lock().unwrap_or_else(PoisonError::into_inner).push(stream);
         let graph = graph.ok_or_else(|| out_of_order("make a graph", "the driver says that nothing was recorded"))?;
         Ok(Box::new(GpuGraph { graph, named, num_nodes, gpu: self }))
     }
@@ -594,10 +611,8 @@ impl Device for Gpu {
 
 impl Drop for GpuGraph {
     fn drop(&mut self) {
-        // It may run still. What the driver refuses now, it is gone with the context.
-        if self.gpu.bind().is_ok() {
-            let _ = self.gpu.lane(Lane::Compute).stream.synchronize();
-        }
+        // For the fields, which are dropped on this thread. What the driver refuses, it has taken back with the context.
+        let _ = self.gpu.bind();
     }
 }
 

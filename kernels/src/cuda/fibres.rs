@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -362,9 +363,12 @@ impl Device for FibreDevice {
     }
 
     fn begin_capture(&self) -> Result<(), DeviceError> {
-        match self.captures().insert(std::thread::current().id(), Capture::default()) {
-            None => Ok(()),
-            Some(_) => Err(out_of_order("begin a graph", "this thread is recording one already")),
+        match self.captures().entry(std::thread::current().id()) {
+            Entry::Vacant(place) => {
+                place.insert(Capture::default());
+                Ok(())
+            }
+            Entry::Occupied(_) => Err(out_of_order("begin a graph", "this thread is recording one already")),
         }
     }
 
@@ -408,7 +412,7 @@ impl Graph for FibreGraph {
 mod tests {
     use super::*;
     use crate::cuda::device::Buffer;
-    use crate::cuda::{PeerMemory, Piece, ops};
+    use crate::cuda::{PeerMemory, Piece, Recording, ops};
 
     fn refusal(kernel: &'static str, args: &Args) -> String {
         refusal_of(&Launch { kernel, grid: [1, 1, 1], threads: 256, shared_bytes: 0, args })
@@ -540,6 +544,30 @@ mod tests {
         {
             assert!(said.starts_with(&format!("the device cannot {what}")), "{said}");
         }
+    }
+
+    #[test]
+    fn a_refused_launch_while_a_graph_is_recorded_leaves_the_device_usable() {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+        let (table, ids) = (rows(&device, [1.0, 2.0, 3.0, 4.0]), Buffer::of(&device, &[1u32]).unwrap());
+        let out = rows(&device, [0.0; 4]);
+        let embed = |rows| ops::embed(&table, ops::Dtype::F32, ops::Part::from(&ids), None, &out, rows, 2);
+        let recorded = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let recording = Recording::begin(&device).unwrap();
+            embed(1).unwrap();
+            device.record().map(|_| ()).unwrap();
+            recording.end().unwrap().num_nodes()
+        }));
+        assert!(recorded.is_err());
+        // Memory and events again, launches that are done at once, and a graph of nothing but what is recorded now.
+        assert_eq!(values(&rows(&device, [5.0; 4])), [5.0; 4]);
+        device.record().unwrap().wait().unwrap();
+        embed(1).unwrap();
+        assert_eq!(values(&out), [3.0, 4.0, 0.0, 0.0]);
+        let recording = Recording::begin(&device).unwrap();
+        assert!(Recording::begin(&device).is_err(), "and the one that is recording goes on");
+        embed(1).unwrap();
+        assert_eq!(recording.end().unwrap().num_nodes(), 1);
     }
 
     #[test]

@@ -6,9 +6,10 @@
 //! which was given back, whoever has the address by now.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::device::DeviceError;
+use super::device::{Device, DeviceError};
 
 /// Launches, products and changes of memory, recorded by [`Device::begin_capture`](super::Device::begin_capture) and
 /// [`end_capture`](super::Device::end_capture).
@@ -21,6 +22,42 @@ pub trait Graph: Send + Sync {
 
     /// How many launches, products and changes of memory it is.
     fn num_nodes(&self) -> usize;
+}
+
+/// A graph that the current thread records. Dropped without [`end`](Self::end), by a panic say, it ends the recording
+/// and forgets what was recorded: a device of which a thread records for ever takes no memory back from it.
+pub struct Recording<'a> {
+    device: &'a Arc<dyn Device>,
+    is_open: bool,
+}
+
+impl<'a> Recording<'a> {
+    /// From here on, what this thread launches is recorded: [`Device::begin_capture`].
+    ///
+    /// # Errors
+    /// What the device says; that this thread is recording already.
+    pub fn begin(device: &'a Arc<dyn Device>) -> Result<Self, DeviceError> {
+        device.begin_capture()?;
+        Ok(Self { device, is_open: true })
+    }
+
+    /// What was recorded.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn end(mut self) -> Result<Box<dyn Graph>, DeviceError> {
+        self.is_open = false;
+        self.device.clone().end_capture()
+    }
+}
+
+impl Drop for Recording<'_> {
+    fn drop(&mut self) {
+        if self.is_open {
+            // What was recorded is of no use; if it cannot even be made a graph, it has ended all the same.
+            let _ = self.device.clone().end_capture();
+        }
+    }
 }
 
 /// The memory that a device has given.

@@ -36,7 +36,7 @@ pub use device::{Buffer, Device, DeviceError, Event, Lane, MemoryInfo};
 pub use driver::Gpu;
 #[cfg(feature = "fibres")]
 pub use fibres::FibreDevice;
-pub use graph::Graph;
+pub use graph::{Graph, Recording};
 #[cfg(feature = "cuda")]
 pub use images::{EMBEDDED, Embedded, Image, ImageError, KERNELS_FOLDER_VARIABLE};
 pub use quantized::DeviceWeights;

@@ -1,9 +1,14 @@
 //! Memory of a device that processes of one host let each other read.
 //!
 //! Whoever has the memory [exports](Buffer::export) a handle, which is good for any number of other processes; who
-//! [opens](PeerMemory::open) it reads, and writes to memory of its own only. The reader keeps a mapping until it drops
-//! it, also when the other process has ended. What it reads may change meanwhile, so what it has copied is worth what a
-//! digest of the copy says.
+//! [opens](PeerMemory::open) it reads, and writes to memory of its own only. What it reads may change meanwhile, so
+//! what it has copied is worth what a digest of the copy says.
+//!
+//! **Order at the end.** Readers drop their mapping before the memory is given back. By the driver's documents the other
+//! order is undefined (`cuIpcOpenMemHandle`, `cuMemFree`), also, as far as they say, where the other process has ended;
+//! nothing here can enforce it. A node that shuts down ends its connections, at whose end readers drop what they
+//! opened, before it gives its pool back; it does not wait to hear that they have. On the host device a mapping
+//! outlives everything.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;

@@ -47,7 +47,8 @@ impl PackedFormat {
         let QuantizedWeights { bits, offset, group, block, cols, .. } = *weights;
         let levels = (weights.group_scales.is_some(), weights.mins.is_some());
         match (bits, offset, group, block, levels) {
-            (8, 128, 32, 32, (false, false)) => Some(Self::Int8),
+            // Of a row of 32 the one scale may be of a whole row, which is an f32.
+            (8, 128, 32, 32, (false, false)) if cols > 32 => Some(Self::Int8),
             (4, 8, 32, 32, (false, false)) => Some(Self::Int4),
             (4, 0, 32, 256, (true, true)) => Some(Self::Int4Min),
             (6, 32, 16, 256, (true, false)) => Some(Self::Int6),

@@ -252,3 +252,14 @@ fn weights_without_a_kernel_are_named() {
     inexact.scales[1] = 0.1;
     assert!(QuantizedMatrix::pack(&[&inexact]).is_err());
 }
+
+/// A row of one group of 32 is a block of q8_0 but for its scale, which is an f32.
+#[test]
+fn rows_of_32_with_a_scale_that_is_no_f16_are_packed() {
+    let logical = weights(PackedFormat::Int8Row, 3, 32, 7);
+    assert!(logical.scales.iter().any(|scale| f16::from_f32(*scale).to_f32() != *scale));
+    let packed = QuantizedMatrix::pack(&[&logical]).unwrap();
+    let mut row = vec![0.0; 32];
+    packed.row(2, &mut row);
+    assert_eq!(row, logical.dequantize()[64..]);
+}

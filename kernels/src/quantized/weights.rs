@@ -74,7 +74,7 @@ impl QuantizedWeights {
     }
 
     /// Row `row` as f32, one rounding for each value that has a minimum and none otherwise: `out` `[cols]`.
-    pub fn dequantize_row(&self, row: usize, out: &mut [f32]) {
+    fn dequantize_row(&self, row: usize, out: &mut [f32]) {
         let codes = &self.codes[row * self.cols..][..self.cols];
         for (group, (out, codes)) in out.chunks_mut(self.group).zip(codes.chunks(self.group)).enumerate() {
             let (scale, min) = (self.scale(row, group), self.min(row, group));
@@ -91,12 +91,6 @@ impl QuantizedWeights {
             self.dequantize_row(row, out);
         }
         values
-    }
-
-    /// Bytes held.
-    pub fn size_bytes(&self) -> usize {
-        let mins = self.mins.as_ref().map_or(0, |mins| 4 * mins.scales.len() + mins.group_mins.len());
-        self.codes.len() + 4 * self.scales.len() + self.group_scales.as_ref().map_or(0, Vec::len) + mins
     }
 
     /// What this is, for messages.
