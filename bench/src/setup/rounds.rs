@@ -12,7 +12,7 @@ use super::server::Server;
 /// Which set-ups go how often, and what becomes of the results.
 #[derive(Debug, Clone, Args)]
 pub struct RoundsArgs {
-    /// The set-ups: a TOML file of [[setup]] tables with name, base_url, and perhaps start (a command and its
+    /// The set-ups: a TOML file of `[[setup]]` tables with name, base_url, and perhaps start (a command and its
     /// flags), env, flags (of bench serve) and ready_seconds. Ratios are to the first.
     #[arg(long, value_name = "PATH")]
     pub setups: PathBuf,
