@@ -22,14 +22,18 @@ take turns, and get the same load; the load generator and the proxy run beside t
 `--beside` says, and what they took is in the results. Nothing else should run meanwhile.
 """
 import argparse
+import contextlib
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
+import threading
+import urllib.request
 
 PORT = 18100
-KV_BYTES = "1GiB"
+# Tokens of a prefill node's step, the default: what leaves it at a time.
+CHUNK = 512
 # Of the trace's lengths: see `goodput`.
 DIVISOR = 16
 CONTEXT = 16384
@@ -90,7 +94,8 @@ class Setups:
         """Three roles as processes; `prefill` has the cores of each prefill node, `decode` those of the decode node."""
         port = self.ports()
         common = f"--tls-dir {self.certs} --model {self.args.model} --log-level warn"
-        engine = f"{common} --kv-cache-memory-bytes {KV_BYTES} --threads {threads} --max-model-len {self.context}"
+        engine = (f"{common} --kv-cache-memory-bytes {self.args.kv_bytes} --threads {threads} --max-model-len {self.context} "
+                  f"{self.args.node_flags}")
         lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
         for index, cores in enumerate(prefill):
             at = port + 2 + index
@@ -98,10 +103,10 @@ class Setups:
                          f"--metrics-port 0 {engine} {' '.join(prefill_flags)} &")
             nodes += f" --prefill-node 127.0.0.1:{at}"
         lines.append(f"{' '.join(computing(decode))} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
-                     f"--metrics-port 0 {engine} {' '.join(decode_flags)} &")
+                     f"--metrics-port {port + 5} {engine} {' '.join(decode_flags)} &")
         lines.append(f"{' '.join(beside(self.args))} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
         return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait -n"])],
-                "flags": ["--model", self.args.model]}
+                "flags": ["--model", self.args.model], "metrics": f"http://127.0.0.1:{port + 5}/metrics"}
 
     def split(self, name="split", **more):
         return self.tandem(name, **more)
@@ -258,22 +263,54 @@ def over_each_transport(setups, decode_flags=()):
     return [setups.split(name, prefill_flags=(flag,), decode_flags=(flag, *decode_flags)) for name, flag in flags.items()]
 
 
+class Extents(threading.Thread):
+    """Looks now and then at what decode nodes that come and go have received."""
+
+    def __init__(self, setups):
+        super().__init__(daemon=True)
+        self.urls = {setup["name"]: setup["metrics"] for setup in setups}
+        self.seen, self.is_over = {}, threading.Event()
+
+    def run(self):
+        while not self.is_over.wait(0.5):
+            for name, url in self.urls.items():
+                with contextlib.suppress(OSError):
+                    found = urllib.request.urlopen(url, timeout=1).read().decode()
+                    total = lambda metric: sum(float(line.rsplit(" ", 1)[1]) for line in found.splitlines() if line.startswith(metric)
+                                               and ('direction="verified"' in line or "_count" in metric))
+                    if hand_overs := total("tandem_request_transfer_seconds_count"):
+                        self.seen[name] = (total("tandem_fabric_extents_total") / hand_overs,
+                                           total("tandem_fabric_extent_bytes_total") / hand_overs)
+
+    def of(self, name):
+        """Extents of a hand-over, and the mean size of one."""
+        self.is_over.set()
+        extents, num_bytes = self.seen.get(name, (0, 0))
+        return f"{extents:.0f} of {num_bytes / extents / 1024:.0f} KiB" if extents else "not seen"
+
+
 def handover(args, setups):
     rows = []
+    layers = json.loads((pathlib.Path(args.model) / "config.json").read_text())["num_hidden_layers"]
     for length in args.lengths:
-        result = bench(args, "compare", f"handover-{length}", over_each_transport(setups), [],
+        chosen = over_each_transport(setups)
+        extents = Extents(chosen)
+        extents.start()
+        result = bench(args, "compare", f"handover-{length}", chosen, [],
                        ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
-                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", 2, "--save-detailed"])
+                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", min(2, args.requests), "--save-detailed"])
         for index, name in enumerate(result["setups"]):
             mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
             itl, handover = mean("median_itl_ms"), mean("median_handover_ms")
             phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
-            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", f"{mean('median_transfer_ms'):.1f}",
-                         f"{hidden:.0%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{handover / itl:.2f}",
-                         f"{mean('median_first_gap_ms') / itl:.2f}"])
-    table(["prompt tokens", "transport", "prefill, ms", "first KV byte to last verified, ms", "of it behind prefill",
-           "token #1 to the running batch, p50 / p99 ms", "in ITLs", "gap #1 to #2, in ITLs"], rows)
+            goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
+            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name), f"{mean('median_transfer_ms'):.1f}",
+                         f"{hidden:.1%} / {goal:.1%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{itl:.2f}",
+                         f"{handover / itl:.2f}", f"{mean('median_first_gap_ms') / itl:.2f}"])
+    table(["prompt tokens", "transport", "prefill, ms", "extents", "first KV byte to last verified, ms",
+           "of it behind prefill / goal", "token #1 to the running batch, p50 / p99 ms", "ITL, ms", "the batch, in ITLs",
+           "gap #1 to #2, in ITLs"], rows)
 
 
 def hidden_share(transfer, handover, **_):
@@ -330,6 +367,9 @@ def main():
     parser.add_argument("--tandem", required=True, help="the release binary")
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for set-ups and results")
+    parser.add_argument("--node-flags", default="", help="flags of every prefill and decode node, such as '--device sim' "
+                        "to have a GPU's speeds and KV without one: --model is then any folder with a config.json")
+    parser.add_argument("--kv-bytes", default="1GiB", help="KV cache of every node")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
     parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")
