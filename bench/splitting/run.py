@@ -298,7 +298,7 @@ def handover(args, setups):
         extents.start()
         result = bench(args, "compare", f"handover-{length}", chosen, [],
                        ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
-                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", min(2, args.requests), "--save-detailed"])
+                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", min(2, args.requests // 2), "--save-detailed"])
         for index, name in enumerate(result["setups"]):
             mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
             itl, handover = mean("median_itl_ms"), mean("median_handover_ms")

@@ -327,7 +327,7 @@ impl Worker {
         let mut bytes = [0; 4 * 256];
         for head in self.heads() {
             let numbers = &mut numbers[..head_dim];
-            numbers_of(link, head, self.format.num_kv_heads, numbers);
+            numbers_of(link, head, numbers);
             let bytes = &mut bytes[..head_dim * size];
             match self.options.kv_dtype {
                 KvDtype::F32 => {
@@ -453,7 +453,7 @@ struct Head {
 }
 
 /// The numbers of a head of the token with this link.
-fn numbers_of(link: &Link, head: Head, num_heads: usize, out: &mut [i8]) {
+fn numbers_of(link: &Link, head: Head, out: &mut [i8]) {
     let (halves, _) = link.as_chunks::<WORD>();
     let key = u64::from_le_bytes(halves[0]) ^ u64::from_le_bytes(halves[1]).rotate_left(32);
     let mut counter = key ^ ((head.place * out.len()) as u64).wrapping_mul(0xD1B5_4A32_D192_ED03);
@@ -466,7 +466,7 @@ fn numbers_of(link: &Link, head: Head, num_heads: usize, out: &mut [i8]) {
             *number = byte as i8;
         }
     }
-    if head.place % num_heads == 0 {
+    if head.index == 0 {
         for (number, byte) in out.iter_mut().zip(halves[usize::from(head.is_v)]) {
             *number = byte as i8;
         }
