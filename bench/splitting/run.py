@@ -269,24 +269,30 @@ class Extents(threading.Thread):
     def __init__(self, setups):
         super().__init__(daemon=True)
         self.urls = {setup["name"]: setup["metrics"] for setup in setups}
-        self.seen, self.is_over = {}, threading.Event()
+        self.mean_bytes, self.is_over = {}, threading.Event()
 
     def run(self):
-        while not self.is_over.wait(0.5):
+        while not self.is_over.wait(0.2):
             for name, url in self.urls.items():
                 with contextlib.suppress(OSError):
-                    found = urllib.request.urlopen(url, timeout=1).read().decode()
-                    total = lambda metric: sum(float(line.rsplit(" ", 1)[1]) for line in found.splitlines() if line.startswith(metric)
-                                               and ('direction="verified"' in line or "_count" in metric))
-                    if hand_overs := total("tandem_request_transfer_seconds_count"):
-                        self.seen[name] = (total("tandem_fabric_extents_total") / hand_overs,
-                                           total("tandem_fabric_extent_bytes_total") / hand_overs)
+                    lines = urllib.request.urlopen(url, timeout=1).read().decode().splitlines()
+                    extents, num_bytes = (sum(float(line.rsplit(" ", 1)[1]) for line in lines
+                                              if line.startswith(metric) and 'direction="verified"' in line)
+                                          for metric in ("tandem_fabric_extents_total", "tandem_fabric_extent_bytes_total"))
+                    if extents:
+                        self.mean_bytes[name] = num_bytes / extents
 
-    def of(self, name):
-        """Extents of a hand-over, and the mean size of one."""
+    def of(self, name, num_bytes):
+        """In how many extents a hand-over of so many bytes came, and the mean size of one."""
         self.is_over.set()
-        extents, num_bytes = self.seen.get(name, (0, 0))
-        return f"{extents:.0f} of {num_bytes / extents / 1024:.0f} KiB" if extents else "not seen"
+        mean = self.mean_bytes.get(name)
+        return f"{num_bytes / mean:.0f} of {mean / 1024:.0f} KiB" if mean else "not seen"
+
+
+def token_bytes(args):
+    """KV of a token in bf16."""
+    config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
+    return 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
 
 
 def handover(args, setups):
@@ -305,7 +311,7 @@ def handover(args, setups):
             phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
             goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
-            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name), f"{mean('median_transfer_ms'):.1f}",
+            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * token_bytes(args)), f"{mean('median_transfer_ms'):.1f}",
                          f"{hidden:.1%} / {goal:.1%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{itl:.2f}",
                          f"{handover / itl:.2f}", f"{mean('median_first_gap_ms') / itl:.2f}"])
     table(["prompt tokens", "transport", "prefill, ms", "extents", "first KV byte to last verified, ms",
@@ -327,15 +333,13 @@ def arrivals(args, setups):
                    ["--prompt-len", ARRIVALS_TAIL, "--prompt-output-len", 2, "--stream-input-len", ARRIVALS_TAIL,
                     "--stream-output-len", args.stream_len, "--load", args.load],
                    ["--num-warmups", 2, "--random-prefix-len", args.prompt_len])
-    config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
-    token_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     rows = []
     for name, found in result["setups"].items():
         mean = lambda figure: sum(figure(r) for r in found["rounds"]) / len(found["rounds"])
         rate = result["load"] * mean(lambda r: r["prefill_capacity_per_s"])
         cells = [f"{mean(lambda r: r['itl_alone'][figure]):.2f} / {mean(lambda r: r['itl_beside_prompts'][figure]):.2f}"
                  for figure in ("p50_ms", "p99_ms", "max_ms")]
-        rows.append([name, f"{rate * (args.prompt_len + ARRIVALS_TAIL) * token_bytes / 1e6:.0f}", f"{rate:.1f}", *cells,
+        rows.append([name, f"{rate * (args.prompt_len + ARRIVALS_TAIL) * token_bytes(args) / 1e6:.0f}", f"{rate:.1f}", *cells,
                      *(interval(found[f"{figure}_itl_factor"]) for figure in ("p50", "p99"))])
     table(["transport", "KV arriving, MB/s", "requests/s", "p50 ITL alone / beside, ms", "p99", "max", "p50 factor",
            "p99 factor"], rows)
