@@ -104,6 +104,10 @@ class Setups:
             nodes += f" --prefill-node 127.0.0.1:{at}"
         lines.append(f"{' '.join(computing(decode))} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
                      f"--metrics-port {port + 5} {engine} {' '.join(decode_flags)} &")
+        # The proxy comes last: one that knows the decode node only has it prefill by itself.
+        for at in (port + 1, *(port + 2 + index for index in range(len(prefill)))):
+            lines.append(f"until grep -qi ':{at:04X} ' /proc/net/udp /proc/net/udp6; do "
+                         f"[ $(jobs -r | wc -l) = {1 + len(prefill)} ] || exit 1; sleep 0.1; done")
         lines.append(f"{' '.join(beside(self.args))} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
         return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait -n"])],
                 "flags": ["--model", self.args.model], "metrics": f"http://127.0.0.1:{port + 5}/metrics"}
@@ -309,6 +313,7 @@ def handover(args, setups):
             mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
             itl, handover = mean("median_itl_ms"), mean("median_handover_ms")
             phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
+            assert all(phase["transfer"] for phase in phases), "the decode node prefilled by itself"
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
             goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
             rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * token_bytes(args)), f"{mean('median_transfer_ms'):.1f}",
