@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""KV between two processes, one core each: `tandem bench transfer` beside NIXL, Mooncake and s2n-quic, in turn.
+"""KV between two processes, one core each: `tandem bench transfer` beside NIXL and Mooncake, in turn.
 
     cargo build --release
     python -m venv venv && venv/bin/pip install numpy nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
@@ -11,8 +11,7 @@ Tandem does with extents of the same size (of 1 MiB where they are larger) relat
 CPU second: medians of the ratios of each round. Tandem makes and checks a digest of every extent, encrypts over quic, and sends from
 a pool of blocks; NIXL and Mooncake do neither and move one piece of memory to another. NIXL is measured as it comes and
 as it is fastest here: without its progress thread, over TCP with segments of 256 KiB. Its ends then look for work without
-a pause, so they use their cores whether bytes come or not. s2n-quic (`--s2n`) encrypts, makes no digest, and has a row for
-each largest packet. A row that is not installed is left out, and said.
+a pause, so they use their cores whether bytes come or not. A row that is not installed is left out, and said.
 """
 import argparse
 import contextlib
@@ -124,7 +123,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tandem", help="the release binary")
     parser.add_argument("--python", help="an interpreter that has NIXL and Mooncake")
-    parser.add_argument("--s2n", help="the program of the crate s2n beside this file, in a release build")
     parser.add_argument("--extent-kib", type=lambda text: [int(n) for n in text.split(",")], default=[64, 1024, 4096],
                         help="Tandem's own extents end at 1024 KiB")
     parser.add_argument("--mib", type=int, default=64, help="of one transfer")
@@ -137,10 +135,6 @@ def main():
         end = [args.python, HERE / "fabric_end.py"]
         rows += [(name, [*end, fabric, "owner", args.mib], [*end, fabric, "reader", args.mib], env)
                  for name, fabric, env in PYTHON_ROWS]
-    if args.s2n:
-        # As large as it takes them, and of a jumbo network.
-        rows += [(f"s2n-quic, {mtu}", [args.s2n, "owner", args.mib, mtu], [args.s2n, "reader", args.mib, mtu], {})
-                 for mtu in (32780, 9000)]
     ends = {}
     for name, owner, reader, env in rows:
         started = Ends(owner, reader, env, args.cores)
