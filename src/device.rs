@@ -1,7 +1,8 @@
-//! Where a process computes: the model on a GPU or on the CPU, and a runner of it for each node.
+//! Where a process computes: the model on a GPU, on the CPU or nowhere, and a runner of it for each node.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{DeviceChoice, EngineArgs, WeightsArgs};
@@ -11,6 +12,7 @@ use engine::cuda::{CudaBackend, CudaRunner};
 use engine::model::{LoadError, Model};
 use engine::pool::PoolMemory;
 use engine::runner::Runner;
+use engine::sim::{SimOptions, SimRunner};
 
 /// A model, loaded once per process.
 #[derive(Clone)]
@@ -24,6 +26,8 @@ pub enum LoadedModel {
         /// What is left there for the KV of each node.
         kv_cache_bytes: u64,
     },
+    /// Nowhere: it is simulated.
+    Sim(SimOptions),
 }
 
 /// Loads the weights in a checkpoint folder to what `--device` says, for `num_nodes` nodes of this process.
@@ -46,6 +50,7 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
     match engine.device {
         DeviceChoice::Cuda(ordinal) => return on_gpu(ordinal),
         DeviceChoice::Cpu => {}
+        DeviceChoice::Sim => return simulate(folder, weights, engine),
         DeviceChoice::Auto => match on_gpu(0) {
             Ok(loaded) => return Ok(loaded),
             Err(LoadError::Device(error)) if error.is_absence() => {
@@ -60,6 +65,25 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
     let threads = engine.threads.map(|threads| threads as usize);
     let model = Model::load(folder, weights.dtype, threads)?;
     Ok(LoadedModel::Cpu(Arc::new(model.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange))))
+}
+
+fn simulate(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs) -> Result<LoadedModel, LoadError> {
+    let kv_dtype = engine.kv_cache_dtype.kv_dtype().or(weights.dtype.kv_dtype());
+    let options = SimOptions {
+        exchange: engine.kv_exchange,
+        block_size: engine.block_size as usize,
+        step_time: engine.sim.sim_step_time,
+        context_time: engine.sim.sim_context_time / 1000,
+        token_time: Duration::from_secs(1) / engine.sim.sim_tokens_per_second,
+        ..SimOptions::of_checkpoint(folder, kv_dtype)?
+    };
+    let SimOptions { num_layers, num_kv_heads, head_dim, .. } = options;
+    tracing::warn!(
+        shape_of = %folder.display(), num_layers, num_kv_heads, head_dim, kv_dtype = options.kv_dtype.as_str(),
+        tokens_per_second = engine.sim.sim_tokens_per_second, step_time = ?options.step_time,
+        "--device sim: the model is simulated, no weights are read, and what it answers means nothing"
+    );
+    Ok(LoadedModel::Sim(options))
 }
 
 fn load_on_gpu(
@@ -114,6 +138,10 @@ impl LoadedModel {
             }
             LoadedModel::Cuda { model, kv_cache_bytes } => {
                 Box::new(CudaRunner::new(model, block_size, kv_cache_bytes, longest)?)
+            }
+            LoadedModel::Sim(options) => {
+                let options = options.with_pool_of(engine.kv_cache_bytes_on_cpu(), longest)?;
+                Box::new(SimRunner::new(SimOptions { memory, ..options })?)
             }
         })
     }

@@ -4,14 +4,17 @@
     fabric_end.py nixl reader MIB     is told that line, then for each line EXTENT_BYTES reads all of them in extents of
                                       that size and says how long it took: seconds, CPU seconds of owner and of reader
 
-`nixl` is nixl-cu12 from PyPI, over whatever UCX_TLS names; `mooncake` is mooncake-transfer-engine-non-cuda, over TCP.
-The reader asks for all extents at once, as these fabrics are used. Neither makes a digest; the reader compares the
-bytes behind each transfer, outside of what is measured, so that a transfer that did not happen is noticed.
+`nixl` is nixl-cu12 from PyPI, over whatever UCX_TLS names; `nixl-polled` the same without its progress thread: both ends
+look for work themselves without a pause. `mooncake` is mooncake-transfer-engine-non-cuda, over TCP.
+The reader asks for all extents at once, as these fabrics are used; NIXL's lists of descriptors are prepared before the
+clock starts. Neither makes a digest; the reader compares the bytes behind each transfer, outside of what is measured, so
+that a transfer that did not happen is noticed.
 """
 import base64
 import json
 import os
 import pathlib
+import select
 import sys
 import time
 
@@ -19,11 +22,13 @@ import numpy
 
 
 class Nixl:
+    has_thread = True
+
     def __init__(self, name, memory):
         from nixl_cu12._api import nixl_agent, nixl_agent_config
 
-        self.agent = nixl_agent(name, nixl_agent_config(backends=["UCX"]))
-        self.memory = memory
+        self.agent = nixl_agent(name, nixl_agent_config(enable_prog_thread=self.has_thread, backends=["UCX"]))
+        self.memory, self.prepared = memory, {}
         self.registered = self.agent.register_memory([(memory.ctypes.data, memory.nbytes, 0, "")], mem_type="DRAM")
 
     def where(self):
@@ -34,17 +39,30 @@ class Nixl:
         if isinstance(self.remote, bytes):
             self.remote = self.remote.decode()
 
-    def read(self, remote_address, extent_bytes):
-        def extents(start):
+    def prepare(self, remote_address, extent_bytes):
+        def extents(who, start):
             found = [(start + at, extent_bytes, 0) for at in range(0, self.memory.nbytes, extent_bytes)]
-            return self.agent.get_xfer_descs(found, mem_type="DRAM")
+            return self.agent.prep_xfer_dlist(who, self.agent.get_xfer_descs(found, mem_type="DRAM"), mem_type="DRAM")
 
-        handle = self.agent.initialize_xfer("READ", extents(self.memory.ctypes.data), extents(remote_address), self.remote)
+        if extent_bytes not in self.prepared:
+            sides = extents("", self.memory.ctypes.data), extents(self.remote, remote_address)
+            self.prepared[extent_bytes] = *sides, list(range(self.memory.nbytes // extent_bytes))
+
+    def read(self, _remote_address, extent_bytes):
+        near, far, indices = self.prepared[extent_bytes]
+        handle = self.agent.make_prepped_xfer("READ", near, indices, far, indices, skip_desc_merge=True)
         state = self.agent.transfer(handle)
         while state not in ("DONE", "ERR"):
             state = self.agent.check_xfer_state(handle)
         self.agent.release_xfer_handle(handle)
         return state == "DONE"
+
+    def poll(self):
+        self.agent.get_new_notifs()
+
+
+class NixlPolled(Nixl):
+    has_thread = False
 
 
 class Mooncake:
@@ -58,8 +76,13 @@ class Mooncake:
     def where(self):
         return {"session": f"127.0.0.1:{self.engine.get_rpc_port()}"}
 
+    has_thread = True
+
     def connect(self, where):
         self.session = where["session"]
+
+    def prepare(self, _remote_address, _extent_bytes):
+        """It has nothing to prepare."""
 
     def read(self, remote_address, extent_bytes):
         offsets = range(0, self.memory.nbytes, extent_bytes)
@@ -67,7 +90,7 @@ class Mooncake:
         return self.engine.batch_transfer_sync_read(self.session, near, far, [extent_bytes] * len(offsets)) == 0
 
 
-FABRICS = {"nixl": Nixl, "mooncake": Mooncake}
+FABRICS = {"nixl": Nixl, "nixl-polled": NixlPolled, "mooncake": Mooncake}
 
 
 def cpu_seconds(pid):
@@ -89,6 +112,9 @@ def owner(fabric, num_bytes):
     memory = noise(num_bytes)
     end = fabric("owner", memory)
     say(address=memory.ctypes.data, pid=os.getpid(), **end.where())
+    while not fabric.has_thread and not select.select([sys.stdin], [], [], 0)[0]:
+        for _ in range(1000):
+            end.poll()
     sys.stdin.read()
     del end
 
@@ -102,6 +128,7 @@ def reader(fabric, num_bytes):
     for line in sys.stdin:
         extent_bytes = int(line)
         memory[:] = 0
+        end.prepare(where["address"], extent_bytes)
         cpu, started = (cpu_seconds(where["pid"]), cpu_seconds(os.getpid())), time.perf_counter()
         assert end.read(where["address"], extent_bytes), "the transfer failed"
         took = time.perf_counter() - started

@@ -6,9 +6,12 @@
     python bench/peers/fabrics.py --tandem target/release/tandem --python venv/bin/python --rounds 5
 
 Every round measures every row: first `tandem bench transfer` with one round of its own, then the others, each with
-every size of extents. Figures are medians of the rounds. Tandem makes and checks a digest of every extent, encrypts
-over quic, and sends from a pool of blocks; NIXL and Mooncake do neither and move one piece of memory to another.
-A row that is not installed is left out, and said.
+every size of extents. Figures are medians of the rounds, with the slowest and the fastest. The last columns say what
+Tandem does with extents of the same size (of 1 MiB where they are larger) relative to a row, in GB/s and in bytes for each
+CPU second: medians of the ratios of each round. Tandem makes and checks a digest of every extent, encrypts over quic, and sends from
+a pool of blocks; NIXL and Mooncake do neither and move one piece of memory to another. NIXL is measured as it comes and
+as it is fastest here: without its progress thread, over TCP with segments of 256 KiB. Its ends then look for work without
+a pause, so they use their cores whether bytes come or not. A row that is not installed is left out, and said.
 """
 import argparse
 import contextlib
@@ -22,10 +25,13 @@ import tempfile
 
 HERE = pathlib.Path(__file__).resolve().parent
 # Row, fabric, and what UCX may use: over shared memory, TCP for finding each other.
+SEGMENTS = {"UCX_TCP_TX_SEG_SIZE": "256K", "UCX_TCP_RX_SEG_SIZE": "256K"}
 PYTHON_ROWS = [
-    ("NIXL, UCX shared memory", "nixl", {"UCX_TLS": "sm,self,tcp"}),
-    ("NIXL, UCX tcp", "nixl", {"UCX_TLS": "tcp,self"}),
-    ("Mooncake, tcp", "mooncake", {}),
+    ("NIXL shm", "nixl", {"UCX_TLS": "sm,self,tcp"}),
+    ("NIXL shm, polled", "nixl-polled", {"UCX_TLS": "sm,self,tcp"}),
+    ("NIXL tcp", "nixl", {"UCX_TLS": "tcp,self"}),
+    ("NIXL tcp, polled, 256K", "nixl-polled", {"UCX_TLS": "tcp,self"} | SEGMENTS),
+    ("Mooncake tcp", "mooncake", {}),
 ]
 
 
@@ -77,9 +83,25 @@ class Figures:
         self.rates.append(num_bytes / seconds / 1e9)
         self.cpu.append([value / num_bytes * 1e9 for value in cpu_seconds])
 
-    def line(self):
+    def line(self, ours):
         sent, received = (statistics.median(column) for column in zip(*self.cpu))
-        return f"{statistics.median(self.rates):>8.2f} {sent + received:>10.2f} {f'{sent:.2f} / {received:.2f}':>15}"
+        spread = f"{min(self.rates):.2f} to {max(self.rates):.2f}"
+        return (f"{statistics.median(self.rates):>7.2f} {spread:>15} {sent + received:>9.2f} {f'{sent:.2f} / {received:.2f}':>13}"
+                + "".join(f"{self.beaten_by(row):>14}" for row in ours))
+
+    def beaten_by(self, other):
+        """What another row's rate and bytes per CPU second are, relative to this one's."""
+        if not other:
+            return ""
+        rates = statistics.median(theirs / mine for mine, theirs in zip(self.rates, other.rates))
+        per_cpu = statistics.median(sum(mine) / max(sum(theirs), 1e-9) for mine, theirs in zip(self.cpu, other.cpu))
+        return f"{rates:.2f} / {per_cpu:.2f}"
+
+
+def stolen_ticks():
+    """Hundredths of a second that the host gave to others, of all: idle ones included."""
+    fields = [int(field) for field in open("/proc/stat").readline().split()[1:]]
+    return fields[7], sum(fields[:8])
 
 
 def tandem_round(args, figures):
@@ -92,7 +114,7 @@ def tandem_round(args, figures):
         name, fields = line[:20].strip(), line[20:].split()
         # GB/s, of TCP, of TLS, of copy, CPU s/GB, sender, slash, receiver.
         if name and len(fields) >= 8 and fields[6] == "/":
-            row = figures.setdefault(f"tandem: {name}", Figures())
+            row = figures.setdefault(name, Figures())
             row.rates.append(float(fields[0]))
             row.cpu.append([float(fields[5]), float(fields[7])])
 
@@ -123,7 +145,7 @@ def main():
             started.end()
             print(f"LEFT OUT: {name}: {started.last_words()}", file=sys.stderr)
 
-    figures = {}
+    figures, before = {}, stolen_ticks()
     for number in range(args.rounds):
         print(f"\rround {number + 1} of {args.rounds}", end="", file=sys.stderr)
         if args.tandem:
@@ -137,10 +159,15 @@ def main():
     print(file=sys.stderr)
     for pair in ends.values():
         pair.end()
-    print(f"two processes, one core each; GB = 10^9 bytes; {args.mib} MiB at a time, medians of {args.rounds} rounds")
-    print(f"{'':<34} {'GB/s':>8} {'CPU s/GB':>10} {'send / recv':>15}")
+    stolen, total = (now - then for now, then in zip(stolen_ticks(), before))
+    print(f"two processes, one core each; GB = 10^9 bytes; {args.mib} MiB at a time, medians of {args.rounds} rounds; "
+          f"{stolen / max(total, 1):.1%} of the time was the host's")
+    print(f"{'':<30} {'GB/s':>7} {'least to most':>15} {'CPU s/GB':>9} {'send / recv':>13} {'quic over it':>14} {'shm over it':>13}")
     for name, row in figures.items():
-        print(f"{name:<34} {row.line()}")
+        *_, size = name.split(", ")
+        kib = int(size.removesuffix(" KiB")) if size.endswith(" KiB") else max(args.extent_kib)
+        ours = [figures.get(f"{transport}, {min(kib, 1024)} KiB") for transport in ("quic", "shm")]
+        print(f"{name:<30} {row.line(ours)}")
 
 
 if __name__ == "__main__":

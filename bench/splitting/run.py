@@ -22,14 +22,18 @@ take turns, and get the same load; the load generator and the proxy run beside t
 `--beside` says, and what they took is in the results. Nothing else should run meanwhile.
 """
 import argparse
+import contextlib
 import json
 import pathlib
 import statistics
 import subprocess
 import sys
+import threading
+import urllib.request
 
 PORT = 18100
-KV_BYTES = "1GiB"
+# Tokens of a prefill node's step, the default: what leaves it at a time.
+CHUNK = 512
 # Of the trace's lengths: see `goodput`.
 DIVISOR = 16
 CONTEXT = 16384
@@ -90,7 +94,8 @@ class Setups:
         """Three roles as processes; `prefill` has the cores of each prefill node, `decode` those of the decode node."""
         port = self.ports()
         common = f"--tls-dir {self.certs} --model {self.args.model} --log-level warn"
-        engine = f"{common} --kv-cache-memory-bytes {KV_BYTES} --threads {threads} --max-model-len {self.context}"
+        engine = (f"{common} --kv-cache-memory-bytes {self.args.kv_bytes} --threads {threads} --max-model-len {self.context} "
+                  f"{self.args.node_flags}")
         lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
         for index, cores in enumerate(prefill):
             at = port + 2 + index
@@ -98,10 +103,14 @@ class Setups:
                          f"--metrics-port 0 {engine} {' '.join(prefill_flags)} &")
             nodes += f" --prefill-node 127.0.0.1:{at}"
         lines.append(f"{' '.join(computing(decode))} {self.args.tandem} decode-node --node-id decode-0 --port {port + 1} "
-                     f"--metrics-port 0 {engine} {' '.join(decode_flags)} &")
+                     f"--metrics-port {port + 5} {engine} {' '.join(decode_flags)} &")
+        # The proxy comes last: one that knows the decode node only has it prefill by itself.
+        for at in (port + 1, *(port + 2 + index for index in range(len(prefill)))):
+            lines.append(f"until grep -qi ':{at:04X} ' /proc/net/udp /proc/net/udp6; do "
+                         f"[ $(jobs -r | wc -l) = {1 + len(prefill)} ] || exit 1; sleep 0.1; done")
         lines.append(f"{' '.join(beside(self.args))} {self.args.tandem} proxy --node-id proxy --port {port} {common} {nodes} {' '.join(proxy_flags)} &")
         return {"name": name, "url": f"http://127.0.0.1:{port}", "start": ["bash", "-c", "\n".join([*lines, "wait -n"])],
-                "flags": ["--model", self.args.model]}
+                "flags": ["--model", self.args.model], "metrics": f"http://127.0.0.1:{port + 5}/metrics"}
 
     def split(self, name="split", **more):
         return self.tandem(name, **more)
@@ -258,22 +267,61 @@ def over_each_transport(setups, decode_flags=()):
     return [setups.split(name, prefill_flags=(flag,), decode_flags=(flag, *decode_flags)) for name, flag in flags.items()]
 
 
+class Extents(threading.Thread):
+    """Looks now and then at what decode nodes that come and go have received."""
+
+    def __init__(self, setups):
+        super().__init__(daemon=True)
+        self.urls = {setup["name"]: setup["metrics"] for setup in setups}
+        self.mean_bytes, self.is_over = {}, threading.Event()
+
+    def run(self):
+        while not self.is_over.wait(0.2):
+            for name, url in self.urls.items():
+                with contextlib.suppress(OSError):
+                    lines = urllib.request.urlopen(url, timeout=1).read().decode().splitlines()
+                    extents, num_bytes = (sum(float(line.rsplit(" ", 1)[1]) for line in lines
+                                              if line.startswith(metric) and 'direction="verified"' in line)
+                                          for metric in ("tandem_fabric_extents_total", "tandem_fabric_extent_bytes_total"))
+                    if extents:
+                        self.mean_bytes[name] = num_bytes / extents
+
+    def of(self, name, num_bytes):
+        """In how many extents a hand-over of so many bytes came, and the mean size of one."""
+        self.is_over.set()
+        mean = self.mean_bytes.get(name)
+        return f"{num_bytes / mean:.0f} of {mean / 1024:.0f} KiB" if mean else "not seen"
+
+
+def token_bytes(args):
+    """KV of a token in bf16."""
+    config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
+    return 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+
+
 def handover(args, setups):
     rows = []
+    layers = json.loads((pathlib.Path(args.model) / "config.json").read_text())["num_hidden_layers"]
     for length in args.lengths:
-        result = bench(args, "compare", f"handover-{length}", over_each_transport(setups), [],
+        chosen = over_each_transport(setups)
+        extents = Extents(chosen)
+        extents.start()
+        result = bench(args, "compare", f"handover-{length}", chosen, [],
                        ["--num-prompts", args.requests, "--max-concurrency", 1, "--random-input-len", length,
-                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", 2, "--save-detailed"])
+                        "--random-output-len", 32, "--ignore-eos", "--num-warmups", min(2, args.requests // 2), "--save-detailed"])
         for index, name in enumerate(result["setups"]):
             mean = lambda figure: sum(r[index][figure] for r in result["rounds"]) / len(result["rounds"])
             itl, handover = mean("median_itl_ms"), mean("median_handover_ms")
             phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
+            assert all(phase["transfer"] for phase in phases), "the decode node prefilled by itself"
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
-            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", f"{mean('median_transfer_ms'):.1f}",
-                         f"{hidden:.0%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{handover / itl:.2f}",
-                         f"{mean('median_first_gap_ms') / itl:.2f}"])
-    table(["prompt tokens", "transport", "prefill, ms", "first KV byte to last verified, ms", "of it behind prefill",
-           "token #1 to the running batch, p50 / p99 ms", "in ITLs", "gap #1 to #2, in ITLs"], rows)
+            goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
+            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * token_bytes(args)), f"{mean('median_transfer_ms'):.1f}",
+                         f"{hidden:.1%} / {goal:.1%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{itl:.2f}",
+                         f"{handover / itl:.2f}", f"{mean('median_first_gap_ms') / itl:.2f}"])
+    table(["prompt tokens", "transport", "prefill, ms", "extents", "first KV byte to last verified, ms",
+           "of it behind prefill / goal", "token #1 to the running batch, p50 / p99 ms", "ITL, ms", "the batch, in ITLs",
+           "gap #1 to #2, in ITLs"], rows)
 
 
 def hidden_share(transfer, handover, **_):
@@ -290,15 +338,13 @@ def arrivals(args, setups):
                    ["--prompt-len", ARRIVALS_TAIL, "--prompt-output-len", 2, "--stream-input-len", ARRIVALS_TAIL,
                     "--stream-output-len", args.stream_len, "--load", args.load],
                    ["--num-warmups", 2, "--random-prefix-len", args.prompt_len])
-    config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
-    token_bytes = 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     rows = []
     for name, found in result["setups"].items():
         mean = lambda figure: sum(figure(r) for r in found["rounds"]) / len(found["rounds"])
         rate = result["load"] * mean(lambda r: r["prefill_capacity_per_s"])
         cells = [f"{mean(lambda r: r['itl_alone'][figure]):.2f} / {mean(lambda r: r['itl_beside_prompts'][figure]):.2f}"
                  for figure in ("p50_ms", "p99_ms", "max_ms")]
-        rows.append([name, f"{rate * (args.prompt_len + ARRIVALS_TAIL) * token_bytes / 1e6:.0f}", f"{rate:.1f}", *cells,
+        rows.append([name, f"{rate * (args.prompt_len + ARRIVALS_TAIL) * token_bytes(args) / 1e6:.0f}", f"{rate:.1f}", *cells,
                      *(interval(found[f"{figure}_itl_factor"]) for figure in ("p50", "p99"))])
     table(["transport", "KV arriving, MB/s", "requests/s", "p50 ITL alone / beside, ms", "p99", "max", "p50 factor",
            "p99 factor"], rows)
@@ -330,6 +376,9 @@ def main():
     parser.add_argument("--tandem", required=True, help="the release binary")
     parser.add_argument("--model", required=True, help="a Hugging Face folder")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for set-ups and results")
+    parser.add_argument("--node-flags", default="", help="flags of every prefill and decode node, such as '--device sim' "
+                        "to have a GPU's speeds and KV without one: --model is then any folder with a config.json")
+    parser.add_argument("--kv-bytes", default="1GiB", help="KV cache of every node")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")
     parser.add_argument("--rate", type=float, default=2, help="requests per second (apart, goodput)")

@@ -74,7 +74,8 @@ impl TypeName {
 
 #[derive(Debug, Args)]
 struct RandomArgs {
-    /// Which shape: tiny (0.9 million parameters), s (28 million) or m (1.1 billion).
+    /// Which shape: tiny (0.9 million parameters), s (28 million), m (1.1 billion); or 8b, 32b, 70b, whose KV is that of
+    /// Llama 3.1 8B (128 KiB per token in bf16), Qwen3 32B (256 KiB) and Llama 3.1 70B (320 KiB).
     #[arg(value_enum)]
     shape: ShapeName,
     /// The folder; made if it is not there.
@@ -83,6 +84,9 @@ struct RandomArgs {
     /// The weights are a function of it.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Writes no weights: enough for --device sim and a proxy.
+    #[arg(long)]
+    no_weights: bool,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -90,6 +94,12 @@ enum ShapeName {
     Tiny,
     S,
     M,
+    #[value(name = "8b")]
+    B8,
+    #[value(name = "32b")]
+    B32,
+    #[value(name = "70b")]
+    B70,
 }
 
 /// The numbers of a Llama.
@@ -110,6 +120,9 @@ impl ShapeName {
             Self::Tiny => [128, 4, 4, 2, 32, 352, 512],
             Self::S => [512, 8, 8, 4, 64, 1408, 4096],
             Self::M => [2048, 16, 32, 8, 64, 8192, 32_000],
+            Self::B8 => [4096, 32, 32, 8, 128, 14_336, 128_256],
+            Self::B32 => [5120, 64, 64, 8, 128, 25_600, 151_936],
+            Self::B70 => [8192, 80, 64, 8, 128, 28_672, 128_256],
         };
         Shape { hidden, layers, heads, kv_heads, head_dim, ffn, vocab }
     }
@@ -182,6 +195,8 @@ pub enum Written {
         folder: PathBuf,
         /// How many.
         num_parameters: usize,
+        /// Whether they were written.
+        has_weights: bool,
     },
     /// A GGUF file.
     Gguf {
@@ -195,9 +210,10 @@ pub enum Written {
 impl fmt::Display for Written {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Random { folder, num_parameters } => {
+            Self::Random { folder, num_parameters, has_weights } => {
                 let millions = *num_parameters as f64 / 1e6;
-                write!(f, "{} has {millions:.1} million random bf16 parameters", folder.display())
+                let what = if *has_weights { "has" } else { "has the shape, and nothing else, of" };
+                write!(f, "{} {what} {millions:.1} million random bf16 parameters", folder.display())
             }
             Self::Gguf { file, num_bytes } => {
                 write!(f, "{} has {:.1} MB", file.display(), *num_bytes as f64 / 1e6)
@@ -212,8 +228,9 @@ impl fmt::Display for Written {
 /// If the folder or the file cannot be written, or the model cannot be read.
 pub fn run(args: &ModelArgs) -> anyhow::Result<Written> {
     match &args.command {
-        ModelCommand::Random(RandomArgs { shape, folder, seed }) => {
-            write(shape.shape(), folder, *seed).with_context(|| format!("write the checkpoint {}", folder.display()))
+        ModelCommand::Random(RandomArgs { shape, folder, seed, no_weights }) => {
+            write(shape.shape(), folder, (!no_weights).then_some(*seed))
+                .with_context(|| format!("write the checkpoint {}", folder.display()))
         }
         ModelCommand::Gguf(GgufArgs { folder, file, ty }) => {
             anyhow::ensure!(engine::gguf::is_gguf(file), "{} does not end in .gguf", file.display());
@@ -224,10 +241,13 @@ pub fn run(args: &ModelArgs) -> anyhow::Result<Written> {
     }
 }
 
-fn write(shape: Shape, folder: &Path, seed: u64) -> anyhow::Result<Written> {
+/// Without a seed, without weights.
+fn write(shape: Shape, folder: &Path, seed: Option<u64>) -> anyhow::Result<Written> {
     std::fs::create_dir_all(folder)?;
     let tensors = shape.tensors();
-    write_weights(&folder.join("model.safetensors"), &tensors, seed)?;
+    if let Some(seed) = seed {
+        write_weights(&folder.join("model.safetensors"), &tensors, seed)?;
+    }
     let text = |value: &Value| format!("{value:#}\n");
     std::fs::write(folder.join("config.json"), text(&shape.config()))?;
     std::fs::write(folder.join("generation_config.json"), text(&json!({"bos_token_id": 0, "eos_token_id": [1]})))?;
@@ -235,7 +255,7 @@ fn write(shape: Shape, folder: &Path, seed: u64) -> anyhow::Result<Written> {
     std::fs::write(folder.join("tokenizer_config.json"), TOKENIZER_CONFIG)?;
     std::fs::write(folder.join("chat_template.jinja"), CHAT_TEMPLATE)?;
     let num_parameters = tensors.iter().map(|tensor| tensor.rows * tensor.columns).sum();
-    Ok(Written::Random { folder: folder.to_path_buf(), num_parameters })
+    Ok(Written::Random { folder: folder.to_path_buf(), num_parameters, has_weights: seed.is_some() })
 }
 
 /// The safetensors format: the header's length, the header, then the tensors behind each other.
@@ -297,10 +317,24 @@ mod tests {
     }
 
     #[test]
+    fn a_shape_without_weights_is_enough_to_simulate_it() {
+        let folder = std::env::temp_dir().join(format!("tandem-shape-{}", std::process::id()));
+        for (shape, kib) in [(ShapeName::B8, 128), (ShapeName::B32, 256), (ShapeName::B70, 320)] {
+            write(shape.shape(), &folder, None).unwrap();
+            assert!(!folder.join("model.safetensors").exists());
+            let spec = engine::spec::ModelSpec::read(&folder).unwrap();
+            assert_eq!(spec.kv_spec(common::kv_spec::KvDtype::Bf16).bytes_per_token(), kib << 10);
+            let sim = engine::sim::SimOptions::of_checkpoint(&folder, None).unwrap();
+            assert_eq!(sim.vocab_size as usize, spec.vocab_size);
+        }
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+
+    #[test]
     fn a_written_checkpoint_can_be_opened_and_is_that_of_its_seed() {
         let folder = std::env::temp_dir().join(format!("tandem-random-{}", std::process::id()));
         let written = |seed| {
-            write(ShapeName::Tiny.shape(), &folder, seed).unwrap();
+            write(ShapeName::Tiny.shape(), &folder, Some(seed)).unwrap();
             std::fs::read(folder.join("model.safetensors")).unwrap()
         };
         let first = written(1);
@@ -315,7 +349,7 @@ mod tests {
     #[test]
     fn a_folder_becomes_a_gguf_file_of_each_type() {
         let folder = std::env::temp_dir().join(format!("tandem-random-gguf-{}", std::process::id()));
-        write(ShapeName::Tiny.shape(), &folder, 1).unwrap();
+        write(ShapeName::Tiny.shape(), &folder, Some(1)).unwrap();
         let mut sizes = Vec::new();
         for ty in [TypeName::Bf16, TypeName::Q8_0, TypeName::Q4KM, TypeName::Q4_0] {
             let file = folder.join("model.gguf");

@@ -35,10 +35,18 @@ impl fmt::Debug for ModelIdentity {
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Encode, Decode)]
 pub struct NumericsId(pub String);
 
+/// What the arithmetic of a simulated model begins with, and no other.
+const SIMULATED: &str = "sim-";
+
 impl NumericsId {
     /// `arithmetic` over KV of this type.
     pub fn new(arithmetic: &str, kv: KvDtype) -> Self {
         Self(format!("{arithmetic}/kv-{}", kv.as_str()))
+    }
+
+    /// Whether nothing is computed: tokens are made up by the `sim` runner.
+    pub fn is_simulated(&self) -> bool {
+        self.0.starts_with(SIMULATED)
     }
 
     /// What it says without the type of the KV.
@@ -286,6 +294,12 @@ mod tests {
             let model = ModelInfo { identity: ModelIdentity([2; 32]), ..ours.clone() };
             assert!(refusal(&ours, &model).unwrap().contains("0202020202020202"));
         }
+    }
+
+    #[test]
+    fn only_what_the_simulator_makes_counts_as_simulated() {
+        let is_simulated = |arithmetic| NumericsId::new(arithmetic, KvDtype::Bf16).is_simulated();
+        assert_eq!(["sim-3", "cpu-fold-2/tp1/bf16", "similar"].map(is_simulated), [true, false, false]);
     }
 
     #[test]

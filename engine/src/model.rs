@@ -329,11 +329,7 @@ impl<B: Backend> Model<B> {
         }
     }
 
-    /// How many blocks of `block_size` tokens fit `kv_cache_memory_bytes`, and how long sequences may be then: at most
-    /// `max_model_len`, or without it as long as the model and the pool allow.
-    ///
-    /// # Errors
-    /// [`LoadError::TooLong`], [`LoadError::PoolTooSmall`].
+    /// As the function of this name, for this model.
     pub(crate) fn size_pool(
         &self,
         block_size: usize,
@@ -341,29 +337,43 @@ impl<B: Backend> Model<B> {
         max_model_len: Option<usize>,
     ) -> Result<PoolSize, LoadError> {
         let bytes_per_token = self.spec.kv_spec(self.kv_dtype()).bytes_per_token();
-        let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
-        let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX);
-        let held = num_blocks.saturating_mul(block_size);
-        let supported = self.spec.max_position;
-        let wanted = max_model_len.unwrap_or(supported.min(held));
-        if wanted > supported {
-            return Err(LoadError::TooLong { asked: wanted, supported });
-        }
-        if wanted > held || held == 0 {
-            let needed = wanted.max(block_size);
-            let bytes = kv_cache_memory_bytes;
-            return Err(LoadError::PoolTooSmall { bytes, bytes_per_token, block_size, held, needed });
-        }
-        if wanted < supported && max_model_len.is_none() {
-            tracing::warn!(
-                max_model_len = wanted,
-                supported,
-                "the KV cache holds no sequence as long as the model supports: longer requests are refused; \
-                 raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
-            );
-        }
-        Ok(PoolSize { num_blocks, max_model_len: wanted })
+        size_pool(bytes_per_token, self.spec.max_position, block_size, kv_cache_memory_bytes, max_model_len)
     }
+}
+
+/// How many blocks of `block_size` tokens of `bytes_per_token` fit `kv_cache_memory_bytes`, and how long sequences may
+/// be then: at most `max_model_len`, or without it as long as the model (`supported` tokens) and the pool allow.
+///
+/// # Errors
+/// [`LoadError::TooLong`], [`LoadError::PoolTooSmall`].
+pub(crate) fn size_pool(
+    bytes_per_token: u64,
+    supported: usize,
+    block_size: usize,
+    kv_cache_memory_bytes: u64,
+    max_model_len: Option<usize>,
+) -> Result<PoolSize, LoadError> {
+    let num_blocks = kv_cache_memory_bytes / (bytes_per_token * block_size.max(1) as u64);
+    let num_blocks = usize::try_from(num_blocks).unwrap_or(usize::MAX);
+    let held = num_blocks.saturating_mul(block_size);
+    let wanted = max_model_len.unwrap_or(supported.min(held));
+    if wanted > supported {
+        return Err(LoadError::TooLong { asked: wanted, supported });
+    }
+    if wanted > held || held == 0 {
+        let needed = wanted.max(block_size);
+        let bytes = kv_cache_memory_bytes;
+        return Err(LoadError::PoolTooSmall { bytes, bytes_per_token, block_size, held, needed });
+    }
+    if wanted < supported && max_model_len.is_none() {
+        tracing::warn!(
+            max_model_len = wanted,
+            supported,
+            "the KV cache holds no sequence as long as the model supports: longer requests are refused; \
+             raise --kv-cache-memory-bytes, or set --max-model-len to say that it is meant"
+        );
+    }
+    Ok(PoolSize { num_blocks, max_model_len: wanted })
 }
 
 /// What fits a KV cache.

@@ -4,6 +4,7 @@
 #[path = "steps/mod.rs"]
 mod steps;
 
+use common::kv_spec::{GranuleOrder, KvDtype};
 use engine::runner::Runner;
 use engine::sim::{SimOptions, SimRunner};
 use steps::{TestSequence, generate, kv_bytes, prompt, step};
@@ -61,4 +62,48 @@ fn kv_moved_to_another_node_continues_the_same() {
     }
     moved.tokens.push(first);
     assert_eq!([vec![first], tokens(&mut decode, &mut moved, 4)].concat(), reference);
+}
+
+/// Several heads of an odd number of values, of which a token reads a part.
+fn wide(kv_dtype: KvDtype, granule_order: GranuleOrder) -> SimRunner {
+    let options = SimOptions {
+        num_kv_heads: 3,
+        head_dim: 18,
+        read_bytes_max: 30_000,
+        kv_dtype,
+        granule_order,
+        ..SimOptions::default()
+    };
+    SimRunner::new(options).unwrap()
+}
+
+#[test]
+fn tokens_do_not_depend_on_the_type_and_order_of_the_pool() {
+    let prompt = prompt(300, 512, 4);
+    let texts = [KvDtype::F32, KvDtype::Bf16].map(|dtype| {
+        [GranuleOrder::Lanes, GranuleOrder::Rows].map(|order| {
+            let mut ours = TestSequence::new(1, &prompt, 0..24);
+            tokens(&mut wide(dtype, order), &mut ours, 20)
+        })
+    });
+    assert_eq!(texts[0], texts[1]);
+    assert_eq!(texts[0][0], texts[0][1]);
+}
+
+#[test]
+fn where_a_token_reads_a_part_every_byte_counts_within_a_few_tokens() {
+    let prompt = prompt(300, 512, 5);
+    let mut sim = wide(KvDtype::Bf16, GranuleOrder::Rows);
+    let mut ours = TestSequence::new(1, &prompt, 0..24);
+    step(&mut sim, &mut [(&mut ours, 299)]);
+    let kv = kv_bytes(&sim, &ours);
+    // 18 granules lie before the newest one, 4 of each layer are read for a token.
+    let reference = tokens(&mut sim, &mut ours.clone(), 5);
+    for (layer, at) in [(0, 0), (1, 5), (0, 9 * 3456 + 1000), (1, 17 * 3456 + 3455)] {
+        let flipped = kv[layer][at] ^ 1;
+        sim.pool().write_at(layer as u32, &ours.blocks, 0, at, &[flipped]);
+        let mut again = TestSequence { num_computed: 299, ..ours.clone() };
+        assert_ne!(tokens(&mut sim, &mut again, 5), reference, "layer {layer}, byte {at}");
+        sim.pool().write_at(layer as u32, &ours.blocks, 0, at, &[kv[layer][at]]);
+    }
 }

@@ -39,9 +39,22 @@ pub(crate) struct Ledger {
     landings_gauge: Gauge,
     receive_bytes_gauge: Gauge,
     registrations_gauge: Gauge,
-    extent_bytes_sent: [Counter; 3],
-    extent_bytes_verified: [Counter; 3],
+    extents_sent: [ExtentCounters; 3],
+    extents_verified: [ExtentCounters; 3],
     converted_bytes: Counter,
+}
+
+/// How many extents went one way over one carrier, and what was in them.
+struct ExtentCounters {
+    extents: Counter,
+    bytes: Counter,
+}
+
+impl ExtentCounters {
+    fn count(&self, num_bytes: usize) {
+        self.extents.increment(1);
+        self.bytes.increment(num_bytes as u64);
+    }
 }
 
 /// What KV travels over.
@@ -89,11 +102,14 @@ impl Ledger {
         };
         let connections = |traffic: Traffic| metrics::gauge!(CONNECTIONS, with("traffic", traffic.as_str()));
         let streams = |traffic: Traffic| metrics::gauge!(STREAMS, with("traffic", traffic.as_str()));
-        let extent_bytes = |direction: &'static str| {
+        let extents = |direction: &'static str| {
             [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc].map(|carrier| {
                 let mut labels = with("direction", direction);
                 labels.push(Label::new("transport", carrier.as_str()));
-                metrics::counter!(EXTENT_BYTES, labels)
+                ExtentCounters {
+                    extents: metrics::counter!(EXTENTS, labels.clone()),
+                    bytes: metrics::counter!(EXTENT_BYTES, labels),
+                }
             })
         };
         Arc::new(Self {
@@ -108,8 +124,8 @@ impl Ledger {
             landings_gauge: metrics::gauge!(LANDINGS, labels.clone()),
             receive_bytes_gauge: metrics::gauge!(RECEIVE_BYTES, labels.clone()),
             registrations_gauge: metrics::gauge!(REGISTRATIONS, labels.clone()),
-            extent_bytes_sent: extent_bytes("sent"),
-            extent_bytes_verified: extent_bytes("verified"),
+            extents_sent: extents("sent"),
+            extents_verified: extents("verified"),
             converted_bytes: metrics::counter!(CONVERTED_BYTES, labels.clone()),
             labels,
         })
@@ -136,11 +152,11 @@ impl Ledger {
     }
 
     pub(crate) fn count_sent(&self, carrier: Carrier, num_bytes: usize) {
-        self.extent_bytes_sent[carrier as usize].increment(num_bytes as u64);
+        self.extents_sent[carrier as usize].count(num_bytes);
     }
 
     pub(crate) fn count_verified(&self, carrier: Carrier, num_bytes: usize) {
-        self.extent_bytes_verified[carrier as usize].increment(num_bytes as u64);
+        self.extents_verified[carrier as usize].count(num_bytes);
     }
 
     pub(crate) fn count_converted(&self, num_bytes: usize) {
@@ -196,6 +212,7 @@ const STREAMS: &str = "tandem_fabric_streams";
 const LANDINGS: &str = "tandem_fabric_landings";
 const RECEIVE_BYTES: &str = "tandem_fabric_receive_bytes";
 const REGISTRATIONS: &str = "tandem_fabric_registrations";
+const EXTENTS: &str = "tandem_fabric_extents_total";
 const EXTENT_BYTES: &str = "tandem_fabric_extent_bytes_total";
 const CONVERTED_BYTES: &str = "tandem_fabric_converted_bytes_total";
 const REFUSED_EXTENTS: &str = "tandem_refused_extents_total";
@@ -208,6 +225,7 @@ fn describe() {
     metrics::describe_gauge!(LANDINGS, Unit::Count, "Reservations that KV may land in");
     metrics::describe_gauge!(RECEIVE_BYTES, Unit::Bytes, "KV payload that has begun to arrive and is not proven yet");
     metrics::describe_gauge!(REGISTRATIONS, Unit::Count, "Shared memory announced to a peer, or mapped from one");
+    metrics::describe_counter!(EXTENTS, Unit::Count, "Extents of KV sent or verified on arrival, by transport");
     metrics::describe_counter!(EXTENT_BYTES, Unit::Bytes, "KV payload sent or verified on arrival, by transport");
     metrics::describe_counter!(
         CONVERTED_BYTES,

@@ -54,6 +54,8 @@ async fn connections_bytes_and_refusals_are_counted() {
         assert_eq!(values.count(&format!("tandem_refused_extents_total d0 {reason}")), 1, "{reason}");
     }
     assert_eq!(values.count("tandem_fabric_extent_bytes_total d0 verified quic"), payload.len() as u64);
+    assert_eq!(values.count("tandem_fabric_extents_total d0 verified quic"), 1);
+    assert_eq!(values.count("tandem_fabric_extents_total p0 sent quic"), 4);
 
     let proxy_link = soon("dial", x0.dial(p0.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let halves = proxy_link.open(&prefill(1)).await.unwrap();

@@ -12,11 +12,13 @@ pub enum DeviceChoice {
     Cpu,
     /// The GPU of this number.
     Cuda(usize),
+    /// Nothing: a model is simulated.
+    Sim,
 }
 
 /// A device that is none.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("\"{0}\" is not a device: expected auto, cpu, or a GPU such as cuda:0")]
+#[error("\"{0}\" is not a device: expected auto, cpu, a GPU such as cuda:0, or sim")]
 pub struct InvalidDevice(pub String);
 
 impl FromStr for DeviceChoice {
@@ -27,6 +29,7 @@ impl FromStr for DeviceChoice {
         match text {
             "auto" => Ok(DeviceChoice::Auto),
             "cpu" => Ok(DeviceChoice::Cpu),
+            "sim" => Ok(DeviceChoice::Sim),
             _ => {
                 let number = text.strip_prefix("cuda:").filter(is_number).and_then(|number| number.parse().ok());
                 number.map(DeviceChoice::Cuda).ok_or_else(|| InvalidDevice(text.to_owned()))
@@ -41,6 +44,7 @@ impl fmt::Display for DeviceChoice {
             DeviceChoice::Auto => f.write_str("auto"),
             DeviceChoice::Cpu => f.write_str("cpu"),
             DeviceChoice::Cuda(ordinal) => write!(f, "cuda:{ordinal}"),
+            DeviceChoice::Sim => f.write_str("sim"),
         }
     }
 }
@@ -51,10 +55,11 @@ mod tests {
 
     #[test]
     fn devices_are_read_as_they_are_written() {
-        for good in ["auto", "cpu", "cuda:0", "cuda:7"] {
+        for good in ["auto", "cpu", "cuda:0", "cuda:7", "sim"] {
             assert_eq!(good.parse::<DeviceChoice>().unwrap().to_string(), good);
         }
-        for bad in ["", "gpu", "cuda", "cuda:", "cuda:-1", "cuda:+1", "CUDA:0", "cuda:99999999999999999999999"] {
+        for bad in ["", "gpu", "sim:0", "cuda", "cuda:", "cuda:-1", "cuda:+1", "CUDA:0", "cuda:99999999999999999999999"]
+        {
             assert!(bad.parse::<DeviceChoice>().is_err(), "{bad}");
         }
     }

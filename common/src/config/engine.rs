@@ -5,6 +5,7 @@ use clap::{ArgAction, Args};
 use super::InvalidSettings;
 use super::device::DeviceChoice;
 use super::model::Dtype;
+use super::sim::SimArgs;
 use super::values::{parse_above_zero, parse_bytes_above_zero, parse_fraction, parse_whole};
 use crate::content::GRANULE_TOKENS;
 use crate::eviction::EvictionPolicy;
@@ -14,11 +15,13 @@ use crate::model::KvExchange;
 #[derive(Debug, Clone, PartialEq, Args)]
 #[command(next_help_heading = "Engine")]
 pub struct EngineArgs {
-    /// What computes: `auto`, `cpu`, or a GPU such as `cuda:0`.
+    /// What computes: `auto`, `cpu`, a GPU such as `cuda:0`; or nothing: `sim`.
     ///
     /// auto takes cuda:0 if this program was built with CUDA, the machine has a GPU and the model can run on it, and
     /// else the CPU; the log says which, and why. Part of the numerics id: a CPU and a GPU do not exchange KV unless
-    /// --kv-exchange numerics says so.
+    /// --kv-exchange numerics says so. sim simulates a model of the shape in --model's config.json, without weights: its
+    /// answers mean nothing, its times are what the --sim-... flags say, its KV has the model's size and is moved and
+    /// verified as any other. For trying routing, scheduling and the network at a GPU's speeds.
     #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
 
@@ -125,6 +128,10 @@ pub struct EngineArgs {
     /// A long queue hides overload as waiting time; a short one lets the proxy choose another node.
     #[arg(long, value_name = "REQUESTS", default_value_t = 256, value_parser = parse_whole)]
     pub max_num_waiting: u32,
+
+    /// What --device sim takes its time for.
+    #[command(flatten)]
+    pub sim: SimArgs,
 }
 
 /// The KV cache of a CPU if nothing is said.

@@ -15,8 +15,8 @@
 //!
 //! Nothing here reads a file or the environment: [`parse`] takes the arguments and two lookups, so that
 //! tests pass maps. In reading order: [`layers`] (how the sources are laid over each other), [`misspelt`], [`values`]
-//! (sizes, durations, addresses), the groups of settings ([`model`], [`engine`], [`fabric`], [`endpoint`],
-//! [`handover`], [`store`]), [`roles`] (which command has which groups).
+//! (sizes, durations, addresses), the groups of settings ([`model`], [`engine`], [`sim`], [`fabric`],
+//! [`endpoint`], [`handover`], [`store`]), [`roles`] (which command has which groups).
 
 pub mod device;
 pub mod endpoint;
@@ -27,6 +27,7 @@ pub mod layers;
 pub mod misspelt;
 pub mod model;
 pub mod roles;
+pub mod sim;
 pub mod store;
 pub mod values;
 
@@ -39,6 +40,7 @@ pub use layers::{ConfigError, ConfigFileArgs, parse};
 pub use misspelt::{UnknownVariable, unknown_variables};
 pub use model::{DEMO_MODEL, Dtype, ModelArgs, WeightsArgs};
 pub use roles::{CertsArgs, DecodeNodeArgs, LogArgs, LogFormat, PrefillNodeArgs, ProxyArgs, UpArgs};
+pub use sim::SimArgs;
 pub use store::StoreArgs;
 pub use values::{HostPort, parse_busy_poll};
 

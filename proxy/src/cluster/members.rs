@@ -121,6 +121,9 @@ impl Members {
         let mut table = lock(&self.table);
         if table.model.is_none() {
             table.model.clone_from(&hello.model);
+            if hello.model.as_ref().is_some_and(|model| model.numerics.is_simulated()) {
+                tracing::warn!(node = %hello.node, "the nodes simulate a model (--device sim): answers mean nothing");
+            }
         }
         let life = (hello.node.clone(), hello.epoch);
         let known = table.members.get(&life);

@@ -59,8 +59,11 @@ pub async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Res
 }
 
 fn model_entry(app: &App, name: &str) -> Value {
-    let max_model_len = app.dispatcher.nodes().view().model.as_ref().map(|model| model.max_model_len);
-    json!({"id": name, "object": "model", "created": app.created, "owned_by": "tandem",
+    let view = app.dispatcher.nodes().view();
+    let max_model_len = view.model.as_ref().map(|model| model.max_model_len);
+    let is_simulated = view.model.as_ref().is_some_and(|model| model.numerics.is_simulated());
+    let owner = if is_simulated { "tandem simulator: answers mean nothing" } else { "tandem" };
+    json!({"id": name, "object": "model", "created": app.created, "owned_by": owner,
         "root": app.settings.model_names[0], "max_model_len": max_model_len})
 }
 

@@ -15,6 +15,7 @@ use tokio_tun::Tun;
 
 use super::path::{Fate, Path, PathShape};
 use super::{FAR, NEAR, RECEIVER, SENDER, TransferLinkArgs};
+use crate::usage;
 
 /// Of the TUN device, which exists within the namespace only.
 const DEVICE: &str = "tandem-link";
@@ -95,9 +96,10 @@ pub fn run_link(args: &TransferLinkArgs) -> anyhow::Result<()> {
     let Told { num_entered, num_lost, num_queue_full, num_too_many, num_unwritten } =
         std::mem::take(&mut *told.lock().expect("nobody panics with it"));
     let num_missed = num_too_many + num_unwritten + num_dropped_by_kernel()?;
+    let cpu_seconds = usage::of_process(std::process::id()).unwrap_or_default().cpu_seconds;
     println!(
         "{num_entered} packets entered, {num_lost} lost by chance, {num_queue_full} found the queue full, {num_missed} \
-         lost by the emulator; left late by {} / {} / {} us (p50 / p99 / max)",
+         lost by the emulator; left late by {} / {} / {} us (p50 / p99 / max); the emulator took {cpu_seconds:.1} CPU s",
         late_at(&late, 0.5),
         late_at(&late, 0.99),
         late_at(&late, 1.0),

@@ -242,7 +242,7 @@ fn numbers_out_of_range_are_refused_with_what_is_expected() {
         ("--seed 99999999999999999999", "is not a seed: expected a whole number from 0 to 18446744073709551615"),
         ("--request-timeout -1s", "\"-1s\" is not a duration"),
         ("--kv-cache-memory-bytes -1GiB", "\"-1GiB\" is not a size"),
-        ("--device gpu", "\"gpu\" is not a device: expected auto, cpu, or a GPU such as cuda:0"),
+        ("--device gpu", "\"gpu\" is not a device: expected auto, cpu, a GPU such as cuda:0, or sim"),
         ("--gpu-memory-utilization 90", "\"90\" is not a share above 0 and at most 1"),
         ("--block-size -16", "\"-16\" is not a whole number"),
     ] {
