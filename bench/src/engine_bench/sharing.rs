@@ -110,7 +110,9 @@ pub fn run(args: &EngineBenchArgs, model: &Arc<Model>, provenance: Provenance) -
                 anyhow::Ok((prefilling, speed))
             });
             // The receiver is gone only if prefill has failed, which is told below.
-            let run = decoding.decode(&decode, move || drop(all_started.send(())));
+            let run = decoding.decode(&decode, move || {
+                let _ = all_started.send(());
+            });
             is_over.store(true, Ordering::Relaxed);
             let (prefilling, speed) = beside.join().expect("it returns its errors")?;
             let mut figures = Figures { prefill_tokens_per_second: speed, ..Figures::default() };
@@ -141,7 +143,7 @@ pub fn run_other(args: &EngineBenchArgs, model: Arc<Model>) -> anyhow::Result<()
     let (prefill, _) = rows(args)?;
     let mut load = EngineLoad::start(model, &[prefill]).context("start the engine")?;
     load.measure(&prefill)?;
-    let mut answer = |line: &Value| {
+    let answer = |line: &Value| {
         let mut out = std::io::stdout();
         writeln!(out, "{line}").and_then(|()| out.flush()).context("answer")
     };
@@ -225,7 +227,7 @@ impl fmt::Display for SharingReport {
         writeln!(f, "{:<16}{:<16}{:>10}  of alone", "", "", "median")?;
         for (arm, of_round) in arms {
             for (name, figure) in COLUMNS {
-                let values = |arm: fn(&Round) -> &Figures| self.rounds.iter().map(|round| figure(arm(round)));
+                let values = |arm: fn(&Round) -> &Figures| self.rounds.iter().map(move |round| figure(arm(round)));
                 let of_arm: Vec<f64> = values(of_round).collect();
                 let mut sorted = of_arm.clone();
                 sorted.sort_by(f64::total_cmp);
