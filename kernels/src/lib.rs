@@ -18,7 +18,7 @@
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
 //! - [`granule`]: KV of a pool of another order or type.
 //! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
-//! - [`uniform`](mod@uniform), [`sample`](mod@sample): from logits to a token.
+//! - [`uniform`](mod@uniform), [`sample`](mod@sample), with `draw`: from logits to a token.
 //! - [`limits`]: what the machine can do at most, which speeds are held against.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -28,6 +28,7 @@ pub mod arena;
 pub mod attention;
 pub mod ctx;
 pub mod cuda;
+mod draw;
 pub mod embed;
 pub mod granule;
 pub mod isa;

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 
+use crate::draw::{Candidate, DrawScratch, draw};
 use crate::isa::Isa;
 use crate::numerics::{LANES, exp, ln};
 use crate::simd::vectorised;
@@ -100,71 +101,29 @@ pub fn sample_row(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sample
 /// Below this a temperature means greedy, as in vLLM.
 const GREEDY_BELOW: f32 = 1e-5;
 
-/// What a thread keeps between rows.
-#[derive(Default)]
-struct Scratch {
-    /// Logits as the steps change them.
-    scaled: Vec<f32>,
-    /// `exp` of them.
-    weights: Vec<f32>,
-    candidates: Vec<Candidate>,
-    running_sums: Vec<f64>,
-}
-
 thread_local! {
-    static SCRATCH: Cell<Scratch> = const {
-        Cell::new(Scratch {
-            scaled: Vec::new(),
-            weights: Vec::new(),
-            candidates: Vec::new(),
-            running_sums: Vec::new(),
-        })
-    };
-}
-
-/// A token under its logit as one number: smaller is better, that is a higher logit, then a lower id.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-struct Candidate(u64);
-
-impl Candidate {
-    #[inline(always)]
-    fn new(logit: f32, token: u32) -> Self {
-        let bits = logit.to_bits();
-        // Ascending like the floats: negative ones have all bits flipped, others the sign. Then reversed.
-        let ascending = bits ^ (((bits as i32 >> 31) as u32) | 0x8000_0000);
-        Candidate(u64::from(!ascending) << 32 | u64::from(token))
-    }
-
-    #[inline(always)]
-    fn logit(self) -> f32 {
-        let ascending = !(self.0 >> 32) as u32;
-        f32::from_bits(ascending ^ (((!ascending as i32 >> 31) as u32) | 0x8000_0000))
-    }
-
-    #[inline(always)]
-    fn token(self) -> u32 {
-        self.0 as u32
-    }
+    /// Logits as penalties and the like change them, and what drawing takes; kept between rows.
+    static SCRATCH: Cell<(Vec<f32>, DrawScratch)> = const { Cell::new((Vec::new(), DrawScratch::EMPTY)) };
 }
 
 #[inline(always)]
 fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
-    let mut scratch = SCRATCH.take();
-    let scaled = &mut scratch.scaled;
-    let token = if params.leaves_logits_alone() && params.temperature < GREEDY_BELOW {
-        first_of(logits, highest(logits))
+    let (mut adjusted, mut scratch) = SCRATCH.take();
+    let logits_drawn_from = if params.leaves_logits_alone() {
+        logits
     } else {
-        scaled.clear();
-        scaled.extend(logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) }));
-        adjust(scaled, params);
-        let max = highest(scaled);
-        if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
-            first_of(scaled, max)
-        } else {
-            draw(params, max, &mut scratch)
-        }
+        adjusted.clear();
+        adjusted.extend(logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) }));
+        adjust(&mut adjusted, params);
+        &adjusted
     };
-    SCRATCH.set(scratch);
+    let max = highest(logits_drawn_from);
+    let token = if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
+        first_of(logits_drawn_from, max)
+    } else {
+        draw(params, logits_drawn_from, max.min(f32::MAX), &mut scratch)
+    };
+    SCRATCH.set((adjusted, scratch));
     let (logprob, top) = match params.num_logprobs {
         None => (None, Vec::new()),
         Some(num_top) => {
@@ -209,155 +168,6 @@ fn adjust(logits: &mut [f32], params: &SampleParams<'_>) {
     }
 }
 
-/// Steps 4 to 8 on logits the highest of which is `max`.
-#[inline(always)]
-fn draw(params: &SampleParams<'_>, max: f32, scratch: &mut Scratch) -> u32 {
-    let Scratch { scaled, weights, candidates, running_sums } = scratch;
-    let sums_all = params.top_k == 0;
-    if sums_all {
-        weights.resize(scaled.len(), 0.0);
-        weigh(params, max, scaled, weights, running_sums);
-    } else {
-        scaled.iter_mut().for_each(|x| *x = (*x - max) / params.temperature);
-        if params.min_p > 0.0 {
-            let least = params.min_p.min(1.0);
-            scaled.iter_mut().for_each(|x| *x = if exp(*x) >= least { *x } else { f32::NEG_INFINITY });
-        }
-    }
-    let total_of_all = || running_sums.last().copied().unwrap_or(0.0);
-    if sums_all && params.top_p >= 1.0 {
-        let target = params.uniform * total_of_all();
-        // Running sums never fall: the first block that ends beyond the target has the token.
-        let block = running_sums.partition_point(|sum| *sum <= target).min(running_sums.len() - 1);
-        let before = if block == 0 { 0.0 } else { running_sums[block - 1] };
-        let block = block * SUM_BLOCK..weights.len();
-        let within = weights[block.clone()].iter().zip(block.start as u32..).map(|(&weight, token)| (weight, token));
-        return pick(within, before, target).unwrap_or_else(|| last_with_weight(weights));
-    }
-    candidates.clear();
-    if params.top_k > 0 {
-        keep_top_k(scaled, params.top_k as usize, candidates);
-        if params.top_p < 1.0 {
-            candidates.sort_unstable_by_key(|c| c.token());
-            let total = candidates.iter().fold(0.0f64, |sum, c| sum + f64::from(exp(c.logit())));
-            candidates.sort_unstable();
-            let mut sum = 0.0f64;
-            let reached = candidates.iter().position(|c| {
-                sum += f64::from(exp(c.logit()));
-                sum >= f64::from(params.top_p) * total
-            });
-            candidates.truncate(reached.map_or(candidates.len(), |last| last + 1));
-        }
-    } else {
-        keep_top_p(scaled, f64::from(params.top_p) * total_of_all(), candidates);
-    }
-    candidates.sort_unstable_by_key(|c| c.token());
-    let total = candidates.iter().fold(0.0f64, |sum, c| sum + f64::from(exp(c.logit())));
-    let weighted = candidates.iter().map(|c| (exp(c.logit()), c.token()));
-    let last = candidates.iter().rev().find(|c| exp(c.logit()) > 0.0).map_or(0, |c| c.token());
-    pick(weighted, 0.0, params.uniform * total).unwrap_or(last)
-}
-
-/// Weights whose running sum is kept, so that drawing does not add up all before its token a second time.
-const SUM_BLOCK: usize = 1024;
-
-/// Weights made at a time: their loop is vectorised, and while their sum, which is not, waits for one addition after
-/// another, the machine makes the next.
-const WEIGH: usize = 64;
-
-/// Steps 4 and 5: scales logits and makes their weights; then the running sum of these, in ascending order, at the end
-/// of each block.
-#[inline(always)]
-fn weigh(params: &SampleParams<'_>, max: f32, logits: &mut [f32], weights: &mut [f32], running_sums: &mut Vec<f64>) {
-    // No weight is negative: without `min_p` all are kept.
-    let least = if params.min_p > 0.0 { params.min_p.min(1.0) } else { 0.0 };
-    let temperature = params.temperature;
-    let one = |logit: &mut f32, weight: &mut f32| {
-        let x = (*logit - max) / temperature;
-        let w = exp(x);
-        *logit = if w >= least { x } else { f32::NEG_INFINITY };
-        *weight = if w >= least { w } else { 0.0 };
-    };
-    running_sums.clear();
-    let mut sum = 0.0f64;
-    for (logits, weights) in logits.chunks_mut(SUM_BLOCK).zip(weights.chunks_mut(SUM_BLOCK)) {
-        let (logits, last_logits) = logits.as_chunks_mut::<WEIGH>();
-        let (weights, last_weights) = weights.as_chunks_mut::<WEIGH>();
-        for (logits, weights) in logits.iter_mut().zip(weights) {
-            logits.iter_mut().zip(weights.iter_mut()).for_each(|(logit, weight)| one(logit, weight));
-            sum = weights.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
-        }
-        last_logits.iter_mut().zip(last_weights.iter_mut()).for_each(|(logit, weight)| one(logit, weight));
-        sum = last_weights.iter().fold(sum, |sum, &weight| sum + f64::from(weight));
-        running_sums.push(sum);
-    }
-}
-
-#[inline(always)]
-fn last_with_weight(weights: &[f32]) -> u32 {
-    weights.iter().rposition(|weight| *weight > 0.0).unwrap_or(0) as u32
-}
-
-/// How far below the highest the logits of a band may lie. Most rows need only the first bands, so that few
-/// of a large vocabulary are ever collected and sorted.
-const BANDS: [f32; 6] = [2.0, 4.0, 8.0, 16.0, 32.0, f32::INFINITY];
-
-/// Collects the candidates whose logits are in `(-depth, -above]` (from the top: `(-depth, 0]`).
-#[inline(always)]
-fn collect_band(scaled: &[f32], above: f32, depth: f32, candidates: &mut Vec<Candidate>) {
-    let seen = |x: f32| above > 0.0 && x > -above;
-    for (chunk, first) in scaled.chunks(64).zip((0..).step_by(64)) {
-        if chunk.iter().fold(false, |any, &x| any | (x > -depth && !seen(x))) {
-            let inside = chunk.iter().zip(first..).filter(|(x, _)| **x > -depth && !seen(**x));
-            candidates.extend(inside.map(|(&logit, token)| Candidate::new(logit, token)));
-        }
-    }
-}
-
-/// Step 6.
-#[inline(always)]
-fn keep_top_k(scaled: &[f32], k: usize, candidates: &mut Vec<Candidate>) {
-    let enough = |depth: &f32| scaled.iter().map(|&x| u32::from(x > -depth)).sum::<u32>() as usize >= k;
-    let depth = BANDS.into_iter().find(enough).unwrap_or(f32::INFINITY);
-    collect_band(scaled, 0.0, depth, candidates);
-    if k < candidates.len() {
-        candidates.select_nth_unstable(k - 1);
-        candidates.truncate(k);
-    }
-}
-
-/// Step 7 over all tokens: sorts band after band, each wholly better than the next, until the sum is reached.
-#[inline(always)]
-fn keep_top_p(scaled: &[f32], target: f64, candidates: &mut Vec<Candidate>) {
-    let (mut above, mut sum) = (0.0, 0.0f64);
-    for depth in BANDS {
-        let first = candidates.len();
-        collect_band(scaled, above, depth, candidates);
-        candidates[first..].sort_unstable();
-        for i in first..candidates.len() {
-            sum += f64::from(exp(candidates[i].logit()));
-            if sum >= target {
-                candidates.truncate(i + 1);
-                return;
-            }
-        }
-        above = depth;
-    }
-}
-
-/// Step 8: the first token with which the running sum, which begins at `sum`, exceeds `target`. `None` if rounding
-/// lets none: then it is the last with any weight.
-#[inline(always)]
-fn pick(weights: impl Iterator<Item = (f32, u32)>, mut sum: f64, target: f64) -> Option<u32> {
-    for (weight, token) in weights {
-        sum += f64::from(weight);
-        if sum > target {
-            return Some(token);
-        }
-    }
-    None
-}
-
 /// The highest logit; -infinity if there is none.
 #[inline(always)]
 fn highest(logits: &[f32]) -> f32 {
@@ -381,13 +191,22 @@ fn first_of(logits: &[f32], logit: f32) -> u32 {
 }
 
 /// The `n` highest logits, best first.
+#[inline(always)]
 fn highest_n(logits: &[f32], n: usize) -> Vec<Candidate> {
     let mut best: Vec<Candidate> = Vec::with_capacity(n + 1);
-    for (&logit, token) in logits.iter().zip(0..) {
-        if best.len() < n || best.last().is_some_and(|worst| logit > worst.logit()) {
-            let candidate = Candidate::new(logit, token);
-            best.insert(best.partition_point(|other| *other < candidate), candidate);
-            best.truncate(n);
+    // What a logit has to exceed.
+    let mut worst = f32::NEG_INFINITY;
+    for (chunk, first) in logits.chunks(4 * LANES).zip((0..).step_by(4 * LANES)) {
+        if best.len() == n && !chunk.iter().fold(false, |any, &logit| any | (logit > worst)) {
+            continue;
+        }
+        for (&logit, token) in chunk.iter().zip(first..) {
+            if best.len() < n || logit > worst {
+                let candidate = Candidate::new(logit, token);
+                best.insert(best.partition_point(|other| *other < candidate), candidate);
+                best.truncate(n);
+                worst = best.last().map_or(f32::INFINITY, |worst| worst.logit());
+            }
         }
     }
     best
@@ -487,89 +306,6 @@ mod tests {
         close(&shares(&logits, &SampleParams { top_k: 2, top_p: 0.5, ..DRAW }), &[0.0, 0.0, 0.0, 1.0]);
         // Among equals the lower ids stay.
         close(&shares(&[1.0; 4], &SampleParams { top_k: 2, ..DRAW }), &[0.5, 0.5, 0.0, 0.0]);
-    }
-
-    /// Steps 4 to 8 as they are stated, with a sort of everything.
-    fn stated(logits: &[f32], params: &SampleParams<'_>) -> u32 {
-        let max = logits.iter().fold(f32::NEG_INFINITY, |max, &x| max.max(x));
-        let scaled = |token: u32| (logits[token as usize] - max) / params.temperature;
-        let weight = |token: u32| f64::from(exp(scaled(token)));
-        let kept = |token: &u32| params.min_p <= 0.0 || exp(scaled(*token)) >= params.min_p;
-        let mut tokens: Vec<u32> = (0..logits.len() as u32).filter(kept).collect();
-        let best_first = |tokens: &mut Vec<u32>| {
-            tokens.sort_by(|a, b| scaled(*b).total_cmp(&scaled(*a)).then(a.cmp(b)));
-        };
-        if params.top_k > 0 {
-            best_first(&mut tokens);
-            tokens.truncate(params.top_k as usize);
-            tokens.sort_unstable();
-        }
-        let total = |tokens: &[u32]| tokens.iter().fold(0.0, |sum, token| sum + weight(*token));
-        if params.top_p < 1.0 {
-            let target = f64::from(params.top_p) * total(&tokens);
-            best_first(&mut tokens);
-            let mut sum = 0.0;
-            let reached = tokens.iter().position(|token| {
-                sum += weight(*token);
-                sum >= target
-            });
-            tokens.truncate(reached.map_or(tokens.len(), |last| last + 1));
-            tokens.sort_unstable();
-        }
-        let target = params.uniform * total(&tokens);
-        let mut sum = 0.0;
-        let drawn = tokens.iter().find(|token| {
-            sum += weight(**token);
-            sum > target
-        });
-        *drawn.unwrap_or_else(|| tokens.iter().rev().find(|token| weight(**token) > 0.0).unwrap())
-    }
-
-    #[test]
-    fn what_is_drawn_is_what_the_steps_say() {
-        for len in [1, 700, SUM_BLOCK, SUM_BLOCK + 1, 5 * SUM_BLOCK - 3] {
-            let logits: Vec<f32> = (0..len).map(|i| (crate::uniform(9, 2, i as u32) * 14.0 - 7.0) as f32).collect();
-            for i in 0..240u32 {
-                let params = SampleParams {
-                    temperature: 0.3 + (i % 7) as f32 * 0.3,
-                    top_k: [0, 0, 40][i as usize % 3],
-                    top_p: [1.0, 0.9, 1.0, 0.3][i as usize % 4],
-                    min_p: [0.0, 0.0, 0.0, 0.02, 0.3][i as usize % 5],
-                    uniform: if i % 40 == 39 { 1.0 - f64::EPSILON / 2.0 } else { crate::uniform(7, 0, i) },
-                    ..SampleParams::GREEDY
-                };
-                assert_eq!(token(&logits, &params), stated(&logits, &params), "{len} logits, {params:?}");
-            }
-        }
-    }
-
-    #[test]
-    fn bands_keep_what_a_full_sort_would() {
-        for spread in [1.0, 10.0, 60.0] {
-            let mut logits: Vec<f32> = (0..5000).map(|i| (-crate::uniform(3, 0, i) * spread) as f32).collect();
-            (logits[77], logits[78], logits[4000]) = (0.0, -2.0, -2.0);
-            logits[100..200].fill(f32::NEG_INFINITY);
-            let mut sorted: Vec<Candidate> =
-                logits.iter().zip(0..).map(|(&x, token)| Candidate::new(x, token)).collect();
-            sorted.sort_unstable();
-            assert!(sorted.is_sorted_by(|a, b| (b.logit(), a.token()) <= (a.logit(), b.token())));
-            assert!(sorted.iter().all(|c| c.logit() == logits[c.token() as usize]));
-            let total: f64 = logits.iter().map(|&x| f64::from(exp(x))).sum();
-            for share in [0.0, 0.001, 0.1, 0.5, 0.9, 0.999, 2.0] {
-                let mut kept = Vec::new();
-                keep_top_p(&logits, share * total, &mut kept);
-                assert!(kept == sorted[..kept.len()], "{spread} {share}");
-                let sum = |n: usize| sorted[..n].iter().fold(0.0, |sum, c| sum + f64::from(exp(c.logit())));
-                assert!(sum(kept.len() - 1) < share * total || kept.len() == 1);
-                assert!(sum(kept.len()) >= share * total || kept.len() == 4900);
-            }
-            for k in [1, 2, 50, 3000, 4900, 6000] {
-                let mut kept = Vec::new();
-                keep_top_k(&logits, k, &mut kept);
-                kept.sort_unstable();
-                assert!(kept == sorted[..k.min(4900)], "{spread} {k}");
-            }
-        }
     }
 
     #[test]

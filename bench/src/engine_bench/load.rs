@@ -1,5 +1,6 @@
 //! The engine under a row's load: its loop, scheduler, pool and runner, as in a node.
 
+use std::cell::Cell;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,15 @@ use super::Row;
 pub const CHUNK_TOKENS: usize = 2048;
 
 const BLOCK_SIZE: usize = 16;
+
+/// What a run of decode showed from the moment on that every sequence had its first token.
+#[derive(Debug, Clone)]
+pub struct DecodeRun {
+    /// Of all sequences together.
+    pub tokens_per_second: f64,
+    /// Between two tokens of a sequence, of all sequences.
+    pub gaps: Vec<Duration>,
+}
 
 /// An engine that runs, and what waits for it.
 pub struct EngineLoad {
@@ -67,20 +77,52 @@ impl EngineLoad {
     /// # Errors
     /// If the engine fails or refuses.
     pub fn measure(&mut self, row: &Row) -> anyhow::Result<f64> {
+        let times = self.run(row, || ())?;
+        if let Row::Prefill { num_tokens } = row {
+            let last = times.iter().flatten().max().copied().unwrap_or_default();
+            return Ok(*num_tokens as f64 / last.as_secs_f64());
+        }
+        Ok(DecodeRun::of(&times).tokens_per_second)
+    }
+
+    /// One run of a decode row; `on_all_started` is called when every sequence has its first token.
+    ///
+    /// # Errors
+    /// As [`measure`](Self::measure).
+    pub fn decode(&mut self, row: &Row, on_all_started: impl FnOnce()) -> anyhow::Result<DecodeRun> {
+        Ok(DecodeRun::of(&self.run(row, on_all_started)?))
+    }
+
+    /// Prompt tokens per second of prompts one after the other. What is not complete when `go_on` says no does not
+    /// count, but for the first.
+    ///
+    /// # Errors
+    /// As [`measure`](Self::measure).
+    pub fn prefill_while(&mut self, row: &Row, go_on: impl Fn() -> bool) -> anyhow::Result<f64> {
+        let begin = Instant::now();
+        let (mut num_tokens, mut time) = (0, Duration::ZERO);
+        loop {
+            self.measure(row)?;
+            let is_over = !go_on();
+            if num_tokens == 0 || !is_over {
+                num_tokens += row.tokens_of_a_sequence() - 1;
+                time = begin.elapsed();
+            }
+            if is_over {
+                return Ok(num_tokens as f64 / time.as_secs_f64());
+            }
+        }
+    }
+
+    /// When each token of each sequence was there.
+    fn run(&mut self, row: &Row, on_all_started: impl FnOnce()) -> anyhow::Result<Vec<Vec<Duration>>> {
         self.num_runs += 1;
         let (len, num_tokens) = match *row {
             Row::Prefill { num_tokens } => (num_tokens, 1),
             Row::Decode { context, num_tokens, .. } => (context, num_tokens),
         };
-        let run = generate(&self.engine, len, row.num_sequences(), num_tokens, self.num_runs);
-        let times = self.runtime.block_on(run)?;
-        let last = times.iter().flatten().max().copied().unwrap_or_default();
-        if let Row::Prefill { num_tokens } = row {
-            return Ok(*num_tokens as f64 / last.as_secs_f64());
-        }
-        let all_started = times.iter().filter_map(|times| times.first()).max().copied().unwrap_or_default();
-        let num_tokens_after = times.iter().flatten().filter(|at| **at > all_started).count();
-        Ok(num_tokens_after as f64 / (last - all_started).as_secs_f64())
+        let load = (len, row.num_sequences(), num_tokens);
+        self.runtime.block_on(generate(&self.engine, load, self.num_runs, on_all_started))
     }
 
     /// Ends it.
@@ -89,13 +131,23 @@ impl EngineLoad {
     }
 }
 
-/// When each token of each sequence was there, from the start.
+impl DecodeRun {
+    fn of(times: &[Vec<Duration>]) -> Self {
+        let last = times.iter().flatten().max().copied().unwrap_or_default();
+        let all_started = times.iter().filter_map(|times| times.first()).max().copied().unwrap_or_default();
+        let num_tokens_after = times.iter().flatten().filter(|at| **at > all_started).count();
+        let gaps = times.iter().flat_map(|times| times.windows(2));
+        let gaps = gaps.filter(|pair| pair[0] >= all_started).map(|pair| pair[1] - pair[0]).collect();
+        Self { tokens_per_second: num_tokens_after as f64 / (last - all_started).as_secs_f64(), gaps }
+    }
+}
+
+/// When each token of each sequence was there, from the start, of prompts of `len` tokens.
 async fn generate(
     engine: &EngineHandle,
-    len: usize,
-    batch: usize,
-    num_tokens: u32,
+    (len, batch, num_tokens): (usize, usize, u32),
     seed: usize,
+    on_all_started: impl FnOnce(),
 ) -> anyhow::Result<Vec<Vec<Duration>>> {
     let vocab_size = engine.model().vocab_size;
     let started_at = Instant::now();
@@ -112,15 +164,33 @@ async fn generate(
         };
         requests.push(engine.submit(sequence, usize::MAX).context("the engine has stopped")?);
     }
-    let times = futures::future::join_all(requests.into_iter().map(|request| token_times(request, started_at))).await;
-    times.into_iter().collect()
+    let (num_to_start, on_all_started) = (Cell::new(batch), Cell::new(Some(on_all_started)));
+    let on_first_token = || {
+        num_to_start.set(num_to_start.get() - 1);
+        if num_to_start.get() == 0
+            && let Some(on_all_started) = on_all_started.take()
+        {
+            on_all_started();
+        }
+    };
+    let times = requests.into_iter().map(|request| token_times(request, started_at, &on_first_token));
+    futures::future::join_all(times).await.into_iter().collect()
 }
 
-async fn token_times(mut request: RequestHandle, started_at: Instant) -> anyhow::Result<Vec<Duration>> {
+async fn token_times(
+    mut request: RequestHandle,
+    started_at: Instant,
+    on_first_token: &impl Fn(),
+) -> anyhow::Result<Vec<Duration>> {
     let mut times = Vec::new();
     loop {
         match request.next().await.context("the engine has stopped")? {
-            EngineEvent::Token { .. } => times.push(started_at.elapsed()),
+            EngineEvent::Token { .. } => {
+                times.push(started_at.elapsed());
+                if times.len() == 1 {
+                    on_first_token();
+                }
+            }
             EngineEvent::Finished => return Ok(times),
             EngineEvent::Rejected(error) => anyhow::bail!(error),
             EngineEvent::Failed { reason } => anyhow::bail!(reason),

@@ -4,13 +4,15 @@
 //! A row is one prompt length, or one batch size of decode. In each round every row is measured in turn: first what
 //! the machine can do at that moment ([`limit`]), then this engine, then each peer ([`peers`]), so that a drift of the
 //! machine meets all of them. A share is an engine's speed over that of the limit, a ratio this engine's speed over
-//! a peer's, both within the round.
+//! a peer's, both within the round. With `--sharing` two engines run at once instead ([`sharing`]).
 
 pub mod limit;
 pub mod load;
 pub mod peers;
 pub mod report;
+pub mod sharing;
 
+use std::fmt;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -26,6 +28,7 @@ use limit::{Machine, StepWork};
 use load::EngineLoad;
 use peers::Peer;
 use report::{EngineReport, RowResult};
+use sharing::SharingReport;
 
 /// What is measured.
 #[derive(Debug, Args)]
@@ -69,6 +72,13 @@ pub struct EngineBenchArgs {
     /// The checkpoint folder for it; its weights are not read. Default: --model.
     #[arg(long, value_name = "FOLDER", requires = "vllm_python")]
     pub vllm_model: Option<PathBuf>,
+    /// Instead: an engine that computes prompts of the first length beside one that decodes the first batch, on the same
+    /// cores, in one process and in two; each against itself alone.
+    #[arg(long, conflicts_with_all = ["llama_bench", "vllm_python"])]
+    pub sharing: bool,
+    /// The process of `--sharing` that prefills, which it starts itself.
+    #[arg(long, hide = true)]
+    pub sharing_prefill: bool,
     /// Also writes the result as JSON, with command, commit and machine.
     #[arg(long, value_name = "FILE")]
     pub save_result: Option<PathBuf>,
@@ -152,11 +162,43 @@ impl Row {
     }
 }
 
+/// What came out.
+#[derive(Debug)]
+pub enum EngineOutcome {
+    /// Rows, one at a time.
+    Rows(EngineReport),
+    /// Two engines at once.
+    Sharing(SharingReport),
+    /// Nothing: the answers were given while it ran.
+    Answered,
+}
+
+impl EngineOutcome {
+    /// The result.
+    pub fn to_json(&self) -> Value {
+        match self {
+            Self::Rows(report) => report.to_json(),
+            Self::Sharing(report) => report.to_json(),
+            Self::Answered => Value::Null,
+        }
+    }
+}
+
+impl fmt::Display for EngineOutcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Rows(report) => report.fmt(f),
+            Self::Sharing(report) => report.fmt(f),
+            Self::Answered => Ok(()),
+        }
+    }
+}
+
 /// Runs the workload.
 ///
 /// # Errors
 /// If the model cannot be loaded, or the engine or a peer fails.
-pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<EngineReport> {
+pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<EngineOutcome> {
     let rows = args.rows();
     anyhow::ensure!(!rows.is_empty(), "nothing to measure: give --prompt-len or --batch");
     let has_tokens = |row: &Row| match *row {
@@ -172,7 +214,29 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
         cache_folder: engine::identity::cache_folder_from_env(),
     };
     let model = Arc::new(Model::load_with(&args.model, options)?);
-    let machine = Machine::new(&model, &rows);
+    if args.sharing_prefill {
+        sharing::run_other(args, model)?;
+        return Ok(EngineOutcome::Answered);
+    }
+    let outcome = if args.sharing {
+        EngineOutcome::Sharing(sharing::run(args, &model, provenance)?)
+    } else {
+        EngineOutcome::Rows(run_rows(args, &model, rows, provenance)?)
+    };
+    if let Some(path) = &args.save_result {
+        let json = serde_json::to_string_pretty(&outcome.to_json()).context("write the result")?;
+        std::fs::write(path, json).with_context(|| format!("write {}", path.display()))?;
+    }
+    Ok(outcome)
+}
+
+fn run_rows(
+    args: &EngineBenchArgs,
+    model: &Arc<Model>,
+    rows: Vec<Row>,
+    provenance: Provenance,
+) -> anyhow::Result<EngineReport> {
+    let machine = Machine::new(model, &rows);
     let mut load = EngineLoad::start(model.clone(), &rows).context("start the engine")?;
     let mut peers = args.peers(model.backend().ctx().pool.threads(), model.dtype())?;
 
@@ -187,7 +251,7 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
     for round in 0..args.rounds {
         for result in &mut results {
             eprintln!("round {} of {}: {}", round + 1, args.rounds, result.row.name());
-            let limit = machine.limit(&StepWork::of(&model, &result.row));
+            let limit = machine.limit(&StepWork::of(model, &result.row));
             result.add(limit, load.measure(&result.row)?);
             for (peer, speeds) in peers.iter_mut().zip(&mut result.peers) {
                 let speed = peer.measure(&result.row).with_context(|| format!("measure {}", peer.name()))?;
@@ -196,12 +260,7 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
         }
     }
     load.stop();
-    let report = EngineReport::new(&model, results, provenance);
-    if let Some(path) = &args.save_result {
-        let json = serde_json::to_string_pretty(&report.to_json()).context("write the result")?;
-        std::fs::write(path, json).with_context(|| format!("write {}", path.display()))?;
-    }
-    Ok(report)
+    Ok(EngineReport::new(model, results, provenance))
 }
 
 #[cfg(test)]

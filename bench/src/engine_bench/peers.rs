@@ -163,7 +163,7 @@ pub struct Talker {
 }
 
 impl Talker {
-    fn start(mut command: Command, name: &str) -> anyhow::Result<Self> {
+    pub(super) fn start(mut command: Command, name: &str) -> anyhow::Result<Self> {
         let program = command.get_program().to_string_lossy().into_owned();
         let log = std::env::temp_dir().join(format!("tandem-bench-{name}-{}.log", std::process::id()));
         let errors = File::create(&log).with_context(|| format!("make {}", log.display()))?;
@@ -186,12 +186,12 @@ impl Talker {
         Ok(Self { child, questions, lines, log })
     }
 
-    fn ask(&mut self, question: &Value) -> anyhow::Result<()> {
+    pub(super) fn ask(&mut self, question: &Value) -> anyhow::Result<()> {
         let questions = self.questions.as_mut().context("the process has no input")?;
         writeln!(questions, "{question}").with_context(|| format!("ask; see {}", self.log.display()))
     }
 
-    fn answer(&mut self) -> anyhow::Result<Value> {
+    pub(super) fn answer(&mut self) -> anyhow::Result<Value> {
         let line = self.line()?;
         serde_json::from_str(&line).with_context(|| format!("{line:?} is no answer; see {}", self.log.display()))
     }

@@ -37,14 +37,10 @@ const BATCH: usize = 32;
 const STEP_OPS: f64 = 2.0 * BATCH as f64 * (16.0 * 60.8e6 + 2048.0 * VOCAB as f64);
 
 fn sampling(bench: &Bench<'_>) {
-    // About as a model's logits lie: a bell, four wide.
-    let uniform = |i: usize, stream| kernels::uniform(1, stream, i as u32) as f32 - 0.5;
-    let logits: Vec<f32> =
-        (0..BATCH * VOCAB).map(|i| (0..4).map(|stream| uniform(i, stream)).sum::<f32>() * 7.0).collect();
     let draw = SampleParams { temperature: 0.8, uniform: 0.7, ..SampleParams::GREEDY };
     let counts: Vec<TokenCount> =
         (0..1000).map(|i| TokenCount { token: i * 131, in_prompt: true, num_output: 1 }).collect();
-    for (name, params) in [
+    let lines = [
         ("greedy", SampleParams::GREEDY),
         ("temperature", draw),
         ("top_k 50", SampleParams { top_k: 50, ..draw }),
@@ -52,8 +48,16 @@ fn sampling(bench: &Bench<'_>) {
         ("min_p 0.05", SampleParams { min_p: 0.05, ..draw }),
         ("penalties", SampleParams { frequency_penalty: 0.5, token_counts: &counts, ..draw }),
         ("greedy, logprobs 5", SampleParams { num_logprobs: Some(5), ..SampleParams::GREEDY }),
-    ] {
-        let name = format!("sample 32 x 150000 {name}");
+    ];
+    let lines = lines.map(|(name, params)| (format!("sample 32 x 150000 {name}"), params));
+    if !lines.iter().any(|(name, _)| bench.wants(name)) {
+        return;
+    }
+    // About as a model's logits lie: a bell, four wide.
+    let uniform = |i: usize, stream| kernels::uniform(1, stream, i as u32) as f32 - 0.5;
+    let logits: Vec<f32> =
+        (0..BATCH * VOCAB).map(|i| (0..4).map(|stream| uniform(i, stream)).sum::<f32>() * 7.0).collect();
+    for (name, params) in lines {
         let time = bench.line(&name, &Work::reading(4 * logits.len()), || {
             let drawn = Mutex::new([0; BATCH]);
             bench.ctx.pool.run(bench.ctx.priority, BATCH, &|row| {

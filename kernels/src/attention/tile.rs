@@ -14,7 +14,7 @@ use std::ops::Range;
 
 use super::{AttentionParams, Job};
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype};
-use crate::numerics::{ATTENTION_TILE, LANES, exp, tanh};
+use crate::numerics::{ATTENTION_TILE, LANES, tanh};
 use crate::simd::{Simd, fold_tile};
 
 /// Granules of a tile.
@@ -173,75 +173,116 @@ unsafe fn score_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: 
 /// Vectors of a row of scores.
 const ROW_VECTORS: usize = ATTENTION_TILE / LANES;
 
-/// Scale and softcap; then turns a row's scores into weights, rounded where values are bf16, updates maximum and sum,
-/// and returns the factor on what was summed before. `seen` are the positions of the tile that the row sees.
+/// One number for each row of a subtile, and for as many more as make a vector.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+pub(super) struct OfRows(pub(super) [f32; LANES]);
+
+/// What the rows of a subtile see of a tile: the positions of each within it, none where the range is empty.
+pub(super) type Seen = [Range<usize>; QUERY_ROWS_MAX];
+
+/// Scale and softcap; then turns the scores of `num_rows` rows into weights, rounded where values are bf16, updates
+/// maximum and sum of each row that sees something, and returns the factors on what was summed before.
+///
+/// In three steps over all rows, of which the middle one has a row in each lane: what a row waits for (its highest
+/// score, its factor, its sum) others use the time of.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
-pub(super) unsafe fn softmax_step<S: Simd>(
-    scores: &mut [f32; ATTENTION_TILE],
+pub(super) unsafe fn softmax_rows<S: Simd>(
+    scores: &mut Scores,
     params: &AttentionParams,
-    seen: Range<usize>,
+    num_rows: usize,
+    seen: &Seen,
     pairs: bool,
-    (max, sum): (&mut f32, &mut f32),
-    weights: &mut [u32; ATTENTION_TILE],
-) -> f32 {
+    (max, sum): (&mut [f32], &mut [f32]),
+    weights: &mut Weights,
+) -> OfRows {
     // Bit i of vector v: whether position 16 v + i is seen.
-    let bits = (u64::MAX >> (ATTENTION_TILE - seen.len())) << seen.start;
-    let sees = |v: usize| (bits >> (v * LANES)) as u16;
-    let is_partial = seen.len() < ATTENTION_TILE;
-    // SAFETY: the instruction set is the caller's promise; scores and weights are 4 vectors.
+    let sees = |row: usize, v: usize| {
+        let seen = &seen[row];
+        ((u64::MAX >> (ATTENTION_TILE - seen.len())) << seen.start >> (v * LANES)) as u16
+    };
+    let is_partial = |row: usize| seen[row].len() < ATTENTION_TILE;
+    let (mut highest, mut totals) = (OfRows([f32::MIN; LANES]), OfRows([0.0; LANES]));
+    let (mut old, mut new, mut corrections) = (OfRows([f32::MIN; LANES]), highest, highest);
+    // SAFETY: the instruction set is the caller's promise; scores and weights are 4 vectors for each row.
     unsafe {
-        let mut s = [S::splat(0.0); ROW_VECTORS];
-        for v in 0..ROW_VECTORS {
-            s[v] = S::mul(S::load(scores.as_ptr().add(v * LANES)), S::splat(params.scale));
-        }
-        if let Some(cap) = params.softcap {
+        for row in 0..num_rows {
+            if seen[row].is_empty() {
+                continue;
+            }
+            let scores = scores[row].as_mut_ptr();
+            let mut s = [S::splat(0.0); ROW_VECTORS];
             for v in 0..ROW_VECTORS {
-                S::store(scores.as_mut_ptr().add(v * LANES), s[v]);
+                s[v] = S::mul(S::load(scores.add(v * LANES)), S::splat(params.scale));
             }
-            scores.iter_mut().for_each(|score| *score = cap * tanh(*score / cap));
+            if let Some(cap) = params.softcap {
+                for v in 0..ROW_VECTORS {
+                    S::store(scores.add(v * LANES), s[v]);
+                }
+                for i in 0..ATTENTION_TILE {
+                    *scores.add(i) = cap * tanh(*scores.add(i) / cap);
+                }
+                for v in 0..ROW_VECTORS {
+                    s[v] = S::load(scores.add(v * LANES));
+                }
+            }
+            if is_partial(row) {
+                for v in 0..ROW_VECTORS {
+                    s[v] = S::keep(s[v], sees(row, v), f32::MIN);
+                }
+            }
             for v in 0..ROW_VECTORS {
-                s[v] = S::load(scores.as_ptr().add(v * LANES));
+                S::store(scores.add(v * LANES), s[v]);
             }
+            highest.0[row] = S::tree_max(S::max(S::max(s[0], s[1]), S::max(s[2], s[3])));
         }
-        if is_partial {
+        old.0[..num_rows].copy_from_slice(max);
+        let (before, highest) = (S::load(old.0.as_ptr()), S::load(highest.0.as_ptr()));
+        let after = S::max(highest, before);
+        S::store(new.0.as_mut_ptr(), after);
+        // exp(0) = 1 where the maximum stays.
+        S::store(corrections.0.as_mut_ptr(), S::exp_not_positive(S::sub(before, after)));
+        for row in 0..num_rows {
+            if seen[row].is_empty() {
+                continue;
+            }
+            let mut s = [S::splat(0.0); ROW_VECTORS];
             for v in 0..ROW_VECTORS {
-                s[v] = S::keep(s[v], sees(v), f32::MIN);
+                let score = S::load(scores[row].as_ptr().add(v * LANES));
+                s[v] = S::exp_not_positive(S::sub(score, S::splat(new.0[row])));
             }
-        }
-        let highest = S::tree_max(S::max(S::max(s[0], s[1]), S::max(s[2], s[3])));
-        // The factor on the sums so far is exp(0) = 1 as long as the maximum stays.
-        let (new, correction) = if highest > *max { (highest, exp(*max - highest)) } else { (*max, 1.0) };
-        for v in 0..ROW_VECTORS {
-            s[v] = S::exp_not_positive(S::sub(s[v], S::splat(new)));
-        }
-        if is_partial {
+            if is_partial(row) {
+                for v in 0..ROW_VECTORS {
+                    s[v] = S::keep(s[v], sees(row, v), 0.0);
+                }
+            }
+            // The first lane sums start from zero, which changes no bit of a weight.
+            totals.0[row] = S::tree_sum(S::add(S::add(S::add(s[0], s[1]), s[2]), s[3]));
+            let into = weights[row].as_mut_ptr();
             for v in 0..ROW_VECTORS {
-                s[v] = S::keep(s[v], sees(v), 0.0);
+                let rounded = if pairs { S::round_not_negative(s[v]) } else { s[v] };
+                if pairs && S::PAIR_LANES == 1 {
+                    // Neighbours are the halves of a pair, so the rounded weights in order are the pairs in order.
+                    S::store_high_halves(into.add(v * LANES / 2), rounded);
+                } else {
+                    S::store(into.add(v * LANES).cast(), rounded);
+                }
             }
         }
-        // The first lane sums start from zero, which changes no bit of a weight.
-        let total = S::tree_sum(S::add(S::add(S::add(s[0], s[1]), s[2]), s[3]));
-        *max = new;
-        *sum = sum.mul_add(correction, total);
-        for v in 0..ROW_VECTORS {
-            let rounded = if pairs { S::round_not_negative(s[v]) } else { s[v] };
-            let into = weights.as_mut_ptr();
-            if pairs && S::PAIR_LANES == 1 {
-                // Neighbours are the halves of a pair, so the rounded weights in order are the pairs in order.
-                S::store_high_halves(into.add(v * LANES / 2), rounded);
-            } else {
-                S::store(into.add(v * LANES).cast(), rounded);
-            }
-        }
-        correction
     }
+    for row in 0..num_rows {
+        if !seen[row].is_empty() {
+            max[row] = new.0[row];
+            sum[row] = sum[row].mul_add(corrections.0[row], totals.0[row]);
+        }
+    }
+    corrections
 }
 
-/// Adds the weighted values of these granules of a tile to the `MR` rows of `acc`, of which those without a
-/// correction see nothing of it.
+/// Adds the weighted values of these granules of a tile to the `MR` rows of `acc` that see something of it.
 ///
 /// # Safety
 /// The machine has the instruction set, `tile` points to valid granules.
@@ -251,14 +292,14 @@ pub(super) unsafe fn value_tile<S: Simd, const MR: usize, const PAIRS: bool>(
     next: &Tile,
     granules: Range<usize>,
     weights: &Weights,
-    corrections: &[Option<f32>],
+    (seen, corrections): (&Seen, &OfRows),
     acc: &mut [f32],
 ) {
     if MR > S::QUERY_ROWS {
         unreachable!("subtiles were cut for this instruction set");
     }
     let (mut column, num_columns) = (0, acc.len() / MR / LANES);
-    let values = Values { tile, next, granules, weights, corrections };
+    let values = Values { tile, next, granules, weights, seen, corrections };
     // SAFETY: columns stay below the padded head, which V (or its padded copy) has.
     unsafe {
         while column < num_columns {
@@ -283,7 +324,8 @@ struct Values<'a> {
     next: &'a Tile,
     granules: Range<usize>,
     weights: &'a Weights,
-    corrections: &'a [Option<f32>],
+    seen: &'a Seen,
+    corrections: &'a OfRows,
 }
 
 /// Adds the weighted values of a tile to `NR` vectors of features of each row that sees any of it.
@@ -309,8 +351,8 @@ unsafe fn value_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS: 
             fold_tile::<S, MR, NR, PAIRS, ATTENTION_TILE>(&mut fold, steps, p, &v, values.tile.v_stride, &ahead);
         }
         for r in 0..MR {
-            if let Some(correction) = values.corrections[r] {
-                let correction = S::splat(correction);
+            if !values.seen[r].is_empty() {
+                let correction = S::splat(values.corrections.0[r]);
                 for c in 0..NR {
                     let acc = acc[r * padded_dim + (column + c) * LANES..][..LANES].as_mut_ptr();
                     S::store(acc, S::fma(S::load(acc), correction, fold[r][c]));

@@ -11,7 +11,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::tile::{
-    QUERY_ROWS_MAX, Scores, Weights, granules, locate, mask_values, score_tile, softmax_step, value_tile,
+    QUERY_ROWS_MAX, Scores, Seen, Weights, granules, locate, mask_values, score_tile, softmax_rows, value_tile,
 };
 use super::{Job, first_visible};
 use crate::ctx::Ctx;
@@ -287,7 +287,7 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
     scratch.visible.clear();
     scratch.visible.extend((0..num_rows).map(|row| job.visible(unit, row)));
     let unit_end = positions.end.min(unit.parts.end * ATTENTION_PART);
-    let mut corrections = [None; QUERY_ROWS_MAX];
+    let mut seen_of_rows: Seen = std::array::from_fn(|_| 0..0);
     scratch.total.reset(num_rows, padded_dim);
     for part in unit.parts.clone() {
         scratch.part.reset(num_rows, padded_dim);
@@ -306,26 +306,23 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
                 let granules = granules(start, &seen);
                 let q = scratch.q[rows.start * row_lanes..].as_ptr();
                 let (num, padded) = (rows.len(), padded_dim);
-                let corrections = &mut corrections[..num];
                 // SAFETY: the caller has the instruction set; q holds this subtile's `depth * rows` steps, the
                 // tile's pointers lead to heads of its layout.
                 unsafe {
                     let scores = &mut scratch.scores;
                     by_rows!(num, score_tile::<S, pairs>(&tile, &next, granules.clone(), depth, q, scores));
                     for (r, row) in rows.clone().enumerate() {
-                        let seen = clip(&scratch.visible[row], start..start + ATTENTION_TILE);
-                        if seen.is_empty() {
-                            corrections[r] = None;
-                            continue;
-                        }
-                        let seen = seen.start - start..seen.end - start;
-                        let state = (&mut scratch.part.max[row], &mut scratch.part.sum[row]);
-                        let (scores, weights) = (&mut scratch.scores[r], &mut scratch.weights[r]);
-                        corrections[r] = Some(softmax_step::<S>(scores, job.params, seen, pairs, state, weights));
+                        let clipped = clip(&scratch.visible[row], start..start + ATTENTION_TILE);
+                        seen_of_rows[r] =
+                            if clipped.is_empty() { 0..0 } else { clipped.start - start..clipped.end - start };
                     }
+                    let states = (&mut scratch.part.max[rows.clone()], &mut scratch.part.sum[rows.clone()]);
+                    let (scores, weights) = (&mut scratch.scores, &mut scratch.weights);
+                    let corrections = softmax_rows::<S>(scores, job.params, num, &seen_of_rows, pairs, states, weights);
                     let acc = &mut scratch.part.acc[rows.start * padded..rows.end * padded];
                     let weights = &scratch.weights;
-                    by_rows!(num, value_tile::<S, pairs>(&tile, &next, granules.clone(), weights, corrections, acc));
+                    let rows = (&seen_of_rows, &corrections);
+                    by_rows!(num, value_tile::<S, pairs>(&tile, &next, granules.clone(), weights, rows, acc));
                 }
                 // The first subtile has brought it.
                 next = tile;
