@@ -39,8 +39,8 @@ pub(crate) struct Ledger {
     landings_gauge: Gauge,
     receive_bytes_gauge: Gauge,
     registrations_gauge: Gauge,
-    extent_bytes_sent: [Counter; 3],
-    extent_bytes_verified: [Counter; 3],
+    extent_bytes_sent: [Counter; 4],
+    extent_bytes_verified: [Counter; 4],
     converted_bytes: Counter,
 }
 
@@ -50,6 +50,7 @@ pub(crate) enum Carrier {
     Quic,
     Shm,
     CudaIpc,
+    Nixl,
 }
 
 impl Carrier {
@@ -58,6 +59,7 @@ impl Carrier {
             Carrier::Quic => "quic",
             Carrier::Shm => "shm",
             Carrier::CudaIpc => "cuda-ipc",
+            Carrier::Nixl => "nixl",
         }
     }
 }
@@ -90,7 +92,7 @@ impl Ledger {
         let connections = |traffic: Traffic| metrics::gauge!(CONNECTIONS, with("traffic", traffic.as_str()));
         let streams = |traffic: Traffic| metrics::gauge!(STREAMS, with("traffic", traffic.as_str()));
         let extent_bytes = |direction: &'static str| {
-            [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc].map(|carrier| {
+            [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc, Carrier::Nixl].map(|carrier| {
                 let mut labels = with("direction", direction);
                 labels.push(Label::new("transport", carrier.as_str()));
                 metrics::counter!(EXTENT_BYTES, labels)
