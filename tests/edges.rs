@@ -319,6 +319,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "GPU" } else { "built without CUDA" }),
         (&["--kv-transports", "shm"], "add quic"),
         (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
+        (&["--kv-transports", "quic,nixl", "--nixl-library", "/nowhere/libnixl_capi.so"], "/nowhere/libnixl_capi.so"),
         (&["--kv-congestion-control", "reno"], "cubic, bbr, fixed"),
         (&["--kv-max-udp-payload-size", "576"], "use 1200, which QUIC needs, to 65507"),
         (&["--kv-window-bytes", "2GiB"], "use 256KiB"),
