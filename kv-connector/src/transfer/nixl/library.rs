@@ -4,6 +4,7 @@
 //! calls at the same time. The library stays loaded, as its threads may outlive an agent.
 #![allow(unsafe_code)]
 
+use std::error::Error as _;
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
@@ -83,13 +84,18 @@ fn checked(call: &str, status: Status) -> Result<(), String> {
     if status == SUCCESS { Ok(()) } else { Err(format!("NIXL's {call} says status {status}")) }
 }
 
+/// What the system's loader says.
+fn said(error: libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
 impl Agent {
     /// An agent of the library at `path`, with its UCX backend. `name` must be nobody else's in the cluster.
     pub(super) fn new(path: &Path, name: &CStr) -> Result<Self, String> {
         // SAFETY: runs what the library does when it is loaded, which the operator has asked for by naming it.
-        let library = unsafe { libloading::Library::new(path) }.map_err(|error| error.to_string())?;
+        let library = unsafe { libloading::Library::new(path) }.map_err(said)?;
         // SAFETY: the types are those of NIXL's C interface.
-        let functions = unsafe { Functions::find(&library) }.map_err(|error| error.to_string())?;
+        let functions = unsafe { Functions::find(&library) }.map_err(said)?;
         std::mem::forget(library);
         let mut handle = null_mut();
         // SAFETY: a C string, and a place for the answer.
