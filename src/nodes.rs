@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Context;
 use common::config::{
     DecodeArgs, DecodeNodeArgs, EngineArgs, FabricArgs, HostPort, KvQuicArgs, KvTransport, LogArgs, ModelArgs,
-    PrefillArgs, PrefillNodeArgs, StoreArgs, WeightsArgs,
+    NixlArgs, PrefillArgs, PrefillNodeArgs, StoreArgs, WeightsArgs,
 };
 use common::host_budget::HostBudget;
 use common::ids::{Epoch, NodeId, Role};
@@ -23,7 +23,7 @@ use kv_connector::block_feed::BlockFeed;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::store::NodeStore;
-use kv_connector::transfer::SharedPool;
+use kv_connector::transfer::{Nixl, SharedPool};
 use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, compatible_models};
 use prefill_node::PrefillNode;
 
@@ -64,6 +64,8 @@ pub struct NodeSetup {
     pub bulk_port: u16,
     /// What KV may travel over.
     pub kv_transports: Vec<KvTransport>,
+    /// Where NIXL is, if KV may travel over it.
+    pub nixl: NixlArgs,
     /// How it travels over QUIC.
     pub kv_quic: KvQuicArgs,
     /// How long its network threads look for more before they sleep, while the engine is idle.
@@ -138,6 +140,7 @@ async fn run_node(
         listen,
         bulk_port,
         kv_transports: fabric.kv_transports.clone(),
+        nixl: fabric.nixl.clone(),
         kv_quic: fabric.kv_quic.clone(),
         busy_poll: fabric.busy_poll,
         engine,
@@ -194,6 +197,7 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         listen,
         bulk_port,
         kv_transports,
+        nixl,
         kv_quic,
         busy_poll,
         engine,
@@ -237,6 +241,10 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     config.is_reading_shared_pools = is_sharing;
     if kv_transports.contains(&KvTransport::CudaIpc) && engine.pool().device_pool().is_some() {
         config.device_pool = Some(engine.pool().clone());
+    }
+    if kv_transports.contains(&KvTransport::Nixl) {
+        let pool = engine.pool();
+        config.nixl = Some(Nixl::new(&nixl.nixl_library, pool.clone(), pool.num_bytes())?);
     }
     config.set_kv_quic(&kv_quic);
     config.busy_polling = busy_polling(busy_poll, &engine);

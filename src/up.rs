@@ -49,6 +49,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
             listen: loopback(),
             bulk_port: 0,
             kv_transports: args.kv_transports.clone(),
+            nixl: args.nixl.clone(),
             kv_quic: args.kv_quic.clone(),
             // All roles share the cores, and one that waits cannot see that another computes.
             busy_poll: Duration::ZERO,

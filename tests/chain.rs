@@ -57,13 +57,6 @@ fn assert_split(scrape: &Scrape) {
     assert_eq!(scrape.sum("tandem_prefill_candidates_lost_total", &[]), 0.0, "a prefill node was given up");
 }
 
-/// All KV went over `transport`.
-fn assert_transport(scrape: &Scrape, transport: &str) {
-    let [quic, shm] = scrape.kv_bytes_by_transport();
-    let (used, unused) = if transport == "shm" { (shm, quic) } else { (quic, shm) };
-    assert!(used > 0.0 && unused == 0.0, "{quic} bytes over quic, {shm} over shm, expected all over {transport}");
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn printed_curl_line_is_answered_from_its_prompt_and_ctrl_c_leaves() {
     let mut cluster = Cluster::up(&["--model", "models/demo"]).await;
@@ -83,7 +76,7 @@ async fn printed_curl_line_is_answered_from_its_prompt_and_ctrl_c_leaves() {
     let scrape = cluster.metrics().await;
     assert_split(&scrape);
     // What is tried first is what runs between machines.
-    assert_transport(&scrape, "quic");
+    assert_eq!(scrape.kv_transports(), ["quic"]);
     cluster.settle().await;
     cluster.proxy.interrupt();
     let status = cluster.proxy.exited(support::wait::SOON).await;
@@ -161,7 +154,8 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
         }
         .over_quic(),
     ];
-    for mut shape in shapes {
+    let nixl = Shape::default().over_nixl();
+    for mut shape in shapes.into_iter().chain(nixl) {
         shape.decode.extend(ALWAYS_SPLIT);
         println!("{shape:?}");
         let transport = shape.kv_transport();
@@ -172,7 +166,7 @@ async fn split_equals_colocated_whatever_blocks_chunks_batches_and_hits() {
         }
         let scrape = cluster.metrics().await;
         assert_split(&scrape);
-        assert_transport(&scrape, transport);
+        assert_eq!(scrape.kv_transports(), [transport]);
         for node in cluster.nodes.iter().filter(|node| node.role == "decode-node") {
             let is_told = |line: &str| line.contains("KV of this node can arrive") && line.contains(transport);
             assert!(node.process.log().lines().any(is_told), "{}", node.process.tail());

@@ -303,7 +303,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 23] = [
+    let cases: [(&[&str], &str); 24] = [
         (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
@@ -319,6 +319,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "GPU" } else { "built without CUDA" }),
         (&["--kv-transports", "shm"], "add quic"),
         (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
+        (&["--kv-transports", "quic,nixl", "--nixl-library", "/nowhere/libnixl_capi.so"], "/nowhere/libnixl_capi.so"),
         (&["--kv-congestion-control", "reno"], "cubic, bbr, fixed"),
         (&["--kv-max-udp-payload-size", "576"], "use 1200, which QUIC needs, to 65507"),
         (&["--kv-window-bytes", "2GiB"], "use 256KiB"),

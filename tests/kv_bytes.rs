@@ -55,6 +55,7 @@ async fn start_pair(flags: &[&str], prefill: &[&str], decode: &[&str]) -> Pair {
             listen,
             bulk_port: 0,
             kv_transports: args.kv_transports,
+            nixl: args.nixl,
             kv_quic: args.kv_quic,
             busy_poll: Duration::ZERO,
             engine: args.engine,

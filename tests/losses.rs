@@ -165,9 +165,8 @@ async fn texts_survive(seed: Seed, purpose: u64, shape: Shape) {
         }
         let answered_at = started_at.elapsed();
         round.repair(&mut cluster).await;
-        let [quic, shm] = cluster.node_metrics().await.kv_bytes_by_transport();
-        let unexpected = if transport == "shm" { quic } else { shm };
-        assert_eq!(unexpected, 0.0, "{quic} bytes over quic and {shm} over shm: expected {transport}");
+        let used = cluster.node_metrics().await.kv_transports();
+        assert!(used.iter().all(|used| used == transport), "KV over {used:?}, expected {transport}");
         println!("    answered after {answered_at:.1?}, repaired after {:.1?}", started_at.elapsed());
     }
     cluster.shut_down().await;

@@ -16,7 +16,7 @@ use crate::fabric::Shared;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
-use crate::transfer::{bulk, cuda_ipc};
+use crate::transfer::{bulk, pull};
 use crate::versions;
 
 /// Connections that have not said hello yet, before addresses must be proven (a QUIC retry).
@@ -197,8 +197,8 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     tracing::debug!(peer = %peer.node, version, %remote, is_receiving, "accepted a bulk connection");
     if let Some(transport) = sending {
         let (asking, deadline) = (connection.clone(), shared.limits.attach_deadline);
-        let attached = move || transport.cuda_ipc().on_attached();
-        shared.spawn(cuda_ipc::serve(asking, shared.exporter.clone(), attached, deadline));
+        let attached = move |puller: &_| transport.pulled().on_attached(puller);
+        shared.spawn(pull::serve(asking, shared.pullers.clone(), attached, deadline));
     }
     let reason = if is_receiving {
         bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone)), &shared.tasks).await

@@ -39,8 +39,8 @@ pub(crate) struct Ledger {
     landings_gauge: Gauge,
     receive_bytes_gauge: Gauge,
     registrations_gauge: Gauge,
-    extents_sent: [ExtentCounters; 3],
-    extents_verified: [ExtentCounters; 3],
+    extents_sent: [ExtentCounters; 4],
+    extents_verified: [ExtentCounters; 4],
     converted_bytes: Counter,
 }
 
@@ -63,6 +63,7 @@ pub(crate) enum Carrier {
     Quic,
     Shm,
     CudaIpc,
+    Nixl,
 }
 
 impl Carrier {
@@ -71,6 +72,7 @@ impl Carrier {
             Carrier::Quic => "quic",
             Carrier::Shm => "shm",
             Carrier::CudaIpc => "cuda-ipc",
+            Carrier::Nixl => "nixl",
         }
     }
 }
@@ -103,7 +105,7 @@ impl Ledger {
         let connections = |traffic: Traffic| metrics::gauge!(CONNECTIONS, with("traffic", traffic.as_str()));
         let streams = |traffic: Traffic| metrics::gauge!(STREAMS, with("traffic", traffic.as_str()));
         let extents = |direction: &'static str| {
-            [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc].map(|carrier| {
+            [Carrier::Quic, Carrier::Shm, Carrier::CudaIpc, Carrier::Nixl].map(|carrier| {
                 let mut labels = with("direction", direction);
                 labels.push(Label::new("transport", carrier.as_str()));
                 ExtentCounters {

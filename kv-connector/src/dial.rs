@@ -14,7 +14,7 @@ use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{self, Socket, Traffic};
 use crate::transfer::LandingZone;
 use crate::transfer::bulk::BulkReceiver;
-use crate::transfer::cuda_ipc::{self, AttachError};
+use crate::transfer::pull::{self, AttachError};
 use crate::transfer::shm::Attached;
 use crate::versions;
 
@@ -151,16 +151,16 @@ impl Fabric {
             Some(registration) => self.attach(&node, &registration).await,
             None => None,
         };
-        let on_device = self.attach_device((node.clone(), epoch), &connection, zone).await;
+        let pulling = self.attach_puller((node.clone(), epoch), &connection, zone).await;
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
         let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
         let context = self.shared.receive_context(zone);
         let mut receiver =
             BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
-        if let Some(receiving) = on_device {
-            receiver = receiver.with_cuda_ipc();
-            self.shared.tasks.spawn(cuda_ipc::receive(receiving, self.shared.tasks.clone()));
+        if let Some(receiving) = pulling {
+            receiver = receiver.with_pulling(receiving.puller.method().carrier());
+            self.shared.tasks.spawn(pull::receive(receiving, self.shared.tasks.clone()));
         }
         tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
         Ok(receiver)
@@ -172,28 +172,30 @@ impl Fabric {
         attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
     }
 
-    /// The peer's pool, if devices can copy out of it into this node's.
-    async fn attach_device(
+    /// The peer's pool, if it can be fetched from here, in the first way that both ends have.
+    async fn attach_puller(
         &self,
         life: (NodeId, Epoch),
         connection: &Connection,
         zone: &LandingZone,
-    ) -> Option<cuda_ipc::Receiving> {
-        let copier = self.shared.copier.clone()?;
-        let attached = match copier.has_failed(&life) {
-            true => Err(AttachError::HasFailed),
-            false => cuda_ipc::attach(connection, copier.pool(), self.shared.limits.attach_deadline).await,
-        };
-        match attached {
-            Ok(peer) => {
-                let (context, connection) = (self.shared.receive_context(zone), connection.clone());
-                Some(cuda_ipc::Receiving { life, peer, copier, context, connection })
-            }
-            Err(reason) => {
-                tracing::info!(peer = %life.0, %reason, "KV comes through the hosts, not over cuda-ipc");
-                None
+    ) -> Option<pull::Receiving> {
+        for puller in &self.shared.pullers {
+            let attached = match puller.has_failed(&life) {
+                true => Err(AttachError::HasFailed),
+                false => pull::attach(connection, puller, self.shared.limits.attach_deadline).await,
+            };
+            match attached {
+                Ok(peer) => {
+                    let (context, connection) = (self.shared.receive_context(zone), connection.clone());
+                    return Some(pull::Receiving { life, peer, puller: puller.clone(), context, connection });
+                }
+                Err(reason) => {
+                    let transport = puller.method().carrier().as_str();
+                    tracing::info!(peer = %life.0, transport, %reason, "KV does not come over this transport");
+                }
             }
         }
+        None
     }
 
     /// The socket that bulk connections are dialled from, bound at the first.

@@ -19,7 +19,6 @@ use std::sync::{Arc, OnceLock};
 use common::config::KvQuicArgs;
 use common::device_pool::DevicePool;
 use common::ids::{Epoch, NodeId, Role};
-use common::kv_memory::KvMemory;
 use common::wire::{Hello, PROTOCOL_VERSIONS};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Connection, ServerConfig};
@@ -39,9 +38,9 @@ use crate::socket::{self, BulkPath, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
-use crate::transfer::cuda_ipc::{Copier, Exporter};
+use crate::transfer::pull::Puller;
 use crate::transfer::shm::Registrar;
-use crate::transfer::{BulkSender, LandingZone, SharedPool, TransportLayer};
+use crate::transfer::{BulkSender, CudaIpc, LandingZone, Nixl, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
 /// What a fabric is made of.
@@ -74,6 +73,8 @@ pub struct FabricConfig {
     /// This node's pool, if it is in a device's memory: for devices of peers on the same host to copy KV out of, and to
     /// copy theirs into. Without it `cuda-ipc` is off.
     pub device_pool: Option<Arc<dyn DevicePool>>,
+    /// This node's pool, for peers to fetch KV out of through NIXL, and what fetches theirs. Without it `nixl` is off.
+    pub nixl: Option<Nixl>,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,
 }
@@ -97,6 +98,7 @@ impl FabricConfig {
             shared_pool: None,
             is_reading_shared_pools: false,
             device_pool: None,
+            nixl: None,
             transport_layer: None,
         }
     }
@@ -183,8 +185,8 @@ pub(crate) struct Shared {
     /// Hands this node's pool out to peers on the same host.
     pub(crate) registrar: Option<Arc<Registrar>>,
     pub(crate) is_reading_shared_pools: bool,
-    pub(crate) copier: Option<Arc<Copier>>,
-    pub(crate) exporter: Option<Arc<Exporter>>,
+    /// Ways to fetch KV out of pools, the best first.
+    pub(crate) pullers: Vec<Arc<Puller>>,
     pub(crate) zone: LandingZone,
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
@@ -222,6 +224,7 @@ impl Fabric {
             shared_pool,
             is_reading_shared_pools,
             device_pool,
+            nixl,
             transport_layer,
         } = config;
         check_holder(&identity, hello.role, &hello.node)?;
@@ -250,10 +253,8 @@ impl Fabric {
         });
         let (registrar, registrations) = registrar.unzip();
         let shared_memory = registrar.as_ref().map(|registrar| registrar.memory().clone());
-        let exporter = device_pool.clone().filter(|_| bulk_listener.is_some());
-        let device_memory = exporter.clone().map(|pool| pool as Arc<dyn KvMemory>);
-        let exporter = exporter.map(|pool| Arc::new(Exporter::new(pool)));
-        let copier = device_pool.map(|pool| Arc::new(Copier::new(pool)));
+        let between_devices = device_pool.map(|pool| Arc::new(Puller::new(CudaIpc::new(pool))));
+        let through_nixl = nixl.map(|nixl| Arc::new(Puller::new(nixl)));
         let zone = LandingZone::new(hello.epoch, ledger.clone());
         let (waiting, incoming) = mpsc::channel(limits.num_waiting_streams_max);
         let num_windows = (limits.receive_bytes_max / limits.bulk_window_bytes.max(1) as usize).max(1);
@@ -261,11 +262,10 @@ impl Fabric {
             hello,
             check,
             budget: FrameBudget::new(limits.frame_bytes_max, limits.frame_deadline),
-            bulk_senders: BulkSenders::new(transport_layer, shared_memory).with_device_memory(device_memory),
+            bulk_senders: BulkSenders::new(transport_layer, shared_memory),
             registrar,
             is_reading_shared_pools,
-            copier,
-            exporter,
+            pullers: between_devices.into_iter().chain(through_nixl).collect(),
             zone,
             limits,
             bulk_path,

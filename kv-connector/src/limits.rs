@@ -23,7 +23,7 @@ pub struct FabricLimits {
     pub keep_alive: Duration,
     /// A peer that is silent for this long is gone.
     pub idle_timeout: Duration,
-    /// Extents that one bulk connection receives at a time over `quic`, and as many again over `cuda-ipc`: its sender
+    /// Extents that one bulk connection receives at a time over `quic`, and as many again by fetching: its sender
     /// is told. How many more over `shm` is part of the protocol of its socket, which has no word for it: 256.
     pub num_extents_max: u32,
     /// Time for an extent's header, and between two pieces of its payload.

@@ -4,10 +4,6 @@
 
 mod support;
 
-use std::io::{BufRead, BufReader, Write};
-use std::net::SocketAddr;
-use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
@@ -20,10 +16,11 @@ use common::wire::runs::encode_runs;
 use kv_connector::transfer::{
     BulkReceiver, BulkSender, ExtentSource, LandingEvent, LandingPlan, LandingZone, RefusedExtent,
 };
-use kv_connector::{ClusterCa, Fabric, Link};
+use kv_connector::{Fabric, Link};
 use quinn::{Connection, Endpoint, RecvStream, SendStream};
 use support::device::OnDevice;
 use support::file_pool::{FilePool, scattered};
+use support::process::{self, OtherProcess};
 use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, welcome};
 use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
 use tokio::task::JoinSet;
@@ -341,23 +338,21 @@ async fn kv_comes_over_quic_if_the_sender_does_not_hear_that_its_pool_is_open() 
     decode.close().await;
 }
 
-const CA_FOLDER: &str = "TANDEM_TEST_CA";
 const NUM_TOKENS: usize = 100;
 
 /// The other process of the test below: a prefill node that sends one extent after the other.
 #[test]
 #[ignore = "a part of another test, which runs it in a process of its own"]
 fn sending_process() {
-    let folder = PathBuf::from(std::env::var_os(CA_FOLDER).expect("it is run by the other test"));
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let cluster = Cluster { ca: ClusterCa::load(&folder).unwrap() };
+        let cluster = process::cluster();
         let pool = FilePool::new(NUM_BLOCKS);
         let exported = OnDevice::exported(&pool);
         let mut config = cluster.config("p0", Role::PrefillNode);
         config.device_pool = Some(exported.clone());
         let prefill = Fabric::bind(config).unwrap();
-        writeln!(std::io::stdout(), "\nlistens {}", prefill.local_addr()).unwrap();
+        process::tell_address(&prefill);
         let mut sender = None;
         eventually("the other process attaches", || {
             sender = prefill.bulk_to(&node("d0"), Epoch(11)).filter(|sender| sender.transport().name() == "cuda-ipc");
@@ -376,19 +371,8 @@ fn sending_process() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_process_that_dies_while_its_pool_is_read_costs_what_it_had_not_sent() {
-    let folder = std::env::temp_dir().join(format!("tandem-cuda-ipc-{}", std::process::id()));
-    std::fs::create_dir_all(&folder).unwrap();
     let cluster = Cluster::new();
-    cluster.ca.save(&folder).unwrap();
-    let mut other = Command::new(std::env::current_exe().unwrap())
-        .args(["sending_process", "--exact", "--ignored", "--nocapture"])
-        .env(CA_FOLDER, &folder)
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut lines = BufReader::new(other.stdout.take().unwrap()).lines();
-    let line = lines.find_map(|line| line.unwrap().strip_prefix("listens ").map(str::to_string)).unwrap();
-    let address: SocketAddr = line.parse().unwrap();
+    let mut other = OtherProcess::start("sending_process", &cluster);
 
     let memory = TestMemory::new(NUM_BLOCKS);
     let own = OnDevice::new(&memory);
@@ -408,13 +392,12 @@ async fn a_process_that_dies_while_its_pool_is_read_costs_what_it_had_not_sent()
             waiting.recv().unwrap();
         }
     });
-    let link = soon("dial", decode.dial(address, Role::PrefillNode, None)).await.unwrap();
+    let link = soon("dial", decode.dial(other.address, Role::PrefillNode, None)).await.unwrap();
     let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
     assert_eq!(bulk.transport_name(), "cuda-ipc");
     // It dies while its third extent is about to be copied.
     tokio::task::spawn_blocking(move || begun.recv().unwrap()).await.unwrap();
-    other.kill().unwrap();
-    other.wait().unwrap();
+    other.kill();
     go_on.send(()).unwrap();
     let mut num_verified = 0;
     while num_verified < 3 {
@@ -431,5 +414,4 @@ async fn a_process_that_dies_while_its_pool_is_read_costs_what_it_had_not_sent()
     assert!(!landing.is_complete());
     drop((landing, bulk, link, zone));
     assert_nothing_left([decode]).await;
-    std::fs::remove_dir_all(&folder).unwrap();
 }

@@ -23,7 +23,8 @@ use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng, rngs::StdRng};
 use support::device::OnDevice;
 use support::file_pool::{FilePool, scattered};
-use support::{Cluster, GRANULE_BYTES, Job, NUM_LAYERS, TestMemory, assert_nothing_left, eventually, node, soon};
+use support::nixl::{self, library};
+use support::{Cluster, GRANULE_BYTES, Job, NUM_LAYERS, SOON, TestMemory, assert_nothing_left, eventually, node, soon};
 
 /// What a run saw.
 #[derive(Debug, Default)]
@@ -44,9 +45,14 @@ enum Over {
     Quic,
     Shm,
     CudaIpc,
+    Nixl,
 }
 
-const ALL: [Over; 3] = [Over::Quic, Over::Shm, Over::CudaIpc];
+/// Those that can be had here.
+fn all() -> impl Iterator<Item = Over> {
+    let nixl = library().map(|_| Over::Nixl);
+    [Over::Quic, Over::Shm, Over::CudaIpc].into_iter().chain(nixl)
+}
 
 /// With every other seed, so that each fault meets both.
 fn busy_polling(seed: u64) -> Option<BusyPolling> {
@@ -65,6 +71,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     config.shared_pool = (over == Over::Shm).then(|| pool.shared());
     let exported = OnDevice::exported(&pool);
     config.device_pool = (over == Over::CudaIpc).then(|| exported.clone() as _);
+    config.nixl = library().filter(|_| over == Over::Nixl).map(|library| nixl::of(&pool, &library));
     config.busy_polling = busy_polling(seed);
     if let Some(plan) = faults {
         let injector = injector.clone();
@@ -74,12 +81,15 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
             faulty
         }));
     }
+    config.limits.attach_deadline = SOON;
     let prefill = Fabric::bind(config).unwrap();
     let mut config = cluster.config("d0", Role::DecodeNode);
+    config.limits.attach_deadline = SOON;
     config.is_reading_shared_pools = over == Over::Shm;
     let memory = TestMemory::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     let own = OnDevice::new(&memory);
     config.device_pool = (over == Over::CudaIpc).then(|| own.clone() as _);
+    config.nixl = library().filter(|_| over == Over::Nixl).map(|library| nixl::of(&FilePool::new(1), &library));
     config.busy_polling = busy_polling(seed);
     let decode = Fabric::bind(config).unwrap();
     let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
@@ -90,6 +100,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
         Over::Quic => "quic",
         Over::Shm => "shm",
         Over::CudaIpc => "cuda-ipc",
+        Over::Nixl => "nixl",
     };
     assert_eq!(bulk.transport_name(), name);
     assert!([name, "faulty"].contains(&sender.transport().name()));
@@ -107,7 +118,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
         .collect();
     let plan = |job: &Job| match over {
         Over::CudaIpc => LandingPlan { memory: own.clone(), ..job.plan(&memory) },
-        Over::Quic | Over::Shm => job.plan(&memory),
+        Over::Quic | Over::Shm | Over::Nixl => job.plan(&memory),
     };
     let mut landings: Vec<_> = jobs.iter().map(|(job, _)| zone.open(plan(job))).collect();
 
@@ -211,7 +222,7 @@ fn seeds(num_fixed: u64) -> Vec<(Over, u64)> {
         Ok(seed) => vec![seed.parse().unwrap()],
         Err(_) => (0..num_fixed).chain([rand::random()]).collect(),
     };
-    ALL.into_iter().flat_map(|over| seeds.iter().map(move |seed| (over, *seed))).collect()
+    all().flat_map(|over| seeds.iter().map(move |seed| (over, *seed))).collect()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

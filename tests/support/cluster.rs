@@ -43,9 +43,20 @@ impl Shape {
         self
     }
 
+    /// KV between the processes through NIXL, if that is there; if not, says that what needs it is skipped.
+    pub(crate) fn over_nixl(mut self) -> Option<Self> {
+        let Ok(library) = std::env::var("TANDEM_TEST_NIXL") else {
+            println!("SKIPPED: TANDEM_TEST_NIXL does not name NIXL's libnixl_capi.so; ./test installs it and sets it");
+            return None;
+        };
+        self.nodes.extend(["--kv-transports", "quic,nixl", "--nixl-library", library.leak()]);
+        Some(self)
+    }
+
     /// What its KV travels over.
     pub(crate) fn kv_transport(&self) -> &'static str {
-        if self.nodes.contains(&"--kv-transports") { "quic" } else { "shm" }
+        let listed = self.nodes.iter().skip_while(|flag| **flag != "--kv-transports").nth(1);
+        listed.map_or("shm", |listed| listed.rsplit(',').next().expect("a list has a last part"))
     }
 }
 

@@ -62,11 +62,12 @@ impl Scrape {
         self.find(name, labels).map(|sample| sample.value).sum()
     }
 
-    /// Bytes of KV that were verified on arrival at decode nodes, over `quic` and over `shm`. What prefill nodes
-    /// fetch is not among them: it always takes `quic`.
-    pub(crate) fn kv_bytes_by_transport(&self) -> [f64; 2] {
-        let verified = |transport| [("role", "decode-node"), ("direction", "verified"), ("transport", transport)];
-        ["quic", "shm"].map(|transport| self.sum("tandem_fabric_extent_bytes_total", &verified(transport)))
+    /// The transports over which KV was verified on arrival at decode nodes. What prefill nodes fetch is not among them:
+    /// it always takes `quic`.
+    pub(crate) fn kv_transports(&self) -> Vec<String> {
+        let verified = [("role", "decode-node"), ("direction", "verified")];
+        let bytes = sums(self.find("tandem_fabric_extent_bytes_total", &verified), "transport");
+        bytes.into_iter().filter(|(_, bytes)| *bytes > 0.0).map(|(transport, _)| transport).collect()
     }
 
     fn find(&self, name: &str, labels: &[(&str, &str)]) -> impl Iterator<Item = &Sample> {

@@ -100,7 +100,7 @@ pub struct FabricArgs {
     #[arg(long, value_name = "ADDRESS", value_delimiter = ',', help_heading = "Fabric")]
     pub register: Vec<HostPort>,
 
-    /// Ways that KV may take from prefill to decode nodes: quic, and any of shm and cuda-ipc.
+    /// Ways that KV may take from prefill to decode nodes: quic, and any of shm, cuda-ipc and nixl.
     ///
     /// With shm at both ends, a decode node on the same host (and in the same network namespace, as the same
     /// user) reads KV where it lies in the prefill node's memory, in one pass and without encryption; any other
@@ -110,6 +110,11 @@ pub struct FabricArgs {
     ///
     /// cuda-ipc is the same between GPUs of one host: where both pools are in GPUs' memory, the decode node's GPU copies
     /// KV out of the prefill node's, and the hosts see none of it. The log says why where it cannot be had.
+    ///
+    /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory through NVIDIA's NIXL library
+    /// (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings (UCX_TLS and others) are
+    /// taken from the environment. NIXL authenticates nobody and encrypts nothing, so it belongs on a network of the
+    /// cluster's own. A node that lists it and cannot load it does not start.
     #[arg(
         long,
         value_enum,
@@ -119,6 +124,10 @@ pub struct FabricArgs {
         help_heading = "Fabric"
     )]
     pub kv_transports: Vec<KvTransport>,
+
+    /// KV through NIXL.
+    #[command(flatten)]
+    pub nixl: NixlArgs,
 
     /// KV over quic.
     #[command(flatten)]
@@ -137,6 +146,17 @@ pub struct FabricArgs {
     pub metrics_port: Option<u16>,
 }
 
+/// KV through NIXL.
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+#[command(next_help_heading = "Fabric")]
+pub struct NixlArgs {
+    /// NIXL's C library, for --kv-transports nixl: libnixl_capi.so of version 1.5.
+    ///
+    /// A name without a slash is looked for as by any program, in LD_LIBRARY_PATH first.
+    #[arg(long, value_name = "FILE", default_value = "libnixl_capi.so")]
+    pub nixl_library: PathBuf,
+}
+
 /// A way that KV may take between nodes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum KvTransport {
@@ -146,6 +166,8 @@ pub enum KvTransport {
     Shm,
     /// Memory of the prefill node's GPU that a decode node's GPU in the same host reads.
     CudaIpc,
+    /// Memory of the prefill node that a decode node fetches from through NVIDIA's NIXL.
+    Nixl,
 }
 
 impl KvTransport {

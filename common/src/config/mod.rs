@@ -34,7 +34,7 @@ pub mod values;
 pub use device::DeviceChoice;
 pub use endpoint::{HttpArgs, RoutingArgs};
 pub use engine::EngineArgs;
-pub use fabric::{CongestionControl, FabricArgs, IdentityArgs, KvQuicArgs, KvTransport, TlsPaths};
+pub use fabric::{CongestionControl, FabricArgs, IdentityArgs, KvQuicArgs, KvTransport, NixlArgs, TlsPaths};
 pub use handover::{DecodeArgs, PrefillArgs};
 pub use layers::{ConfigError, ConfigFileArgs, parse};
 pub use misspelt::{UnknownVariable, unknown_variables};

@@ -8,7 +8,7 @@ use clap::{Args, Parser, ValueEnum};
 use super::values::{HostPort, parse_above_zero, parse_days, parse_port, parse_whole};
 use super::{
     ConfigFileArgs, DecodeArgs, EngineArgs, FabricArgs, HttpArgs, IdentityArgs, InvalidSettings, KvQuicArgs,
-    KvTransport, ModelArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
+    KvTransport, ModelArgs, NixlArgs, PrefillArgs, RoutingArgs, StoreArgs, WeightsArgs,
 };
 use crate::ids::NodeId;
 
@@ -207,7 +207,7 @@ pub struct UpArgs {
         help_heading = "Nodes"
     )]
     pub drain_timeout: std::time::Duration,
-    /// Ways that KV may take from prefill to decode nodes: quic, or quic,shm.
+    /// Ways that KV may take from prefill to decode nodes: quic, and any of shm, cuda-ipc and nixl.
     ///
     /// quic alone by default, so that what is tried here is what runs between machines. With shm, decode nodes
     /// read KV where it lies in the prefill nodes' memory.
@@ -220,6 +220,9 @@ pub struct UpArgs {
         help_heading = "Nodes"
     )]
     pub kv_transports: Vec<KvTransport>,
+    /// KV through NIXL.
+    #[command(flatten)]
+    pub nixl: NixlArgs,
     /// KV over quic.
     #[command(flatten)]
     pub kv_quic: KvQuicArgs,

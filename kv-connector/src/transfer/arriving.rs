@@ -13,6 +13,7 @@ use crate::accounting::{Held, Kind, Ledger};
 use crate::transfer::ahead;
 use crate::transfer::converting::Converting;
 use crate::transfer::landing::{LandingEvent, State};
+use crate::transfer::pull::{PullError, is_same};
 use crate::transfer::refused::RefusedExtent;
 
 /// An extent on its way into its blocks. Dropped before it is verified, it gives its range back.
@@ -111,24 +112,24 @@ impl Arriving {
 
     /// Whether its blocks are `memory`'s, which keeps granules as they come.
     pub(super) fn lands_in(&self, memory: &Arc<dyn KvMemory>) -> bool {
-        self.converting.is_none() && std::ptr::addr_eq(Arc::as_ptr(memory), Arc::as_ptr(&self.state.plan.memory))
+        self.converting.is_none() && is_same(memory, &self.state.plan.memory)
     }
 
     /// Lets `copy` put all bytes into the blocks (layer, block table, first granule), behind the host's back; then they
     /// are hashed where they lie.
     ///
     /// # Errors
-    /// [`RefusedExtent::Closed`]; what `copy` says; [`RefusedExtent::Unreadable`] if the memory makes no such hash.
+    /// [`RefusedExtent::Closed`]; what `copy` says; [`PullError::Failed`] if the memory makes no such hash.
     pub(super) fn fill_on_device(
         &mut self,
-        copy: impl FnOnce(u32, &[BlockId], usize) -> Result<(), RefusedExtent>,
-    ) -> Result<(), RefusedExtent> {
+        copy: impl FnOnce(u32, &[BlockId], usize) -> Result<(), PullError>,
+    ) -> Result<(), PullError> {
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         self.hashed = self.state.while_open(|| {
             copy(layer, &plan.blocks, first_granule)?;
             let hashed = plan.memory.hash_granules(layer, &plan.blocks, first_granule, self.granules.len());
-            hashed.map(Some).ok_or(RefusedExtent::Unreadable)
+            hashed.map(Some).ok_or_else(|| PullError::Failed("the device makes no hash of its blocks".to_string()))
         })??;
         self.num_bytes = self.header.num_payload_bytes as usize;
         Ok(())

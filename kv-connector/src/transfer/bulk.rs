@@ -18,7 +18,7 @@ use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
-use crate::transfer::cuda_ipc;
+use crate::transfer::pull;
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
@@ -69,8 +69,6 @@ pub(crate) struct BulkSenders {
     layer: Option<TransportLayer>,
     /// The memory that peers may read KV in.
     shared_memory: Option<Arc<dyn KvMemory>>,
-    /// The memory that peers may have their devices copy KV out of.
-    device_memory: Option<Arc<dyn KvMemory>>,
     senders: DashMap<(NodeId, Epoch), Entry>,
 }
 
@@ -83,16 +81,12 @@ struct Entry {
 
 impl BulkSenders {
     pub(crate) fn new(layer: Option<TransportLayer>, shared_memory: Option<Arc<dyn KvMemory>>) -> Self {
-        Self { layer, shared_memory, device_memory: None, senders: DashMap::new() }
-    }
-
-    pub(crate) fn with_device_memory(self, device_memory: Option<Arc<dyn KvMemory>>) -> Self {
-        Self { device_memory, ..self }
+        Self { layer, shared_memory, senders: DashMap::new() }
     }
 
     /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
     pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
-        self.sender(PeerTransport::new(connection, ledger, None, None))
+        self.sender(PeerTransport::new(connection, ledger, None))
     }
 
     /// Through what the tests have put around it.
@@ -113,8 +107,7 @@ impl BulkSenders {
     ) -> Arc<PeerTransport> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let (shared, on_device) = (self.shared_memory.clone(), self.device_memory.clone());
-        let transport = PeerTransport::new(connection, ledger, shared, on_device);
+        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
         let sender = self.sender(transport.clone());
         let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
         self.senders.insert((peer.node.clone(), peer.epoch), entry);
@@ -137,30 +130,24 @@ impl BulkSenders {
     }
 }
 
-/// One bulk connection, seen from its sender: `quic`, until the receiver can read this node's pool; from then on
-/// `cuda-ipc` for what lies in a pool that its device has opened, or `shm` for what lies in one that it has mapped.
+/// One bulk connection, seen from its sender: `quic`, until the receiver can read this node's pool; from then on it
+/// fetches what lies in a pool that it has opened, or takes by `shm` what lies in one that it has mapped.
 pub(crate) struct PeerTransport {
     quic: QuicTransport,
     shared_memory: Option<Arc<dyn KvMemory>>,
     outbox: OnceLock<Arc<Outbox>>,
-    cuda_ipc: cuda_ipc::Sending,
+    pulled: pull::Sending,
 }
 
 impl PeerTransport {
-    fn new(
-        connection: &Connection,
-        ledger: &Arc<Ledger>,
-        shared_memory: Option<Arc<dyn KvMemory>>,
-        device_memory: Option<Arc<dyn KvMemory>>,
-    ) -> Arc<Self> {
+    fn new(connection: &Connection, ledger: &Arc<Ledger>, shared_memory: Option<Arc<dyn KvMemory>>) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        let cuda_ipc = cuda_ipc::Sending::new(device_memory);
-        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), cuda_ipc })
+        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), pulled: pull::Sending::default() })
     }
 
-    /// The sender's part of `cuda-ipc`.
-    pub(crate) fn cuda_ipc(&self) -> &cuda_ipc::Sending {
-        &self.cuda_ipc
+    /// The sender's part where the receiver fetches.
+    pub(crate) fn pulled(&self) -> &pull::Sending {
+        &self.pulled
     }
 
     /// The receiver has mapped the pool, and hears over `stream` where extents lie in it. Happens once: a token works
@@ -185,17 +172,14 @@ impl PeerTransport {
 
 impl Transport for PeerTransport {
     fn name(&self) -> &'static str {
-        if self.cuda_ipc.is_attached() {
-            return Carrier::CudaIpc.as_str();
-        }
-        let carrier = if self.outbox.get().is_some() { Carrier::Shm } else { Carrier::Quic };
-        carrier.as_str()
+        let mapped = || self.outbox.get().map(|_| Carrier::Shm);
+        self.pulled.carrier().or_else(mapped).unwrap_or(Carrier::Quic).as_str()
     }
 
     fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         Box::pin(async move {
-            if let Some(runs) = self.cuda_ipc.runs(&payload) {
-                return cuda_ipc::send(&self.quic.connection, &self.quic.ledger, header, &runs, end).await;
+            if let Some((carrier, runs)) = self.pulled.runs(&payload) {
+                return pull::send(&self.quic.connection, &self.quic.ledger, header, (carrier, &runs), end).await;
             }
             match self.shared_runs(&payload) {
                 Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,
@@ -270,13 +254,13 @@ impl BulkReceiver {
         Self { connection, sender, carrier }
     }
 
-    /// KV comes over `cuda-ipc` too, and by preference.
-    pub(crate) fn with_cuda_ipc(mut self) -> Self {
-        self.carrier = Carrier::CudaIpc;
+    /// KV is fetched too, and by preference.
+    pub(crate) fn with_pulling(mut self, carrier: Carrier) -> Self {
+        self.carrier = carrier;
         self
     }
 
-    /// Name of the transport that KV comes over: `quic`, `shm` or `cuda-ipc`.
+    /// Name of the transport that KV comes over: `quic`, `shm`, `cuda-ipc` or `nixl`.
     pub fn transport_name(&self) -> &'static str {
         self.carrier.as_str()
     }

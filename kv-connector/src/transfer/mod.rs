@@ -21,9 +21,9 @@
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
 //! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is, `cuda-ipc` lets its device do
-//! so where both pools are in devices' memory. `nixl` would fit in the same way: registrations exchanged at the hello
-//! and valid for one connection, and only the owner of the destination moves bytes. Where a stop could not be proven,
-//! blocks would have to stay quarantined until the endpoint is torn down; why these need none is said in their modules.
+//! so where both pools are in devices' memory, `nixl` fetches through that library. Only the owner of the destination
+//! moves bytes. Where a stop could not be proven, blocks would have to stay quarantined until the endpoint is torn down;
+//! why these need none is said in their modules.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -38,13 +38,15 @@ mod arriving;
 pub(crate) mod bulk;
 mod converting;
 mod coverage;
-pub(crate) mod cuda_ipc;
+mod cuda_ipc;
 mod extent_stream;
 mod faulty;
 mod landing;
+mod nixl;
 mod payload;
 mod places;
 mod prefix_sends;
+pub(crate) mod pull;
 mod quic;
 mod refused;
 pub(crate) mod shm;
@@ -52,8 +54,10 @@ mod source;
 
 pub use arriving::Arriving;
 pub use bulk::{BulkReceiver, BulkSender};
+pub(crate) use cuda_ipc::CudaIpc;
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
 pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
+pub use nixl::{Nixl, NixlError};
 pub use payload::{Payload, PoolExtent};
 pub use prefix_sends::PrefixSends;
 pub use refused::RefusedExtent;
@@ -89,7 +93,7 @@ pub type SendFuture<'a> = Pin<Box<dyn Future<Output = Result<(), SendExtentError
 /// or is refused, or never arrives; extents do not wait for each other's losses; dropping the future
 /// gives the extent up.
 pub trait Transport: Send + Sync {
-    /// Name in logs and metrics: `quic`, `shm`, `cuda-ipc`.
+    /// Name in logs and metrics: `quic`, `shm`, `cuda-ipc`, `nixl`.
     fn name(&self) -> &'static str;
 
     /// Sends one extent. Resolves when nobody needs the payload any more: the transport has copied all of it,

@@ -3,6 +3,8 @@
 
 pub mod device;
 pub mod file_pool;
+pub mod nixl;
+pub mod process;
 pub mod raw;
 pub mod relay;
 pub mod values;

@@ -1,10 +1,8 @@
-//! The receiver's part: extents copied by the device into their blocks.
+//! The receiver's part: extents fetched into their blocks.
 
 use std::sync::Arc;
 
-use common::device_pool::PeerPool;
 use common::ids::{Epoch, NodeId};
-use common::kv_memory::KvMemory;
 use common::wire::PoolRun;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::{NUM_RUNS_BYTES, NUM_RUNS_MAX, RUN_BYTES};
@@ -12,8 +10,8 @@ use quinn::{Connection, ReadToEndError, RecvStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
-use super::{Copier, TAKEN};
-use crate::accounting::{Carrier, Kind};
+use super::{PullError, PulledPool, Puller, TAKEN};
+use crate::accounting::Kind;
 use crate::link::CLOSE_DONE;
 use crate::socket::Traffic;
 use crate::stream::StreamCode;
@@ -27,9 +25,9 @@ const POST_BYTES_MAX: usize = EXTENT_HEADER_BYTES + NUM_RUNS_BYTES + NUM_RUNS_MA
 pub(crate) struct Receiving {
     /// Whose pool it is.
     pub(crate) life: (NodeId, Epoch),
-    pub(crate) peer: Arc<dyn PeerPool>,
-    /// The device whose pool has opened it.
-    pub(crate) copier: Arc<Copier>,
+    pub(crate) peer: Arc<dyn PulledPool>,
+    /// What has opened it.
+    pub(crate) puller: Arc<Puller>,
     pub(crate) context: ReceiveContext,
     pub(crate) connection: Connection,
 }
@@ -73,8 +71,8 @@ impl Receiving {
         let (mut arriving, num_bytes) = self.context.admit(header)?;
         let closed = arriving.closed();
         let beginning = async {
-            let runs = posted_runs(runs, self.peer.num_bytes(), num_bytes, "a device's memory")?;
-            Ok((runs, self.copier.place().await))
+            let runs = posted_runs(runs, self.peer.num_bytes(), num_bytes, "a pool to fetch from")?;
+            Ok((runs, self.puller.place().await))
         };
         let begun = tokio::select! {
             biased;
@@ -89,22 +87,22 @@ impl Receiving {
             }
         };
         let receiving = self.clone();
-        // A copy and a hash on the device, which are waited for: not what other tasks should wait for too. Not given up
-        // midway either; what it does to the blocks of a closed landing, it has done when `close` returns.
-        let copying = tokio::task::spawn_blocking(move || {
-            let copied = receiving.copy(&runs, &mut arriving);
+        // It is waited for, which is not what other tasks should wait for too. Not given up midway either; what it does to
+        // the blocks of a closed landing, it has done when `close` returns.
+        let pulling = tokio::task::spawn_blocking(move || {
+            let pulled = receiving.pull(&runs, &mut arriving);
             drop(place);
-            (copied, arriving)
+            (pulled, arriving)
         });
-        let Ok((copied, arriving)) = copying.await else { return Err(RefusedExtent::Unreadable) };
-        match copied {
+        let Ok((pulled, arriving)) = pulling.await else { return Err(RefusedExtent::Unreadable) };
+        match pulled {
             Ok(()) => arriving.finish()?,
             Err(refused) => {
                 arriving.refuse(refused);
                 return Err(refused);
             }
         }
-        self.context.ledger.count_verified(Carrier::CudaIpc, num_bytes);
+        self.context.ledger.count_verified(self.puller.method().carrier(), num_bytes);
         Ok(())
     }
 
@@ -118,40 +116,24 @@ impl Receiving {
         }
     }
 
-    /// Fills the blocks; a device that cannot is not asked again in this life of the peer.
-    fn copy(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
-        if self.copier.has_failed(&self.life) {
+    /// Fills the blocks; what cannot be fetched from is not asked again in this life of the peer.
+    fn pull(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
+        if self.puller.has_failed(&self.life) {
             return Err(RefusedExtent::Unreadable);
         }
-        let copied = self.copy_runs(runs, arriving);
-        if copied == Err(RefusedExtent::Unreadable) {
-            tracing::warn!(
-                peer = %self.life.0,
-                "the device cannot take in the peer's KV: the bulk connection is given up, the next stays with quic"
-            );
-            self.copier.on_failed(&self.life);
-            self.connection.close(CLOSE_DONE, b"the device cannot take in the pool's KV any more");
-        }
-        copied
-    }
-
-    /// Device to device where the landing is in the pool that opened the peer's; else through the host.
-    fn copy_runs(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), RefusedExtent> {
-        let failed = |reason: String| {
-            tracing::warn!(peer = %self.life.0, %reason, "a copy out of a peer's pool failed");
-            RefusedExtent::Unreadable
+        let reason = match self.peer.pull(runs, arriving) {
+            Ok(()) => return Ok(()),
+            Err(PullError::Refused(refused)) => return Err(refused),
+            Err(PullError::Failed(reason)) => reason,
         };
-        let own: Arc<dyn KvMemory> = self.copier.pool().clone();
-        if arriving.lands_in(&own) {
-            return arriving.fill_on_device(|layer, blocks, first_granule| {
-                self.peer.copy_granules(runs, layer, blocks, first_granule).map_err(failed)
-            });
-        }
-        for run in runs {
-            let mut bytes = vec![0; run.num_bytes as usize];
-            self.peer.read(run.offset, &mut bytes).map_err(failed)?;
-            arriving.write(&bytes)?;
-        }
-        Ok(())
+        tracing::warn!(
+            peer = %self.life.0,
+            transport = self.puller.method().carrier().as_str(),
+            %reason,
+            "the peer's KV cannot be fetched: the bulk connection is given up, the next goes without this transport"
+        );
+        self.puller.on_failed(&self.life);
+        self.connection.close(CLOSE_DONE, b"KV cannot be fetched out of the pool any more");
+        Err(RefusedExtent::Unreadable)
     }
 }

@@ -1,15 +1,14 @@
 //! How a receiver comes to read its sender's pool: both ends' part.
 
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
-use common::device_pool::{DevicePool, ExportedPool, HANDLE_BYTES_MAX, PeerPool};
+use common::device_pool::ExportedPool;
 use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::Instant;
 
-/// Asked first: who asks, and in which words.
-const ASK: [u8; 4] = *b"TKCI";
+use super::{PulledPool, Puller};
 /// Said by the receiver when it has opened the pool, and answered by the sender when it knows.
 const ATTACHED: u8 = 1;
 /// A sentence on the wire.
@@ -23,38 +22,14 @@ const SENDER_PATIENCE: u32 = 2;
 pub(crate) enum AttachError {
     #[error("{0}")]
     Refused(String),
-    #[error("the device cannot open the peer's pool: {0}")]
+    #[error("the peer's pool cannot be opened: {0}")]
     Unopened(String),
     #[error("the peer did not answer within {0:?}")]
     Silent(Duration),
     #[error("the peer did not answer as this version does ({0})")]
     Broken(String),
-    #[error("copies out of the peer's pool have failed before in its present life")]
+    #[error("fetches out of the peer's pool have failed before in its present life")]
     HasFailed,
-}
-
-/// A node's pool, exported when the first asks for it.
-pub(crate) struct Exporter {
-    pool: Arc<dyn DevicePool>,
-    exported: OnceLock<Result<ExportedPool, String>>,
-}
-
-impl Exporter {
-    pub(crate) fn new(pool: Arc<dyn DevicePool>) -> Self {
-        Self { pool, exported: OnceLock::new() }
-    }
-
-    fn exported(&self) -> Result<&ExportedPool, &String> {
-        self.exported
-            .get_or_init(|| {
-                let exported = self.pool.export()?;
-                if exported.handle.len() > HANDLE_BYTES_MAX {
-                    return Err(format!("a handle of {} bytes cannot be sent", exported.handle.len()));
-                }
-                Ok(exported)
-            })
-            .as_ref()
-    }
 }
 
 /// Names the running kernel: containers of one host have the same.
@@ -65,15 +40,15 @@ fn this_host() -> io::Result<[u8; 16]> {
     Ok(id.to_be_bytes())
 }
 
-/// The receiver's part: asks for the peer's pool and opens it for copies into `pool`. Where it fails, the sender has not
+/// The receiver's part: asks for the peer's pool and opens it. Where it fails, the sender has not
 /// heard that the pool is open, and never will.
 pub(crate) async fn attach(
     connection: &Connection,
-    pool: &Arc<dyn DevicePool>,
+    puller: &Arc<Puller>,
     deadline: Duration,
-) -> Result<Arc<dyn PeerPool>, AttachError> {
+) -> Result<Arc<dyn PulledPool>, AttachError> {
     let until = Instant::now() + deadline;
-    let opened = tokio::time::timeout_at(until, open(connection, pool)).await;
+    let opened = tokio::time::timeout_at(until, open(connection, puller)).await;
     let (peer, mut answer) = opened.unwrap_or(Err(AttachError::Silent(deadline)))?;
     // Once the sender may have heard that the pool is open, it may send places instead of bytes: whatever becomes of the
     // answer, which only says that the first extent already comes this way, the pool stays open.
@@ -85,29 +60,27 @@ pub(crate) async fn attach(
 
 /// Up to telling the sender that its pool is open: with it, the stream on which it answers. Dropped before, it has told
 /// nothing.
-async fn open(
-    connection: &Connection,
-    pool: &Arc<dyn DevicePool>,
-) -> Result<(Arc<dyn PeerPool>, RecvStream), AttachError> {
+async fn open(connection: &Connection, puller: &Arc<Puller>) -> Result<(Arc<dyn PulledPool>, RecvStream), AttachError> {
     let broken = |error: &dyn std::fmt::Display| AttachError::Broken(error.to_string());
     let (mut sender, mut receiver) = connection.open_bi().await.map_err(|error| broken(&error))?;
     let host = this_host().map_err(|error| AttachError::Refused(format!("this host has no name: {error}")))?;
-    sender.write_all(&[&ASK[..], &host].concat()).await.map_err(|error| broken(&error))?;
+    sender.write_all(&[&puller.method().question()[..], &host].concat()).await.map_err(|error| broken(&error))?;
     let mut head = [0; 11];
     receiver.read_exact(&mut head).await.map_err(|error| broken(&error))?;
     let [is_exported, size @ .., low, high] = head;
     let mut rest = vec![0; usize::from(u16::from_le_bytes([low, high]))];
-    if rest.len() > SENTENCE_BYTES_MAX {
+    let is_exported = is_exported == 1;
+    let num_bytes_max = if is_exported { puller.method().handle_bytes_max() } else { SENTENCE_BYTES_MAX };
+    if rest.len() > num_bytes_max {
         return Err(broken(&format!("an answer of {} bytes", rest.len())));
     }
     receiver.read_exact(&mut rest).await.map_err(|error| broken(&error))?;
-    if is_exported == 0 {
+    if !is_exported {
         return Err(AttachError::Refused(String::from_utf8_lossy(&rest).into_owned()));
     }
     let exported = ExportedPool { handle: rest, num_bytes: u64::from_le_bytes(size) };
-    let pool = pool.clone();
-    // The driver may take its time.
-    let opened = tokio::task::spawn_blocking(move || pool.open_peer(&exported)).await;
+    let puller = puller.clone();
+    let opened = tokio::task::spawn_blocking(move || puller.method().open_peer(&exported)).await;
     let opened = opened.map_err(|error| broken(&error))?.map_err(AttachError::Unopened)?;
     // Fails if the sender no longer listens: then it sends bytes.
     sender.write_all(&[ATTACHED]).await.map_err(|error| broken(&error))?;
@@ -118,16 +91,16 @@ async fn open(
 /// receiver's.
 pub(crate) async fn serve(
     connection: Connection,
-    exporter: Option<Arc<Exporter>>,
-    on_attached: impl Fn() + Send,
+    pullers: Vec<Arc<Puller>>,
+    on_attached: impl Fn(&Arc<Puller>) + Send,
     deadline: Duration,
 ) {
     while let Ok((sender, receiver)) = connection.accept_bi().await {
-        let answered = answer(sender, receiver, exporter.as_deref(), &on_attached);
+        let answered = answer(sender, receiver, &pullers, &on_attached);
         match tokio::time::timeout(SENDER_PATIENCE * deadline, answered).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => tracing::debug!(%error, "whoever asked for the device's pool went away"),
-            Err(_) => tracing::debug!("whoever asked for the device's pool fell silent"),
+            Ok(Err(error)) => tracing::debug!(%error, "whoever asked for the pool went away"),
+            Err(_) => tracing::debug!("whoever asked for the pool fell silent"),
         }
     }
 }
@@ -135,16 +108,23 @@ pub(crate) async fn serve(
 async fn answer(
     mut sender: SendStream,
     mut receiver: RecvStream,
-    exporter: Option<&Exporter>,
-    on_attached: &(impl Fn() + Send),
+    pullers: &[Arc<Puller>],
+    on_attached: &(impl Fn(&Arc<Puller>) + Send),
 ) -> io::Result<()> {
     let mut asked = [0; 20];
     receiver.read_exact(&mut asked).await.map_err(io::Error::other)?;
-    let exported = match exporter {
-        _ if asked[..4] != ASK => Err("it asks in words that this version does not know".to_string()),
-        None => Err("the peer's KV is not in a device's memory, or its --kv-transports has no cuda-ipc".to_string()),
-        Some(_) if asked[4..] != this_host()? => Err("the peer is on another host".to_string()),
-        Some(exporter) => exporter.exported().map_err(|reason| format!("the peer cannot export its pool: {reason}")),
+    let puller = pullers.iter().find(|puller| asked[..4] == puller.method().question());
+    let exported = match puller {
+        None => Err("the peer does not offer it: its --kv-transports does not list it, or its pool is in another kind of memory"
+            .to_string()),
+        Some(puller) if puller.method().is_within_host() && asked[4..] != this_host()? => {
+            Err("the peer is on another host".to_string())
+        }
+        Some(puller) => {
+            let puller = puller.clone();
+            let exported = tokio::task::spawn_blocking(move || puller.exported().cloned().map_err(String::clone)).await;
+            exported.map_err(io::Error::other)?.map_err(|reason| format!("the peer cannot export its pool: {reason}"))
+        }
     };
     let answer = match &exported {
         Ok(ExportedPool { handle, num_bytes }) => framed(1, *num_bytes, handle),
@@ -152,8 +132,11 @@ async fn answer(
     };
     sender.write_all(&answer).await?;
     let mut attached = [0];
-    if exported.is_ok() && receiver.read_exact(&mut attached).await.is_ok() && attached == [ATTACHED] {
-        on_attached();
+    if let Some(puller) = puller.filter(|_| exported.is_ok())
+        && receiver.read_exact(&mut attached).await.is_ok()
+        && attached == [ATTACHED]
+    {
+        on_attached(puller);
         sender.write_all(&[ATTACHED]).await?;
     }
     Ok(())

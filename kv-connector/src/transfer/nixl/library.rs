@@ -1,0 +1,258 @@
+//! NIXL's library, found at run time: the functions of its C interface that are used here, and one agent behind them.
+//!
+//! The interface is that of `libnixl_capi.so` 1.5. Calls of one agent take turns here, since it promises nothing for
+//! calls at the same time. The library stays loaded, as its threads may outlive an agent.
+#![allow(unsafe_code)]
+
+use std::error::Error as _;
+use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::path::Path;
+use std::ptr::{null, null_mut};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+type Status = c_int;
+type Handle = *mut c_void;
+
+const SUCCESS: Status = 0;
+const IN_PROGRESS: Status = 1;
+const HOST_MEMORY: c_int = 0;
+const READ: c_int = 0;
+/// The backend for memory of hosts and devices.
+const UCX: &CStr = c"UCX";
+
+macro_rules! functions {
+    ($($name:ident: $type:ty,)*) => {
+        /// By the names of the library, without their `nixl_capi_`.
+        #[derive(Clone, Copy)]
+        struct Functions {
+            $($name: $type,)*
+        }
+
+        impl Functions {
+            /// # Safety
+            /// The library's functions must have these types.
+            unsafe fn find(library: &libloading::Library) -> Result<Self, libloading::Error> {
+                // SAFETY: as promised by the caller.
+                unsafe { Ok(Self { $($name: *library.get(concat!("nixl_capi_", stringify!($name), "\0").as_bytes())?,)* }) }
+            }
+        }
+    };
+}
+
+functions! {
+    create_agent: unsafe extern "C" fn(*const c_char, *mut Handle) -> Status,
+    destroy_agent: unsafe extern "C" fn(Handle) -> Status,
+    get_plugin_params: unsafe extern "C" fn(Handle, *const c_char, *mut Handle, *mut Handle) -> Status,
+    destroy_mem_list: unsafe extern "C" fn(Handle) -> Status,
+    destroy_params: unsafe extern "C" fn(Handle) -> Status,
+    create_backend: unsafe extern "C" fn(Handle, *const c_char, Handle, *mut Handle) -> Status,
+    create_reg_dlist: unsafe extern "C" fn(c_int, *mut Handle) -> Status,
+    reg_dlist_add_desc: unsafe extern "C" fn(Handle, usize, usize, u64, *const c_void, usize) -> Status,
+    destroy_reg_dlist: unsafe extern "C" fn(Handle) -> Status,
+    register_mem: unsafe extern "C" fn(Handle, Handle, Handle) -> Status,
+    get_local_md: unsafe extern "C" fn(Handle, *mut *mut c_void, *mut usize) -> Status,
+    load_remote_md: unsafe extern "C" fn(Handle, *const c_void, usize, *mut *mut c_char) -> Status,
+    invalidate_remote_md: unsafe extern "C" fn(Handle, *const c_char) -> Status,
+    create_xfer_dlist: unsafe extern "C" fn(c_int, *mut Handle) -> Status,
+    xfer_dlist_add_desc: unsafe extern "C" fn(Handle, usize, usize, u64) -> Status,
+    destroy_xfer_dlist: unsafe extern "C" fn(Handle) -> Status,
+    create_xfer_req: unsafe extern "C" fn(Handle, c_int, Handle, Handle, *const c_char, *mut Handle, Handle) -> Status,
+    post_xfer_req: unsafe extern "C" fn(Handle, Handle, Handle) -> Status,
+    get_xfer_status: unsafe extern "C" fn(Handle, Handle) -> Status,
+    release_xfer_req: unsafe extern "C" fn(Handle, Handle) -> Status,
+    destroy_xfer_req: unsafe extern "C" fn(Handle) -> Status,
+}
+
+/// One end that reads memory of others, and lets them read its own.
+pub(super) struct Agent {
+    functions: Functions,
+    handle: Mutex<AgentHandle>,
+}
+
+struct AgentHandle(Handle);
+
+// SAFETY: an agent of the library has no thread of its caller; calls take turns behind the lock.
+unsafe impl Send for AgentHandle {}
+
+/// A read that was posted.
+pub(super) struct Request(Handle);
+
+// SAFETY: as the agent's; used only behind its lock.
+unsafe impl Send for Request {}
+
+fn checked(call: &str, status: Status) -> Result<(), String> {
+    if status == SUCCESS { Ok(()) } else { Err(format!("NIXL's {call} says status {status}")) }
+}
+
+/// What the system's loader says.
+fn said(error: libloading::Error) -> String {
+    error.source().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+impl Agent {
+    /// An agent of the library at `path`, with its UCX backend. `name` must be nobody else's in the cluster.
+    pub(super) fn new(path: &Path, name: &CStr) -> Result<Self, String> {
+        // SAFETY: runs what the library does when it is loaded, which the operator has asked for by naming it.
+        let library = unsafe { libloading::Library::new(path) }.map_err(said)?;
+        // SAFETY: the types are those of NIXL's C interface.
+        let functions = unsafe { Functions::find(&library) }.map_err(said)?;
+        std::mem::forget(library);
+        let mut handle = null_mut();
+        // SAFETY: a C string, and a place for the answer.
+        checked("create_agent", unsafe { (functions.create_agent)(name.as_ptr(), &mut handle) })?;
+        let agent = Self { functions, handle: Mutex::new(AgentHandle(handle)) };
+        agent.add_backend()?;
+        Ok(agent)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, AgentHandle> {
+        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add_backend(&self) -> Result<(), String> {
+        let (agent, functions) = (self.lock(), &self.functions);
+        let (mut kinds, mut params, mut backend) = (null_mut(), null_mut(), null_mut());
+        // SAFETY: a live agent, a C string, places for the answers.
+        let found = unsafe { (functions.get_plugin_params)(agent.0, UCX.as_ptr(), &mut kinds, &mut params) };
+        checked("get_plugin_params(UCX)", found)?;
+        // SAFETY: as above; both lists are ours and are given back once. The backend's own handle is kept with the agent.
+        let created = unsafe {
+            let created = (functions.create_backend)(agent.0, UCX.as_ptr(), params, &mut backend);
+            (functions.destroy_params)(params);
+            (functions.destroy_mem_list)(kinds);
+            created
+        };
+        checked("create_backend(UCX)", created)
+    }
+
+    /// Lets `num_bytes` at `address` be read by whoever has [`metadata`](Self::metadata) of later, and be read into.
+    ///
+    /// # Safety
+    /// They stay as long as the agent.
+    pub(super) unsafe fn register(&self, address: usize, num_bytes: usize) -> Result<(), String> {
+        let (agent, functions) = (self.lock(), &self.functions);
+        let mut list = null_mut();
+        // SAFETY: a place for the answer.
+        checked("create_reg_dlist", unsafe { (functions.create_reg_dlist)(HOST_MEMORY, &mut list) })?;
+        // SAFETY: a live agent and list; the memory stays, as the caller promises; the list is given back once.
+        let registered = unsafe {
+            let added = (functions.reg_dlist_add_desc)(list, address, num_bytes, 0, null(), 0);
+            let registered = if added == SUCCESS { (functions.register_mem)(agent.0, list, null_mut()) } else { added };
+            (functions.destroy_reg_dlist)(list);
+            registered
+        };
+        checked("register_mem", registered)
+    }
+
+    /// What others need to read what is registered.
+    pub(super) fn metadata(&self) -> Result<Vec<u8>, String> {
+        let agent = self.lock();
+        let (mut data, mut len) = (null_mut(), 0);
+        // SAFETY: a live agent, places for the answers.
+        checked("get_local_md", unsafe { (self.functions.get_local_md)(agent.0, &mut data, &mut len) })?;
+        // SAFETY: the library has allocated `len` bytes with malloc, for its caller to give back.
+        let metadata = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) }.to_vec();
+        // SAFETY: as above, once.
+        unsafe { libc::free(data) };
+        Ok(metadata)
+    }
+
+    /// Takes in another agent's metadata; with it, that agent's name.
+    pub(super) fn add_peer(&self, metadata: &[u8]) -> Result<CString, String> {
+        let agent = self.lock();
+        let mut name = null_mut();
+        // SAFETY: a live agent, bytes that are borrowed, a place for the answer.
+        let loaded =
+            unsafe { (self.functions.load_remote_md)(agent.0, metadata.as_ptr().cast(), metadata.len(), &mut name) };
+        checked("load_remote_md", loaded)?;
+        // SAFETY: the library has made a C string with malloc, for its caller to give back.
+        let owned = unsafe { CStr::from_ptr(name) }.to_owned();
+        // SAFETY: as above, once.
+        unsafe { libc::free(name.cast()) };
+        Ok(owned)
+    }
+
+    /// Forgets another agent. Nothing is being read from it.
+    pub(super) fn forget_peer(&self, name: &CStr) {
+        let agent = self.lock();
+        // SAFETY: a live agent and a C string. That the agent is unknown already is no fault.
+        unsafe { (self.functions.invalidate_remote_md)(agent.0, name.as_ptr()) };
+    }
+
+    /// Begins to read `pieces`, address and size each, of `peer`'s memory to `into` and behind.
+    ///
+    /// # Safety
+    /// From `into` on as many bytes as all pieces have are registered, and nobody else uses them before the request has
+    /// [ended](Self::has_ended) or the agent is gone.
+    pub(super) unsafe fn read(&self, peer: &CStr, pieces: &[(usize, usize)], into: usize) -> Result<Request, String> {
+        let (agent, functions) = (self.lock(), &self.functions);
+        let (mut from, mut to, mut request) = (null_mut(), null_mut(), null_mut());
+        // SAFETY: places for the answers.
+        checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(HOST_MEMORY, &mut from) })?;
+        // SAFETY: as above.
+        if let Err(reason) =
+            checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(HOST_MEMORY, &mut to) })
+        {
+            // SAFETY: ours, given back once.
+            unsafe { (functions.destroy_xfer_dlist)(from) };
+            return Err(reason);
+        }
+        let mut offset = into;
+        let mut status = SUCCESS;
+        for (address, num_bytes) in pieces {
+            // SAFETY: live lists; integers.
+            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(from, *address, *num_bytes, 0) });
+            // SAFETY: as above.
+            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(to, offset, *num_bytes, 0) });
+            offset += num_bytes;
+        }
+        // SAFETY: live handles and a C string; the memory that is written to is the caller's promise. The request keeps
+        // nothing of the lists, which are given back once.
+        unsafe {
+            if status == SUCCESS {
+                status = (functions.create_xfer_req)(agent.0, READ, to, from, peer.as_ptr(), &mut request, null_mut());
+            }
+            (functions.destroy_xfer_dlist)(from);
+            (functions.destroy_xfer_dlist)(to);
+        }
+        checked("create_xfer_req", status)?;
+        let request = Request(request);
+        // SAFETY: a live agent and request.
+        let posted = unsafe { (functions.post_xfer_req)(agent.0, request.0, null_mut()) };
+        if posted != SUCCESS && posted != IN_PROGRESS {
+            drop(agent);
+            self.release(request);
+            return Err(format!("NIXL's post_xfer_req says status {posted}"));
+        }
+        Ok(request)
+    }
+
+    /// Whether a read has ended well; an error if it has ended otherwise.
+    pub(super) fn has_ended(&self, request: &Request) -> Result<bool, String> {
+        let agent = self.lock();
+        // SAFETY: a live agent and a request that was not released.
+        match unsafe { (self.functions.get_xfer_status)(agent.0, request.0) } {
+            IN_PROGRESS => Ok(false),
+            status => checked("get_xfer_status", status).map(|()| true),
+        }
+    }
+
+    /// Gives back a request that has ended, or was never posted.
+    pub(super) fn release(&self, request: Request) {
+        let agent = self.lock();
+        // SAFETY: a live agent and a request that was not released; it is destroyed only if it could be.
+        unsafe {
+            if (self.functions.release_xfer_req)(agent.0, request.0) == SUCCESS {
+                (self.functions.destroy_xfer_req)(request.0);
+            }
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let handle = self.lock().0;
+        // SAFETY: nobody else has the agent any more.
+        unsafe { (self.functions.destroy_agent)(handle) };
+    }
+}

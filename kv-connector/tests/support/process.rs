@@ -1,0 +1,63 @@
+//! A test's other process: a test of the same binary, which is run by it alone.
+#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use kv_connector::{ClusterCa, Fabric};
+
+use super::Cluster;
+
+const CA_FOLDER: &str = "TANDEM_TEST_CA";
+const LISTENS: &str = "listens ";
+
+/// It ends with this.
+pub struct OtherProcess {
+    child: Child,
+    folder: PathBuf,
+    /// Where its fabric listens.
+    pub address: SocketAddr,
+}
+
+impl OtherProcess {
+    /// Runs the ignored test `name` as a process of `cluster`; returns when it [listens](tell_address).
+    pub fn start(name: &str, cluster: &Cluster) -> Self {
+        let folder = std::env::temp_dir().join(format!("tandem-{name}-{}", std::process::id()));
+        std::fs::create_dir_all(&folder).unwrap();
+        cluster.ca.save(&folder).unwrap();
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args([name, "--exact", "--ignored", "--nocapture"])
+            .env(CA_FOLDER, &folder)
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        let address =
+            lines.find_map(|line| line.unwrap().strip_prefix(LISTENS).map(|address| address.parse().unwrap()));
+        Self { child, folder, address: address.unwrap() }
+    }
+
+    pub fn kill(&mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
+    }
+}
+
+impl Drop for OtherProcess {
+    fn drop(&mut self) {
+        let _ = (self.child.kill(), self.child.wait(), std::fs::remove_dir_all(&self.folder));
+    }
+}
+
+/// In the other process: the cluster that it belongs to.
+pub fn cluster() -> Cluster {
+    let folder = PathBuf::from(std::env::var_os(CA_FOLDER).expect("it is run by another test"));
+    Cluster { ca: ClusterCa::load(&folder).unwrap() }
+}
+
+/// In the other process: what it is waited for.
+pub fn tell_address(fabric: &Fabric) {
+    writeln!(std::io::stdout(), "\n{LISTENS}{}", fabric.local_addr()).unwrap();
+}
