@@ -26,6 +26,7 @@
 
 pub mod compare;
 pub mod control;
+mod cores;
 pub mod engine_bench;
 pub mod index_bench;
 pub mod interference;

@@ -183,7 +183,7 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     let register = |connection: &Connection, peer: &Hello| {
         // Without a share KV can still be sent to the peer; it is not asked for any.
         window = shared.receive_windows.clone().try_acquire_owned().ok();
-        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger, window.is_some());
+        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger, &shared.tasks, window.is_some());
         sending = Some(transport.clone());
         let (registration, open) = shared.registrar.as_ref()?.register(transport);
         open_registration = Some(open);

@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, Registration};
 use quinn::{ClientConfig, Connection, Side};
+use tokio::runtime::Handle;
+use tokio_util::task::AbortOnDropHandle;
 
 use crate::accounting::Kind;
 use crate::certs::role_name;
@@ -129,6 +131,20 @@ impl Fabric {
     /// # Errors
     /// [`DialError`].
     pub async fn connect_bulk(&self, link: &Link, zone: &LandingZone) -> Result<BulkReceiver, DialError> {
+        let unreachable = |reason: String| {
+            let (addr, role) = (link.remote(), link.peer().role);
+            DialError::Unreachable { addr, role, reason }
+        };
+        let threads = self.shared.kv_threads();
+        let threads = threads.map_err(|error| unreachable(format!("the threads of KV cannot be started: {error}")))?;
+        let (fabric, link, zone) = (self.clone(), link.clone(), zone.clone());
+        let connecting = threads.handle().spawn(async move { fabric.connect_bulk_here(&link, &zone).await });
+        let connected = AbortOnDropHandle::new(connecting).await;
+        connected.unwrap_or_else(|error| Err(unreachable(format!("the threads of KV have ended: {error}"))))
+    }
+
+    /// On the threads of KV, which whatever is made here stays on.
+    async fn connect_bulk_here(&self, link: &Link, zone: &LandingZone) -> Result<BulkReceiver, DialError> {
         let (role, node, epoch) = (link.peer().role, link.peer().node.clone(), link.peer().epoch);
         let port = link.peer().bulk_port.ok_or_else(|| DialError::NoBulkListener { node: node.clone() })?;
         let window =
@@ -154,7 +170,7 @@ impl Fabric {
         let pulling = self.attach_puller((node.clone(), epoch), &connection, zone).await;
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
-        let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger);
+        let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger, &self.shared.tasks);
         let context = self.shared.receive_context(zone);
         let mut receiver =
             BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
@@ -204,13 +220,19 @@ impl Fabric {
             return Ok(socket);
         }
         let addr = SocketAddr::new(self.local_addr().ip(), 0);
-        let bound = socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None, self.shared.activity.as_ref());
+        let threads = Handle::current();
+        let activity = self.shared.activity.as_ref();
+        let bound = socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None, activity, &threads);
         let socket = bound.map_err(|error| DialError::Unreachable {
             addr: remote,
             role: Role::PrefillNode,
             reason: format!("no UDP socket on {addr}: {error}"),
         })?;
-        Ok(self.shared.bulk_dialler.get_or_init(|| socket))
+        let socket = self.shared.bulk_dialler.get_or_init(|| socket);
+        if let Ok(threads) = self.shared.kv_threads() {
+            threads.linger_for(&socket.endpoint);
+        }
+        Ok(socket)
     }
 
     async fn connect(

@@ -10,8 +10,9 @@
 //! its own firewall) can still be asked for KV it holds. Each end reads what arrives only while it has a share
 //! of its receive memory for the connection.
 //!
-//! Control and bulk never share a connection or a socket: a send window is per connection, and KV must
-//! not be able to hold a message back.
+//! Control and bulk never share a connection, a socket or a thread: a send window is per connection, and KV must
+//! not be able to hold a message back. Links are served on the runtime that [`Fabric::bind`] is called in, bulk
+//! connections on `kv_threads`, started with the first bulk socket.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
@@ -22,6 +23,7 @@ use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, PROTOCOL_VERSIONS};
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use quinn::{Connection, ServerConfig};
+use tokio::runtime::Handle;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 
@@ -30,6 +32,7 @@ use crate::accounting::{FabricAccounting, Ledger};
 use crate::busy_poll::{Activity, BusyPolling};
 use crate::certs::Identity;
 use crate::hello::{Greeter, HelloCheck, compatible_models};
+use crate::kv_threads::KvThreads;
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
 use crate::path_metrics::PeerPaths;
@@ -141,6 +144,9 @@ pub enum BindError {
     /// TLS refused certificate or key.
     #[error(transparent)]
     Tls(#[from] TlsError),
+    /// The system gives no more threads.
+    #[error("the threads that move KV cannot be started: {0}")]
+    Threads(std::io::Error),
 }
 
 /// Whether a certificate is that of `node` in `role`. [`Fabric::bind`] asks too; asked before a model is
@@ -191,6 +197,7 @@ pub(crate) struct Shared {
     pub(crate) servers: [Arc<QuicServerConfig>; 2],
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
     pub(crate) control: Socket,
+    kv_threads: OnceLock<KvThreads>,
     bulk_listener: Option<Socket>,
     pub(crate) bulk_dialler: OnceLock<Socket>,
     pub(crate) receive_windows: Arc<Semaphore>,
@@ -233,19 +240,29 @@ impl Fabric {
         let servers = [server(Traffic::Control)?, server(Traffic::Bulk)?];
         let clients = [client(Traffic::Control)?, client(Traffic::Bulk)?];
         let activity = busy_polling.map(Activity::new);
-        let listener = |addr: SocketAddr, traffic: Traffic| {
+        let listener = |addr: SocketAddr, traffic: Traffic, threads: &Handle| {
             // Replaced for every connection that is accepted.
             let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
-            let bound = socket::bind(addr, traffic, bulk_path, Some(server), activity.as_ref());
+            let bound = socket::bind(addr, traffic, bulk_path, Some(server), activity.as_ref(), threads);
             bound.map_err(|source| BindError::Socket { addr, source })
         };
-        let control = listener(listen, Traffic::Control)?;
-        let bulk_listener = bulk_listen.map(|addr| listener(addr, Traffic::Bulk)).transpose()?;
+        let control = listener(listen, Traffic::Control, &Handle::current())?;
+        let ledger = Ledger::new(hello.role, hello.node.as_str());
+        let kv_threads = OnceLock::new();
+        let bulk_listener = match bulk_listen {
+            Some(addr) => {
+                let threads = started(&kv_threads, &ledger).map_err(BindError::Threads)?;
+                let socket = listener(addr, Traffic::Bulk, threads.handle())?;
+                threads.linger_for(&socket.endpoint);
+                Some(socket)
+            }
+            None => None,
+        };
         hello.bulk_port =
             bulk_listener.as_ref().and_then(|socket| socket.endpoint.local_addr().ok()).map(|addr| addr.port());
 
-        let ledger = Ledger::new(hello.role, hello.node.as_str());
         let registrar = shared_pool.filter(|_| bulk_listener.is_some()).and_then(|pool| {
+            let _on_them = kv_threads.get().map(|threads| threads.handle().enter());
             let bound = Registrar::bind(pool, ledger.clone(), activity.clone());
             bound
                 .inspect_err(|error| tracing::warn!(%error, "no socket for shared memory: KV goes over quic only"))
@@ -277,17 +294,19 @@ impl Fabric {
             servers,
             clients,
             control,
+            kv_threads,
             bulk_listener,
             bulk_dialler: OnceLock::new(),
             receive_windows: Arc::new(Semaphore::new(num_windows)),
             tasks: TaskTracker::new(),
         });
-        for socket in [Some(&shared.control), shared.bulk_listener.as_ref()].into_iter().flatten() {
-            shared.tasks.spawn(accept::connections(shared.clone(), socket.clone(), waiting.clone()));
-        }
-        if let Some((registrar, listener)) = shared.registrar.clone().zip(registrations) {
-            let (deadline, tasks) = (shared.limits.attach_deadline, shared.tasks.clone());
-            shared.tasks.spawn(registrar.serve(listener, deadline, tasks));
+        shared.tasks.spawn(accept::connections(shared.clone(), shared.control.clone(), waiting.clone()));
+        if let Some((threads, socket)) = shared.kv_threads.get().zip(shared.bulk_listener.clone()) {
+            shared.tasks.spawn_on(accept::connections(shared.clone(), socket, waiting), threads.handle());
+            if let Some((registrar, listener)) = shared.registrar.clone().zip(registrations) {
+                let (deadline, tasks) = (shared.limits.attach_deadline, shared.tasks.clone());
+                shared.tasks.spawn_on(registrar.serve(listener, deadline, tasks), threads.handle());
+            }
         }
         Ok(Self { incoming: Arc::new(Mutex::new(incoming)), _guard: Arc::new(CloseGuard(shared.clone())), shared })
     }
@@ -373,6 +392,12 @@ impl Shared {
         self.tasks.spawn(self.paths.begin(&self.ledger, peer).tell(connection.clone()));
     }
 
+    /// Where bulk connections are served.
+    pub(crate) fn kv_threads(&self) -> std::io::Result<&KvThreads> {
+        started(&self.kv_threads, &self.ledger)
+    }
+
+    /// On the threads of the caller.
     pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.tasks.spawn(task);
     }
@@ -390,4 +415,13 @@ impl Shared {
         }
         self.tasks.close();
     }
+}
+
+/// The threads in `place`, started if they are not there yet.
+fn started<'a>(place: &'a OnceLock<KvThreads>, ledger: &Arc<Ledger>) -> std::io::Result<&'a KvThreads> {
+    if let Some(threads) = place.get() {
+        return Ok(threads);
+    }
+    let threads = KvThreads::start(ledger)?;
+    Ok(place.get_or_init(|| threads))
 }

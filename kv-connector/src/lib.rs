@@ -23,7 +23,8 @@
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
-//! 7. `socket`, `segments`, `busy_poll`, `congestion`, `path_metrics`, [`limits`], [`accounting`]: datagram sizes, what
+//! 7. `kv_threads`, `turns`, `kv_time`: where KV is moved, so that no message waits for it, and what that takes.
+//! 8. `socket`, `segments`, `busy_poll`, `congestion`, `path_metrics`, [`limits`], [`accounting`]: datagram sizes, what
 //!    is on the way, bounds, what is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
@@ -38,6 +39,8 @@ mod dial;
 pub mod fabric;
 pub mod fencing;
 mod hello;
+mod kv_threads;
+mod kv_time;
 pub mod limits;
 pub mod link;
 pub mod membership;
@@ -51,6 +54,7 @@ pub mod store;
 pub mod stream;
 mod tls;
 pub mod transfer;
+mod turns;
 mod versions;
 
 pub use accept::IncomingStream;

@@ -17,6 +17,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
 use crate::busy_poll::PolledSocket;
+use crate::turns;
 
 /// Most bytes of one send: the largest UDP payload over IPv4; over IPv6 20 more would fit.
 pub(crate) const SEND_BYTES_MAX: usize = 65_507;
@@ -55,6 +56,23 @@ impl SegmentedSocket {
             polled,
         }
     }
+
+    /// If the socket is full before the last part, the whole is sent again later; the receiver drops duplicates.
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let Some(segment_bytes) = transmit.segment_size else { return self.inner.try_send(transmit) };
+        // One at a time would go unnoticed, and stay when another path's are small.
+        if 2 * segment_bytes <= SEND_BYTES_MAX {
+            self.segment_bytes.store(segment_bytes, Ordering::Relaxed);
+        }
+        if transmit.contents.len() <= SEND_BYTES_MAX {
+            return self.inner.try_send(transmit);
+        }
+        for contents in transmit.contents.chunks(part_bytes(transmit.contents.len(), segment_bytes)) {
+            let segment_size = Some(segment_bytes).filter(|bytes| *bytes < contents.len());
+            self.inner.try_send(&Transmit { contents, segment_size, ..*transmit })?;
+        }
+        Ok(())
+    }
 }
 
 /// Bytes of each part of a send of `num_bytes` in segments of `segment_bytes`: as few parts as can be, of about the
@@ -70,23 +88,13 @@ impl AsyncUdpSocket for SegmentedSocket {
         self.inner.clone().create_io_poller()
     }
 
-    /// If the socket is full before the last part, the whole is sent again later; the receiver drops duplicates.
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         if let Some(polled) = &self.polled {
             polled.on_datagram();
         }
-        let Some(segment_bytes) = transmit.segment_size else { return self.inner.try_send(transmit) };
-        // One at a time would go unnoticed, and stay when another path's are small.
-        if 2 * segment_bytes <= SEND_BYTES_MAX {
-            self.segment_bytes.store(segment_bytes, Ordering::Relaxed);
-        }
-        if transmit.contents.len() <= SEND_BYTES_MAX {
-            return self.inner.try_send(transmit);
-        }
-        for contents in transmit.contents.chunks(part_bytes(transmit.contents.len(), segment_bytes)) {
-            let segment_size = Some(segment_bytes).filter(|bytes| *bytes < contents.len());
-            self.inner.try_send(&Transmit { contents, segment_size, ..*transmit })?;
-        }
+        self.send(transmit)?;
+        // quinn goes on with the next ones, up to twenty, before its task ends.
+        turns::give_way();
         Ok(())
     }
 
@@ -109,6 +117,7 @@ impl AsyncUdpSocket for SegmentedSocket {
             }
             let num_bytes: usize = meta[..count].iter().map(|meta| meta.len).sum();
             self.received_bytes.store(num_bytes / count.max(1), Ordering::Relaxed);
+            turns::give_way();
         }
         received
     }

@@ -17,11 +17,13 @@ use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 
 use common::config::CongestionControl;
-use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime, TokioRuntime};
+use quinn::{Endpoint, EndpointConfig, IdleTimeout, MtuDiscoveryConfig, Runtime};
 use quinn::{ServerConfig, Side, TransportConfig, VarInt};
+use tokio::runtime::Handle;
 
 use crate::busy_poll::{Activity, PolledSocket};
 use crate::congestion;
+use crate::kv_threads::QuicOn;
 use crate::limits::FabricLimits;
 use crate::segments::{SEND_BYTES_MAX, SegmentedSocket};
 
@@ -81,13 +83,14 @@ pub(crate) struct Socket {
 }
 
 /// Binds an endpoint. With `server` it also accepts; `path` is that of KV; with `activity` it is looked at a little
-/// longer before its thread sleeps.
+/// longer before its thread sleeps. All that it does by itself, it does on `threads`.
 pub(crate) fn bind(
     addr: SocketAddr,
     traffic: Traffic,
     path: BulkPath,
     server: Option<ServerConfig>,
     activity: Option<&Arc<Activity>>,
+    threads: &Handle,
 ) -> io::Result<Socket> {
     let domain = socket2::Domain::for_address(addr);
     let socket = socket2::Socket::new(domain, socket2::Type::DGRAM, Some(socket2::Protocol::UDP))?;
@@ -105,9 +108,10 @@ pub(crate) fn bind(
     let socket = UdpSocket::from(socket);
     let another = activity.map(|activity| PolledSocket::new(socket.try_clone()?, activity.clone()));
     let polled = another.transpose()?;
-    let inner = TokioRuntime.wrap_udp_socket(socket)?;
+    let runtime = Arc::new(QuicOn(threads.clone()));
+    let inner = runtime.wrap_udp_socket(socket)?;
     let socket = Arc::new(SegmentedSocket::new(inner, max_payload, polled));
-    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, Arc::new(TokioRuntime))?;
+    let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, runtime)?;
     Ok(Socket { endpoint, traffic, path, buffer_bytes })
 }
 
@@ -193,8 +197,10 @@ mod tests {
         let identity = ca.issue(Role::PrefillNode, &NodeId::new("p0").unwrap()).unwrap();
         let alpn = || vec![b"test".to_vec()];
         let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn()).unwrap());
-        let receiver = bind(LOOPBACK, Traffic::Bulk, path, None, None).unwrap();
-        let sender = bind(LOOPBACK, Traffic::Bulk, path, Some(server.clone()), None).unwrap();
+        let bound = |server: Option<ServerConfig>| {
+            bind(LOOPBACK, Traffic::Bulk, path, server, None, &Handle::current()).unwrap()
+        };
+        let (receiver, sender) = (bound(None), bound(Some(server.clone())));
         let addr = sender.endpoint.local_addr().unwrap();
         server.transport_config(sender.transport(&limits, LOOPBACK, Side::Server));
         let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());

@@ -452,10 +452,9 @@ impl HandOver<'_> {
                 self.admitted.sequence.compute_locally(num_valid_tokens as usize, None);
             }
             PrefillAction::SendExtent { extent, num_bytes } => {
-                let (header, payload) = self.admitted.source.seal(&self.prefill.tokens.0, extent);
+                let extent = self.admitted.source.unsealed(&self.prefill.tokens.0, extent);
                 self.node.metrics.count_sent(num_bytes);
-                let bulk = self.admitted.bulk.clone();
-                self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
+                self.admitted.bulk.begin(&mut self.sends, extent);
             }
             PrefillAction::StopExtents => self.sends.abort_all(),
             PrefillAction::Unpin => {

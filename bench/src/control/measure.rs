@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -19,6 +19,7 @@ use kv_connector::{ClusterCa, ControlReceiver, ControlSender, Fabric, FabricConf
 
 use super::report::{Report, Row};
 use super::{ControlBenchArgs, QUESTIONS, node_of};
+use crate::cores::on_core;
 use crate::kv_workload as workload;
 
 /// Killed with this value: it has nothing to put in order.
@@ -51,16 +52,21 @@ struct Landings {
 }
 
 /// Measures every row in every round.
-pub(super) async fn measure(args: &ControlBenchArgs) -> anyhow::Result<Report> {
+pub(super) async fn measure(args: &ControlBenchArgs, node_core: Option<usize>) -> anyhow::Result<Report> {
     let ca = ClusterCa::generate()?;
     // Removed however this ends: there are keys in it.
     let dir = tempfile::Builder::new().prefix("tandem-control-bench-").tempdir().context("make a temporary folder")?;
     ca.issue(Role::PrefillNode, &node_of(Role::PrefillNode))?.save(dir.path())?;
     std::fs::write(dir.path().join("ca.pem"), ca.certificate_pem()).context("write the CA's certificate")?;
-    measure_in(args, &ca, dir.path()).await
+    measure_in(args, node_core, &ca, dir.path()).await
 }
 
-async fn measure_in(args: &ControlBenchArgs, ca: &ClusterCa, dir: &Path) -> anyhow::Result<Report> {
+async fn measure_in(
+    args: &ControlBenchArgs,
+    node_core: Option<usize>,
+    ca: &ClusterCa,
+    dir: &Path,
+) -> anyhow::Result<Report> {
     let num_tokens = workload::num_tokens(args.request_mib);
     let num_blocks = workload::num_blocks(num_tokens);
     let pool = Arc::new(KvPool::new(&workload::kv_spec(workload::NUM_LAYERS), workload::BLOCK_SIZE, num_blocks)?);
@@ -69,7 +75,7 @@ async fn measure_in(args: &ControlBenchArgs, ca: &ClusterCa, dir: &Path) -> anyh
     let mut landings = Landings { pool, tokens, chain, number: 1 };
     let mut pairs = Vec::new();
     for transport in ["quic", "shm"] {
-        let mut pair = Pair::start(args, transport, ca, dir, num_tokens).await?;
+        let mut pair = Pair::start(args, transport, node_core, ca, dir, num_tokens).await?;
         landings.request(&pair).await?; // the first touches every page
         pair.ask().await?;
         pairs.push(pair);
@@ -90,18 +96,19 @@ async fn measure_in(args: &ControlBenchArgs, ca: &ClusterCa, dir: &Path) -> anyh
         drop(pair);
         fabric.close().await;
     }
-    Ok(Report { rows })
+    Ok(Report { rows, is_pinned: node_core.is_some() })
 }
 
 impl Pair {
     async fn start(
         args: &ControlBenchArgs,
         transport: &str,
+        core: Option<usize>,
         ca: &ClusterCa,
         dir: &Path,
         num_tokens: usize,
     ) -> anyhow::Result<Self> {
-        let (process, addr) = start_node(args, transport, dir)?;
+        let (process, addr) = start_node(args, transport, core, dir)?;
         let role = Role::DecodeNode;
         let identity = ca.issue(role, &node_of(role))?;
         let loopback = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
@@ -202,9 +209,14 @@ impl Landings {
     }
 }
 
-fn start_node(args: &ControlBenchArgs, transport: &str, dir: &Path) -> anyhow::Result<(NodeProcess, SocketAddr)> {
+fn start_node(
+    args: &ControlBenchArgs,
+    transport: &str,
+    core: Option<usize>,
+    dir: &Path,
+) -> anyhow::Result<(NodeProcess, SocketAddr)> {
     let program = std::env::current_exe().context("find this program")?;
-    let mut command = Command::new(&program);
+    let mut command = on_core(core, &program);
     // The same program may be `tandem`, whose first word is the role.
     if program.file_stem().is_some_and(|name| name == "tandem") {
         command.arg("bench");

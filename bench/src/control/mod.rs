@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Measured in turn, round after round: with nothing beside it, and with KV at full speed over each transport. Neither
-//! process computes, and each has one thread, so that a message also waits for what the same thread does with KV at
-//! that moment; a node has several.
+//! process computes. Each has one core, where there are two, which the thread that serves messages and the one that
+//! moves KV share as in a node of one core.
 //!
 //! 1. `kv_workload`: what both agree on. 2. `node`: the other process. 3. `measure`: this one.
 //! 4. `report`: the table.
@@ -23,6 +23,8 @@ use std::path::PathBuf;
 use anyhow::Context;
 use clap::Args;
 use common::ids::{NodeId, Role};
+
+use crate::cores::pin;
 
 pub use report::Report;
 
@@ -45,6 +47,9 @@ pub struct ControlBenchArgs {
     /// KV of one request, in MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub request_mib: u32,
+    /// Cores to pin the two processes to; nothing is pinned if they are not two different ones that exist.
+    #[arg(long, value_delimiter = ',', value_name = "CORES", default_value = "0,1")]
+    pub cores: Vec<usize>,
 }
 
 /// The other process; started by `control`, not by people.
@@ -66,8 +71,9 @@ pub struct ControlNodeArgs {
 /// # Errors
 /// If a process cannot be started, or a message or a transfer fails.
 pub fn run(args: &ControlBenchArgs) -> anyhow::Result<Report> {
+    let node_core = pin(&args.cores);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")?;
-    runtime.block_on(measure::measure(args))
+    runtime.block_on(measure::measure(args, node_core))
 }
 
 /// Runs the other process until its standard input ends.

@@ -102,11 +102,7 @@ async fn send_all(source: &ExtentSource, bulk: &BulkSender, prefill: &Prefill) {
             if sends.len() == NUM_EXTENTS_AT_ONCE {
                 sends.join_next().await;
             }
-            let (header, payload) = source.seal(tokens, extent);
-            let bulk = bulk.clone();
-            sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
-            // On one thread: what was sealed leaves before the next one is.
-            tokio::task::yield_now().await;
+            bulk.begin(&mut sends, source.unsealed(tokens, extent));
         }
     }
     sends.join_all().await;

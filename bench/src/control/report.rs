@@ -39,11 +39,14 @@ impl Row {
 #[derive(Debug)]
 pub struct Report {
     pub(super) rows: Vec<Row>,
+    /// Whether each process has a core for itself.
+    pub(super) is_pinned: bool,
 }
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "a message to a node and back, one thread at each end, in microseconds")?;
+        let cores = if self.is_pinned { "one core at each end" } else { "nothing pinned to a core" };
+        writeln!(f, "a message to a node and back, {cores}, in microseconds")?;
         writeln!(f)?;
         writeln!(f, "{:<20}{:>10}{:>10}{:>10}{:>10}{:>12}", "beside", "p50", "p90", "p99", "max", "KV GB/s")?;
         for row in &self.rows {
@@ -68,7 +71,7 @@ mod tests {
         (1..=101).rev().for_each(|micros| row.observe(Duration::from_micros(micros)));
         row.observe_kv(1_000_000_000, Duration::from_secs(1));
         row.observe_kv(2_000_000_000, Duration::from_secs(1));
-        let table = Report { rows: vec![row, Row::new("nothing")] }.to_string();
+        let table = Report { rows: vec![row, Row::new("nothing")], is_pinned: true }.to_string();
         let cells: Vec<&str> = table.lines().nth(3).unwrap().split_whitespace().skip(3).collect();
         assert_eq!(cells, ["51", "91", "100", "101", "1.50"]);
         assert!(table.lines().nth(4).unwrap().ends_with('-'), "{table}");

@@ -25,7 +25,6 @@ mod sender;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
-use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -35,6 +34,7 @@ use common::config::{CongestionControl, KvQuicArgs, parse_busy_poll};
 use common::ids::NodeId;
 use kv_connector::BusyPolling;
 
+use crate::cores::pin;
 use crate::kv_workload as workload;
 
 pub use link::{LinkArgs, TransferLinkArgs, run_link};
@@ -233,16 +233,4 @@ pub fn run_sender(args: &TransferSenderArgs) -> anyhow::Result<()> {
 /// As nodes have it whose engine is idle.
 fn busy_polling(time_max: Duration) -> Option<BusyPolling> {
     (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(|| true) })
-}
-
-/// Pins this process to the first core; the second, for the senders, if that worked.
-fn pin(cores: &[usize]) -> Option<usize> {
-    let [own, senders] = *cores else { return None };
-    let available = std::thread::available_parallelism().map_or(1, usize::from);
-    if own == senders || own.max(senders) >= available {
-        return None;
-    }
-    let pid = std::process::id().to_string();
-    let pinned = Command::new("taskset").args(["-apc", &own.to_string(), &pid]).output();
-    pinned.is_ok_and(|output| output.status.success()).then_some(senders)
 }

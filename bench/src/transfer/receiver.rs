@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -18,6 +18,7 @@ use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
 
 use super::report::{CpuTime, Report, Row};
 use super::{TLS_NAME, TransferBenchArgs, Transport, baseline, link, node};
+use crate::cores::on_core;
 use crate::kv_workload as workload;
 use crate::usage::of_process;
 
@@ -165,14 +166,7 @@ fn start_sender(
     dir: &std::path::Path,
 ) -> anyhow::Result<(SenderProcess, BufReader<ChildStdout>, SocketAddr, SocketAddr)> {
     let program = std::env::current_exe().context("find this program")?;
-    let mut command = match core {
-        Some(core) => {
-            let mut command = Command::new("taskset");
-            command.args(["-c", &core.to_string()]).arg(&program);
-            command
-        }
-        None => Command::new(&program),
-    };
+    let mut command = on_core(core, &program);
     // The same program may be `tandem`, whose first word is the role.
     if program.file_stem().is_some_and(|name| name == "tandem") {
         command.arg("bench");

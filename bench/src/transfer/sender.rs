@@ -116,11 +116,7 @@ async fn send_all(
                 if sends.len() == window {
                     sends.join_next().await;
                 }
-                let (header, payload) = source.seal(tokens, extent);
-                let bulk = bulk.clone();
-                sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
-                // On one thread: what was sealed leaves before the next one is.
-                tokio::task::yield_now().await;
+                bulk.begin(&mut sends, source.unsealed(tokens, extent));
                 if num_extents == 0 {
                     let since = began_at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
                     println!("{}", since.as_nanos());

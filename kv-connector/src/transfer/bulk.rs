@@ -1,6 +1,9 @@
 //! Bulk connections: who sends extents to whom, in which direction, and over which transport.
 
+use std::future::poll_fn;
+use std::pin::pin;
 use std::sync::{Arc, OnceLock};
+use std::task::Poll;
 use std::time::Duration;
 
 use common::ids::{Epoch, NodeId};
@@ -11,31 +14,60 @@ use common::wire::{ExtentHeader, Hello, PoolRun};
 use dashmap::DashMap;
 use quinn::Connection;
 use tokio::net::UnixStream;
+use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
+use crate::transfer::bulk_end::BulkEnd;
 use crate::transfer::pull;
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
     Arriving, ExtentEnd, LandingZone, Payload, RefusedExtent, SendExtentError, SendFuture, Transport, TransportLayer,
-    payload::PoolExtent,
+    UnsealedExtent, payload::PoolExtent,
 };
 
 /// Sends extents to one life of one node. Cheap to clone.
 #[derive(Clone)]
 pub struct BulkSender {
     transport: Arc<dyn Transport>,
+    /// Where extents are sealed and sent.
+    threads: Handle,
+    sealing: Arc<Semaphore>,
 }
 
 impl BulkSender {
-    /// Sends through `transport`.
+    /// Sends through `transport`, on the threads of the runtime that this is called in.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime.
     pub fn new(transport: Arc<dyn Transport>) -> Self {
-        Self { transport }
+        Self { transport, threads: Handle::current(), sealing: Arc::new(Semaphore::new(1)) }
+    }
+
+    /// Begins to hash and send one extent on the threads of KV, behind those that were begun before. `sends` says in the
+    /// end whether it left; until it does, even if it is aborted, the extent's blocks must stay pinned.
+    pub fn begin(&self, sends: &mut JoinSet<bool>, extent: UnsealedExtent) {
+        let sender = self.clone();
+        sends.spawn_on(async move { sender.seal_and_send(extent).await.is_ok() }, &self.threads);
+    }
+
+    async fn seal_and_send(&self, extent: UnsealedExtent) -> Result<(), SendExtentError> {
+        // One at a time up to its first wait, so that what was hashed leaves while a cache has it, and in order.
+        let sealing = self.sealing.acquire().await.expect("the semaphore of the sealing is never closed");
+        let (header, payload) = extent.seal();
+        let mut sending = pin!(self.send_extent(&header, payload));
+        let begun = poll_fn(|cx| Poll::Ready(sending.as_mut().poll(cx))).await;
+        drop(sealing);
+        match begun {
+            Poll::Ready(sent) => sent,
+            Poll::Pending => sending.await,
+        }
     }
 
     /// Sends one extent. When it resolves, the payload's blocks may change again; dropping the future gives
@@ -85,8 +117,8 @@ impl BulkSenders {
     }
 
     /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
-    pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>) -> BulkSender {
-        self.sender(PeerTransport::new(connection, ledger, None))
+    pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>, tasks: &TaskTracker) -> BulkSender {
+        self.sender(PeerTransport::new(connection, ledger, tasks, None))
     }
 
     /// Through what the tests have put around it.
@@ -103,11 +135,12 @@ impl BulkSenders {
         peer: &Hello,
         connection: &Connection,
         ledger: &Arc<Ledger>,
+        tasks: &TaskTracker,
         is_receiving: bool,
     ) -> Arc<PeerTransport> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
+        let transport = PeerTransport::new(connection, ledger, tasks, self.shared_memory.clone());
         let sender = self.sender(transport.clone());
         let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
         self.senders.insert((peer.node.clone(), peer.epoch), entry);
@@ -134,15 +167,22 @@ impl BulkSenders {
 /// fetches what lies in a pool that it has opened, or takes by `shm` what lies in one that it has mapped.
 pub(crate) struct PeerTransport {
     quic: QuicTransport,
+    end: Arc<BulkEnd>,
     shared_memory: Option<Arc<dyn KvMemory>>,
     outbox: OnceLock<Arc<Outbox>>,
     pulled: pull::Sending,
 }
 
 impl PeerTransport {
-    fn new(connection: &Connection, ledger: &Arc<Ledger>, shared_memory: Option<Arc<dyn KvMemory>>) -> Arc<Self> {
+    fn new(
+        connection: &Connection,
+        ledger: &Arc<Ledger>,
+        tasks: &TaskTracker,
+        shared_memory: Option<Arc<dyn KvMemory>>,
+    ) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), pulled: pull::Sending::default() })
+        let end = BulkEnd::of(connection, tasks);
+        Arc::new(Self { quic, end, shared_memory, outbox: OnceLock::new(), pulled: pull::Sending::default() })
     }
 
     /// The sender's part where the receiver fetches.
@@ -190,7 +230,7 @@ impl Transport for PeerTransport {
     }
 
     fn is_closed(&self) -> bool {
-        self.quic.connection.close_reason().is_some()
+        self.end.has_come()
     }
 
     fn datagram_bytes(&self) -> Option<u16> {
@@ -201,13 +241,17 @@ impl Transport for PeerTransport {
 /// Receives extents from one node for as long as it lives; dropping it closes the bulk connection.
 pub struct BulkReceiver {
     connection: Connection,
+    end: Arc<BulkEnd>,
+    threads: Handle,
     carrier: Carrier,
     sender: BulkSender,
 }
 
 impl Drop for BulkReceiver {
     fn drop(&mut self) {
-        self.connection.close(CLOSE_DONE, b"no longer needed");
+        let connection = self.connection.clone();
+        // Where its lock is waited for by nobody else.
+        self.threads.spawn(async move { connection.close(CLOSE_DONE, b"no longer needed") });
     }
 }
 
@@ -233,6 +277,7 @@ impl ReceiveContext {
 }
 
 impl BulkReceiver {
+    /// To be called on the threads of KV.
     pub(crate) fn start(
         connection: Connection,
         sender: BulkSender,
@@ -241,6 +286,7 @@ impl BulkReceiver {
         held: (Held, OwnedSemaphorePermit),
         tasks: &TaskTracker,
     ) -> Self {
+        let (end, threads) = (BulkEnd::of(&connection, tasks), Handle::current());
         let carrier = if attached.is_some() { Carrier::Shm } else { Carrier::Quic };
         let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
         if let Some(attached) = attached {
@@ -251,7 +297,7 @@ impl BulkReceiver {
             tell_end(&accepting, &reason);
             drop(held);
         });
-        Self { connection, sender, carrier }
+        Self { connection, end, threads, sender, carrier }
     }
 
     /// KV is fetched too, and by preference.
@@ -272,12 +318,12 @@ impl BulkReceiver {
 
     /// Whether the connection is gone.
     pub fn is_closed(&self) -> bool {
-        self.connection.close_reason().is_some()
+        self.end.has_come()
     }
 
     /// Resolves when the connection is gone, with the reason.
     pub async fn closed(&self) -> CloseReason {
-        self.connection.closed().await.into()
+        self.end.come().await
     }
 }
 

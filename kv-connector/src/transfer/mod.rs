@@ -3,8 +3,9 @@
 //! ```text
 //! prefill node                                   decode node
 //! fabric.bulk_to(node, epoch)                    zone.open(plan)            blocks reserved
-//!   ExtentSource::seal(extent)                     -> Landing, events
-//!   BulkSender::send_extent(header, payload)
+//!   ExtentSource::unsealed(extent)                 -> Landing, events
+//!   BulkSender::begin(extent)
+//!     UnsealedExtent::seal                hashed
 //!     Transport ── one extent, one stream ──>    BulkReceiver
 //!                                                  LandingZone::admit(header)   known? in range? not held?
 //!                                                  Arriving::write(bytes)       straight into KvMemory, hashed
@@ -36,6 +37,7 @@ use crate::link::CloseReason;
 mod ahead;
 mod arriving;
 pub(crate) mod bulk;
+pub(crate) mod bulk_end;
 mod converting;
 mod coverage;
 mod cuda_ipc;
@@ -62,7 +64,7 @@ pub use payload::{Payload, PoolExtent};
 pub use prefix_sends::PrefixSends;
 pub use refused::RefusedExtent;
 pub use shm::SharedPool;
-pub use source::{ExtentRequest, ExtentSource};
+pub use source::{ExtentRequest, ExtentSource, UnsealedExtent};
 
 /// How the bytes of an extent end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -34,9 +34,7 @@ impl PrefixSends {
 
     /// Begins to send one. `tokens` are the sequence's.
     pub fn send(&mut self, tokens: &[Token], extent: ExtentId) {
-        let (header, payload) = self.source.seal(tokens, extent);
-        let bulk = self.bulk.clone();
-        self.sends.spawn(async move { bulk.send_extent(&header, payload).await.is_ok() });
+        self.bulk.begin(&mut self.sends, self.source.unsealed(tokens, extent));
     }
 
     /// Resolves when one has ended: whether it left. Pending while none is on the way. Cancel-safe.

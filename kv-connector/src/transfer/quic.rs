@@ -15,6 +15,7 @@ use crate::transfer::bulk::ReceiveContext;
 use crate::transfer::extent_stream::ExtentStream;
 use crate::transfer::payload::Pieces;
 use crate::transfer::{Arriving, ExtentEnd, Payload, RefusedExtent, SendExtentError};
+use crate::turns;
 
 /// Pieces of a payload, a datagram's worth each, that are taken from the connection at a time.
 const NUM_PIECES_PER_READ: usize = 64;
@@ -115,6 +116,7 @@ async fn read_payload(
             Ok(Ok(Some(count))) => {
                 for piece in &mut pieces[..count] {
                     arriving.write(&std::mem::take(piece))?;
+                    turns::give_way();
                 }
             }
             Ok(Ok(None)) => return Ok(()),

@@ -11,6 +11,7 @@ use common::wire::{ExtentBinding, ExtentHasher, ExtentHeader, ExtentId};
 
 use crate::transfer::ahead;
 use crate::transfer::payload::{Payload, PoolExtent};
+use crate::turns;
 
 /// Most tokens in one extent, so that neither a buffer nor a retry is ever large.
 const EXTENT_TOKENS_MAX: usize = 1024;
@@ -28,7 +29,18 @@ pub struct ExtentRequest {
     pub generation: Generation,
 }
 
-/// Seals the extents of one request. The blocks must be pinned, and final where extents are made of them, while
+/// KV that is hashed between two looks at whether its thread has had the core for long enough.
+const BYTES_BETWEEN_TURNS: usize = 64 << 10;
+
+/// An extent that is complete in a pool, to be hashed and sent. What is said of an [`ExtentSource`] and its blocks holds
+/// for this.
+pub struct UnsealedExtent {
+    epoch: Epoch,
+    binding: ExtentBinding,
+    payload: PoolExtent,
+}
+
+/// Makes the extents of one request. The blocks must be pinned, and final where extents are made of them, while
 /// it or any payload of it is used.
 pub struct ExtentSource {
     /// Where the KV is.
@@ -75,9 +87,8 @@ impl ExtentSource {
         (group, &self.kv_spec.groups[group].planes)
     }
 
-    /// Makes an extent's header; its bytes are hashed where they lie (by a device, if that is where) and stay there. `tokens` are the
-    /// sequence's, at least up to the extent's end.
-    pub fn seal(&self, tokens: &[Token], extent: ExtentId) -> (ExtentHeader, Payload) {
+    /// An extent whose header is not made yet. `tokens` are the sequence's, at least up to the extent's end.
+    pub fn unsealed(&self, tokens: &[Token], extent: ExtentId) -> UnsealedExtent {
         let num_granules = (extent.num_tokens as usize).div_ceil(GRANULE_TOKENS);
         let payload = PoolExtent {
             memory: self.memory.clone(),
@@ -90,13 +101,31 @@ impl ExtentSource {
         let end = (extent.first_token + extent.num_tokens) as usize;
         let content = self.chain.digest_of_prefix(tokens, end);
         let ExtentRequest { epoch, request, attempt, generation } = self.request;
-        let mut hasher = ExtentHasher::new(&ExtentBinding { request, attempt, generation, extent, content });
-        let hashed = self.memory.hash_granules(payload.layer, &payload.blocks, payload.first_granule, num_granules);
+        UnsealedExtent { epoch, binding: ExtentBinding { request, attempt, generation, extent, content }, payload }
+    }
+
+    /// [`Self::unsealed`], and sealed.
+    pub fn seal(&self, tokens: &[Token], extent: ExtentId) -> (ExtentHeader, Payload) {
+        self.unsealed(tokens, extent).seal()
+    }
+}
+
+impl UnsealedExtent {
+    /// Makes the extent's header; its bytes are hashed where they lie (by a device, if that is where) and stay there.
+    pub fn seal(self) -> (ExtentHeader, Payload) {
+        let Self { epoch, binding, payload } = self;
+        let ExtentBinding { request, attempt, generation, extent, .. } = binding;
+        let mut hasher = ExtentHasher::new(&binding);
+        let PoolExtent { memory, layer, blocks, first_granule, num_granules, .. } = &payload;
+        let hashed = memory.hash_granules(*layer, blocks, *first_granule, *num_granules);
         if hashed.is_none() {
             payload.visit(|_, bytes| {
-                for piece in bytes.chunks(ahead::PIECE_BYTES) {
-                    ahead::to_read(piece.as_ptr_range().end);
-                    hasher.update(piece);
+                for bytes in bytes.chunks(BYTES_BETWEEN_TURNS) {
+                    for piece in bytes.chunks(ahead::PIECE_BYTES) {
+                        ahead::to_read(piece.as_ptr_range().end);
+                        hasher.update(piece);
+                    }
+                    turns::give_way();
                 }
             });
         }

@@ -20,6 +20,7 @@ use crate::socket::Traffic;
 use crate::transfer::bulk::ReceiveContext;
 use crate::transfer::places::posted_runs;
 use crate::transfer::{Arriving, RefusedExtent};
+use crate::turns;
 
 /// Copied and hashed at a time: stays in the second-level cache, takes some 20 microseconds, and
 /// is as long as other tasks wait.
@@ -176,6 +177,7 @@ async fn copy(mapping: &Mapping, runs: &[PoolRun], arriving: &mut Arriving) -> R
             }
         })?;
         rest -= num_bytes;
+        turns::give_way();
         if rest > 0 {
             tokio::task::yield_now().await;
         }

@@ -1,0 +1,124 @@
+//! How the threads that move KV share a core with others: last, and in short turns.
+//!
+//! They have a lower weight than ordinary threads, never take a core from one that runs (`SCHED_BATCH`), and offer it to
+//! whoever waits behind every [`TURN`] of work. A core that nobody else wants is theirs alone; beside a thread that never
+//! sleeps, as an engine's, they have about a tenth of it, so that KV always gets on.
+//!
+//! A turn is offered by the work itself, at places where it holds nothing that others wait for: the kernel looks at who
+//! should run only when somebody wakes or a clock ticks, which is every 4 ms in many kernels.
+//!
+//! No privilege is needed: any thread may step back, though not forward again.
+#![allow(unsafe_code)]
+
+use std::cell::Cell;
+use std::io;
+use std::time::Duration;
+
+use libc::sched_attr;
+
+/// Work of a thread until it offers its core: with the piece that is being worked on then, some 50 microseconds, the
+/// longest that a message or a step of an engine waits for KV.
+const TURN: Duration = Duration::from_micros(250);
+/// Added to the process's own: a tenth of the weight.
+const NICE: i32 = 10;
+const NICE_MAX: i32 = 19;
+
+thread_local! {
+    /// CPU time of this thread when its turn began, if it takes turns.
+    static TURN_BEGAN_AT: Cell<Option<Duration>> = const { Cell::new(None) };
+}
+
+/// The calling thread moves KV from now on.
+pub(crate) fn step_behind() {
+    if let Err(error) = put_behind() {
+        tracing::debug!(%error, "the threads of KV are not put behind others");
+    }
+    TURN_BEGAN_AT.set(Some(cpu_time()));
+}
+
+/// Offers the core to others if this thread's turn is over; nothing on a thread that takes none.
+pub(crate) fn give_way() {
+    let Some(began_at) = TURN_BEGAN_AT.get() else { return };
+    let now = cpu_time();
+    if now.saturating_sub(began_at) >= TURN {
+        std::thread::yield_now();
+        TURN_BEGAN_AT.set(Some(now));
+    }
+}
+
+/// CPU time of the calling thread.
+fn cpu_time() -> Duration {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: writes into `time`, which is valid for the call. The clock exists on every Linux, so it does not fail; if
+    // it did, `time` stays zero.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
+    Duration::new(time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs() as u32)
+}
+
+/// How the kernel schedules the calling thread.
+fn scheduling() -> io::Result<sched_attr> {
+    // SAFETY: integers, for which zero is valid.
+    let mut own: sched_attr = unsafe { std::mem::zeroed() };
+    // SAFETY: the kernel writes at most the size it is given, which is that of `own`.
+    let failed = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut own, size_of::<sched_attr>(), 0) };
+    if failed == 0 { Ok(own) } else { Err(io::Error::last_os_error()) }
+}
+
+fn set_scheduling(wanted: &sched_attr) -> io::Result<()> {
+    debug_assert!(wanted.size as usize <= size_of::<sched_attr>());
+    // SAFETY: the kernel reads `wanted.size` bytes, which `wanted` has: the kernel itself has set it.
+    let failed = unsafe { libc::syscall(libc::SYS_sched_setattr, 0, std::ptr::from_ref(wanted), 0) };
+    if failed == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn put_behind() -> io::Result<()> {
+    let mut wanted = scheduling()?;
+    // Whoever starts the process under another policy has decided.
+    if wanted.sched_policy != libc::SCHED_OTHER as u32 {
+        return Ok(());
+    }
+    wanted.sched_policy = libc::SCHED_BATCH as u32;
+    wanted.sched_nice = (wanted.sched_nice + NICE).min(NICE_MAX);
+    // Asked for at a stretch. With more of it the kernel lets a thread wait for longer behind a turn that it gives up
+    // early. Kernels before 6.12 have one length for all.
+    wanted.sched_runtime = TURN.as_nanos() as u64;
+    set_scheduling(&wanted)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_thread_that_moves_kv_steps_back() {
+        let place = || scheduling().map(|own| (own.sched_policy, own.sched_nice)).unwrap();
+        let before = place();
+        let moving = std::thread::spawn(move || {
+            put_behind().unwrap();
+            place()
+        });
+        let expected = match before {
+            (policy, nice) if policy == libc::SCHED_OTHER as u32 => {
+                (libc::SCHED_BATCH as u32, (nice + NICE).min(NICE_MAX))
+            }
+            decided => decided,
+        };
+        assert_eq!((moving.join().unwrap(), place()), (expected, before));
+    }
+
+    #[test]
+    fn turn_ends_behind_its_share_of_work_and_not_before() {
+        let moving = std::thread::spawn(|| {
+            step_behind();
+            let first = TURN_BEGAN_AT.get().unwrap();
+            give_way();
+            let still_first = TURN_BEGAN_AT.get().unwrap() == first || cpu_time() - first >= TURN;
+            while cpu_time() - first < TURN {}
+            give_way();
+            (still_first, TURN_BEGAN_AT.get().unwrap() - first >= TURN)
+        });
+        assert_eq!(moving.join().unwrap(), (true, true));
+        give_way();
+        assert_eq!(TURN_BEGAN_AT.get(), None, "a thread that moves no KV takes no turns");
+    }
+}
