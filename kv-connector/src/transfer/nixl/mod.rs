@@ -135,14 +135,17 @@ impl PullMethod for Nixl {
         let mut peers = self.inner.peers();
         let name = self.inner.agent.add_peer(metadata)?;
         // Of a peer that has connected again while the pool is open for its connection before.
-        if let Some(peer) = peers.get(&name).and_then(Weak::upgrade)
+        let open = peers.get(&name).and_then(Weak::upgrade);
+        if let Some(peer) = &open
             && (peer.address, peer.num_bytes) == (address, exported.num_bytes)
         {
-            return Ok(peer);
+            return Ok(peer.clone());
         }
         let inner = self.inner.clone();
         let peer = Arc::new(Peer { inner, name: name.clone(), address, num_bytes: exported.num_bytes });
         peers.insert(name, Arc::downgrade(&peer));
+        // Before `open`, which takes the lock if it is the last to hold its peer.
+        drop(peers);
         Ok(peer)
     }
 }
