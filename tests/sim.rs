@@ -26,7 +26,9 @@ fn shape_of_8b(scratch: &Scratch) -> &'static str {
 fn simulated(model: &'static str, num_prefill: usize) -> Shape {
     let nodes = vec!["--device", "sim", "--sim-step-time", "1ms", "--sim-tokens-per-second", "100000"];
     let memory = ["--kv-cache-memory-bytes", "128MiB", "--max-num-batched-tokens", "64", "--max-num-seqs", "8"];
-    let decode = vec!["--local-prefill-tokens", "48"];
+    // The bytes of a hand-over are counted: none may be given up and begun again on a machine that is busy.
+    let patience = ["--prefill-accept-timeout", "60s", "--prefill-progress-timeout", "60s"];
+    let decode = [vec!["--local-prefill-tokens", "48"], patience.to_vec()].concat();
     Shape { model, num_prefill, nodes: [nodes, memory.to_vec()].concat(), decode, ..Shape::default() }
 }
 
@@ -52,6 +54,7 @@ async fn a_simulated_model_of_8b_answers_alike_split_or_not_and_moves_all_of_its
             answers.push(cluster.api.complete(request).await);
         }
         cluster.settle().await;
+        assert!(cluster.proxy.log().contains("the nodes simulate a model"), "{}", cluster.proxy.log());
         let metrics = cluster.node_metrics().await;
         let arrived = [("role", "decode-node"), ("direction", "verified"), ("transport", transport)];
         let num_prompts = if is_split { requests.len() as f64 } else { 0.0 };

@@ -23,6 +23,7 @@ take turns, and get the same load; the load generator and the proxy run beside t
 """
 import argparse
 import contextlib
+import http.client
 import json
 import pathlib
 import statistics
@@ -278,7 +279,7 @@ class Extents(threading.Thread):
     def run(self):
         while not self.is_over.wait(0.2):
             for name, url in self.urls.items():
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
                     lines = urllib.request.urlopen(url, timeout=1).read().decode().splitlines()
                     extents, num_bytes = (sum(float(line.rsplit(" ", 1)[1]) for line in lines
                                               if line.startswith(metric) and 'direction="verified"' in line)
@@ -296,12 +297,15 @@ class Extents(threading.Thread):
 def token_bytes(args):
     """KV of a token in bf16."""
     config = json.loads((pathlib.Path(args.model) / "config.json").read_text())
-    return 4 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    num_heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim") or config["hidden_size"] // num_heads
+    return 4 * config["num_hidden_layers"] * config.get("num_key_value_heads", num_heads) * head_dim
 
 
 def handover(args, setups):
     rows = []
     layers = json.loads((pathlib.Path(args.model) / "config.json").read_text())["num_hidden_layers"]
+    bytes_of_token = token_bytes(args)
     for length in args.lengths:
         chosen = over_each_transport(setups)
         extents = Extents(chosen)
@@ -316,7 +320,8 @@ def handover(args, setups):
             assert all(phase["transfer"] for phase in phases), "the decode node prefilled by itself"
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
             goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
-            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * token_bytes(args)), f"{mean('median_transfer_ms'):.1f}",
+            rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * bytes_of_token),
+                         f"{mean('median_transfer_ms'):.1f}",
                          f"{hidden:.1%} / {goal:.1%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{itl:.2f}",
                          f"{handover / itl:.2f}", f"{mean('median_first_gap_ms') / itl:.2f}"])
     table(["prompt tokens", "transport", "prefill, ms", "extents", "first KV byte to last verified, ms",

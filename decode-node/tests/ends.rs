@@ -164,7 +164,7 @@ async fn other_types_are_refused_in_words_and_prefilled_locally_unless_both_ends
     let address = cluster.prefills[0].fabric.local_addr();
     let dialled = soon("an answer", cluster.decode.fabric.dial(address, Role::PrefillNode, None)).await;
     let sentence = dialled.unwrap_err().to_string();
-    for part in ["f32/sim-2/kv-f32", "bf16/sim-2/kv-bf16", "--kv-cache-dtype", "--kv-exchange dtypes"] {
+    for part in ["f32/sim-3/kv-f32", "bf16/sim-3/kv-bf16", "--kv-cache-dtype", "--kv-exchange dtypes"] {
         assert!(sentence.contains(part), "{part}: {sentence}");
     }
     let mut request = generate(1, prompt(100, 1), sampled(10, 1));

@@ -49,7 +49,8 @@ const LINK: usize = 16;
 const WORD: usize = 8;
 /// Tokens that are ever drawn: a real vocabulary's width would take longer to make than a simulated step may.
 const DRAWN_TOKENS_MAX: u32 = 4096;
-/// KV that each drawn token of a model of real size reads: half a millisecond of a core.
+/// KV that each drawn token of a model of real size reads, or its newest granule and one more if they are larger: half a
+/// millisecond of a core.
 const READ_BYTES_MAX: u64 = 4 << 20;
 /// By how much a step may take longer than it should, and how often, before it is said.
 const LATE_MAX: f64 = 1.1;
@@ -250,12 +251,17 @@ impl Worker {
         let time = self.options.time_of_step(plan.num_rows(), num_before);
         let is_reported = plan.spans.iter().any(|span| span.is_reported);
         let mut sampled = sampled_rows(&plan);
+        let vocab = self.options.num_drawn();
+        let mut logits = Vec::new();
         for layer in 0..num_layers {
             for span in &plan.spans {
                 self.write_span(&plan, layer, span, &mut sampled);
             }
             for (row, hasher) in &mut sampled {
                 self.read_context(&plan, layer, *row, hasher);
+            }
+            if layer + 1 == num_layers {
+                logits = sampled.iter().flat_map(|(_, hasher)| logits_of(hasher, vocab)).collect();
             }
             // Where nobody looks, one sleep does.
             if is_reported || layer + 1 == num_layers {
@@ -265,14 +271,12 @@ impl Worker {
                 sink.on_layer_written(layer, span);
             }
         }
-        self.tell_if_late(started_at.elapsed(), time, plan.num_rows());
-        let vocab = self.options.num_drawn();
-        let logits = sampled.iter().flat_map(|(_, hasher)| logits_of(hasher, vocab)).collect();
-        let row_of = |row| sampled.iter().position(|(known, _)| *known == row).expect("every sampled row is there");
+        let row_of = |row| sampled.binary_search_by_key(&row, |(known, _)| *known).expect("every sampled row is there");
         let logit_rows: Vec<usize> = plan.samples.iter().map(|sample| row_of(sample.row)).collect();
         let sampler = CpuBackend::new(WorkerPool::global(), Isa::detect());
         let mut drawn = Vec::new();
         sampler.sample(&CpuTensor::of(logits), vocab, &logit_rows, &plan.samples, &mut drawn);
+        self.tell_if_late(started_at.elapsed(), time, plan.num_rows());
         let tokens = plan.samples.iter().zip(drawn);
         let tokens = tokens.map(|(row, token)| StepToken { sequence: row.sequence, choice: row.choice, token });
         StepOutput { tokens: tokens.collect(), plan }
@@ -290,7 +294,7 @@ impl Worker {
             ?took,
             ?should,
             num_rows,
-            "this machine does not make KV as fast as the simulated model should: times are this machine's own, not those \
+            "this machine does not make, read and draw from KV as fast as the simulated model should: times are this machine's own, not those \
              that were asked for; lower the speeds (--sim-tokens-per-second, --sim-step-time) or take a smaller model"
         );
     }
@@ -311,8 +315,8 @@ impl Worker {
             hasher.update(&link);
             hasher.finalize_xof().fill(&mut link);
             self.write_token(layer, plan.slots[row], &link);
-            for (_, hasher) in sampled.iter_mut().filter(|(sampled, _)| *sampled == row) {
-                hasher.update(&link);
+            if let Ok(at) = sampled.binary_search_by_key(&row, |(sampled, _)| *sampled) {
+                sampled[at].1.update(&link);
             }
         }
     }

@@ -114,9 +114,12 @@ pub fn run(args: &EngineBenchArgs, model: &Arc<Model>, provenance: Provenance) -
                 let _ = all_started.send(());
             });
             is_over.store(true, Ordering::Relaxed);
-            let (prefilling, speed) = beside.join().expect("it returns its errors")?;
+            let beside = beside.join().expect("it returns its errors");
+            // First, since without it prefill has failed, too.
+            let run = run?;
+            let (prefilling, speed) = beside?;
             let mut figures = Figures { prefill_tokens_per_second: speed, ..Figures::default() };
-            figures.set_decode(&run?);
+            figures.set_decode(&run);
             anyhow::Ok((prefilling, figures))
         })?;
 

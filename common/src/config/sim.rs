@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use clap::Args;
 
-use super::values::{parse_above_zero, parse_duration};
+use super::values::{parse_above_zero, parse_sim_time};
 
 /// Speeds of `--device sim`. A step takes the longer of two times: of reading weights and KV, and of computing its
 /// tokens.
@@ -18,10 +18,10 @@ pub struct SimArgs {
     pub sim_tokens_per_second: u32,
 
     /// What a step of a simulated model takes at least: reading the weights.
-    #[arg(long, value_name = "DURATION", default_value = "6ms", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "6ms", value_parser = parse_sim_time)]
     pub sim_step_time: Duration,
 
     /// What is added to that for each 1,000 tokens of KV which the sequences of the step have before them.
-    #[arg(long, value_name = "DURATION", default_value = "50us", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "50us", value_parser = parse_sim_time)]
     pub sim_context_time: Duration,
 }

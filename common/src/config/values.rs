@@ -69,6 +69,17 @@ pub fn parse_busy_poll(text: &str) -> Result<Duration, String> {
     }
 }
 
+/// As [`parse_duration`], a minute at most: what a step of a simulated model can take before its request is given up.
+///
+/// # Errors
+/// A sentence.
+pub fn parse_sim_time(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        duration if duration <= Duration::from_secs(60) => Ok(duration),
+        _ => Err("is longer than any step of a model: use at most 60s, 6ms for example".into()),
+    }
+}
+
 /// As [`parse_duration`], above zero.
 ///
 /// # Errors
