@@ -1,11 +1,13 @@
 //! Dialling: a link to a node, and the bulk connection beside it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 
 use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, Registration};
 use quinn::{ClientConfig, Connection, Side};
 use tokio::runtime::Handle;
+use tokio::sync::Semaphore;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::accounting::Kind;
@@ -185,7 +187,7 @@ impl Fabric {
     /// The peer's pool, if it can be read here.
     async fn attach(&self, node: &NodeId, registration: &Registration) -> Option<Attached> {
         let attached = Attached::attach(registration, self.shared.limits.attach_deadline, &self.shared.ledger).await;
-        attached.inspect_err(|reason| tracing::debug!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
+        attached.inspect_err(|reason| tracing::info!(peer = %node, %reason, "KV comes over quic, not shm")).ok()
     }
 
     /// The peer's pool, if it can be fetched from here, in the first way that both ends have.
@@ -203,7 +205,8 @@ impl Fabric {
             match attached {
                 Ok(peer) => {
                     let (context, connection) = (self.shared.receive_context(zone), connection.clone());
-                    return Some(pull::Receiving { life, peer, puller: puller.clone(), context, connection });
+                    let places = Arc::new(Semaphore::new(pull::NUM_PULLS_OF_PEER_MAX));
+                    return Some(pull::Receiving { life, peer, puller: puller.clone(), context, connection, places });
                 }
                 Err(reason) => {
                     let transport = puller.method().carrier().as_str();

@@ -109,8 +109,11 @@ mod tests {
         let working = std::thread::spawn(move || {
             counted.add_this_thread();
             let began_at = Instant::now();
-            // The kernel may count no earlier than with its next tick.
-            while counted.count() == Micros::default() && began_at.elapsed() < Duration::from_secs(30) {}
+            // The kernel may count no earlier than with its next tick, and time that was waited before that.
+            let mut running = 0;
+            while running == 0 && began_at.elapsed() < Duration::from_secs(30) {
+                running += counted.count().running;
+            }
             begun.send(()).unwrap();
             hear.recv().unwrap();
         });

@@ -50,7 +50,7 @@ impl Default for FabricLimits {
             idle_timeout: Duration::from_secs(2),
             num_extents_max: 256,
             extent_deadline: Duration::from_secs(5),
-            attach_deadline: Duration::from_secs(1),
+            attach_deadline: Duration::from_secs(3),
             receive_bytes_max: 1 << 30,
             bulk_window_bytes: 16 << 20,
         }

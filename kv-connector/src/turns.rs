@@ -2,9 +2,11 @@
 //!
 //! They have a lower weight than ordinary threads, never take a core from one that runs (`SCHED_BATCH`), and offer it to
 //! whoever waits behind every [`TURN`] of work. A core that nobody else wants is theirs alone; beside a thread that never
-//! sleeps, as an engine's, they have about a tenth of it, so that KV always gets on.
+//! sleeps, as an engine's, they have a fifteenth of it or so, and are off it for some milliseconds at a time: KV always
+//! gets on.
 //!
-//! A turn is offered by the work itself, at places where it holds nothing that others wait for: the kernel looks at who
+//! A turn is offered by the work itself, at places where it holds nothing that threads of other kinds wait for (between
+//! two datagrams it holds its connection, which only KV waits for): the kernel looks at who
 //! should run only when somebody wakes or a clock ticks, which is every 4 ms in many kernels.
 //!
 //! No privilege is needed: any thread may step back, though not forward again.

@@ -113,8 +113,9 @@ pub struct FabricArgs {
     ///
     /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory through NVIDIA's NIXL library
     /// (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings (UCX_TLS and others) are
-    /// taken from the environment. NIXL authenticates nobody and encrypts nothing, so it belongs on a network of the
-    /// cluster's own. A node that lists it and cannot load it does not start.
+    /// taken from the environment. NIXL authenticates nobody and encrypts nothing, and whoever reaches it can write to the
+    /// node's memory, too: only on a network that nobody else reaches. A node that lists it and cannot load it does not
+    /// start.
     #[arg(
         long,
         value_enum,

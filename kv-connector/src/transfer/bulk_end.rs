@@ -22,12 +22,11 @@ impl BulkEnd {
     /// Of `connection`. To be called on the threads of KV.
     pub(crate) fn of(connection: &Connection, tasks: &TaskTracker) -> Arc<Self> {
         let end = Arc::new(Self::default());
-        let (told, connection) = (end.clone(), connection.clone());
+        let (telling, connection) = (Telling(end.clone()), connection.clone());
         tasks.spawn(async move {
             let reason = connection.closed().await.into();
-            // The only one who sets it.
-            let _ = told.reason.set(reason);
-            told.has_come.cancel();
+            // The first to set it.
+            let _ = telling.0.reason.set(reason);
         });
         end
     }
@@ -41,5 +40,15 @@ impl BulkEnd {
     pub(crate) async fn come(&self) -> CloseReason {
         self.has_come.cancelled().await;
         self.reason.get().cloned().expect("the reason is set before anybody is told")
+    }
+}
+
+/// Tells the end, which is also that of the threads which would have heard of it.
+struct Telling(Arc<BulkEnd>);
+
+impl Drop for Telling {
+    fn drop(&mut self) {
+        let _ = self.0.reason.set(CloseReason::ClosedHere);
+        self.0.has_come.cancel();
     }
 }

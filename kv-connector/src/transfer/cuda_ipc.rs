@@ -13,6 +13,7 @@ use common::wire::PoolRun;
 use crate::accounting::Carrier;
 use crate::transfer::Arriving;
 use crate::transfer::pull::{PullError, PullMethod, PulledPool};
+use crate::turns;
 
 /// This node's pool on a device.
 pub(crate) struct CudaIpc {
@@ -79,6 +80,7 @@ impl PulledPool for OpenedPool {
             let mut bytes = vec![0; run.num_bytes as usize];
             self.peer.read(run.offset, &mut bytes).map_err(PullError::Failed)?;
             arriving.write(&bytes)?;
+            turns::give_way();
         }
         Ok(())
     }

@@ -5,7 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::error::Error as _;
-use std::ffi::{CStr, CString, c_char, c_int, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -40,7 +40,7 @@ macro_rules! functions {
 }
 
 functions! {
-    create_agent: unsafe extern "C" fn(*const c_char, *mut Handle) -> Status,
+    create_configured_agent: unsafe extern "C" fn(*const c_char, *const AgentConfig, *mut Handle) -> Status,
     destroy_agent: unsafe extern "C" fn(Handle) -> Status,
     get_plugin_params: unsafe extern "C" fn(Handle, *const c_char, *mut Handle, *mut Handle) -> Status,
     destroy_mem_list: unsafe extern "C" fn(Handle) -> Status,
@@ -61,6 +61,43 @@ functions! {
     get_xfer_status: unsafe extern "C" fn(Handle, Handle) -> Status,
     release_xfer_req: unsafe extern "C" fn(Handle, Handle) -> Status,
     destroy_xfer_req: unsafe extern "C" fn(Handle) -> Status,
+}
+
+/// How an agent works, as the library lays it out.
+#[repr(C)]
+struct AgentConfig {
+    enable_prog_thread: bool,
+    enable_listen_thread: bool,
+    listen_port: c_int,
+    thread_sync: c_int,
+    num_workers: c_uint,
+    pthr_delay_us: u64,
+    lthr_delay_us: u64,
+    capture_telemetry: bool,
+}
+
+/// UCX's own thread answers peers that cannot read by themselves. Left at zero, it asks for work without a pause and takes
+/// a core for that; with a delay it sleeps until its sockets have something to say, or so long.
+const PROGRESS_DELAY_US: u64 = 1000;
+
+/// The library's functions.
+#[derive(Clone, Copy)]
+pub(super) struct Library(Functions);
+
+impl Library {
+    /// Loads the library at `path`.
+    ///
+    /// # Errors
+    /// What the system's loader says.
+    pub(super) fn load(path: &Path) -> Result<Self, String> {
+        let said = |error: libloading::Error| error.source().map_or_else(|| error.to_string(), ToString::to_string);
+        // SAFETY: runs what the library does when it is loaded, which the operator has asked for by naming it.
+        let library = unsafe { libloading::Library::new(path) }.map_err(said)?;
+        // SAFETY: the types are those of NIXL's C interface.
+        let functions = unsafe { Functions::find(&library) }.map_err(said)?;
+        std::mem::forget(library);
+        Ok(Self(functions))
+    }
 }
 
 /// One end that reads memory of others, and lets them read its own.
@@ -84,22 +121,25 @@ fn checked(call: &str, status: Status) -> Result<(), String> {
     if status == SUCCESS { Ok(()) } else { Err(format!("NIXL's {call} says status {status}")) }
 }
 
-/// What the system's loader says.
-fn said(error: libloading::Error) -> String {
-    error.source().map_or_else(|| error.to_string(), ToString::to_string)
-}
-
 impl Agent {
-    /// An agent of the library at `path`, with its UCX backend. `name` must be nobody else's in the cluster.
-    pub(super) fn new(path: &Path, name: &CStr) -> Result<Self, String> {
-        // SAFETY: runs what the library does when it is loaded, which the operator has asked for by naming it.
-        let library = unsafe { libloading::Library::new(path) }.map_err(said)?;
-        // SAFETY: the types are those of NIXL's C interface.
-        let functions = unsafe { Functions::find(&library) }.map_err(said)?;
-        std::mem::forget(library);
+    /// An agent with its UCX backend, whose threads inherit the scheduling of the caller's. `name` must be nobody else's in
+    /// the cluster.
+    pub(super) fn new(library: Library, name: &CStr) -> Result<Self, String> {
+        let Library(functions) = library;
+        let config = AgentConfig {
+            enable_prog_thread: true,
+            enable_listen_thread: false,
+            listen_port: 0,
+            thread_sync: 0,
+            num_workers: 1,
+            pthr_delay_us: PROGRESS_DELAY_US,
+            lthr_delay_us: 0,
+            capture_telemetry: false,
+        };
         let mut handle = null_mut();
-        // SAFETY: a C string, and a place for the answer.
-        checked("create_agent", unsafe { (functions.create_agent)(name.as_ptr(), &mut handle) })?;
+        // SAFETY: a C string, a configuration that is read during the call, and a place for the answer.
+        let created = unsafe { (functions.create_configured_agent)(name.as_ptr(), &config, &mut handle) };
+        checked("create_configured_agent", created)?;
         let agent = Self { functions, handle: Mutex::new(AgentHandle(handle)) };
         agent.add_backend()?;
         Ok(agent)
@@ -206,25 +246,27 @@ impl Agent {
             status = status.min(unsafe { (functions.xfer_dlist_add_desc)(to, offset, *num_bytes, 0) });
             offset += num_bytes;
         }
+        let added = checked("xfer_dlist_add_desc", status);
         // SAFETY: live handles and a C string; the memory that is written to is the caller's promise. The request keeps
         // nothing of the lists, which are given back once.
-        unsafe {
-            if status == SUCCESS {
-                status = (functions.create_xfer_req)(agent.0, READ, to, from, peer.as_ptr(), &mut request, null_mut());
-            }
+        let created = unsafe {
+            let created = match added {
+                Ok(()) => (functions.create_xfer_req)(agent.0, READ, to, from, peer.as_ptr(), &mut request, null_mut()),
+                Err(_) => SUCCESS,
+            };
             (functions.destroy_xfer_dlist)(from);
             (functions.destroy_xfer_dlist)(to);
-        }
-        checked("create_xfer_req", status)?;
+            created
+        };
+        added?;
+        checked("create_xfer_req", created)?;
         let request = Request(request);
         // SAFETY: a live agent and request.
-        let posted = unsafe { (functions.post_xfer_req)(agent.0, request.0, null_mut()) };
-        if posted != SUCCESS && posted != IN_PROGRESS {
-            drop(agent);
-            self.release(request);
-            return Err(format!("NIXL's post_xfer_req says status {posted}"));
+        match unsafe { (functions.post_xfer_req)(agent.0, request.0, null_mut()) } {
+            SUCCESS | IN_PROGRESS => Ok(request),
+            // Some of it may have begun: the request stays, as whatever it writes to must.
+            posted => Err(format!("NIXL's post_xfer_req says status {posted}")),
         }
-        Ok(request)
     }
 
     /// Whether a read has ended well; an error if it has ended otherwise.
@@ -237,7 +279,7 @@ impl Agent {
         }
     }
 
-    /// Gives back a request that has ended, or was never posted.
+    /// Gives back a request that has ended well.
     pub(super) fn release(&self, request: Request) {
         let agent = self.lock();
         // SAFETY: a live agent and a request that was not released; it is destroyed only if it could be.

@@ -3,12 +3,13 @@
 //! The library is loaded at run time, by its C interface ([`library`]); a node that is to use it and cannot does not
 //! start. The sender registers its pool, and its agent's metadata is what receivers get over the bulk connection. A
 //! receiver reads into memory of its own ([`staging`]) and copies and hashes from there into the blocks: NIXL cannot
-//! always prove that a read has stopped, and so it never writes to a block. A read that does not end costs its buffer, and
-//! this transport for that life of the peer; KV comes over `quic` then.
+//! always prove that a read has stopped, and so no node has it write to a block. A read that does not end well costs its
+//! buffer, and this transport for that life of the peer; KV comes over `quic` then.
 //!
-//! **NIXL authenticates nobody and encrypts nothing.** Whoever has the metadata, or can guess what UCX listens for, may
-//! read the pool: it is off unless `--kv-transports` lists it, and belongs on a network of the cluster's own. What arrives
-//! is proven by its digest all the same.
+//! **NIXL authenticates nobody and encrypts nothing, and what is registered can be written as well as read.** Whoever has
+//! the metadata, or reaches what UCX listens on, may read and write the memory of the process: it is off unless
+//! `--kv-transports` lists it, and belongs on a network that nobody else reaches. The digest of an extent proves what
+//! arrived, not that nobody writes to the block later.
 //!
 //! Pools in hosts' memory only, so far.
 
@@ -18,27 +19,37 @@ mod staging;
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use common::device_pool::ExportedPool;
 use common::kv_memory::KvMemory;
 use common::wire::PoolRun;
 
-use self::library::Agent;
-use self::staging::{Borrowed, HALF_BYTES, Staging};
+use self::library::{Agent, Library};
+use self::staging::{Borrowed, HALF_BYTES, NUM_LOST_MAX, Staging};
 use crate::accounting::Carrier;
 use crate::transfer::Arriving;
 use crate::transfer::pull::{NUM_PULLS_MAX, PullError, PullMethod, PulledPool};
+use crate::turns;
+
+/// Copied and hashed at a time; as long as closing a landing waits.
+const SLICE_BYTES: usize = 64 << 10;
 
 /// NIXL cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum NixlError {
-    /// The library does not work here.
+    /// The library is not there, or is another.
     #[error(
-        "NIXL cannot be used ({0}): install it so that {path} is found (LD_LIBRARY_PATH, --nixl-library), or take nixl out of --kv-transports",
+        "NIXL cannot be loaded ({0}): install it so that {path} is found (LD_LIBRARY_PATH, --nixl-library), or take nixl out of --kv-transports",
         path = .1
     )]
     Library(String, String),
+    /// It is there, and does not work.
+    #[error(
+        "NIXL is there and does not work ({0}): NIXL_LOG_LEVEL=INFO and UCX_LOG_LEVEL=info make it say more; without it, take nixl out of --kv-transports"
+    )]
+    Refused(String),
     /// The pool is not in this host's memory.
     #[error(
         "the KV pool is in a device's memory, which nixl does not read yet: take nixl out of --kv-transports, cuda-ipc and quic serve such pools"
@@ -59,6 +70,7 @@ pub struct Nixl {
 struct Inner {
     agent: Agent,
     free: Mutex<Vec<Staging>>,
+    num_lost: AtomicUsize,
     /// Agents of peers whose pools are open, by name.
     peers: Mutex<HashMap<CString, Weak<Peer>>>,
     /// What peers read.
@@ -68,6 +80,23 @@ struct Inner {
 impl Inner {
     fn free(&self) -> MutexGuard<'_, Vec<Staging>> {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A staging for one that is lost.
+    #[allow(unsafe_code)] // what is registered stays as long as the agent
+    fn replace_lost(&self) -> Result<(), String> {
+        if self.num_lost.fetch_add(1, Ordering::SeqCst) >= NUM_LOST_MAX {
+            return Err(format!("{NUM_LOST_MAX} reads did not end, no more are replaced"));
+        }
+        let staging = Staging::new();
+        let (address, num_bytes) = staging.place();
+        // SAFETY: it goes to those that are dropped behind the agent, or is lost for ever.
+        if let Err(reason) = unsafe { self.agent.register(address, num_bytes) } {
+            std::mem::forget(staging);
+            return Err(reason);
+        }
+        self.free().push(staging);
+        Ok(())
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<CString, Weak<Peer>>> {
@@ -82,11 +111,20 @@ impl Nixl {
     /// [`NixlError`].
     #[allow(unsafe_code)] // what is registered stays as long as the agent
     pub fn new(path: &Path, memory: Arc<dyn KvMemory>, num_bytes: usize) -> Result<Self, NixlError> {
-        let failed = |reason: String| NixlError::Library(reason, path.display().to_string());
+        let library = Library::load(path).map_err(|reason| NixlError::Library(reason, path.display().to_string()))?;
         let address = memory.bytes_at(0, num_bytes).ok_or(NixlError::NotInHostMemory)?.as_ptr() as usize;
         let name = CString::new(format!("tandem-{:032x}", rand::random::<u128>())).expect("digits have no zero byte");
+        // NIXL's own threads move KV, too, and inherit how this one is scheduled.
+        let created = std::thread::scope(|scope| {
+            let creating = scope.spawn(|| {
+                turns::step_behind();
+                Agent::new(library, &name)
+            });
+            creating.join().expect("it returns its errors")
+        });
         let inner = Arc::new(Inner {
-            agent: Agent::new(path, &name).map_err(failed)?,
+            agent: created.map_err(NixlError::Refused)?,
+            num_lost: AtomicUsize::new(0),
             free: Mutex::new((0..NUM_PULLS_MAX).map(|_| Staging::new()).collect()),
             peers: Mutex::default(),
             _memory: memory.clone(),
@@ -94,7 +132,7 @@ impl Nixl {
         let staged: Vec<_> = inner.free().iter().map(Staging::place).collect();
         for (address, num_bytes) in [(address, num_bytes)].into_iter().chain(staged) {
             // SAFETY: the memory and the stagings are `inner`'s, which drops its agent first.
-            unsafe { inner.agent.register(address, num_bytes) }.map_err(failed)?;
+            unsafe { inner.agent.register(address, num_bytes) }.map_err(NixlError::Refused)?;
         }
         Ok(Self { inner, memory, address, num_bytes })
     }
@@ -135,17 +173,16 @@ impl PullMethod for Nixl {
         let mut peers = self.inner.peers();
         let name = self.inner.agent.add_peer(metadata)?;
         // Of a peer that has connected again while the pool is open for its connection before.
-        let open = peers.get(&name).and_then(Weak::upgrade);
-        if let Some(peer) = &open
-            && (peer.address, peer.num_bytes) == (address, exported.num_bytes)
-        {
-            return Ok(peer.clone());
+        if let Some(peer) = peers.get(&name).and_then(Weak::upgrade) {
+            // Before the peer, which takes the lock if this is the last to hold it.
+            drop(peers);
+            let is_same = (peer.address, peer.num_bytes) == (address, exported.num_bytes);
+            return if is_same { Ok(peer) } else { Err("an agent whose pool is open at another place".to_string()) };
         }
         let inner = self.inner.clone();
-        let peer = Arc::new(Peer { inner, name: name.clone(), address, num_bytes: exported.num_bytes });
+        let num_bytes = exported.num_bytes;
+        let peer = Arc::new(Peer { inner, name: name.clone(), address, num_bytes, is_lost: AtomicBool::new(false) });
         peers.insert(name, Arc::downgrade(&peer));
-        // Before `open`, which takes the lock if it is the last to hold its peer.
-        drop(peers);
         Ok(peer)
     }
 }
@@ -156,10 +193,15 @@ struct Peer {
     name: CString,
     address: u64,
     num_bytes: u64,
+    /// Something may still be read from it.
+    is_lost: AtomicBool,
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
+        if self.is_lost.load(Ordering::SeqCst) {
+            return;
+        }
         let mut peers = self.inner.peers();
         // Unless it was opened again.
         if peers.get(&self.name).is_some_and(|peer| peer.strong_count() == 0) {
@@ -188,11 +230,14 @@ impl PulledPool for Peer {
             if let Some(next) = batches.get(index + 1) {
                 staging.begin(index + 1, &pieces(next))?;
             }
-            let mut offset = 0;
-            arriving.fill(batch.iter().map(|run| run.num_bytes as usize).sum(), |into| {
-                staging.copy_out(index, offset, into);
-                offset += into.len();
-            })?;
+            let (mut offset, end) = (0, batch.iter().map(|run| run.num_bytes as usize).sum());
+            while offset < end {
+                arriving.fill(SLICE_BYTES.min(end - offset), |into| {
+                    staging.copy_out(index, offset, into);
+                    offset += into.len();
+                })?;
+                turns::give_way();
+            }
         }
         Ok(())
     }

@@ -5,16 +5,20 @@
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::library::Request;
 use super::{Inner, Peer};
+use crate::transfer::RefusedExtent;
 use crate::transfer::pull::PullError;
 
 /// Read at a time, while what was read before is copied and hashed.
 pub(super) const HALF_BYTES: usize = 512 << 10;
-/// A peer that lets a read wait so long is taken for dead.
-const READ_DEADLINE: Duration = Duration::from_secs(10);
+/// A peer that lets a read wait so long is taken for dead, as one that is silent on a connection.
+const READ_DEADLINE: Duration = Duration::from_secs(2);
+/// Stagings that reads without an end may keep; then there is one less for every further one.
+pub(super) const NUM_LOST_MAX: usize = 16;
 /// For so long a read is asked for its end without a pause, then every [`PAUSE`].
 const SPIN_TIME: Duration = Duration::from_micros(100);
 const PAUSE: Duration = Duration::from_micros(50);
@@ -62,7 +66,8 @@ pub(super) struct Borrowed<'a> {
 impl<'a> Borrowed<'a> {
     pub(super) fn new(peer: &'a Peer) -> Result<Self, PullError> {
         let staging = peer.inner.free().pop();
-        let none = || PullError::Failed("each buffer waits for a read that did not end".to_string());
+        // No fault of this peer's.
+        let none = || PullError::Refused(RefusedExtent::Unreadable);
         Ok(Self { peer, staging: Some(staging.ok_or_else(none)?), reading: None })
     }
 
@@ -77,9 +82,21 @@ impl<'a> Borrowed<'a> {
         assert!(self.reading.is_none() && pieces.iter().map(|(_, num_bytes)| num_bytes).sum::<usize>() <= HALF_BYTES);
         let into = self.half(index).as_ptr() as usize;
         // SAFETY: half a staging is registered, large enough, and copied from only behind `wait`, by its only owner.
-        let begun = unsafe { self.peer.inner.agent.read(&self.peer.name, pieces, into) };
-        self.reading = Some(begun.map_err(PullError::Failed)?);
+        match unsafe { self.peer.inner.agent.read(&self.peer.name, pieces, into) } {
+            Ok(request) => self.reading = Some(request),
+            Err(reason) => return Err(self.lose(None, reason)),
+        }
         Ok(())
+    }
+
+    /// What may still be read into stays for ever, and with it the agent that reads; another takes its place.
+    fn lose(&mut self, request: Option<Request>, reason: String) -> PullError {
+        self.peer.is_lost.store(true, Ordering::SeqCst);
+        std::mem::forget((self.staging.take(), request, Arc::clone(&self.peer.inner)));
+        if let Err(reason) = self.peer.inner.replace_lost() {
+            tracing::warn!(%reason, "nixl has a buffer less");
+        }
+        PullError::Failed(reason)
     }
 
     /// Waits for what was begun.
@@ -90,16 +107,16 @@ impl<'a> Borrowed<'a> {
         loop {
             match agent.has_ended(&request) {
                 Ok(false) if began.elapsed() > READ_DEADLINE => {
-                    // It may write to its staging until the agent is gone, which therefore never is.
-                    std::mem::forget((self.staging.take(), request, Arc::clone(&self.peer.inner)));
-                    return Err(PullError::Failed(format!("a read did not end within {READ_DEADLINE:?}")));
+                    return Err(self.lose(Some(request), format!("a read did not end within {READ_DEADLINE:?}")));
                 }
                 Ok(false) if began.elapsed() > SPIN_TIME => std::thread::sleep(PAUSE),
                 Ok(false) => std::thread::yield_now(),
-                ended => {
+                Ok(true) => {
                     agent.release(request);
-                    return ended.map(|_| ()).map_err(PullError::Failed);
+                    return Ok(());
                 }
+                // An error of one of its pieces says nothing of the others.
+                Err(reason) => return Err(self.lose(Some(request), reason)),
             }
         }
     }

@@ -38,7 +38,7 @@ use common::wire::{ExtentHeader, PoolRun};
 use quinn::{Connection, ReadError, ReadExactError};
 
 pub(crate) use attach::{AttachError, attach, serve};
-pub(crate) use puller::{NUM_PULLS_MAX, Puller};
+pub(crate) use puller::{NUM_PULLS_MAX, NUM_PULLS_OF_PEER_MAX, Puller};
 pub(crate) use receive::{Receiving, receive};
 
 use crate::accounting::{Carrier, Kind, Ledger};

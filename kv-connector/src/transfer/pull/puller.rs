@@ -9,9 +9,11 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::PullMethod;
 
-/// Extents that are fetched at a time, each by a thread that waits for it: a lane takes one after the other, and while one
-/// is hashed the next can be told to it. More threads would only wait.
-pub(crate) const NUM_PULLS_MAX: usize = 4;
+/// Extents that are fetched at a time, each by a thread that waits for it.
+pub(crate) const NUM_PULLS_MAX: usize = 6;
+/// Of those, from one peer: a lane takes one after the other, and while one is hashed the next can be told to it, so that
+/// more would only wait; and a peer that stands still leaves places to the others.
+pub(crate) const NUM_PULLS_OF_PEER_MAX: usize = 4;
 /// Lives of peers that are remembered for a fetch that failed; the oldest is forgotten, and tried again.
 const NUM_FAILED_MAX: usize = 256;
 

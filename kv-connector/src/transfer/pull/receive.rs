@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use common::ids::{Epoch, NodeId};
-use common::wire::PoolRun;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::{NUM_RUNS_BYTES, NUM_RUNS_MAX, RUN_BYTES};
+use common::wire::{ExtentHeader, PoolRun};
 use quinn::{Connection, ReadToEndError, RecvStream, VarInt};
 use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
@@ -30,6 +30,8 @@ pub(crate) struct Receiving {
     pub(crate) puller: Arc<Puller>,
     pub(crate) context: ReceiveContext,
     pub(crate) connection: Connection,
+    /// Of the node's places, those that this sender may take.
+    pub(crate) places: Arc<Semaphore>,
 }
 
 /// Takes in what the peer of `connection` posts until that ends.
@@ -72,7 +74,8 @@ impl Receiving {
         let closed = arriving.closed();
         let beginning = async {
             let runs = posted_runs(runs, self.peer.num_bytes(), num_bytes, "a pool to fetch from")?;
-            Ok((runs, self.puller.place().await))
+            let own = self.places.clone().acquire_owned().await.expect("it is never closed");
+            Ok((runs, (own, self.puller.place().await)))
         };
         let begun = tokio::select! {
             biased;
@@ -94,7 +97,14 @@ impl Receiving {
             drop(place);
             (pulled, arriving)
         });
-        let Ok((pulled, arriving)) = pulling.await else { return Err(RefusedExtent::Unreadable) };
+        let Ok((pulled, arriving)) = pulling.await else {
+            // It panicked, which gave the range back and told nobody.
+            zone.count_refused(RefusedExtent::Unreadable);
+            if let Ok(header) = ExtentHeader::decode(header) {
+                zone.tell_refused(&header, RefusedExtent::Unreadable);
+            }
+            return Err(RefusedExtent::Unreadable);
+        };
         match pulled {
             Ok(()) => arriving.finish()?,
             Err(refused) => {
