@@ -314,7 +314,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--model", &qwen], "tiny.json"),
         (&["--kv-cache-memory-bytes", "1KiB"], "--kv-cache-memory-bytes"),
         (&["--dtype", "float7"], "float32"),
-        (&["--device", "gpu"], "auto, cpu, or a GPU such as cuda:0"),
+        (&["--device", "gpu"], "auto, cpu, a GPU such as cuda:0, or sim"),
         // No such GPU, no driver, or a program without CUDA.
         (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "GPU" } else { "built without CUDA" }),
         (&["--kv-transports", "shm"], "add quic"),
