@@ -51,8 +51,9 @@ struct Caller<KERNEL> {
 };
 
 #define ENTRY_OF(kernel) {#kernel, Caller<&kernel>::entry()}
+// What follows is never destroyed: threads may still compute when the process ends.
 const std::map<std::string, Entry>& entries() {
-    static const std::map<std::string, Entry> all = {
+    static const auto& all = *new std::map<std::string, Entry>{
         ENTRY_OF(adjust_logits),        ENTRY_OF(attention_decode_64),  ENTRY_OF(attention_decode_128),
         ENTRY_OF(attention_decode_256), ENTRY_OF(attention_merge_64),   ENTRY_OF(attention_merge_128),
         ENTRY_OF(attention_merge_256),  ENTRY_OF(attention_plain_bf16), ENTRY_OF(attention_plain_f32),
@@ -71,7 +72,7 @@ const std::map<std::string, Entry>& entries() {
 std::mutex one_at_a_time; // a launch, or a change of the table of memory
 
 std::map<void*, fibres::Guarded>& memory() {
-    static std::map<void*, fibres::Guarded> all;
+    static auto& all = *new std::map<void*, fibres::Guarded>;
     return all;
 }
 

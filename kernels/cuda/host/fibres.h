@@ -292,7 +292,7 @@ inline void run_block(Order order, std::mt19937& random) {
 
 // Runs `kernel` for every block of the grid, with `num_dynamic` bytes of dynamic shared memory.
 inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, const std::function<void()>& kernel) {
-    static Fibre all_fibres[1024];
+    static Fibre* const all_fibres = new Fibre[1024]; // never destroyed: the process may end meanwhile
     const unsigned num_threads = threads.x * threads.y * threads.z;
     if (num_threads == 0 || num_threads % 32 != 0 || num_threads > 1024)
         fail("blocks of %u threads: expected whole warps, at most 1024 threads", num_threads);

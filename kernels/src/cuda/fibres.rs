@@ -39,8 +39,6 @@ pub struct FibreDevice {
     files: Mutex<HashMap<u64, [u64; 3]>>,
     /// Other processes' memory: where each mapping begins and its size, by the address that was given for it.
     opened: Mutex<HashMap<u64, (usize, usize)>>,
-    /// Where the functions are.
-    _library: Library,
 }
 
 /// What was recorded, with the parameters it had.
@@ -88,6 +86,8 @@ impl FibreDevice {
             let launch: Symbol<'_, LaunchKernel> = library.get(b"fibres_launch").expect("device.cpp has it");
             (*alloc, *free, *launch)
         };
+        // Its code stays: a thread may still compute when the last device goes.
+        std::mem::forget(library);
         Self {
             alloc,
             free,
@@ -98,7 +98,6 @@ impl FibreDevice {
             captures: Mutex::default(),
             files: Mutex::default(),
             opened: Mutex::default(),
-            _library: library,
         }
     }
 
