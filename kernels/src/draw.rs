@@ -532,7 +532,7 @@ mod tests {
     fn zeros_of_either_sign_are_equal_logits() {
         let mut logits = vec![-5.0f32; 128];
         (logits[1], logits[64]) = (-0.0, 0.0);
-        for (top_p, expected) in [(0.3, 1), (0.5, 1), (0.7, 64)] {
+        for (top_p, expected) in [(0.3, 1), (0.5, 64)] {
             let params = SampleParams { top_p, uniform: 1.0f64.next_down(), ..DRAW };
             assert_eq!((token(&logits, &params), stated(&logits, &params)), (expected, expected), "{top_p}");
         }

@@ -84,7 +84,7 @@ fn a_library_that_is_not_there_is_a_sentence() {
 fn a_library_that_is_another_is_a_sentence() {
     let pool = FilePool::new(1);
     let opened = Nixl::new(&PathBuf::from("libc.so.6"), pool.clone(), pool.num_bytes() as usize);
-    assert!(matches!(opened, Err(NixlError::Library(reason, _)) if reason.contains("nixl_capi_create_agent")));
+    assert!(matches!(opened, Err(NixlError::Library(reason, _)) if reason.contains("nixl_capi_")));
 }
 
 #[tokio::test]
