@@ -4,6 +4,7 @@
 pub mod device;
 pub mod file_pool;
 pub mod nixl;
+pub mod one_core;
 pub mod process;
 pub mod raw;
 pub mod relay;
