@@ -52,6 +52,31 @@ async fn next(events: &mut mpsc::Receiver<LandingEvent>) -> LandingEvent {
     soon("a landing event", events.recv()).await.unwrap()
 }
 
+/// Sends an extent until it is verified; with it, how many before it were refused, for `reason`. While another for the same
+/// place is still on its way, it is a late copy, which is refused without a word.
+async fn send_until_taken(
+    pair: &Pair,
+    (header, payload): (ExtentHeader, Bytes),
+    events: &mut mpsc::Receiver<LandingEvent>,
+    reason: RefusedExtent,
+) -> usize {
+    let mut num_refused = 0;
+    let taken = async {
+        loop {
+            pair.send((header, payload.clone())).await;
+            while let Ok(event) = tokio::time::timeout(Duration::from_millis(50), events.recv()).await {
+                match event.unwrap() {
+                    LandingEvent::ExtentVerified { .. } => return,
+                    event => assert_eq!(event, refused(reason)),
+                }
+                num_refused += 1;
+            }
+        }
+    };
+    soon("it is taken", taken).await;
+    num_refused
+}
+
 fn refused(reason: RefusedExtent) -> LandingEvent {
     LandingEvent::ExtentRefused { reason }
 }
@@ -359,13 +384,7 @@ async fn sender_that_gives_an_extent_up_is_noticed() {
         () = eventually("the stream ends", || pair.decode.accounting().open_bulk_streams == 0) => events.try_recv().ok(),
     };
     assert!(event.is_none() || event == Some(refused(RefusedExtent::Reset)), "{event:?}");
-    pair.send((header, payload)).await;
-    loop {
-        match next(&mut events).await {
-            LandingEvent::ExtentVerified { .. } => break,
-            event => assert_eq!(event, refused(RefusedExtent::Reset)),
-        }
-    }
+    send_until_taken(&pair, (header, payload), &mut events, RefusedExtent::Reset).await;
     drop(landing);
     pair.end().await;
 }
@@ -438,21 +457,7 @@ async fn only_the_first_refusals_are_told_and_verified_extents_always() {
     for _ in 0..200 {
         pair.send((header, vec![0; payload.len()].into())).await;
     }
-    let mut num_refused = 0;
-    // While one that is damaged is still on its way, the right one is a late copy, which is refused without a word.
-    soon("the right one is taken", async {
-        loop {
-            pair.send((header, payload.clone())).await;
-            while let Ok(event) = tokio::time::timeout(Duration::from_millis(50), events.recv()).await {
-                match event.unwrap() {
-                    LandingEvent::ExtentVerified { .. } => return,
-                    event => assert_eq!(event, refused(RefusedExtent::Corrupted)),
-                }
-                num_refused += 1;
-            }
-        }
-    })
-    .await;
+    let num_refused = send_until_taken(&pair, (header, payload), &mut events, RefusedExtent::Corrupted).await;
     assert!((1..=64).contains(&num_refused), "{num_refused}");
     drop(landing);
     pair.end().await;
