@@ -212,6 +212,9 @@ impl SharingReport {
 /// A figure's name, and where it is.
 type Column = (&'static str, fn(&Figures) -> f64);
 
+/// What an engine runs beside, and its figures.
+type Arm = (&'static str, fn(&Round) -> &Figures);
+
 const COLUMNS: [Column; 4] = [
     ("prefill, tok/s", |figures| figures.prefill_tokens_per_second),
     ("decode, tok/s", |figures| figures.decode_tokens_per_second),
@@ -222,7 +225,7 @@ const COLUMNS: [Column; 4] = [
 impl fmt::Display for SharingReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "{}\n", self.setting)?;
-        let arms: [(&str, fn(&Round) -> &Figures); 3] = [
+        let arms: [Arm; 3] = [
             ("alone", |round| &round.alone),
             ("one process", |round| &round.one_process),
             ("two processes", |round| &round.two_processes),
