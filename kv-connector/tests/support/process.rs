@@ -1,7 +1,7 @@
 //! A test's other process: a test of the same binary, which is run by it alone.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -59,5 +59,5 @@ pub fn cluster() -> Cluster {
 
 /// In the other process: what it is waited for.
 pub fn tell_address(fabric: &Fabric) {
-    writeln!(std::io::stdout(), "\n{LISTENS}{}", fabric.local_addr()).unwrap();
+    println!("\n{LISTENS}{}", fabric.local_addr());
 }
