@@ -150,6 +150,26 @@ async fn draining_and_unreachable_nodes_are_not_losses() {
 }
 
 #[tokio::test]
+async fn nodes_that_were_lost_and_are_reached_again_go_on() {
+    let endpoint = Endpoint::scripted(&["d0", "d1"], TEXT, |call, _, _| match call {
+        0 => Behaviour::LoseAfter(3),
+        1 => Behaviour::Unreachable,
+        _ => Behaviour::Serve,
+    })
+    .await;
+    let body = completion(json!({}));
+    let rejoin = async {
+        while endpoint.nodes.calls().len() < 2 {
+            tokio::task::yield_now().await;
+        }
+        endpoint.nodes.rejoin();
+    };
+    let (body, ()) = tokio::join!(endpoint.post_ok("/v1/completions", &body), rejoin);
+    assert_eq!(texts(&body), [TEXT]);
+    assert_eq!(endpoint.nodes.calls().len(), 3);
+}
+
+#[tokio::test]
 async fn no_node_is_503_with_retry_after() {
     let endpoint = Endpoint::answering(TEXT).await;
     endpoint.nodes.set_view(proxy::route::ClusterView::default());

@@ -11,7 +11,7 @@ use common::wire::{Directory, Hello, NodeState, NodeStatus, Peer};
 use kv_connector::Link;
 use tokio::sync::watch;
 
-use crate::route::{ClusterView, NodeLife, NodeView, OthersWork, OwnWork};
+use crate::route::{ClusterView, NodeLife, NodeView, OthersWork, OwnWork, Stay};
 
 /// Why a node is not taken, in words for the operator.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -61,6 +61,7 @@ struct Table {
     members: HashMap<NodeLife, Member>,
     /// What the cluster serves: the first node decided. Forgotten when the last one is gone.
     model: Option<ModelInfo>,
+    num_stays: u64,
 }
 
 #[derive(Debug)]
@@ -70,6 +71,7 @@ struct Member {
     link: Option<Link>,
     status: NodeStatus,
     is_stuck: bool,
+    stay: Stay,
     others: OthersWork,
     own: Arc<OwnWork>,
 }
@@ -126,11 +128,14 @@ impl Members {
             }
         }
         let life = (hello.node.clone(), hello.epoch);
-        let known = table.members.get(&life);
-        let own = known.map(|member| member.own.clone()).unwrap_or_default();
+        let known = table.members.get(&life).map(|member| (member.stay, member.own.clone()));
+        let (stay, own) = known.unwrap_or_else(|| {
+            table.num_stays += 1;
+            (Stay(table.num_stays), Arc::default())
+        });
         let others = OthersWork::of(&status.load, &own);
         let (hello, link) = (hello.clone(), link.cloned());
-        let member = Member { hello, addr, link, status, is_stuck, others, own };
+        let member = Member { hello, addr, link, status, is_stuck, stay, others, own };
         table.members.insert(life, member);
         self.publish(&table);
         Ok(())
@@ -181,6 +186,7 @@ impl Members {
             let node = NodeView {
                 node: life.0.clone(),
                 epoch: life.1,
+                stay: member.stay,
                 load: member.status.load,
                 others: member.others,
                 own: member.own.clone(),
@@ -253,6 +259,20 @@ pub(crate) mod tests {
         assert_eq!(members.view().decode.len(), 1, "another life of the node is not this one");
         members.on_gone(&(decode.node.clone(), decode.epoch));
         assert!(members.view().decode.is_empty() && members.view().model.is_none());
+    }
+
+    #[test]
+    fn a_node_that_was_gone_is_back_for_another_stay() {
+        let members = Members::new(512);
+        let stay = |members: &Members| members.view().decode[0].stay;
+        let node = hello("d", Role::DecodeNode, 1);
+        tell(&members, &node, NodeState::Ready).unwrap();
+        let first = stay(&members);
+        tell(&members, &node, NodeState::Ready).unwrap();
+        assert_eq!(stay(&members), first, "it was there all the time");
+        members.on_gone(&(node.node.clone(), node.epoch));
+        tell(&members, &node, NodeState::Ready).unwrap();
+        assert_ne!(stay(&members), first);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use futures::StreamExt;
 use tokio::sync::watch;
 
 use super::nodes::{GenerateStream, NodeLost, Nodes};
-use crate::route::{ClusterView, HeldPrefixes, NodeView, OthersWork};
+use crate::route::{ClusterView, HeldPrefixes, NodeView, OthersWork, Stay};
 
 /// What a node with the shape of the repository's small checkpoint says of its model.
 pub fn tiny_model_info() -> ModelInfo {
@@ -89,15 +89,16 @@ impl FakeNodes {
         answer: impl Fn(ChoiceIndex, u32) -> Option<Token> + Send + Sync + 'static,
         script: impl Fn(usize, &NodeId, &Generate) -> Behaviour + Send + Sync + 'static,
     ) -> Self {
-        let node = |name: &&str| NodeView {
+        let node = |(i, name): (usize, &&str)| NodeView {
             node: NodeId::new(*name).expect("a test's node names are valid"),
             epoch: Epoch(1),
+            stay: Stay(i as u64),
             load: NodeLoad { num_available_blocks: 100, num_blocks: 100, ..NodeLoad::default() },
             others: OthersWork::default(),
             own: Arc::default(),
         };
-        let view =
-            ClusterView { decode: names.iter().map(node).collect(), model: Some(model), ..ClusterView::default() };
+        let decode = names.iter().enumerate().map(node).collect();
+        let view = ClusterView { decode, model: Some(model), ..ClusterView::default() };
         let seen = Seen { num_tokens: AtomicU64::new(0), num_cancelled: watch::Sender::new(0) };
         Self {
             view: Mutex::new(Arc::new(view)),
@@ -126,6 +127,13 @@ impl FakeNodes {
     /// Replaces the view.
     pub fn set_view(&self, view: ClusterView) {
         *self.view.lock().unwrap_or_else(PoisonError::into_inner) = Arc::new(view);
+    }
+
+    /// Every node was lost and is reached again, in the life that it had.
+    pub fn rejoin(&self) {
+        let mut view = self.view.lock().unwrap_or_else(PoisonError::into_inner);
+        let view = Arc::make_mut(&mut view);
+        view.decode.iter_mut().for_each(|node| node.stay.0 += 1000);
     }
 
     /// Every `Generate` so far, with the node it went to.

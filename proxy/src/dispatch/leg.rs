@@ -5,17 +5,19 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 
+use common::ids::NodeId;
 use common::timeline::NodeTimeline;
 use common::wire::GenerateEvent;
 use futures::Stream;
 use tokio::time::Instant;
 
 use super::nodes::{GenerateStream, NodeLost};
-use crate::route::{NodeLife, OwnWork};
+use crate::route::{OwnWork, Stay};
 
 /// One `Generate` that is open on a node.
 pub(super) struct Leg {
-    pub(super) life: NodeLife,
+    pub(super) node: NodeId,
+    pub(super) stay: Stay,
     pub(super) choices: Vec<usize>,
     pub(super) events: GenerateStream,
     /// What the node said of the time up to token #1.

@@ -5,7 +5,7 @@
 //!   pick -> open -> Accepted -> Token ... -> Done
 //!    ^       |          |          |
 //!    |       +----------+----------+---- lost, or failed in a way that another node may not
-//!    +--- paced; prompt and committed tokens; the failed node excluded
+//!    +--- paced; prompt and committed tokens; the failed node excluded until it has been reached anew
 //! ```
 
 use std::collections::HashSet;
@@ -28,7 +28,7 @@ use super::leg::{Leg, OpenStream, SentTokens, WaitingLeg, next_event};
 use super::nodes::NodeLost;
 use super::quarantine::Fingerprint;
 use crate::openai::{ApiError, ErrorKind};
-use crate::route::{ClusterView, NodeLife, PromptDemand, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
+use crate::route::{ClusterView, PromptDemand, Stay, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
 
 /// Shortest pause before a resume; it doubles with every loss of the request.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
@@ -46,12 +46,12 @@ pub struct Dispatch {
     legs: Vec<Leg>,
     waiting: Vec<WaitingLeg>,
     attempt: u32,
-    /// Lives of nodes that failed under this request or are leaving.
-    excluded: HashSet<NodeLife>,
+    /// Nodes that failed under this request or are leaving.
+    excluded: HashSet<Stay>,
     /// Those of them that were lost with it.
-    lost: HashSet<NodeLife>,
+    lost: HashSet<Stay>,
     /// Nodes that said `Busy`, and the shortest time they named.
-    busy: HashSet<NodeLife>,
+    busy: HashSet<Stay>,
     busy_for: Option<Duration>,
     /// Since when there has been no node to go on with.
     stranded_since: Option<Instant>,
@@ -162,7 +162,7 @@ impl Dispatch {
         let settings = &dispatcher.settings;
         let view = dispatcher.nodes.view();
         let turn = dispatcher.turn.fetch_add(1, Ordering::Relaxed);
-        let avoided: HashSet<NodeLife> = self.excluded.union(&self.busy).cloned().collect();
+        let avoided: HashSet<Stay> = self.excluded.union(&self.busy).copied().collect();
         let mut tokens = self.request.prompt.clone();
         if let [only] = choices.as_slice() {
             tokens.extend_from_slice(self.choices[*only].committed());
@@ -222,9 +222,9 @@ impl Dispatch {
         };
         let open = OpenStream::new(node.own.clone(), dispatcher.num_streams.clone());
         let events = dispatcher.nodes.generate(node, generate);
-        let life = node.life();
         self.legs.push(Leg {
-            life,
+            node: node.node.clone(),
+            stay: node.stay,
             choices,
             events,
             started: None,
@@ -306,10 +306,10 @@ impl Dispatch {
             }
             Some(Ok(GenerateEvent::Busy { retry_after })) => {
                 let leg = self.legs.swap_remove(leg);
-                tracing::debug!(node = %leg.life.0, ?retry_after, "node is full");
-                self.dispatcher.metrics.on_busy(&leg.life.0);
+                tracing::debug!(node = %leg.node, ?retry_after, "node is full");
+                self.dispatcher.metrics.on_busy(&leg.node);
                 self.busy_for = Some(self.busy_for.map_or(retry_after, |shortest| shortest.min(retry_after)));
-                self.busy.insert(leg.life);
+                self.busy.insert(leg.stay);
                 self.waiting.push(WaitingLeg { choices: leg.choices, not_before: Instant::now() });
             }
             Some(Ok(GenerateEvent::Failed(error))) => {
@@ -318,7 +318,7 @@ impl Dispatch {
             }
             Some(Err(NodeLost::Unreachable(reason))) => {
                 let leg = self.legs.swap_remove(leg);
-                tracing::warn!(node = %leg.life.0, reason, "node cannot be reached");
+                tracing::warn!(node = %leg.node, reason, "node cannot be reached");
                 self.go_elsewhere(leg);
             }
             Some(Err(NodeLost::Lost(reason))) => {
@@ -356,7 +356,7 @@ impl Dispatch {
         let has_tokens = leg.choices.iter().any(|choice| !self.choices[*choice].committed().is_empty());
         match error {
             NodeError::Draining => {
-                tracing::info!(node = %leg.life.0, "node is draining");
+                tracing::info!(node = %leg.node, "node is draining");
                 self.go_elsewhere(leg);
                 Ok(())
             }
@@ -364,7 +364,7 @@ impl Dispatch {
             NodeError::Invalid { reason } if !has_tokens => Err(ApiError::new(ErrorKind::InvalidRequest, reason)),
             error if error.is_worth_a_retry() => self.on_loss(leg, &error.to_string()),
             error => {
-                tracing::error!(node = %leg.life.0, %error, "node refused a request it should not have");
+                tracing::error!(node = %leg.node, %error, "node refused a request it should not have");
                 Err(ApiError::new(ErrorKind::Internal, format!("a node refused to go on: {error}")))
             }
         }
@@ -372,7 +372,7 @@ impl Dispatch {
 
     /// The node is not to blame for this request: another one at once, uncounted.
     fn go_elsewhere(&mut self, leg: Leg) {
-        self.excluded.insert(leg.life);
+        self.excluded.insert(leg.stay);
         self.waiting.extend(self.unfinished_legs(&leg.choices, Instant::now()));
     }
 
@@ -382,9 +382,9 @@ impl Dispatch {
         if resumed.is_empty() {
             return Ok(()); // only the closing word is missing
         }
-        let node = leg.life.0.clone();
-        self.excluded.insert(leg.life.clone());
-        if self.lost.insert(leg.life) {
+        let node = leg.node;
+        self.excluded.insert(leg.stay);
+        if self.lost.insert(leg.stay) {
             self.dispatcher.metrics.on_node_loss(&node);
         }
         tracing::warn!(%node, reason, num_losses = self.lost.len(), "a node was lost under this request");

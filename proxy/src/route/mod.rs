@@ -11,4 +11,4 @@ pub mod view;
 pub use held::HeldPrefixes;
 pub use own_work::{OwnCount, OwnWork};
 pub use policy::{PromptDemand, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
-pub use view::{ClusterView, NodeLife, NodeView, OthersWork};
+pub use view::{ClusterView, NodeLife, NodeView, OthersWork, Stay};

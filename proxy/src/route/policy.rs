@@ -13,7 +13,7 @@ use std::collections::HashSet;
 use common::wire::PrefixPeer;
 
 use super::held::HeldPrefixes;
-use super::view::{ClusterView, NodeLife, NodeView};
+use super::view::{ClusterView, NodeView, Stay};
 
 /// Tokens that are loaded from a tier in the time in which one is computed. Measured for host memory, they are 17 to
 /// 33 (`docs/performance.md`, prefixes by their source); fewer here, since a node may also find computing faster.
@@ -67,7 +67,7 @@ impl PromptDemand {
 /// there is none outside `excluded`.
 pub fn pick_decode_node<'a>(
     view: &'a ClusterView,
-    excluded: &HashSet<NodeLife>,
+    excluded: &HashSet<Stay>,
     demand: &PromptDemand,
     request_weight_tokens: usize,
     turn: usize,
@@ -77,7 +77,7 @@ pub fn pick_decode_node<'a>(
         (waiting.saturating_add(demand.num_missing_tokens(node)), Reverse(node.load.num_available_blocks))
     };
     // Ranked once: other requests open and end while this one looks.
-    let candidates = view.decode.iter().filter(|node| !excluded.contains(&node.life()));
+    let candidates = view.decode.iter().filter(|node| !excluded.contains(&node.stay));
     let candidates: Vec<_> = candidates.map(|node| (rank(node), node)).collect();
     let best = candidates.iter().map(|(rank, _)| *rank).min()?;
     let equals: Vec<&NodeView> =
@@ -143,7 +143,8 @@ mod tests {
         let own = OwnWork::default();
         own.requests.add(num_open);
         let others = OthersWork::of(&load, &own);
-        NodeView { node: NodeId::new(name).unwrap(), epoch: Epoch(1), load, others, own: Arc::new(own) }
+        let stay = Stay(u64::from(name.as_bytes()[0]));
+        NodeView { node: NodeId::new(name).unwrap(), epoch: Epoch(1), stay, load, others, own: Arc::new(own) }
     }
 
     fn name(picked: Option<&NodeView>) -> Option<&str> {
@@ -180,7 +181,7 @@ mod tests {
         let demand = demand(1000, &[]);
         assert_eq!(pick(&view, &demand, 0), Some("c"));
         assert_eq!(pick(&view, &demand, 1), Some("d"));
-        let excluded: HashSet<NodeLife> = ["b", "c", "d"].map(|n| (NodeId::new(n).unwrap(), Epoch(1))).into();
+        let excluded: HashSet<Stay> = view.decode[1..].iter().map(|node| node.stay).collect();
         assert_eq!(name(pick_decode_node(&view, &excluded, &demand, WEIGHT, 0)), Some("a"));
         assert!(pick(&ClusterView::default(), &demand, 0).is_none());
     }

@@ -15,6 +15,8 @@ pub struct NodeView {
     pub node: NodeId,
     /// Its life: a restarted node is another one.
     pub epoch: Epoch,
+    /// Its stay in the view.
+    pub stay: Stay,
     /// What it said last; at most about 250 ms old.
     pub load: NodeLoad,
     /// What of that is other proxies' work.
@@ -43,8 +45,13 @@ impl OthersWork {
     }
 }
 
-/// One life of a node: what a failure is remembered of.
+/// One life of a node: what it holds is remembered of.
 pub type NodeLife = (NodeId, Epoch);
+
+/// One stay of a node among those that can be reached: what a failure is remembered of. A node that was lost and
+/// reached again is at another one, even if it was the way there that failed, or this proxy that stood still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Stay(pub u64);
 
 impl NodeView {
     /// The node in its present life.
