@@ -2,7 +2,7 @@
 //!
 //! They have a lower weight than ordinary threads, never take a core from one that runs (`SCHED_BATCH`), and offer it to
 //! whoever waits behind every [`TURN`] of work. A core that nobody else wants is theirs alone; beside a thread that never
-//! sleeps, as an engine's, they have a fifteenth of it or so, and are off it for some milliseconds at a time: KV always
+//! sleeps, as an engine's, they have a seventh of it or so, and are off it for some milliseconds at a time: KV always
 //! gets on.
 //!
 //! A turn is offered by the work itself, at places where it holds nothing that threads of other kinds wait for (between
@@ -21,8 +21,8 @@ use libc::sched_attr;
 /// Work of a thread until it offers its core: with the piece that is being worked on then, some 50 microseconds, the
 /// longest that a message or a step of an engine waits for KV.
 const TURN: Duration = Duration::from_micros(250);
-/// Added to the process's own: a tenth of the weight.
-const NICE: i32 = 10;
+/// Added to the process's own: a third of the weight.
+const NICE: i32 = 5;
 const NICE_MAX: i32 = 19;
 
 thread_local! {
