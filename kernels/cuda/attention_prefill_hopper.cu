@@ -70,7 +70,8 @@ __device__ __forceinline__ void clear_unseen(unsigned char* v_tile, u32 start, c
     for (u32 c = threadIdx.x % 32; c < TILE_TOKENS * DIM / 8; c += 32) {
         const u32 line = c / (DIM / 8), chunk = c % (DIM / 8), position = start + line;
         if (position >= seen.first && position <= seen.last) continue;
-        *reinterpret_cast<uint4*>(v_tile + chunk / 8 * PANEL_BYTES + line * LINE_BYTES + chunk % 8 * 16) = make_uint4(0, 0, 0, 0);
+        unsigned char* to = v_tile + chunk / 8 * PANEL_BYTES + line * LINE_BYTES + chunk % 8 * 16;
+        *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
     }
 }
 
@@ -106,8 +107,10 @@ __device__ __forceinline__ void produce(const AttentionJob& job, const TensorMap
         if (turn > 0 && MUTATE(32, true, false)) barrier_wait(memory.v_is_empty(stage), (turn - 1) % 2);
         if (lane == 0) barrier_expect(v_has_come, num_bytes);
         __syncwarp();
-        if (is_mine)
-            copy_box(memory.v(stage) + to_box, pool, panel * LINE_VALUES, 0, job.kv.num_kv_heads + kv_head, granule, v_has_come);
+        if (is_mine) {
+            const u32 v_head = job.kv.num_kv_heads + kv_head;
+            copy_box(memory.v(stage) + to_box, pool, panel * LINE_VALUES, 0, v_head, granule, v_has_come);
+        }
         if (is_edge) {
             barrier_wait(memory.has_landed(), num_landed++ % 2);
             if (MUTATE(33, true, false)) clear_unseen<DIM>(memory.v(stage), tile_start, seen);
@@ -120,19 +123,22 @@ __device__ __forceinline__ void produce(const AttentionJob& job, const TensorMap
 
 // A warpgroup's queries to shared memory, zeros for rows that the tile does not have.
 template <u32 DIM>
-__device__ __forceinline__ void load_queries(const bf16* q, const PrefillTile& tile, u32 head, u32 num_heads, unsigned char* to) {
+__device__ __forceinline__ void load_queries(const bf16* q, const PrefillTile& tile, u32 head, u32 num_heads,
+                                             unsigned char* q_tile) {
     for (u32 c = threadIdx.x % WARPGROUP; c < 64 * DIM / 8; c += WARPGROUP) {
         const u32 row = c / (DIM / 8), chunk = c % (DIM / 8);
         uint4 values = make_uint4(0, 0, 0, 0);
         if (row < tile.num_rows)
             values = *reinterpret_cast<const uint4*>(q + (u64(tile.first_row + row) * num_heads + head) * DIM + chunk * 8);
-        *reinterpret_cast<uint4*>(to + chunk / 8 * PANEL_BYTES + row * LINE_BYTES + ((chunk % 8 ^ MUTATE(35, row % 8, 0u)) << 4)) = values;
+        const u32 piece = chunk % 8 ^ MUTATE(35, row % 8, 0u);
+        *reinterpret_cast<uint4*>(q_tile + chunk / 8 * PANEL_BYTES + row * LINE_BYTES + piece * 16) = values;
     }
 }
 
 // Starts the products of 64 queries with 64 keys.
 template <u32 DIM>
-__device__ __forceinline__ void start_scores(float (&scores)[4][2][4], const unsigned char* q_tile, const unsigned char* k_tile) {
+__device__ __forceinline__ void start_scores(float (&scores)[4][2][4], const unsigned char* q_tile,
+                                             const unsigned char* k_tile) {
 #pragma unroll
     for (u32 step = 0; step < DIM / 16; ++step) {
         const u32 at = step / 4 * PANEL_BYTES + step % 4 * 32;
@@ -144,11 +150,13 @@ __device__ __forceinline__ void start_scores(float (&scores)[4][2][4], const uns
 
 // Starts adding the products of the weights of 64 positions with their values.
 template <u32 DIM>
-__device__ __forceinline__ void start_values(float (&acc)[DIM / 16][2][4], const u32 (&weights)[4][4], const unsigned char* v_tile) {
+__device__ __forceinline__ void start_values(float (&acc)[DIM / 16][2][4], const u32 (&weights)[4][4],
+                                             const unsigned char* v_tile) {
 #pragma unroll
-    for (u32 quarter = 0; quarter < 4; ++quarter)
-        wgmma_columns(acc, weights[quarter],
-                      matrix_descriptor(v_tile + quarter * 16 * LINE_BYTES, MUTATE(37, PANEL_BYTES, 0u), 8 * LINE_BYTES));
+    for (u32 quarter = 0; quarter < 4; ++quarter) {
+        const unsigned char* v = v_tile + quarter * 16 * LINE_BYTES;
+        wgmma_columns(acc, weights[quarter], matrix_descriptor(v, MUTATE(37, PANEL_BYTES, 0u), 8 * LINE_BYTES));
+    }
     wgmma_commit();
 }
 
@@ -165,7 +173,8 @@ struct Sums {
 
 // Merges a part; `max` and `sum` are its.
 template <u32 DIM>
-__device__ __forceinline__ void merge_part(Sums<DIM>& total, const float* max, const float* sum, const float (&acc)[DIM / 16][2][4]) {
+__device__ __forceinline__ void merge_part(Sums<DIM>& total, const float* max, const float* sum,
+                                           const float (&acc)[DIM / 16][2][4]) {
 #pragma unroll
     for (u32 row = 0; row < 2; ++row) {
         const Merge merge(total.max[row], max[row]);
@@ -271,7 +280,8 @@ __device__ __forceinline__ void consume(const AttentionJob& job, const bf16* q, 
 #pragma unroll
         for (u32 i = 0; i < DIM / 8; ++i) {
             const float* values = &total.acc[i / 2][i % 2][2 * row];
-            const u32 even = round_bf16(merge.of(values[0], 0.0f) * inverse), odd = round_bf16(merge.of(values[1], 0.0f) * inverse);
+            const u32 even = round_bf16(merge.of(values[0], 0.0f) * inverse);
+            const u32 odd = round_bf16(merge.of(values[1], 0.0f) * inverse);
             *reinterpret_cast<u32*>(to_row + i * 8 + 2 * t) = even | odd << 16;
         }
     }

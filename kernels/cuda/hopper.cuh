@@ -25,7 +25,7 @@
 #define WARPGROUP 128
 
 // A tensor in global memory and the box of it that a copy brings: made by the driver (cuTensorMapEncodeTiled), opaque.
-struct alignas(64) TensorMap { u64 words[16]; };
+struct alignas(128) TensorMap { u64 words[16]; };
 
 #ifdef __CUDACC__
 __device__ __forceinline__ u32 shared_address(const void* at) { return u32(__cvta_generic_to_shared(at)); }
@@ -101,8 +101,10 @@ __device__ __forceinline__ void fence_proxy_async() {
 // Starts copying the box of the map's tensor that begins at (x, y, z, w), x innermost; the barrier gets its bytes.
 __device__ __forceinline__ void copy_box(void* to, const TensorMap* map, u32 x, u32 y, u32 z, u32 w, u64* barrier) {
 #ifdef __CUDACC__
-    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];"
-                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier)) : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];"
+                 :: "r"(shared_address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(w), "r"(shared_address(barrier))
+                 : "memory");
 #else
     fibres::copy_box(to, map, {x, y, z, w}, barrier);
 #endif

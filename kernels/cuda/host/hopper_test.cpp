@@ -5,7 +5,9 @@
 #endif
 
 // Where the memory of a block that is aligned as swizzled panels have to be begins.
-__device__ inline unsigned char* panels(unsigned char* memory) { return memory + (1024 - shared_address(memory) % 1024) % 1024; }
+__device__ inline unsigned char* panels(unsigned char* memory) {
+    return memory + (1024 - shared_address(memory) % 1024) % 1024;
+}
 
 __device__ inline unsigned char* value_at(unsigned char* panel, u32 line, u32 i) {
     return panel + line * LINE_BYTES + ((i / 8 ^ line % 8) << 4) + i % 8 * 2;
@@ -50,10 +52,10 @@ extern "C" __global__ void multiplies(const bf16* a, const bf16* keys, const bf1
     unsigned char *a_panels = panels(memory), *key_panels = a_panels + 2 * 64 * LINE_BYTES;
     unsigned char* value_panels = key_panels + 2 * 64 * LINE_BYTES;
     for (u32 i = threadIdx.x; i < 64 * 128; i += 128) {
-        const u32 row = i / 128, panel = i % 128 / 64 * 64 * LINE_BYTES;
-        *reinterpret_cast<bf16*>(value_at(a_panels + panel, row, i % 64)) = a[i];
-        *reinterpret_cast<bf16*>(value_at(key_panels + panel, row, i % 64)) = keys[i];
-        if (row < 16) *reinterpret_cast<bf16*>(value_at(value_panels + i % 128 / 64 * 16 * LINE_BYTES, row, i % 64)) = values[i];
+        const u32 row = i / 128, panel = i % 128 / 64;
+        *reinterpret_cast<bf16*>(value_at(a_panels + panel * 64 * LINE_BYTES, row, i % 64)) = a[i];
+        *reinterpret_cast<bf16*>(value_at(key_panels + panel * 64 * LINE_BYTES, row, i % 64)) = keys[i];
+        if (row < 16) *reinterpret_cast<bf16*>(value_at(value_panels + panel * 16 * LINE_BYTES, row, i % 64)) = values[i];
     }
     const u32 lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = threadIdx.x / 32 * 16;
     u32 fragment[4];
@@ -69,7 +71,8 @@ extern "C" __global__ void multiplies(const bf16* a, const bf16* keys, const bf1
 #pragma unroll
     for (u32 step = 0; step < 8; ++step) {
         const u32 at = step / 4 * 64 * LINE_BYTES + step % 4 * 32;
-        wgmma_rows(scores, matrix_descriptor(a_panels + at, 0, 8 * LINE_BYTES), matrix_descriptor(key_panels + at, 0, 8 * LINE_BYTES), step > 0);
+        wgmma_rows(scores, matrix_descriptor(a_panels + at, 0, 8 * LINE_BYTES),
+                   matrix_descriptor(key_panels + at, 0, 8 * LINE_BYTES), step > 0);
     }
     wgmma_commit();
     wgmma_columns(acc, fragment, matrix_descriptor(value_panels, 16 * LINE_BYTES, 8 * LINE_BYTES));
@@ -87,7 +90,8 @@ extern "C" __global__ void multiplies(const bf16* a, const bf16* keys, const bf1
 TEST(products_of_a_warpgroup_are_those_of_the_matrices) {
     auto a = random_values<bf16>(64 * 128), keys = random_values<bf16>(64 * 128), values = random_values<bf16>(16 * 128);
     Device<float> out(64 * 64), out_values(64 * 128);
-    LAUNCH(order, 1, 128, 1024 + (64 * 4 + 16 * 2) * LINE_BYTES, multiplies, a.get(), keys.get(), values.get(), out.get(), out_values.get());
+    LAUNCH(order, 1, 128, 1024 + (64 * 4 + 16 * 2) * LINE_BYTES, multiplies, a.get(), keys.get(), values.get(), out.get(),
+           out_values.get());
     for (u32 row = 0; row < 64; ++row) {
         for (u32 column = 0; column < 64; ++column) {
             double sum = 0;
@@ -221,8 +225,10 @@ TEST(warps_of_a_warpgroup_that_disagree_are_a_sentence) {
 
 TEST(misused_barriers_are_a_sentence) {
     expect_misuse(order, [](const Given& given) { barrier_wait(given.barrier - 1, 0); }, "was not initialised");
-    expect_misuse(order, [](const Given& given) { if (threadIdx.x == 0) barrier_expect(given.barrier, 16); barrier_wait(given.barrier, 0); },
-                  "waits at a barrier in shared memory");
+    expect_misuse(order, [](const Given& given) {
+        if (threadIdx.x == 0) barrier_expect(given.barrier, 16);
+        barrier_wait(given.barrier, 0);
+    }, "waits at a barrier in shared memory");
     expect_misuse(order, [](const Given& given) {
         if (threadIdx.x == 0) barrier_expect(given.barrier, 16), barrier_arrive(given.barrier);
     }, "arrives at a barrier at which all 1 have");
