@@ -345,6 +345,7 @@ fn decode_shared(head_dim: usize) -> usize {
 ///
 /// # Panics
 /// If there is [no such kernel](AttentionKernels) for heads of this size.
+#[allow(clippy::too_many_arguments, reason = "the kernel's own, and which kernel")]
 pub fn attention_prefill(
     kernel: PrefillKernel,
     pool: Pool<'_>,
