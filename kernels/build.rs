@@ -1,6 +1,7 @@
-//! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and to PTX for
-//! compute_80, and writes a table of them, and of their sources, that `src/cuda/images.rs` includes. With the `fibres` feature: compiles
-//! all of them by a C++ compiler to the library that `src/cuda/fibres.rs` loads.
+//! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and, but for files
+//! `*_hopper.cu`, which are for that alone, to PTX for compute_80, and writes a table of them, and of their sources, that
+//! `src/cuda/images.rs` includes. With the `fibres` feature: compiles all of them by a C++ compiler to the library that
+//! `src/cuda/fibres.rs` loads.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -65,14 +66,17 @@ fn compile_kernels() {
         let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
         let (cubin, ptx) = (out.join(format!("{name}.cubin")), out.join(format!("{name}.ptx")));
         run_nvcc(&nvcc, &["--cubin", "-gencode=arch=compute_90a,code=sm_90a"], source, &cubin);
-        run_nvcc(&nvcc, &["--ptx", "-arch=compute_80"], source, &ptx);
+        let is_hopper = name.ends_with("_hopper");
+        // What is for sm_90a alone is not embedded as text, which says only which kernels there are.
+        run_nvcc(&nvcc, &["--ptx", if is_hopper { "-arch=compute_90a" } else { "-arch=compute_80" }], source, &ptx);
+        let embedded_ptx = if is_hopper { "None".to_string() } else { format!("Some(include_str!({ptx:?}))") };
         let flat = out.join(format!("{name}.flat.cu"));
         let whole = with_headers(source, &mut Vec::new());
         std::fs::write(&flat, whole).expect("the output folder is writable");
         let text = std::fs::read_to_string(&ptx).expect("nvcc wrote it");
         let entries = entries(&text);
         table += &format!(
-            "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: include_str!({ptx:?}), source: include_str!({flat:?}) }},\n"
+            "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: {embedded_ptx}, source: include_str!({flat:?}) }},\n"
         );
     }
     table += "];\n";

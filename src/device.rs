@@ -99,6 +99,7 @@ fn load_on_gpu(
         dtype: weights.dtype,
         kv_dtype: engine.kv_cache_dtype.kv_dtype(),
         is_batch_invariant: engine.batch_invariant,
+        prefill_attention: engine.prefill_attention,
         cache_folder,
     };
     let model = Model::load_on_device(folder, &device, options)?;

@@ -9,7 +9,7 @@ mod steps;
 
 use std::sync::{Arc, Mutex};
 
-use common::config::Dtype;
+use common::config::{Dtype, PrefillAttention};
 use common::ids::BlockId;
 use common::kv_spec::KvDtype;
 use common::sampling::{SampledToken, SamplingParams};
@@ -124,6 +124,32 @@ fn heads_whose_kernels_ask_for_more_shared_memory_than_there_is_go_another_way()
         let device: Arc<dyn Device> = Arc::new(FibreDevice::with_limits(1 << 30, 99 << 10));
         let model = assert_logits_are_the_cpu_s(&device, head_dim, 1, None, 20);
         assert_eq!(model.info_for(16, 4).numerics.0, format!("{family}/tp1/bf16/kv-bf16"));
+    }
+}
+
+#[test]
+fn attention_of_prompts_by_warpgroups_is_taken_where_it_can_be_and_named_in_the_numerics() {
+    let load = |checkpoint: &WideHeads, prefill_attention, is_batch_invariant| {
+        let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+        let options =
+            DeviceLoadOptions { prefill_attention, is_batch_invariant, ..on_fibres::options(Dtype::Bfloat16) };
+        on_fibres::load_to(&device, checkpoint.folder(), options).unwrap()
+    };
+    let (auto, portable) = (PrefillAttention::Auto, PrefillAttention::Portable);
+    let numerics = |model: &Model<CudaBackend>| model.info_for(16, 4).numerics.0;
+    for (head_dim, num_heads, window, len) in [(64, 2, None, 140), (128, 3, Some(40), 90)] {
+        let checkpoint = WideHeads::new(head_dim, num_heads, window);
+        let (by_warpgroups, by_warps) = (load(&checkpoint, auto, false), load(&checkpoint, portable, false));
+        assert_eq!(numerics(&by_warpgroups), "cuda-blas-wgmma-1/tp1/bf16/kv-bf16");
+        assert_eq!(numerics(&by_warps), "cuda-blas-1/tp1/bf16/kv-bf16");
+        let tokens = prompt(len, WideHeads::VOCAB as u32, 11);
+        // On the host both add in the same order. The last rows singly, the others as a chunk.
+        let logits = |model| logits_on_device(model, &tokens, len - 3);
+        assert!(logits(&by_warpgroups) == logits(&by_warps), "heads of {head_dim}");
+    }
+    assert_eq!(numerics(&load(&WideHeads::new(64, 2, None), auto, true)), "cuda-mma-1/tp1/bf16/kv-bf16");
+    for without in [WideHeads::new(64, 1, None), WideHeads::new(256, 2, None)] {
+        assert_eq!(numerics(&load(&without, auto, false)), "cuda-blas-1/tp1/bf16/kv-bf16");
     }
 }
 

@@ -23,11 +23,18 @@
 #include "attention_job.cuh"
 #include "tensor_core.cuh"
 
-// A score in units of log2.
-__device__ __forceinline__ float score_log2(const AttentionJob& job, float product) {
-    const float score = product * job.scale;
-    if (job.softcap == 0.0f) return score * LOG2_E;
-    return MUTATE(2, job.softcap * own_tanh(score / job.softcap), score) * LOG2_E;
+// The products of a quarter become scores in units of log2.
+__device__ __forceinline__ void scale_scores(const AttentionJob& job, float scores[2][4]) {
+    if (job.softcap == 0.0f) {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) scores[i / 4][i % 4] = scores[i / 4][i % 4] * job.scale * LOG2_E;
+    } else {
+#pragma unroll
+        for (u32 i = 0; i < 8; ++i) {
+            const float score = scores[i / 4][i % 4] * job.scale;
+            scores[i / 4][i % 4] = MUTATE(2, job.softcap * own_tanh(score / job.softcap), score) * LOG2_E;
+        }
+    }
 }
 
 // Byte offset of 8 features (chunk) of a row in shared memory. Chunks of rows that follow one another lie in
@@ -91,17 +98,18 @@ __device__ __forceinline__ void multiply_values(float acc[2][4], const u32* a, c
     mma_bf16(acc[1], a, b[2], MUTATE(3, b[3], b[1]));
 }
 
-// Turns a quarter's products into scores; `low` and `high` are the visible ranges of rows g and g + 8.
+// Turns a quarter's products into scores; `first` and `last` are the visible ranges of rows g and g + 8.
 __device__ __forceinline__ void mask_scores(const AttentionJob& job, float scores[2][4], u32 start, const u32* first,
                                             const u32* last) {
     const u32 t = threadIdx.x % 4;
+    scale_scores(job, scores);
 #pragma unroll
     for (u32 n = 0; n < 2; ++n)
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
             const u32 position = start + n * 8 + 2 * t + i % 2, row = i / 2;
             const bool is_visible = position >= first[row] && position <= last[row];
-            scores[n][i] = is_visible ? score_log2(job, scores[n][i]) : LOWEST;
+            scores[n][i] = is_visible ? scores[n][i] : LOWEST;
         }
 }
 
@@ -121,13 +129,44 @@ __device__ __forceinline__ float quad_sum(float x) {
 }
 
 // Scores become weights; returns their sum over this lane's part of the quarter.
+template <bool IS_MASKED = true>
 __device__ __forceinline__ float weigh(float scores[2][4], float max, u32 row) {
 #pragma unroll
     for (u32 n = 0; n < 2; ++n)
 #pragma unroll
         for (u32 i = 2 * row; i < 2 * row + 2; ++i)
-            scores[n][i] = scores[n][i] == LOWEST ? 0.0f : fast_exp2(scores[n][i] - max);
+            scores[n][i] = IS_MASKED && scores[n][i] == LOWEST ? 0.0f : fast_exp2(scores[n][i] - max);
     return (scores[0][2 * row] + scores[0][2 * row + 1]) + (scores[1][2 * row] + scores[1][2 * row + 1]);
+}
+
+// One tile of the online softmax of rows g and g + 8: its products become weights, and `correction` is what everything
+// summed before is to be multiplied with. Not masked: all rows of the warp see all positions of the tile.
+template <bool IS_MASKED = true>
+__device__ __forceinline__ void soften(const AttentionJob& job, float scores[4][2][4], u32 start, const u32* from,
+                                       const u32* to, float* max, float* sum, float* correction) {
+#pragma unroll
+    for (u32 quarter = 0; quarter < 4; ++quarter) {
+        if (IS_MASKED) mask_scores(job, scores[quarter], start + quarter * 16, from, to);
+        else scale_scores(job, scores[quarter]);
+    }
+#pragma unroll
+    for (u32 row = 0; row < 2; ++row) {
+        float highest = max[row], parts[4];
+#pragma unroll
+        for (u32 quarter = 0; quarter < 4; ++quarter) highest = fmaxf(highest, quarter_max(scores[quarter], row));
+        highest = quad_max(highest);
+        correction[row] = fast_exp2(max[row] - highest);
+        max[row] = highest;
+#pragma unroll
+        for (u32 quarter = 0; quarter < 4; ++quarter) parts[quarter] = weigh<IS_MASKED>(scores[quarter], highest, row);
+        sum[row] = fmaf(sum[row], correction[row], (parts[0] + parts[1]) + (parts[2] + parts[3]));
+    }
+}
+
+// The weights of a quarter as the A operand of a product with its values.
+__device__ __forceinline__ void pack_weights(u32* a, const float scores[2][4]) {
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) a[i] = pack_bf16(scores[i / 2][i % 2 * 2], scores[i / 2][i % 2 * 2 + 1]);
 }
 
 // The factors of a merge: what is so far, and what is added.

@@ -10,6 +10,9 @@
 #define LOWEST -3.402823466e38f
 #define LOG2_E 1.44269504088896340736f
 
+// Rows of a tile of prefill, at most.
+#define PREFILL_ROWS 64
+
 struct AttentionJob {
     KvShape kv;
     u32 layer;
@@ -17,6 +20,14 @@ struct AttentionJob {
     float scale;
     float softcap; // 0: none
     u32 window;    // a query at p sees p - window + 1 ..= p; 0: all up to p
+};
+
+// Consecutive rows of one sequence.
+struct PrefillTile {
+    u32 first_row;
+    u32 num_rows;       // 1..=PREFILL_ROWS
+    u32 first_position; // of first_row
+    u32 block_table;    // where the sequence's begins in block_tables
 };
 
 __device__ __forceinline__ u32 first_visible(const AttentionJob& job, u32 position) {

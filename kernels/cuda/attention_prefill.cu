@@ -16,15 +16,7 @@
 //   shared memory   q [64] | k, v [64], twice | total of the parts so far, [DIM / 2][128 threads] f32
 #include "attention.cuh"
 
-#define PREFILL_ROWS 64
 #define PREFILL_SHARED(dim) ((dim) * (64 * 2 + 2 * 2 * 64 * 2 + 64 * 4))
-
-struct PrefillTile {
-    u32 first_row;
-    u32 num_rows;       // 1..=64
-    u32 first_position; // of first_row
-    u32 block_table;    // where the sequence's begins in block_tables
-};
 
 template <u32 DIM>
 __device__ void attention_prefill(const AttentionJob& job, const bf16* __restrict__ q, const bf16* __restrict__ pool,
@@ -93,33 +85,16 @@ __device__ void attention_prefill(const AttentionJob& job, const bf16* __restric
             for (u32 quarter = 0; quarter < 4; ++quarter)
                 multiply_keys<DIM>(scores[quarter], a, k_tile, quarter, step);
         }
-#pragma unroll
-        for (u32 quarter = 0; quarter < 4; ++quarter)
-            mask_scores(job, scores[quarter], index * TILE_TOKENS + quarter * 16, from, to);
-
         float correction[2];
-#pragma unroll
-        for (u32 row = 0; row < 2; ++row) {
-            float highest = max[row], parts[4];
-#pragma unroll
-            for (u32 quarter = 0; quarter < 4; ++quarter) highest = fmaxf(highest, quarter_max(scores[quarter], row));
-            highest = quad_max(highest);
-            correction[row] = fast_exp2(max[row] - highest);
-            max[row] = highest;
-#pragma unroll
-            for (u32 quarter = 0; quarter < 4; ++quarter) parts[quarter] = weigh(scores[quarter], highest, row);
-            sum[row] = fmaf(sum[row], correction[row], (parts[0] + parts[1]) + (parts[2] + parts[3]));
-        }
+        soften(job, scores, index * TILE_TOKENS, from, to, max, sum, correction);
 #pragma unroll
         for (u32 pair = 0; pair < DIM / 16; ++pair)
 #pragma unroll
             for (u32 i = 0; i < 8; ++i) acc[pair][i / 4][i % 4] *= MUTATE(12, correction[i % 4 / 2], 1.0f);
 #pragma unroll
         for (u32 quarter = 0; quarter < 4; ++quarter) {
-            const u32 a[4] = {pack_bf16(scores[quarter][0][0], scores[quarter][0][1]),
-                              pack_bf16(scores[quarter][0][2], scores[quarter][0][3]),
-                              pack_bf16(scores[quarter][1][0], scores[quarter][1][1]),
-                              pack_bf16(scores[quarter][1][2], scores[quarter][1][3])};
+            u32 a[4];
+            pack_weights(a, scores[quarter]);
 #pragma unroll
             for (u32 pair = 0; pair < DIM / 16; ++pair) multiply_values<DIM>(acc[pair], a, v_tile, quarter, pair);
         }

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use clap::ValueEnum;
+
 /// What an operator chooses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum DeviceChoice {
@@ -14,6 +16,23 @@ pub enum DeviceChoice {
     Cuda(usize),
     /// Nothing: a model is simulated.
     Sim,
+}
+
+/// Which kernel of a GPU computes the attention of prompts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum PrefillAttention {
+    /// The one that runs on every GPU.
+    #[default]
+    Portable,
+    /// The one for compute capability 9.0 (H100, H200) where it can run the model, else the portable one.
+    Auto,
+}
+
+impl fmt::Display for PrefillAttention {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.to_possible_value().expect("no variant is hidden");
+        f.write_str(value.get_name())
+    }
 }
 
 /// A device that is none.

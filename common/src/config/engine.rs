@@ -3,7 +3,7 @@
 use clap::{ArgAction, Args};
 
 use super::InvalidSettings;
-use super::device::DeviceChoice;
+use super::device::{DeviceChoice, PrefillAttention};
 use super::model::Dtype;
 use super::sim::SimArgs;
 use super::values::{parse_above_zero, parse_bytes_above_zero, parse_fraction, parse_whole};
@@ -89,6 +89,14 @@ pub struct EngineArgs {
         hide_possible_values = true
     )]
     pub batch_invariant: bool,
+
+    /// Which kernel of a GPU computes the attention of prompts.
+    ///
+    /// portable runs on every GPU. auto takes the one for compute capability 9.0 (H100, H200) where it can run the
+    /// model, and says why not; that one has been tested on the host alone, so it is not the default yet. Part of the
+    /// numerics id.
+    #[arg(long, value_enum, value_name = "KERNEL", default_value_t = PrefillAttention::Portable)]
+    pub prefill_attention: PrefillAttention,
 
     /// Threads that compute. Default: one for each core.
     ///

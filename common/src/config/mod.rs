@@ -31,7 +31,7 @@ pub mod sim;
 pub mod store;
 pub mod values;
 
-pub use device::DeviceChoice;
+pub use device::{DeviceChoice, PrefillAttention};
 pub use endpoint::{HttpArgs, RoutingArgs};
 pub use engine::EngineArgs;
 pub use fabric::{CongestionControl, FabricArgs, IdentityArgs, KvQuicArgs, KvTransport, NixlArgs, TlsPaths};

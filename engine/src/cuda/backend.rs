@@ -10,7 +10,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::kv_spec::GranuleOrder;
 use kernels::KvLayout;
 use kernels::cuda::ops::{
-    self, AttentionKernels, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, SKINNY_ROWS_MAX,
+    self, AttentionKernels, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, PrefillKernel,
+    SKINNY_ROWS_MAX,
 };
 use kernels::cuda::{Buffer, Device, DeviceError, DeviceWeights, Lane};
 
@@ -31,6 +32,7 @@ pub struct CudaBackend {
     device: Arc<dyn Device>,
     dtype: Dtype,
     is_batch_invariant: bool,
+    prefill: PrefillKernel,
     memory: Arc<StepMemory>,
     sampler: Arc<Sampler>,
     /// Values of the largest quantized matrix.
@@ -102,7 +104,13 @@ impl CudaBackend {
             ComputeDtype::Bf16 => Dtype::Bf16,
         };
         let (memory, sampler, quantized_values_max) = (Arc::default(), Arc::default(), Arc::default());
-        Self { device, dtype, is_batch_invariant, memory, sampler, quantized_values_max, step: None }
+        let prefill = PrefillKernel::Portable;
+        Self { device, dtype, is_batch_invariant, prefill, memory, sampler, quantized_values_max, step: None }
+    }
+
+    /// The same with this kernel for the attention of prompts, which the device has.
+    pub(super) fn with_prefill(self, prefill: PrefillKernel) -> Self {
+        Self { prefill, ..self }
     }
 
     /// The same with memory of its own for steps: those of two runners of one model are launched in any order.
@@ -330,7 +338,7 @@ impl Backend for CudaBackend {
         let of = |array: super::step::Array| -> Part<'_> { array.of(inputs) };
         if arrays.tiles.len > 0 {
             let tiles = arrays.tiles;
-            done(ops::attention_prefill(on_device, &shape, q, of(tiles), tiles.len, tables, out));
+            done(ops::attention_prefill(self.prefill, on_device, &shape, q, of(tiles), tiles.len, tables, out));
         }
         if arrays.plain_rows.len > 0 {
             let rows = arrays.plain_rows;

@@ -1,6 +1,7 @@
 //! The engine on a CUDA device: the same decoder, over the kernels of `kernels/cuda`.
 //!
 //! - [`backend`]: the decoder's operations.
+//! - `attention`: which kernel computes the attention of prompts.
 //! - [`step`]: what a plan is for the device: flat arrays in one copy, the rows of attention sorted by kernel.
 //! - [`sampling`]: from logits to tokens without the host.
 //! - [`graphs`]: decode steps that are recorded once and launched as a whole.
@@ -9,6 +10,7 @@
 //!
 //! Everything here runs on whatever is a [`Device`](kernels::cuda::Device): a GPU, or the host in tests.
 
+mod attention;
 pub mod backend;
 pub mod graphs;
 pub mod model;

@@ -4,13 +4,14 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use common::config::Dtype;
+use common::config::{Dtype, PrefillAttention};
 use common::kv_spec::KvDtype;
 use kernels::cuda::Device;
-use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, partial_bytes};
+use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PrefillKernel, partial_bytes};
 use kernels::kv_layout::GRANULE_TOKENS;
 
 use super::CudaBackend;
+use super::attention::choose;
 use super::step::{BUCKET_ROWS_MAX, DECODE_ROWS_MAX, bucket_rows};
 use crate::model::{LoadError, Model, Opened};
 use crate::runner::IN_FLIGHT_MAX;
@@ -18,14 +19,16 @@ use crate::spec::ModelSpec;
 use crate::weights::{ComputeDtype, Stacked};
 
 /// Name of the orders of additions, part of the numerics id that nodes announce: with products of many rows by
-/// cuBLASLt, whose order is the library's own, and without; and where the device has too little shared memory for the
-/// kernels of attention that others have for such heads.
-fn numerics_family(is_batch_invariant: bool, is_attention_plain: bool) -> &'static str {
-    match (is_batch_invariant, is_attention_plain) {
-        (false, false) => "cuda-blas-1",
-        (true, false) => "cuda-mma-1",
-        (false, true) => "cuda-blas-plain-1",
-        (true, true) => "cuda-mma-plain-1",
+/// cuBLASLt, whose order is the library's own, and without; where the device has too little shared memory for the
+/// kernels of attention that others have for such heads; and with the attention of prompts by products of warpgroups,
+/// which no other device has, and which is for products by the library.
+fn numerics_family(is_batch_invariant: bool, is_attention_plain: bool, prefill: PrefillKernel) -> &'static str {
+    match (is_batch_invariant, is_attention_plain, prefill) {
+        (_, _, PrefillKernel::Hopper) => "cuda-blas-wgmma-1",
+        (false, false, _) => "cuda-blas-1",
+        (true, false, _) => "cuda-mma-1",
+        (false, true, _) => "cuda-blas-plain-1",
+        (true, true, _) => "cuda-mma-plain-1",
     }
 }
 
@@ -41,6 +44,8 @@ pub struct DeviceLoadOptions {
     pub kv_dtype: Option<KvDtype>,
     /// Whether a row's bits shall depend on nothing but its sequence, at the price of slower products of many rows.
     pub is_batch_invariant: bool,
+    /// Which kernel computes the attention of prompts.
+    pub prefill_attention: PrefillAttention,
     /// Where the digest of the weights is kept, if anywhere.
     pub cache_folder: Option<PathBuf>,
 }
@@ -81,10 +86,16 @@ impl Model<CudaBackend> {
         }
         let backend = CudaBackend::new(device.clone(), opened.dtype, options.is_batch_invariant);
         let kernels = |shared_bytes_max| attention_kernels(opened.dtype, &opened.spec, shared_bytes_max);
-        let is_attention_plain = kernels(usize::MAX).has_decode && !kernels(device.shared_bytes_max()).has_decode;
-        let family = numerics_family(backend.is_batch_invariant(), is_attention_plain);
-        let model = opened.load(backend, family, 1, options.cache_folder.as_deref())?;
-        tracing::info!(device = device.name(), numerics = family, "the model is on the device");
+        let here = kernels(device.shared_bytes_max());
+        let is_attention_plain = kernels(usize::MAX).has_decode && !here.has_decode;
+        let is_batch_invariant = backend.is_batch_invariant();
+        let (prefill, reason) =
+            choose(options.prefill_attention, device.as_ref(), &opened.spec, here, is_batch_invariant);
+        let family = numerics_family(is_batch_invariant, is_attention_plain, prefill);
+        let model = opened.load(backend.with_prefill(prefill), family, 1, options.cache_folder.as_deref())?;
+        tracing::info!(
+            device = device.name(), numerics = family, prefill_attention = ?prefill, reason, "the model is on the device"
+        );
         Ok(model)
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use common::config::Dtype;
+use common::config::{Dtype, PrefillAttention};
 use engine::cuda::model::DeviceLoadOptions;
 use engine::cuda::{CudaBackend, CudaRunner};
 use engine::model::{LoadError, Model};
@@ -31,7 +31,13 @@ pub(crate) fn try_load(folder: &Path, dtype: Dtype, is_invariant: bool) -> Resul
 }
 
 pub(crate) fn options(dtype: Dtype) -> DeviceLoadOptions {
-    DeviceLoadOptions { dtype, kv_dtype: None, is_batch_invariant: false, cache_folder: None }
+    DeviceLoadOptions {
+        dtype,
+        kv_dtype: None,
+        is_batch_invariant: false,
+        prefill_attention: PrefillAttention::Portable,
+        cache_folder: None,
+    }
 }
 
 pub(crate) fn load_to(

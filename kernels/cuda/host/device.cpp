@@ -8,6 +8,7 @@
 #include "../attention_decode.cu"
 #include "../attention_plain.cu"
 #include "../attention_prefill.cu"
+#include "../attention_prefill_hopper.cu"
 #include "../block_copy.cu"
 #include "../dequantize.cu"
 #include "../digest.cu"
@@ -58,6 +59,7 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(attention_decode_256), ENTRY_OF(attention_merge_64),   ENTRY_OF(attention_merge_128),
         ENTRY_OF(attention_merge_256),  ENTRY_OF(attention_plain_bf16), ENTRY_OF(attention_plain_f32),
         ENTRY_OF(attention_prefill_64), ENTRY_OF(attention_prefill_128), ENTRY_OF(clear_blocks),
+        ENTRY_OF(attention_prefill_hopper_64), ENTRY_OF(attention_prefill_hopper_128),
         ENTRY_OF(copy_blocks),          ENTRY_OF(dequantize_4),         ENTRY_OF(dequantize_8),
         ENTRY_OF(digest_pieces),        ENTRY_OF(quantized_matmul_4),   ENTRY_OF(quantized_matmul_8),
         ENTRY_OF(embed_4),              ENTRY_OF(embed_8),              ENTRY_OF(embed_bf16),

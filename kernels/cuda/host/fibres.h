@@ -7,6 +7,8 @@
 // What it does not show: races between two threads of a warp that run in lockstep on the device, memory
 // ordering between blocks, speed. Blocks run one after the other in the given order.
 //
+// Units that work beside a block's threads (bulk copies, products of a warpgroup) are in host/hopper.h.
+//
 // Only full warps take part in collectives (mask 0xffffffff), and no thread may return while others wait at a
 // barrier: both are legal on a device in some cases, none of our kernels needs them.
 #pragma once
@@ -26,6 +28,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -126,7 +129,20 @@ struct Fibre {
     int line = 0;
     bool (*is_released)(const Fibre&) = nullptr;
     uint64_t generation = 0;
+    const void* place = nullptr; // of what it waits for, if there are several
     std::deque<std::vector<Copy>> copy_groups; // the last one is open
+};
+
+enum class Order { Forward, Reverse, Shuffled };
+inline constexpr Order ORDERS[] = {Order::Forward, Order::Reverse, Order::Shuffled};
+
+// Units that work beside the threads of a block.
+struct Beside {
+    virtual ~Beside() = default;
+    // Does one of the things it was asked for, when no thread can go on; false: there is none.
+    virtual bool step(Order order, std::mt19937& random) = 0;
+    // Fails if the block has ended before them.
+    virtual void on_block_end() = 0;
 };
 
 // The fibres of a launch: the first of those that all launches of the process share.
@@ -152,6 +168,7 @@ struct Block {
     std::map<int, Guarded> shared; // static shared memory by the place that declares it
     std::vector<int> poisoned;     // which of it this block has seen already
     Guarded dynamic{0};
+    std::unique_ptr<Beside> beside; // made by the first thread that asks for some
 };
 
 inline Block* block = nullptr;
@@ -192,9 +209,11 @@ inline void enter(Fibre& fibre) {
     setcontext(&context);
 }
 
-inline void pause(const char* what, int line, bool (*is_released)(const Fibre&), uint64_t generation) {
+inline void pause(const char* what, int line, bool (*is_released)(const Fibre&), uint64_t generation,
+                  const void* place = nullptr) {
     Fibre& fibre = self();
-    fibre.waits_for = what, fibre.line = line, fibre.is_released = is_released, fibre.generation = generation;
+    fibre.waits_for = what, fibre.line = line, fibre.is_released = is_released;
+    fibre.generation = generation, fibre.place = place;
     leave();
     self().waits_for = nullptr;
 }
@@ -259,9 +278,6 @@ T* shared(int place, size_t count) {
     return reinterpret_cast<T*>(found->second.data());
 }
 
-enum class Order { Forward, Reverse, Shuffled };
-inline constexpr Order ORDERS[] = {Order::Forward, Order::Reverse, Order::Shuffled};
-
 inline void run_block(Order order, std::mt19937& random) {
     std::vector<unsigned> turn(block->fibres.size());
     std::iota(turn.begin(), turn.end(), 0u);
@@ -279,8 +295,11 @@ inline void run_block(Order order, std::mt19937& random) {
             threadIdx = fibre.index;
             enter(fibre);
         }
-        if (all_done) return;
-        if (has_run) continue;
+        if (all_done) {
+            if (block->beside) block->beside->on_block_end();
+            return;
+        }
+        if (has_run || (block->beside && block->beside->step(order, random))) continue;
         unsigned num_done = 0;
         const Fibre* waiting = nullptr;
         for (const Fibre& fibre : block->fibres) fibre.is_done ? void(++num_done) : void(waiting = &fibre);
@@ -311,6 +330,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
                 here.warps.assign(num_threads / 32, Warp{});
                 here.arrived = 0, here.generation = 0;
                 here.poisoned.clear();
+                here.beside.reset();
                 std::memset(here.dynamic.data(), 0xff, here.dynamic.size());
                 for (unsigned i = 0; i < num_threads; ++i) {
                     Fibre& fibre = here.fibres[i];

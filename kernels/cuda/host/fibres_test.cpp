@@ -1,34 +1,5 @@
 // The header's own tests: what it must notice, each in a child process that has to fail with a sentence.
-#include <sys/wait.h>
-
-#include "harness.h"
-
-static std::string said_by(const std::function<void()>& body) {
-    int ends[2];
-    if (pipe(ends) != 0) fibres::fail("no pipe");
-    std::fflush(stdout);
-    const pid_t child = fork();
-    if (child == 0) {
-        dup2(ends[1], 1);
-        body();
-        std::fflush(stdout);
-        std::_Exit(0);
-    }
-    close(ends[1]);
-    std::string text;
-    char buffer[512];
-    for (ssize_t n; (n = read(ends[0], buffer, sizeof buffer)) > 0;) text.append(buffer, size_t(n));
-    close(ends[0]);
-    int status = 0;
-    waitpid(child, &status, 0);
-    if (!WIFEXITED(status) || WEXITSTATUS(status) != 1) fibres::fail("a broken kernel passed, saying: %s", text.c_str());
-    return text;
-}
-
-static void expect_said(const std::function<void()>& body, const char* part) {
-    const std::string text = said_by(body);
-    if (text.find(part) == std::string::npos) fibres::fail("it said \"%s\", expected \"%s\"", text.c_str(), part);
-}
+#include "misuse.h"
 
 TEST(a_barrier_that_one_thread_misses_is_a_sentence) {
     expect_said([&] { fibres::launch(order, 1, 64, 0, [] { if (threadIdx.x != 5) __syncthreads(); }); },

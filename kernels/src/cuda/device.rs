@@ -123,6 +123,8 @@ pub struct Args {
     num: usize,
     /// A bit for each value that is an address.
     addresses: u16,
+    /// That of the memory which a tensor map among the values describes.
+    mapped: Option<u64>,
 }
 
 impl Args {
@@ -130,6 +132,12 @@ impl Args {
     pub(super) fn address(mut self, address: u64) -> Self {
         self.addresses |= 1 << self.num;
         self.bytes(&address.to_ne_bytes())
+    }
+
+    /// Appends a tensor map of the memory at `address`, of which there is one at most.
+    pub(super) fn tensor_map(mut self, map: &TensorMap, address: u64) -> Self {
+        self.mapped = Some(address);
+        self.bytes(map.0.map(u64::to_ne_bytes).as_flattened())
     }
 
     pub(super) fn u64(self, value: u64) -> Self {
@@ -166,11 +174,12 @@ impl Args {
         self.places[..self.num].iter().map(|(word, size)| (self.words[*word..].as_ptr().cast(), *size))
     }
 
-    /// Those that are addresses.
+    /// Those that are addresses, and the one that is in a tensor map.
     #[cfg_attr(not(any(feature = "cuda", feature = "fibres")), allow(dead_code, reason = "for graphs of a device"))]
     pub(super) fn addresses(&self) -> impl Iterator<Item = u64> + '_ {
         let places = self.places[..self.num].iter().enumerate();
-        places.filter(|(index, _)| self.addresses >> index & 1 == 1).map(|(_, (word, _))| self.words[*word])
+        let named = places.filter(|(index, _)| self.addresses >> index & 1 == 1);
+        named.map(|(_, (word, _))| self.words[*word]).chain(self.mapped)
     }
 }
 
@@ -194,6 +203,22 @@ pub struct Product {
     /// Whether to add to what is there.
     pub add: bool,
 }
+
+/// A packed tensor of bf16 in device memory, and the box of it that one bulk copy brings, the innermost dimension first.
+/// Lines of the box are 128 bytes and come with the 128-byte swizzle, see `hopper.cuh`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BoxedTensor {
+    /// Where it begins: a multiple of 16.
+    pub address: u64,
+    /// Values along each dimension.
+    pub dims: [u64; 4],
+    /// Of the box; along the innermost dimension 64.
+    pub box_dims: [u32; 4],
+}
+
+/// A [`BoxedTensor`] as a kernel takes it: the device knows what is in it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TensorMap(pub(super) [u64; 16]);
 
 /// A processor with memory of its own that runs the kernels of `kernels/cuda`.
 pub trait Device: Send + Sync {
@@ -300,6 +325,18 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The arguments are what stands on top of the kernel's file.
     unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError>;
+
+    /// Whether it has the kernels for compute capability 9.0 alone.
+    ///
+    /// # Errors
+    /// Why not, as a sentence.
+    fn check_hopper_kernels(&self) -> Result<(), String>;
+
+    /// What a kernel that copies boxes of `tensor` is given.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap, DeviceError>;
 
     /// Whether it has a product for many rows.
     fn has_product(&self) -> bool;

@@ -15,9 +15,9 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaStream, DriverErr
 use cudarc::nvrtc::Ptx;
 
 use super::blas::{Blas, WORKSPACE_BYTES};
-use super::device::{Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::device::{BoxedTensor, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product, TensorMap};
 use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
-use super::images::{EMBEDDED, Image};
+use super::images::{EMBEDDED, Embedded, Image};
 use super::nvrtc;
 
 /// Bytes of one piece of a copy between the device and memory of the host that the driver may move anywhere: it
@@ -44,6 +44,8 @@ pub struct Gpu {
     /// Of a block, for kernels that ask for it.
     shared_bytes_max: usize,
     functions: HashMap<&'static str, Function>,
+    /// Whether the kernels for compute capability 9.0 alone are among them, or why not.
+    hopper_kernels: Result<(), String>,
     compute: Mutex<LaneState>,
     transfer: Mutex<LaneState>,
     blas: Option<Blas>,
@@ -174,7 +176,7 @@ impl Gpu {
         let shared_bytes_max = context
             .attribute(CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
             .map_err(refused("tell its shared memory"))? as usize;
-        let functions = load_kernels(&context, capability, folder)?;
+        let (functions, hopper_kernels) = load_kernels(&context, capability, folder)?;
         let compute = LaneState::new(&context, 0, COMPUTE_STAGES)?;
         // Copies of blocks are small and go before what computes.
         let transfer = LaneState::new(&context, highest_priority(&context), TRANSFER_STAGES)?;
@@ -191,6 +193,7 @@ impl Gpu {
             capability,
             shared_bytes_max,
             functions,
+            hopper_kernels,
             compute: Mutex::new(compute),
             transfer: Mutex::new(transfer),
             blas,
@@ -263,37 +266,56 @@ impl Gpu {
     }
 }
 
+type Functions = HashMap<&'static str, Function>;
+
+/// All kernels. Those for compute capability 9.0 alone may be missing, for which there is a reason then; but what is in
+/// a folder is what whoever named it wants, or an error.
 fn load_kernels(
     context: &Arc<CudaContext>,
     capability: (u32, u32),
     folder: Option<&Path>,
-) -> Result<HashMap<&'static str, Function>, DeviceError> {
-    let mut functions = HashMap::new();
+) -> Result<(Functions, Result<(), String>), DeviceError> {
+    let (mut functions, mut hopper_kernels) = (HashMap::new(), Ok(()));
     for kernel in EMBEDDED {
-        let image = kernel.image(capability, folder).map_err(|error| DeviceError::Image(error.to_string()))?;
-        let image = match image {
-            Image::Cubin(bytes) => Ptx::from_binary(bytes.into_owned()),
-            Image::Ptx(text) => Ptx::from_src(text),
-        };
-        let module = match context.load_module(image) {
-            Ok(module) => module,
-            // A folder's files are what whoever named it wants, or an error.
-            Err(error) if folder.is_some() => return Err(refused(format!("load {}", kernel.name))(error)),
-            Err(error) => {
-                let refusal = refused(format!("load {} as it is embedded", kernel.name))(error);
-                let cubin = nvrtc::compile(kernel, capability);
-                let cubin = cubin.map_err(|reason| DeviceError::Image(format!("{refusal}; and {reason}")))?;
-                context
-                    .load_module(Ptx::from_binary(cubin))
-                    .map_err(refused(format!("load {} as libnvrtc compiled it", kernel.name)))?
+        match load_kernel(context, kernel, capability, folder) {
+            Ok(loaded) => functions.extend(loaded),
+            Err(error) if kernel.is_hopper() && (folder.is_none() || capability != (9, 0)) => {
+                hopper_kernels = Err(error.to_string());
             }
-        };
-        for &entry in kernel.entries {
-            let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
-            functions.insert(entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) });
+            Err(error) => return Err(error),
         }
     }
-    Ok(functions)
+    Ok((functions, hopper_kernels))
+}
+
+fn load_kernel(
+    context: &Arc<CudaContext>,
+    kernel: &'static Embedded,
+    capability: (u32, u32),
+    folder: Option<&Path>,
+) -> Result<Vec<(&'static str, Function)>, DeviceError> {
+    let image = kernel.image(capability, folder).map_err(|error| DeviceError::Image(error.to_string()))?;
+    let image = match image {
+        Image::Cubin(bytes) => Ptx::from_binary(bytes.into_owned()),
+        Image::Ptx(text) => Ptx::from_src(text),
+    };
+    let module = match context.load_module(image) {
+        Ok(module) => module,
+        Err(error) if folder.is_some() => return Err(refused(format!("load {}", kernel.name))(error)),
+        Err(error) => {
+            let refusal = refused(format!("load {} as it is embedded", kernel.name))(error);
+            let cubin = nvrtc::compile(kernel, capability);
+            let cubin = cubin.map_err(|reason| DeviceError::Image(format!("{refusal}; and {reason}")))?;
+            context
+                .load_module(Ptx::from_binary(cubin))
+                .map_err(refused(format!("load {} as libnvrtc compiled it", kernel.name)))?
+        }
+    };
+    let entries = kernel.entries.iter().map(|&entry| {
+        let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
+        Ok((entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) }))
+    });
+    entries.collect()
 }
 
 /// Of streams; 0 is the default, and what it is where the device has only one.
@@ -553,6 +575,36 @@ impl Device for Gpu {
         })
     }
 
+    fn check_hopper_kernels(&self) -> Result<(), String> {
+        self.hopper_kernels.clone()
+    }
+
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap, DeviceError> {
+        let BoxedTensor { address, dims, box_dims } = tensor;
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        let strides = [dims[0] * 2, dims[0] * dims[1] * 2, dims[0] * dims[1] * dims[2] * 2];
+        // SAFETY: the arrays have as many entries as there are dimensions, and one stride fewer; the map is exclusively
+        // borrowed. The driver checks what they say and touches no memory of the device.
+        let status = unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &raw mut map,
+                sys::CUtensorMapDataType::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                dims.len() as u32,
+                *address as *mut c_void,
+                dims.as_ptr(),
+                strides.as_ptr(),
+                box_dims.as_ptr(),
+                [1; 4].as_ptr(),
+                sys::CUtensorMapInterleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                sys::CUtensorMapSwizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+                sys::CUtensorMapL2promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                sys::CUtensorMapFloatOOBfill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        };
+        status.result().map_err(refused(format!("make a tensor map of {tensor:?}")))?;
+        Ok(TensorMap(map.opaque))
+    }
+
     fn has_product(&self) -> bool {
         self.blas.is_some()
     }
@@ -645,8 +697,9 @@ impl Drop for Gpu {
 mod tests {
     use super::*;
     use crate::cuda::device::Buffer;
-    use crate::cuda::ops::{self, Multiply};
+    use crate::cuda::ops::{self, Multiply, PrefillKernel};
     use crate::cuda::{PeerMemory, Piece};
+    use crate::kv_layout::KvLayout;
 
     #[test]
     fn a_gpu_that_is_not_there_is_a_sentence() {
@@ -662,7 +715,10 @@ mod tests {
     #[ignore = "needs a GPU"]
     fn every_embedded_kernel_loads() {
         let gpu = Gpu::open(0, None).unwrap();
-        assert_eq!(gpu.num_kernels(), EMBEDDED.iter().map(|kernel| kernel.entries.len()).sum::<usize>());
+        let is_hopper = gpu.check_hopper_kernels().is_ok();
+        assert_eq!(is_hopper, gpu.capability == (9, 0), "{:?}", gpu.check_hopper_kernels());
+        let wanted = EMBEDDED.iter().filter(|kernel| is_hopper || !kernel.is_hopper());
+        assert_eq!(gpu.num_kernels(), wanted.map(|kernel| kernel.entries.len()).sum::<usize>());
     }
 
     #[test]
@@ -699,6 +755,53 @@ mod tests {
         }
         drop(ids);
         assert!(graph.launch().unwrap_err().to_string().contains("was given back"));
+    }
+
+    /// Values between -1 and 1.
+    fn random_bf16(device: &Arc<dyn Device>, seed: u64, count: usize) -> Buffer {
+        let value = |i: u32| half::bf16::from_f64(2.0 * crate::uniform(seed, 0, i) - 1.0);
+        Buffer::of(device, &(0..count as u32).map(value).collect::<Vec<_>>()).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn attention_of_prompts_by_warpgroups_is_that_of_the_portable_kernel() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        if let Err(reason) = device.check_hopper_kernels() {
+            println!("SKIPPED: {reason}");
+            return;
+        }
+        for (head_dim, block_size, window) in [(64, 16, 0), (64, 48, 100), (128, 64, 0), (128, 32, 700)] {
+            let (num_heads, num_kv_heads, first_position, num_rows) = (6, 2, 900, 300usize);
+            let num_blocks = (first_position + num_rows).div_ceil(block_size);
+            let dtype = ops::Dtype::Bf16;
+            let layout = KvLayout { num_layers: 2, num_blocks, block_size, num_kv_heads, head_dim, dtype };
+            let memory = random_bf16(&device, 1, layout.total_bytes() / 2);
+            let pool = ops::Pool { buffer: &memory, layout: &layout };
+            let q = random_bf16(&device, 2, num_rows * num_heads * head_dim);
+            let tiles = (0..num_rows).step_by(ops::PREFILL_ROWS).map(|first| {
+                [first, ops::PREFILL_ROWS.min(num_rows - first), first_position + first, 0].map(|n| n as u32)
+            });
+            let tiles: Vec<[u32; 4]> = tiles.collect();
+            let table: Vec<u32> = (0..num_blocks as u32).rev().collect();
+            let (num_tiles, tiles) = (tiles.len(), Buffer::of(&device, tiles.as_flattened()).unwrap());
+            let table = Buffer::of(&device, &table).unwrap();
+            let shape = ops::AttentionShape { layer: 1, num_heads, scale: 0.1, window, num_rows };
+            let attended = |kernel| {
+                let out = Buffer::new(&device, q.num_bytes()).unwrap();
+                let (tiles, table) = (ops::Part::from(&tiles), ops::Part::from(&table));
+                ops::attention_prefill(kernel, pool, &shape, &q, tiles, num_tiles, table, &out).unwrap();
+                let mut bytes = vec![0; out.num_bytes()];
+                out.read(Lane::Compute, 0, &mut bytes).unwrap();
+                bytes.as_chunks::<2>().0.iter().map(|b| half::bf16::from_le_bytes(*b).to_f32()).collect::<Vec<f32>>()
+            };
+            let (found, wanted) = (attended(PrefillKernel::Hopper), attended(PrefillKernel::Portable));
+            let same = found.iter().zip(&wanted).filter(|(found, wanted)| found == wanted).count();
+            println!("heads of {head_dim}: {same} of {} values are the same", wanted.len());
+            for (found, wanted) in found.iter().zip(&wanted) {
+                assert!((found - wanted).abs() <= 1e-2 * wanted.abs().max(1.0), "{found} and {wanted}");
+            }
+        }
     }
 
     const HANDLE: &str = "TANDEM_TEST_HANDLE";

@@ -14,7 +14,7 @@ use std::thread::ThreadId;
 
 use libloading::{Library, Symbol};
 
-use super::device::{Args, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product};
+use super::device::{Args, BoxedTensor, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product, TensorMap};
 use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 
 type Alloc = unsafe extern "C" fn(usize, *mut c_int, *mut usize) -> *mut c_void;
@@ -24,6 +24,9 @@ type LaunchKernel =
 
 /// Blocks along y and along z that GPUs allow.
 const GRID_YZ_MAX: u32 = 65_535;
+
+/// First word of what stands for a tensor map, `HOST_TENSOR_MAP` of host/hopper.h.
+const TENSOR_MAP_KIND: u64 = 0x7061_6d5f_7473_6f68;
 
 /// The host, treated as a device.
 pub struct FibreDevice {
@@ -325,6 +328,19 @@ impl Device for FibreDevice {
             other => format!("argument {} is given as {} bytes", other - 3, sizes[other as usize - 3]),
         };
         Err(refused(reason))
+    }
+
+    fn check_hopper_kernels(&self) -> Result<(), String> {
+        Ok(())
+    }
+
+    /// `HostTensorMap` of host/hopper.h.
+    fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap, DeviceError> {
+        let mut words = [0; 16];
+        (words[0], words[1]) = (TENSOR_MAP_KIND, tensor.address);
+        words[2..6].copy_from_slice(&tensor.dims);
+        words[6..10].copy_from_slice(&tensor.box_dims.map(u64::from));
+        Ok(TensorMap(words))
     }
 
     fn has_product(&self) -> bool {

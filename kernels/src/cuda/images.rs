@@ -15,7 +15,8 @@ pub struct Embedded {
     /// Its kernels.
     pub entries: &'static [&'static str],
     cubin: &'static [u8],
-    ptx: &'static str,
+    /// For other devices, if it is for any.
+    ptx: Option<&'static str>,
     /// With all its headers, for [a compiler on the machine](super::nvrtc).
     pub(super) source: &'static str,
 }
@@ -39,6 +40,11 @@ pub enum ImageError {
         /// Its compute capability.
         capability: (u32, u32),
     },
+    /// It is for compute capability 9.0 alone.
+    OnlyHopper {
+        /// That of the device.
+        capability: (u32, u32),
+    },
     /// A file of the folder cannot be read.
     Unreadable {
         /// Which.
@@ -55,6 +61,9 @@ impl fmt::Display for ImageError {
                 f,
                 "the GPU has compute capability {major}.{minor}, the kernels need 8.0 or later: use another GPU or the CPU"
             ),
+            ImageError::OnlyHopper { capability: (major, minor) } => {
+                write!(f, "the GPU has compute capability {major}.{minor}, the kernel is for 9.0 alone")
+            }
             ImageError::Unreadable { path, reason } => write!(
                 f,
                 "{} cannot be read ({reason}): {KERNELS_FOLDER_VARIABLE} must name a folder with a cubin of every kernel file, or be unset",
@@ -67,6 +76,11 @@ impl fmt::Display for ImageError {
 impl std::error::Error for ImageError {}
 
 impl Embedded {
+    /// Whether it is for compute capability 9.0 alone. Every device does without it.
+    pub fn is_hopper(&self) -> bool {
+        self.ptx.is_none()
+    }
+
     /// The image for a device of this compute capability: from `folder` if given, else the embedded machine
     /// code where it fits (sm_90a is for 9.0 alone), else PTX.
     ///
@@ -76,6 +90,9 @@ impl Embedded {
         if capability < (8, 0) {
             return Err(ImageError::TooOld { capability });
         }
+        if self.is_hopper() && capability != (9, 0) {
+            return Err(ImageError::OnlyHopper { capability });
+        }
         if let Some(folder) = folder {
             let path = folder.join(self.name).with_extension("cubin");
             return match std::fs::read(&path) {
@@ -83,7 +100,10 @@ impl Embedded {
                 Err(error) => Err(ImageError::Unreadable { path, reason: error.to_string() }),
             };
         }
-        Ok(if capability == (9, 0) { Image::Cubin(Cow::Borrowed(self.cubin)) } else { Image::Ptx(self.ptx) })
+        match self.ptx {
+            Some(ptx) if capability != (9, 0) => Ok(Image::Ptx(ptx)),
+            _ => Ok(Image::Cubin(Cow::Borrowed(self.cubin))),
+        }
     }
 }
 
@@ -101,11 +121,21 @@ mod tests {
             assert!(!kernel.entries.is_empty(), "{}", kernel.name);
             assert!(matches!(kernel.image((9, 0), None), Ok(Image::Cubin(bytes)) if bytes.starts_with(b"\x7fELF")));
             for capability in [(8, 0), (8, 9), (10, 0)] {
-                assert_eq!(kernel.image(capability, None), Ok(Image::Ptx(kernel.ptx)));
+                match kernel.ptx {
+                    Some(ptx) => assert_eq!(kernel.image(capability, None), Ok(Image::Ptx(ptx))),
+                    None => assert_eq!(kernel.image(capability, None), Err(ImageError::OnlyHopper { capability })),
+                }
             }
         }
         assert_eq!(kernel("block_copy").entries, ["copy_blocks", "clear_blocks"]);
-        assert!(kernel("attention_prefill").ptx.contains(".target sm_80"));
+        assert!(kernel("attention_prefill").ptx.unwrap().contains(".target sm_80"));
+        let only_hopper: Vec<_> =
+            EMBEDDED.iter().filter(|kernel| kernel.is_hopper()).map(|kernel| kernel.name).collect();
+        assert_eq!(only_hopper, ["attention_prefill_hopper"]);
+        assert_eq!(
+            kernel("attention_prefill_hopper").entries,
+            ["attention_prefill_hopper_64", "attention_prefill_hopper_128"]
+        );
     }
 
     #[test]

@@ -7,9 +7,10 @@
 //! - `driver`, `blas`, `images`, `nvrtc` (feature `cuda`): GPUs through NVIDIA's driver. One program serves machines with and
 //!   without a GPU: the driver is looked for when it is asked for, and its absence is a sentence. Kernels are
 //!   embedded twice, as machine code for compute capability 9.0 and as PTX that the driver compiles for 8.0 and
-//!   later; a folder of cubins can replace them (`TANDEM_CUDA_KERNELS`), so that kernels can be rebuilt where there is
-//!   nvcc and no Rust. Where the driver takes neither image (it is older than the compiler that made them), `nvrtc`
-//!   compiles the embedded sources, if NVIDIA's library for that is on the machine.
+//!   later; those that are for 9.0 alone once, and every device does without them. A folder of cubins can replace them
+//!   (`TANDEM_CUDA_KERNELS`), so that kernels can be rebuilt where there is nvcc and no Rust. Where the driver takes
+//!   neither image (it is older than the compiler that made them), `nvrtc` compiles the embedded sources, if NVIDIA's
+//!   library for that is on the machine.
 //! - `fibres` (feature `fibres`): the host as a device, for tests of everything above a device.
 
 #[cfg(feature = "cuda")]
@@ -31,7 +32,7 @@ mod shared;
 
 use std::sync::Arc;
 
-pub use device::{Buffer, Device, DeviceError, Event, Lane, MemoryInfo};
+pub use device::{BoxedTensor, Buffer, Device, DeviceError, Event, Lane, MemoryInfo, TensorMap};
 #[cfg(feature = "cuda")]
 pub use driver::Gpu;
 #[cfg(feature = "fibres")]

@@ -6,8 +6,8 @@
 //! [`clear_blocks`] and [`copy_blocks`], which the owner of the pool calls between steps.
 #![allow(unsafe_code)]
 
-use super::device::{Args, Buffer, DeviceError, Lane, Launch, Product, as_bytes};
-use crate::kv_layout::{KvDtype, KvLayout};
+use super::device::{Args, BoxedTensor, Buffer, DeviceError, Lane, Launch, Product, TensorMap, as_bytes};
+use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 
 /// Type of operands, of stored KV and of what attention takes and gives.
 pub type Dtype = KvDtype;
@@ -74,6 +74,17 @@ pub struct Pool<'a> {
 impl Pool<'_> {
     fn address(&self) -> u64 {
         self.buffer.at(0, self.layout.total_bytes())
+    }
+
+    /// As attention_prefill_hopper.cu takes it: lines of a head of a granule, K and V planes' heads, granules.
+    fn tensor_map(&self) -> Result<TensorMap, DeviceError> {
+        let KvLayout { num_layers, num_blocks, block_size, num_kv_heads, head_dim, .. } = *self.layout;
+        let num_granules = num_layers * num_blocks * (block_size / GRANULE_TOKENS);
+        // A copy brings a tile's positions, or what of them is sure to lie in one block.
+        let box_granules = [4, 2, 1].into_iter().find(|granules| block_size.is_multiple_of(granules * GRANULE_TOKENS));
+        let dims = [head_dim, GRANULE_TOKENS, 2 * num_kv_heads, num_granules].map(|size| size as u64);
+        let box_dims = [64, GRANULE_TOKENS as u32, 1, box_granules.expect("blocks are whole granules") as u32];
+        self.buffer.device().tensor_map(&BoxedTensor { address: self.address(), dims, box_dims })
     }
 
     /// `KvShape` of kv_layout.cuh.
@@ -290,12 +301,36 @@ impl AttentionKernels {
     }
 }
 
+/// Which kernel computes the attention of chunks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PrefillKernel {
+    /// attention_prefill.cu
+    Portable,
+    /// attention_prefill_hopper.cu
+    Hopper,
+}
+
+impl PrefillKernel {
+    /// Of a block, for heads that there is a kernel for.
+    pub fn shared_bytes(self, head_dim: usize) -> usize {
+        match self {
+            PrefillKernel::Portable => prefill_shared(head_dim),
+            PrefillKernel::Hopper => hopper_shared(head_dim),
+        }
+    }
+}
+
 /// The arrays of fixed size in both kernels take less.
 const ATTENTION_STATIC_BYTES_MAX: usize = 4 << 10;
 
 /// `PREFILL_SHARED` of attention_prefill.cu.
 fn prefill_shared(head_dim: usize) -> usize {
     head_dim * (64 * 2 + 2 * 2 * 64 * 2 + 64 * 4)
+}
+
+/// `HOPPER_SHARED` of attention_prefill_hopper.cu.
+fn hopper_shared(head_dim: usize) -> usize {
+    1024 + (2 + 2 * 4) * 64 * head_dim * 2 + (4 * 4 + 3) * 8
 }
 
 /// `DECODE_SHARED` of attention_decode.cu.
@@ -310,7 +345,9 @@ fn decode_shared(head_dim: usize) -> usize {
 ///
 /// # Panics
 /// If there is [no such kernel](AttentionKernels) for heads of this size.
+#[allow(clippy::too_many_arguments, reason = "the kernel's own, and which kernel")]
 pub fn attention_prefill(
+    kernel: PrefillKernel,
     pool: Pool<'_>,
     shape: &AttentionShape,
     q: &Buffer,
@@ -319,14 +356,33 @@ pub fn attention_prefill(
     block_tables: Part<'_>,
     out: &Buffer,
 ) -> Result<(), DeviceError> {
-    let dim = pool.layout.head_dim;
-    let kernel = match dim {
-        64 => "attention_prefill_64",
-        128 => "attention_prefill_128",
+    let (dim, kv_heads) = (pool.layout.head_dim, pool.layout.num_kv_heads);
+    let name = match (kernel, dim) {
+        (PrefillKernel::Portable, 64) => "attention_prefill_64",
+        (PrefillKernel::Portable, 128) => "attention_prefill_128",
+        (PrefillKernel::Hopper, 64) => "attention_prefill_hopper_64",
+        (PrefillKernel::Hopper, 128) => "attention_prefill_hopper_128",
         _ => panic!("prefill attention on tensor cores has no kernel for heads of {dim}"),
     };
-    let args = attention_args(pool, shape, q, tiles.at(num_tiles * 16), block_tables, out);
-    launch(q, Lane::Compute, kernel, [num_tiles, shape.num_heads, 1], 128, prefill_shared(dim), &args)
+    let (tiles, shared_bytes) = (tiles.at(num_tiles * 16), kernel.shared_bytes(dim));
+    match kernel {
+        PrefillKernel::Portable => {
+            let args = attention_args(pool, shape, q, tiles, block_tables, out);
+            launch(q, Lane::Compute, name, [num_tiles, shape.num_heads, 1], 128, shared_bytes, &args)
+        }
+        PrefillKernel::Hopper => {
+            let args = Args::default()
+                .fields(pool.job(shape))
+                .address(q.at(0, all_rows_bytes(pool, shape)))
+                .tensor_map(&pool.tensor_map()?, pool.address())
+                .address(tiles)
+                .address(block_tables.at(4))
+                .address(0)
+                .address(out.at(0, all_rows_bytes(pool, shape)));
+            let pairs = (shape.num_heads / kv_heads).div_ceil(2);
+            launch(q, Lane::Compute, name, [num_tiles, kv_heads * pairs, 1], 384, shared_bytes, &args)
+        }
+    }
 }
 
 /// Parts of single rows for [`attention_decode`]. All rows' units are in one list, those of a row in a row.
