@@ -1,5 +1,5 @@
 //! A test's other process: a test of the same binary, which is run by it alone.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, unsafe_code, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -39,6 +39,22 @@ impl OtherProcess {
         Self { child, folder, address: address.unwrap() }
     }
 
+    /// From now on it does nothing, and is not gone.
+    pub fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// It goes on.
+    pub fn thaw(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: an integer call; the process is our child, which was not waited for.
+        let sent = unsafe { libc::kill(self.child.id() as i32, signal) };
+        assert_eq!(sent, 0, "{}", std::io::Error::last_os_error());
+    }
+
     pub fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
@@ -49,6 +65,14 @@ impl Drop for OtherProcess {
     fn drop(&mut self) {
         let _ = (self.child.kill(), self.child.wait(), std::fs::remove_dir_all(&self.folder));
     }
+}
+
+/// Runs the ignored test `name` in a process with `variables`, and fails if it does.
+pub fn run_alone(name: &str, variables: &[(&str, &str)]) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([name, "--exact", "--ignored", "--nocapture"]).envs(variables.iter().copied());
+    let status = command.status().unwrap();
+    assert!(status.success(), "{name} with {variables:?}: {status}");
 }
 
 /// In the other process: the cluster that it belongs to.
