@@ -251,7 +251,9 @@ async fn kv_between_devices_through_nixl_is_what_was_computed_and_gives_the_same
         fetched_bytes += num_bytes;
         let page = metrics.render();
         let arrived = |line: &&str| {
-            ["tandem_fabric_extent_bytes_total", "\"d0\"", "\"verified\"", "\"nixl\""].iter().all(|part| line.contains(part))
+            ["tandem_fabric_extent_bytes_total", "\"d0\"", "\"verified\"", "\"nixl\""]
+                .iter()
+                .all(|part| line.contains(part))
         };
         let line = page.lines().find(arrived).unwrap();
         assert_eq!(line.rsplit(' ').next(), Some(&fetched_bytes.to_string()[..]), "{line}");

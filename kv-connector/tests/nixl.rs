@@ -84,9 +84,13 @@ struct Fetching {
 
 impl Fetching {
     fn new(cluster: &Cluster, library: &Path, kind: Option<Kind>) -> Self {
+        Self::named("d0", cluster, library, kind)
+    }
+
+    fn named(name: &str, cluster: &Cluster, library: &Path, kind: Option<Kind>) -> Self {
         let memory = TestMemory::new(NUM_BLOCKS);
         let own = OnDevice::new(&memory);
-        let mut config = cluster.config("d0", Role::DecodeNode);
+        let mut config = cluster.config(name, Role::DecodeNode);
         config.nixl = kind.map(|kind| of_receiver(library, &memory, (kind == Device).then_some(&own)));
         config.limits.attach_deadline = SOON;
         let fabric = Fabric::bind(config).unwrap();
@@ -346,7 +350,7 @@ fn kind() -> Kind {
     if std::env::var_os(KIND).is_some_and(|kind| kind == "device") { Device } else { Host }
 }
 
-/// In the other process: waits for `d0` to attach.
+/// Waits for `d0`, in another process, to attach.
 async fn attached(fabric: &Fabric) -> BulkSender {
     let mut sender = None;
     eventually("the other process attaches", || {
@@ -489,9 +493,76 @@ async fn whose_sender_freezes() {
 #[test]
 fn a_sender_that_freezes_holds_up_neither_the_node_nor_nixl_for_others() {
     if library().is_some() {
+        run_alone("whose_sender_freezes", &[(KIND, "host")]);
         for kind in ["host", "device"] {
-            run_alone("whose_sender_freezes", &[(KIND, kind)]);
             run_alone("whose_sender_freezes", &[(KIND, kind), ("UCX_TLS", "tcp")]);
+        }
+    }
+}
+
+/// Where the other process of the test below finds what it fetches from.
+const SENDER: &str = "TANDEM_TEST_SENDER";
+
+/// The other process of the test below: a decode node that fetches what it is sent.
+#[test]
+#[ignore = "a part of another test, which runs it in a process of its own"]
+fn fetching_process() {
+    let library = library().expect("the other test has it");
+    tokio::runtime::Runtime::new().unwrap().block_on(async {
+        let decode = Fetching::new(&process::cluster(), &library, Some(kind()));
+        let job = Job::new(1, NUM_TOKENS, 0, 0);
+        let (_landing, _events) = decode.zone.open(decode.plan(&job));
+        let address = std::env::var(SENDER).unwrap().parse().unwrap();
+        let link = soon("dial", decode.fabric.dial(address, Role::PrefillNode, None)).await.unwrap();
+        let _bulk = decode.connect(&link).await;
+        process::tell_address(&decode.fabric);
+        std::future::pending::<()>().await;
+    });
+}
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a part of another test, which runs it in a process of its own"]
+async fn whose_receiver_freezes() {
+    let (library, cluster) = (library().expect("the other test has it"), Cluster::new());
+    let prefill = Sending::new(&cluster, "p0", &library, Some(kind()));
+    let address = prefill.fabric.local_addr().to_string();
+    let frozen = OtherProcess::start_with("fetching_process", &cluster, &[(SENDER, &address)]);
+    let to_frozen = attached(&prefill.fabric).await;
+    let job = Job::new(1, NUM_TOKENS, 0, 0);
+    let source = prefill.source(&job);
+    let mut sending = JoinSet::new();
+    for extent in job.extents(1600) {
+        let (sender, (header, payload)) = (to_frozen.clone(), source.seal(&job.tokens, extent));
+        sending.spawn(async move { sender.send_extent(&header, payload).await });
+    }
+    // In the middle of the others.
+    soon("a send", sending.join_next()).await.unwrap().unwrap().unwrap();
+    frozen.freeze();
+    let decode = Fetching::named("d1", &cluster, &library, Some(kind()));
+    let link = soon("dial", decode.fabric.dial(prefill.fabric.local_addr(), Role::PrefillNode, None)).await.unwrap();
+    let bulk = decode.connect(&link).await;
+    let sender = prefill.fabric.bulk_to(&node("d1"), Epoch(11)).unwrap();
+    let pair = Pair { prefill, decode, bulk, sender, link };
+    for request in 2..4 {
+        assert_eq!(pair.transports(), ["nixl"; 2]);
+        pair.hand_over(&Job::new(request, 3000, 0, 1000), 1600).await;
+    }
+    while let Some(sent) = soon("a send ends", sending.join_next()).await {
+        // Well, if it had been read; else with the connection.
+        let _ = sent.unwrap();
+    }
+    assert!(to_frozen.is_closed());
+    pair.hand_over(&Job::new(4, 3000, 0, 1000), 1600).await;
+    drop((frozen, to_frozen, source));
+    pair.end().await;
+}
+
+#[test]
+fn a_receiver_that_freezes_holds_up_neither_the_node_nor_nixl_for_others() {
+    if library().is_some() {
+        run_alone("whose_receiver_freezes", &[(KIND, "host")]);
+        for kind in ["host", "device"] {
+            run_alone("whose_receiver_freezes", &[(KIND, kind), ("UCX_TLS", "tcp")]);
         }
     }
 }

@@ -24,12 +24,18 @@ pub struct OtherProcess {
 impl OtherProcess {
     /// Runs the ignored test `name` as a process of `cluster`; returns when it [listens](tell_address).
     pub fn start(name: &str, cluster: &Cluster) -> Self {
+        Self::start_with(name, cluster, &[])
+    }
+
+    /// As [`start`](Self::start), with variables in its environment.
+    pub fn start_with(name: &str, cluster: &Cluster, variables: &[(&str, &str)]) -> Self {
         let folder = std::env::temp_dir().join(format!("tandem-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         cluster.ca.save(&folder).unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--ignored", "--nocapture"])
             .env(CA_FOLDER, &folder)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();

@@ -120,6 +120,23 @@ pub(super) struct Request(Handle);
 // SAFETY: as the agent's; used only behind its lock.
 unsafe impl Send for Request {}
 
+#[cfg(test)]
+impl Request {
+    /// For tests without the library.
+    pub(super) fn nobody_s() -> Self {
+        Self(null_mut())
+    }
+}
+
+/// What has become of a read that was given up.
+pub(super) enum Ended {
+    /// Nothing is read any more.
+    Well,
+    /// Some of it may still be read: that a piece has failed says nothing of the others.
+    Badly,
+    NotYet(Request),
+}
+
 /// Kind of memory, and number of the device that has it, in the library's words.
 fn kind(gpu: Option<u32>) -> (c_int, u64) {
     gpu.map_or((HOST_MEMORY, 0), |number| (GPU_MEMORY, number.into()))
@@ -290,6 +307,18 @@ impl Agent {
         match unsafe { (self.functions.get_xfer_status)(agent.0, request.0) } {
             IN_PROGRESS => Ok(false),
             status => checked("get_xfer_status", status).map(|()| true),
+        }
+    }
+
+    /// What has become of a request; one that has ended well is given back.
+    pub(super) fn end(&self, request: Request) -> Ended {
+        match self.has_ended(&request) {
+            Ok(true) => {
+                self.release(request);
+                Ended::Well
+            }
+            Ok(false) => Ended::NotYet(request),
+            Err(_) => Ended::Badly,
         }
     }
 

@@ -29,9 +29,13 @@ impl Staging {
     /// On the device that `pool` is on, if it is on one.
     pub(super) fn new(pool: &NixlPool) -> Result<Self, String> {
         Ok(match pool {
-            NixlPool::Host { .. } => Staging::Host(HostMemory::new()),
+            NixlPool::Host { .. } => Self::on_host(),
             NixlPool::Device(pool) => Staging::Device(pool.clone().staging(2 * DEVICE_HALF_BYTES)?),
         })
+    }
+
+    pub(super) fn on_host() -> Self {
+        Staging::Host(HostMemory::new())
     }
 
     pub(super) fn half_bytes(&self) -> usize {

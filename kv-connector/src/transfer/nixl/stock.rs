@@ -10,7 +10,7 @@
 
 use std::sync::Arc;
 
-use super::library::{Agent, Request};
+use super::library::{Ended, Request};
 use super::staging::Staging;
 use super::{Inner, Peer};
 use crate::transfer::pull::NUM_PULLS_MAX;
@@ -18,41 +18,40 @@ use crate::transfer::pull::NUM_PULLS_MAX;
 /// Stagings there can be in a process's life: with all of them lost, nothing is fetched any more.
 pub(super) const NUM_STAGINGS_MAX: usize = NUM_PULLS_MAX + 16;
 
-#[derive(Default)]
-pub(super) struct Stock {
+/// Whom they are read from is a [`Peer`], but in its own tests.
+pub(super) struct Stock<P = Arc<Peer>> {
     free: Vec<Staging>,
-    lost: Vec<Lost>,
+    lost: Vec<Lost<P>>,
     num_made: usize,
 }
 
 /// What may still be read into stays, and with it whom it is read from and, through that, the agent that reads.
-struct Lost {
+struct Lost<P> {
     staging: Staging,
     /// Until it has ended badly.
     request: Option<Request>,
-    _peer: Arc<Peer>,
+    _peer: P,
 }
 
-impl Stock {
-    fn take(&mut self, agent: &Agent) -> Option<Staging> {
-        if self.free.is_empty() {
-            self.take_back(agent);
-        }
-        self.free.pop()
+impl<P> Default for Stock<P> {
+    fn default() -> Self {
+        Self { free: Vec::new(), lost: Vec::new(), num_made: 0 }
     }
+}
 
-    /// Those whose reads have ended well after all.
-    fn take_back(&mut self, agent: &Agent) {
-        for mut lost in std::mem::take(&mut self.lost) {
-            match lost.request.take().map(|request| (agent.has_ended(&request), request)) {
-                Some((Ok(true), request)) => {
-                    agent.release(request);
-                    self.free.push(lost.staging);
+impl<P> Stock<P> {
+    /// A free one; without one, all are free again whose reads `end` says to have ended well after all.
+    fn take(&mut self, mut end: impl FnMut(Request) -> Ended) -> Option<Staging> {
+        if self.free.is_empty() {
+            for mut lost in std::mem::take(&mut self.lost) {
+                match lost.request.take().map(&mut end) {
+                    Some(Ended::Well) => self.free.push(lost.staging),
+                    Some(Ended::NotYet(request)) => self.lost.push(Lost { request: Some(request), ..lost }),
+                    Some(Ended::Badly) | None => self.lost.push(lost),
                 }
-                Some((Ok(false), request)) => self.lost.push(Lost { request: Some(request), ..lost }),
-                Some((Err(_), _)) | None => self.lost.push(lost),
             }
         }
+        self.free.pop()
     }
 }
 
@@ -63,7 +62,7 @@ impl Inner {
     /// None is left, or no other can be made.
     pub(super) fn take_staging(&self) -> Result<Staging, String> {
         let mut stock = self.stock();
-        if let Some(staging) = stock.take(&self.agent) {
+        if let Some(staging) = stock.take(|request| self.agent.end(request)) {
             return Ok(staging);
         }
         if stock.num_made == NUM_STAGINGS_MAX {
@@ -89,10 +88,7 @@ impl Inner {
     fn new_staging(&self) -> Result<Staging, String> {
         let staging = Staging::new(&self.pool)?;
         // SAFETY: it is free, used for a fetch or lost, all of which is dropped behind the agent.
-        match unsafe { self.agent.register(staging.place()) } {
-            Ok(()) => Ok(staging),
-            Err(reason) => Err(reason),
-        }
+        unsafe { self.agent.register(staging.place()) }.map(|()| staging)
     }
 
     pub(super) fn give_back(&self, staging: Staging) {
@@ -102,5 +98,34 @@ impl Inner {
     /// `request` may still read into `staging`.
     pub(super) fn on_lost(&self, staging: Staging, request: Option<Request>, peer: Arc<Peer>) {
         self.stock().lost.push(Lost { staging, request, _peer: peer });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_read_keeps_comes_back_when_the_read_has_ended_well_and_never_else() {
+        let mut stock = Stock::<()> { free: vec![Staging::on_host()], lost: Vec::new(), num_made: 3 };
+        let unasked = |_| unreachable!("one is free");
+        assert!(stock.take(unasked).is_some());
+        let lost = |_| Lost { staging: Staging::on_host(), request: Some(Request::nobody_s()), _peer: () };
+        stock.lost.extend((0..3).map(lost));
+        assert!(stock.take(Ended::NotYet).is_none());
+        let mut ends = vec![Ended::Well, Ended::Badly].into_iter();
+        let mut num_asked = 0;
+        let taken = stock.take(|request| {
+            num_asked += 1;
+            ends.next().unwrap_or(Ended::NotYet(request))
+        });
+        assert!(taken.is_some() && num_asked == 3 && stock.lost.len() == 2);
+        // Of those two one has ended badly, and is not asked for again.
+        let mut num_asked = 0;
+        let taken = stock.take(|_| {
+            num_asked += 1;
+            Ended::Well
+        });
+        assert!(taken.is_some() && num_asked == 1 && stock.take(|_| Ended::Well).is_none() && stock.lost.len() == 1);
     }
 }
