@@ -26,7 +26,7 @@ use support::process::{self, OtherProcess, run_alone};
 use support::{Cluster, Job, SOON, TestMemory, assert_nothing_left, eventually, eventually_within, node, soon};
 use tokio::task::JoinSet;
 
-const NUM_BLOCKS: usize = 2200;
+const NUM_BLOCKS: usize = 1200;
 
 /// What a pool's memory is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -229,7 +229,7 @@ async fn an_extent_of_several_lots_arrives_whole() {
     let Some(library) = library() else { return };
     for (from, to) in ALL_PAIRS {
         println!("{from:?} to {to:?}");
-        let (num_tokens, lot_bytes) = if to == Host { (20_000, 512 << 10) } else { (70_000, 2 << 20) };
+        let (num_tokens, lot_bytes) = if to == Host { (20_000, 512 << 10) } else { (36_000, 1 << 20) };
         let pair = Pair::new(&library, Some(from), Some(to)).await;
         let job = Job::new(1, num_tokens, 0, 0);
         let extent = job.extent(1, 0, num_tokens);
@@ -280,7 +280,7 @@ async fn blocks_that_change_before_they_are_fetched_are_refused() {
 async fn nothing_is_written_behind_the_end_of_a_landing() {
     let Some(library) = library() else { return };
     let pair = Pair::new(&library, Some(Device), Some(Device)).await;
-    let job = Job::new(1, 70_000, 0, 0);
+    let job = Job::new(1, 36_000, 0, 0);
     let source = pair.prefill.source(&job);
     let (landing, _events) = pair.decode.zone.open(pair.decode.plan(&job));
     let ((copying, landed), (go_on, may_go_on)) = (channel(), channel::<()>());
@@ -288,7 +288,7 @@ async fn nothing_is_written_behind_the_end_of_a_landing() {
         copying.send(()).unwrap();
         may_go_on.recv().unwrap();
     });
-    let (header, payload) = source.seal(&job.tokens, job.extent(0, 0, 70_000));
+    let (header, payload) = source.seal(&job.tokens, job.extent(0, 0, 36_000));
     let sender = pair.sender.clone();
     let sending = tokio::spawn(async move { sender.send_extent(&header, payload).await });
     tokio::task::spawn_blocking(move || landed.recv().unwrap()).await.unwrap();

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::content::PrefixDigest;
@@ -167,8 +167,8 @@ impl DevicePool for OnDevice {
     }
 
     fn staging(self: Arc<Self>, num_bytes: usize) -> Result<Box<dyn StagingMemory>, String> {
-        let bytes = (0..num_bytes).map(|_| AtomicU8::new(0xee)).collect();
-        Ok(Box::new(Staging { bytes, own: self }))
+        let words = (0..num_bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Box::new(Staging { words, own: self }))
     }
 
     fn enter(&self) -> Result<(), String> {
@@ -178,19 +178,22 @@ impl DevicePool for OnDevice {
 
 /// Written to behind the program's back.
 struct Staging {
-    bytes: Vec<AtomicU8>,
+    words: Vec<AtomicU64>,
     own: Arc<OnDevice>,
 }
 
 impl Staging {
     fn bytes(&self, range: Range<usize>) -> Vec<u8> {
-        self.bytes[range].iter().map(|byte| byte.load(Ordering::Relaxed)).collect()
+        let first = range.start / 8;
+        let words = self.words[first..range.end.div_ceil(8)].iter();
+        let bytes: Vec<u8> = words.flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
+        bytes[range.start - first * 8..range.end - first * 8].to_vec()
     }
 }
 
 impl StagingMemory for Staging {
     fn place(&self) -> MemoryPlace {
-        let (address, num_bytes) = (self.bytes.as_ptr() as u64, self.bytes.len() as u64);
+        let (address, num_bytes) = (self.words.as_ptr() as u64, self.words.len() as u64 * 8);
         MemoryPlace { address, num_bytes, gpu: self.own.gpu() }
     }
 

@@ -15,7 +15,7 @@ use crate::turns;
 /// Read at a time to the host, while what was read before is copied and hashed: a cache has it still.
 const HOST_HALF_BYTES: usize = 512 << 10;
 /// Likewise to a device, where a copy is waited for as long as it takes for several times as much.
-const DEVICE_HALF_BYTES: usize = 2 << 20;
+const DEVICE_HALF_BYTES: usize = 1 << 20;
 /// Copied by the host at a time; as long as closing a landing waits.
 const SLICE_BYTES: usize = 64 << 10;
 
