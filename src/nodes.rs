@@ -23,7 +23,7 @@ use kv_connector::block_feed::BlockFeed;
 use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::store::NodeStore;
-use kv_connector::transfer::{Nixl, SharedPool};
+use kv_connector::transfer::{Nixl, NixlError, NixlPool, SharedPool};
 use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, compatible_models};
 use prefill_node::PrefillNode;
 
@@ -243,8 +243,8 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         config.device_pool = Some(engine.pool().clone());
     }
     if kv_transports.contains(&KvTransport::Nixl) {
-        let pool = engine.pool();
-        config.nixl = Some(Nixl::new(&nixl.nixl_library, pool.clone(), pool.num_bytes())?);
+        // KV is fetched out of the pool of a prefill node; nobody else's is to be got at.
+        config.nixl = open_nixl(&nixl, engine.pool(), matches!(role, RoleArgs::Prefill(_)))?;
     }
     config.set_kv_quic(&kv_quic);
     config.busy_polling = busy_polling(busy_poll, &engine);
@@ -294,6 +294,24 @@ fn busy_polling(time_max: Duration, engine: &EngineHandle) -> Option<BusyPolling
 }
 
 /// What peers on this host may read KV in, if the pool is in memory that can be shared.
+/// NIXL, unless it does not go with the device that the pool is on: as with `cuda-ipc`, only the device can tell.
+///
+/// # Errors
+/// It cannot be loaded, or not be used at all.
+fn open_nixl(args: &NixlArgs, pool: &Arc<KvPool>, is_fetched_from: bool) -> Result<Option<Nixl>, NixlError> {
+    let memory = match pool.device_pool() {
+        Some(_) => NixlPool::Device(pool.clone()),
+        None => NixlPool::Host { memory: pool.clone(), num_bytes: pool.num_bytes() },
+    };
+    match Nixl::new(&args.nixl_library, memory, is_fetched_from) {
+        Err(reason @ NixlError::NoDevice(_)) => {
+            tracing::warn!(%reason, "KV does not go over nixl here: it takes the other ways that --kv-transports lists");
+            Ok(None)
+        }
+        opened => opened.map(Some),
+    }
+}
+
 fn shared_pool(pool: &Arc<KvPool>) -> anyhow::Result<Option<SharedPool>> {
     let Some((file, num_bytes)) = pool.shared_file() else { return Ok(None) };
     let file = Arc::new(file.try_clone_to_owned().context("duplicate the descriptor")?);

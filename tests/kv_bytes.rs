@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used)]
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,8 +17,12 @@ use common::sequence::{NewSequence, Work};
 use common::wire::{Directory, Generate, GenerateEvent, Hello, Open, Peer, Watch};
 use engine::conversion::conversion;
 use engine::core::{EngineEvent, EngineHandle};
+use engine::cuda::model::DeviceLoadOptions;
+use engine::model::Model;
+use kernels::cuda::{Device, FibreDevice};
 use kv_connector::certs::ClusterCa;
 use kv_connector::{Fabric, FabricConfig, Link};
+use tandem::device::LoadedModel;
 use tandem::nodes::{self, NodeSetup, RoleArgs, RunningNode};
 
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -36,17 +41,35 @@ fn node_id(name: &str) -> NodeId {
     NodeId::new(name).expect("a node name")
 }
 
+/// A model on the host, which counts as a GPU.
+fn on_fibres(args: &UpArgs) -> LoadedModel {
+    let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
+    let dtype = args.weights.dtype;
+    let options = DeviceLoadOptions { dtype, kv_dtype: None, is_batch_invariant: false, cache_folder: None };
+    let model = Model::load_on_device(Path::new(&args.model.model), &device, options).unwrap();
+    let model = Arc::new(model.with_kv(None, args.engine.kv_exchange));
+    LoadedModel::Cuda { model, kv_cache_bytes: 8 << 20 }
+}
+
 /// A prefill and a decode node with flags of both and of each.
 async fn start_pair(flags: &[&str], prefill: &[&str], decode: &[&str]) -> Pair {
+    start_pair_on([false; 2], flags, prefill, decode).await
+}
+
+/// As [`start_pair`], each on a device, if so.
+async fn start_pair_on(is_on_device: [bool; 2], flags: &[&str], prefill: &[&str], decode: &[&str]) -> Pair {
     // Several tests of this process may be first.
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let ca = ClusterCa::generate().unwrap();
     let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let mut running = Vec::new();
-    for (name, own) in [("p0", prefill), ("d0", decode)] {
+    for ((name, own), is_on_device) in [("p0", prefill), ("d0", decode)].into_iter().zip(is_on_device) {
         let args = UpArgs::parse_from([&["up", "--model", "models/tiny"], flags, own].concat());
         let folder = args.model.model.clone().into();
-        let model = tandem::device::load_model(folder, &args.weights, &args.engine, 2).await.unwrap();
+        let model = match is_on_device {
+            true => on_fibres(&args),
+            false => tandem::device::load_model(folder, &args.weights, &args.engine, 2).await.unwrap(),
+        };
         let role = if name == "p0" { RoleArgs::Prefill(args.prefill) } else { RoleArgs::Decode(args.decode) };
         let identity = ca.issue(role.role(), &node_id(name)).unwrap();
         let setup = NodeSetup {
@@ -206,6 +229,53 @@ async fn kv_of_another_type_is_what_the_prefill_node_computed_as_this_pool_keeps
         let alone = start_pair(&flags, &of(prefill, "64"), &of(prefill, "64")).await;
         let (colocated, _) = alone.generate(2, &tokens, false).await;
         assert_eq!(split[0], colocated[0], "token #1 is drawn where the prompt was computed");
+    }
+}
+
+/// NIXL reads out of a device's memory, or into it, or both; the devices are the host, and their hashes their own.
+#[tokio::test(flavor = "multi_thread")]
+async fn kv_between_devices_through_nixl_is_what_was_computed_and_gives_the_same_tokens() {
+    let Ok(library) = std::env::var("TANDEM_TEST_NIXL") else {
+        println!("SKIPPED: TANDEM_TEST_NIXL does not name NIXL's libnixl_capi.so; ./test installs it and sets it");
+        return;
+    };
+    let metrics = proxy::metrics::install().unwrap();
+    let mut fetched_bytes = 0;
+    for is_on_device in [[true, true], [true, false], [false, true]] {
+        println!("on devices: {is_on_device:?}");
+        let flags = ["--kv-transports", "quic,nixl", "--nixl-library", &library, "--kv-exchange", "numerics"];
+        // Kernels take their time on the host.
+        let decode = ["--block-size", "32", "--prefill-progress-timeout", "60s", "--prefill-accept-timeout", "60s"];
+        let pair = start_pair_on(is_on_device, &flags, &["--block-size", "16"], &decode).await;
+        let (source, target) = (pair.prefill.engine(), pair.decode.engine());
+        let tokens = prompt(72);
+        let (split, num_bytes) = pair.generate(1, &tokens, true).await;
+        fetched_bytes += num_bytes;
+        let page = metrics.render();
+        let arrived = |line: &&str| {
+            ["tandem_fabric_extent_bytes_total", "\"d0\"", "\"verified\"", "\"nixl\""]
+                .iter()
+                .all(|part| line.contains(part))
+        };
+        let line = page.lines().find(arrived).unwrap();
+        assert_eq!(line.rsplit(' ').next(), Some(&fetched_bytes.to_string()[..]), "{line}");
+
+        // Whole blocks of both: 2 of 32 tokens, 4 of 16.
+        let landed = granules(target, &cached_blocks(target, &tokens).await, 4);
+        let computed = granules(source, &cached_blocks(source, &tokens).await, 4);
+        let conversion = conversion(source.model(), target.model()).unwrap();
+        assert_eq!(conversion.is_none(), is_on_device == [true, true]);
+        for (landed, computed) in landed.iter().zip(computed) {
+            let mut expected = computed.clone();
+            if let Some(conversion) = &conversion {
+                conversion.convert(&computed, &mut expected);
+            }
+            assert!(*landed == expected && landed.iter().any(|byte| *byte != 0));
+        }
+        if conversion.is_none() {
+            target.clear_cache();
+            assert_eq!(pair.generate(2, &tokens, false).await.0, split, "split or not, the tokens are the same");
+        }
     }
 }
 

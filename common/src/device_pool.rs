@@ -1,5 +1,7 @@
-//! A node's KV pool in a device's memory, which processes of one host let each other read.
+//! A node's KV pool in a device's memory, which other processes are let read: those of the same host by the device's
+//! driver, any by a library that registers memory with a network.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use crate::ids::BlockId;
@@ -18,6 +20,18 @@ pub struct ExportedPool {
     pub num_bytes: u64,
 }
 
+/// Where memory lies, for a library that registers it with a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryPlace {
+    /// Of its first byte.
+    pub address: u64,
+    /// Its size.
+    pub num_bytes: u64,
+    /// Number of the GPU that it is on, as its process counts them; `None`: it is the host's, also where the host counts
+    /// as a device.
+    pub gpu: Option<u32>,
+}
+
 /// A pool in a device's memory.
 pub trait DevicePool: KvMemory {
     /// Lets others read it.
@@ -32,6 +46,51 @@ pub trait DevicePool: KvMemory {
     /// # Errors
     /// What the device says, as a sentence.
     fn open_peer(self: Arc<Self>, exported: &ExportedPool) -> Result<Arc<dyn PeerPool>, String>;
+
+    /// Where all of it lies.
+    ///
+    /// # Errors
+    /// Why that is nobody's to know, as a sentence.
+    fn place(&self) -> Result<MemoryPlace, String>;
+
+    /// `num_bytes` of the same device's memory, from which blocks of this pool are filled.
+    ///
+    /// # Errors
+    /// What the device says, as a sentence.
+    fn staging(self: Arc<Self>, num_bytes: usize) -> Result<Box<dyn StagingMemory>, String>;
+
+    /// Lets the calling thread use a library that asks the device's driver by itself.
+    ///
+    /// # Errors
+    /// What the device says, as a sentence.
+    fn enter(&self) -> Result<(), String>;
+}
+
+/// Memory on a pool's device that is no block's. Others may write to it: what was copied out of it is worth what a digest
+/// of the copy says.
+pub trait StagingMemory: Send + Sync {
+    /// Where it lies.
+    fn place(&self) -> MemoryPlace;
+
+    /// Copies bytes `from` of it to `byte_offset` of the extent of its pool that begins at `first_granule`, passing by what
+    /// the device computes. Done when the call returns.
+    ///
+    /// # Errors
+    /// What the device says, as a sentence.
+    fn copy_to_blocks(
+        &self,
+        from: Range<usize>,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        byte_offset: usize,
+    ) -> Result<(), String>;
+
+    /// Copies bytes at `offset` of it to the host.
+    ///
+    /// # Errors
+    /// What the device says, as a sentence.
+    fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), String>;
 }
 
 /// Another process's pool. What it holds may change while it is read: what was copied is worth what a digest of the copy

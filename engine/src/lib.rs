@@ -39,6 +39,7 @@ pub mod rope;
 pub mod runner;
 pub mod sim;
 pub mod spec;
+mod staging;
 mod step_thread;
 #[cfg(test)]
 mod test_folder;

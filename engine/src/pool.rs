@@ -19,7 +19,7 @@
 use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::device_pool::{DevicePool, ExportedPool, PeerPool};
+use common::device_pool::{DevicePool, ExportedPool, MemoryPlace, PeerPool, StagingMemory};
 use common::ids::BlockId;
 use common::kv_memory::KvMemory;
 use common::kv_spec::{KvDtype, KvExtentKind, KvPlane, KvSpec};
@@ -28,6 +28,8 @@ use kernels::cuda::ops;
 use kernels::cuda::{Buffer, Device, DeviceError, PeerMemory, Piece};
 use kernels::kv_layout::GRANULE_TOKENS;
 use kernels::{KvArena, KvLayout};
+
+use crate::staging::{KvStaging, place_of};
 
 /// Whose eyes a pool's memory is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -355,7 +357,7 @@ impl KvPool {
 
     /// Cuts `len` bytes, from `byte_offset` of the extent on, where neighbouring blocks end: calls
     /// `visit(offset in the arena, range of the bytes)`.
-    fn for_runs(
+    pub(crate) fn for_runs(
         &self,
         layer: u32,
         blocks: &[BlockId],
@@ -467,6 +469,19 @@ impl DevicePool for KvPool {
         let num_bytes = usize::try_from(exported.num_bytes).map_err(|_| "a pool that cannot be addressed")?;
         let memory = PeerMemory::open(&device, &exported.handle, num_bytes).map_err(|error| error.to_string())?;
         Ok(Arc::new(PeerKvPool { pool: self, memory }))
+    }
+
+    fn place(&self) -> Result<MemoryPlace, String> {
+        Ok(place_of(self.arena.device().ok_or("the pool is in the host's memory")?))
+    }
+
+    fn staging(self: Arc<Self>, num_bytes: usize) -> Result<Box<dyn StagingMemory>, String> {
+        Ok(Box::new(KvStaging::new(self, num_bytes)?))
+    }
+
+    fn enter(&self) -> Result<(), String> {
+        let device = self.arena.device().ok_or("the pool is in the host's memory")?.device();
+        device.enter().map_err(|error| error.to_string())
     }
 }
 

@@ -76,7 +76,7 @@ pub struct FabricConfig {
     /// This node's pool, if it is in a device's memory: for devices of peers on the same host to copy KV out of, and to
     /// copy theirs into. Without it `cuda-ipc` is off.
     pub device_pool: Option<Arc<dyn DevicePool>>,
-    /// This node's pool, for peers to fetch KV out of through NIXL, and what fetches theirs. Without it `nixl` is off.
+    /// What fetches KV out of peers' pools through NIXL, and may let them fetch out of this node's. Without it `nixl` is off.
     pub nixl: Option<Nixl>,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,

@@ -111,11 +111,11 @@ pub struct FabricArgs {
     /// cuda-ipc is the same between GPUs of one host: where both pools are in GPUs' memory, the decode node's GPU copies
     /// KV out of the prefill node's, and the hosts see none of it. The log says why where it cannot be had.
     ///
-    /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory through NVIDIA's NIXL library
-    /// (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings (UCX_TLS and others) are
-    /// taken from the environment. NIXL authenticates nobody and encrypts nothing, and whoever reaches it can write to the
-    /// node's memory, too: only on a network that nobody else reaches. A node that lists it and cannot load it does not
-    /// start.
+    /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory, or its GPU's, through NVIDIA's
+    /// NIXL library (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings (UCX_TLS and
+    /// others) are taken from the environment. NIXL authenticates nobody and encrypts nothing, and whoever reaches it can
+    /// write to the node's memory, too: only on a network that nobody else reaches. A node that lists it and cannot load
+    /// it does not start; where only its GPU cannot be used with it, the log says why, and KV takes another way.
     #[arg(
         long,
         value_enum,
@@ -167,7 +167,7 @@ pub enum KvTransport {
     Shm,
     /// Memory of the prefill node's GPU that a decode node's GPU in the same host reads.
     CudaIpc,
-    /// Memory of the prefill node that a decode node fetches from through NVIDIA's NIXL.
+    /// Memory of the prefill node, or of its GPU, that a decode node fetches from through NVIDIA's NIXL.
     Nixl,
 }
 

@@ -225,6 +225,19 @@ pub trait Device: Send + Sync {
     /// Which it is, for people.
     fn name(&self) -> String;
 
+    /// Number of the GPU that its memory is on, as the driver counts in this process; `None`: the memory is the host's.
+    fn gpu(&self) -> Option<usize> {
+        None
+    }
+
+    /// Makes it the calling thread's, for a library that asks the driver by itself.
+    ///
+    /// # Errors
+    /// What the driver says.
+    fn enter(&self) -> Result<(), DeviceError> {
+        Ok(())
+    }
+
     /// Its memory.
     ///
     /// # Errors

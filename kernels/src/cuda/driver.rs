@@ -416,6 +416,14 @@ impl Device for Gpu {
         format!("cuda:{} ({})", self.ordinal, self.name)
     }
 
+    fn gpu(&self) -> Option<usize> {
+        Some(self.ordinal)
+    }
+
+    fn enter(&self) -> Result<(), DeviceError> {
+        self.bind()
+    }
+
     fn memory(&self) -> Result<MemoryInfo, DeviceError> {
         self.bind()?;
         let (free_bytes, total_bytes) = result::mem_get_info().map_err(refused("tell its memory"))?;

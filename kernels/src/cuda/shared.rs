@@ -100,6 +100,28 @@ impl Buffer {
         Ok(Self::from_alloc(device, address, num_bytes))
     }
 
+    /// Where it begins, for a library that registers memory with a network. What others read or write there is no part of
+    /// any order here.
+    pub fn address(&self) -> u64 {
+        self.at(0, self.num_bytes())
+    }
+
+    /// Copies pieces of another buffer of the device, one wait for all, passing by what computes; done when the call
+    /// returns. Panics beyond the end of either.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn copy_pieces_from(&self, from: &Buffer, pieces: &[Piece]) -> Result<(), DeviceError> {
+        assert!(!std::ptr::eq(self, from), "pieces are copied between two buffers");
+        let addresses: Vec<(u64, u64, usize)> = pieces
+            .iter()
+            .map(|piece| (from.at(piece.from, piece.num_bytes), self.at(piece.to, piece.num_bytes), piece.num_bytes))
+            .collect();
+        // SAFETY: in bounds by `at`; the two are different memory; that nobody else uses the bytes written is the users'
+        // agreement, as with `Buffer::write`.
+        unsafe { self.device().copy_all_within(Lane::Transfer, &addresses) }
+    }
+
     /// A handle of all of it for other processes of this host, if it was made [`shared`](Self::shared).
     ///
     /// # Errors

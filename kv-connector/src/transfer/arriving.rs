@@ -115,23 +115,29 @@ impl Arriving {
         self.converting.is_none() && is_same(memory, &self.state.plan.memory)
     }
 
-    /// Lets `copy` put all bytes into the blocks (layer, block table, first granule), behind the host's back; then they
-    /// are hashed where they lie.
+    /// Lets `copy` put the next `num_bytes` into the blocks (layer, block table, first granule, bytes before them), behind
+    /// the host's back; behind the last of them all are hashed where they lie.
     ///
     /// # Errors
-    /// [`RefusedExtent::Closed`]; what `copy` says; [`PullError::Failed`] if the memory makes no such hash.
+    /// [`RefusedExtent::WrongSize`] beyond the announced size, [`RefusedExtent::Closed`]; what `copy` says;
+    /// [`PullError::Failed`] if the memory makes no such hash.
     pub(super) fn fill_on_device(
         &mut self,
-        copy: impl FnOnce(u32, &[BlockId], usize) -> Result<(), PullError>,
+        num_bytes: usize,
+        copy: impl FnOnce(u32, &[BlockId], usize, usize) -> Result<(), PullError>,
     ) -> Result<(), PullError> {
+        let end = self.end_of(num_bytes)?;
         let plan = &self.state.plan;
         let (layer, first_granule) = self.first_granule();
         self.hashed = self.state.while_open(|| {
-            copy(layer, &plan.blocks, first_granule)?;
+            copy(layer, &plan.blocks, first_granule, self.num_bytes)?;
+            if end < self.header.num_payload_bytes as usize {
+                return Ok(None);
+            }
             let hashed = plan.memory.hash_granules(layer, &plan.blocks, first_granule, self.granules.len());
             hashed.map(Some).ok_or_else(|| PullError::Failed("the device makes no hash of its blocks".to_string()))
         })??;
-        self.num_bytes = self.header.num_payload_bytes as usize;
+        self.num_bytes = end;
         Ok(())
     }
 

@@ -72,7 +72,8 @@ impl PulledPool for OpenedPool {
     /// Device to device where the landing is in the pool that opened the peer's; else through the host.
     fn pull(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), PullError> {
         if arriving.lands_in(&self.own) {
-            return arriving.fill_on_device(|layer, blocks, first_granule| {
+            let num_bytes = runs.iter().map(|run| run.num_bytes as usize).sum();
+            return arriving.fill_on_device(num_bytes, |layer, blocks, first_granule, _| {
                 self.peer.copy_granules(runs, layer, blocks, first_granule).map_err(PullError::Failed)
             });
         }

@@ -22,7 +22,7 @@
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
 //! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is, `cuda-ipc` lets its device do
-//! so where both pools are in devices' memory, `nixl` fetches through that library. Only the owner of the destination
+//! so where both pools are in devices' memory, `nixl` fetches through that library, out of memory of either kind into memory of either. Only the owner of the destination
 //! moves bytes. Where a stop could not be proven, blocks would have to stay quarantined until the endpoint is torn down;
 //! why these need none is said in their modules.
 
@@ -59,7 +59,7 @@ pub use bulk::{BulkReceiver, BulkSender};
 pub(crate) use cuda_ipc::CudaIpc;
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
 pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
-pub use nixl::{Nixl, NixlError};
+pub use nixl::{Nixl, NixlError, NixlPool};
 pub use payload::{Payload, PoolExtent};
 pub use prefix_sends::PrefixSends;
 pub use refused::RefusedExtent;

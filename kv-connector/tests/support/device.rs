@@ -2,13 +2,14 @@
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
 use std::fs::File;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use common::content::PrefixDigest;
-use common::device_pool::{DevicePool, ExportedPool, PeerPool};
+use common::device_pool::{DevicePool, ExportedPool, MemoryPlace, PeerPool, StagingMemory};
 use common::ids::{Attempt, BlockId, Generation, RequestId};
 use common::kv_memory::KvMemory;
 use common::wire::{ExtentBinding, ExtentHasher, PoolRun};
@@ -23,6 +24,7 @@ pub struct OnDevice {
     file: Option<(OwnedFd, u64)>,
     before_copy: Mutex<Option<Box<dyn FnMut() + Send>>>,
     is_failing: AtomicBool,
+    is_said_to_be_gpu: AtomicBool,
     /// Of copies: how many are at the device now, and how many were at most.
     num_copying: AtomicUsize,
     num_copying_most: AtomicUsize,
@@ -46,14 +48,42 @@ impl OnDevice {
             file,
             before_copy: Mutex::default(),
             is_failing: AtomicBool::new(false),
+            is_said_to_be_gpu: AtomicBool::new(false),
             num_copying: AtomicUsize::new(0),
             num_copying_most: AtomicUsize::new(0),
         }
     }
 
-    /// Runs `act` before every copy out of a peer's pool.
+    /// From now on it says that its memory is a GPU's, which it is not.
+    pub fn claim_to_be_gpu(&self) {
+        self.is_said_to_be_gpu.store(true, Ordering::SeqCst);
+    }
+
+    fn gpu(&self) -> Option<u32> {
+        self.is_said_to_be_gpu.load(Ordering::SeqCst).then_some(0)
+    }
+
+    /// Runs `act` before every copy into it, whoever makes it.
     pub fn before_copies(&self, act: impl FnMut() + Send + 'static) {
         *self.before_copy.lock().unwrap() = Some(Box::new(act));
+    }
+
+    /// The device is about to copy.
+    fn copies(&self) -> Result<(), String> {
+        let num_copying = self.num_copying.fetch_add(1, Ordering::SeqCst) + 1;
+        self.num_copying_most.fetch_max(num_copying, Ordering::SeqCst);
+        self.act();
+        self.num_copying.fetch_sub(1, Ordering::SeqCst);
+        if self.is_failing.load(Ordering::SeqCst) {
+            return Err("the device has fallen off the bus".to_string());
+        }
+        Ok(())
+    }
+
+    fn act(&self) {
+        if let Some(act) = self.before_copy.lock().unwrap().as_mut() {
+            act();
+        }
     }
 
     /// From now on every copy fails.
@@ -83,6 +113,7 @@ fn hashed(bytes: &[u8]) -> u128 {
 
 impl KvMemory for OnDevice {
     fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
+        self.act();
         self.memory.write_at(layer, blocks, first_granule, byte_offset, bytes);
     }
 
@@ -128,6 +159,61 @@ impl DevicePool for OnDevice {
         let file = File::open(path).map_err(|error| error.to_string())?;
         Ok(Arc::new(Opened { file, num_bytes: exported.num_bytes, own: self }))
     }
+
+    fn place(&self) -> Result<MemoryPlace, String> {
+        let (_, num_bytes) = self.file.as_ref().ok_or("this pool is nobody's to see")?;
+        let bytes = self.memory.bytes_at(0, *num_bytes as usize).unwrap();
+        Ok(MemoryPlace { address: bytes.as_ptr() as u64, num_bytes: *num_bytes, gpu: self.gpu() })
+    }
+
+    fn staging(self: Arc<Self>, num_bytes: usize) -> Result<Box<dyn StagingMemory>, String> {
+        let words = (0..num_bytes.div_ceil(8)).map(|_| AtomicU64::new(0)).collect();
+        Ok(Box::new(Staging { words, own: self }))
+    }
+
+    fn enter(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+/// Written to behind the program's back.
+struct Staging {
+    words: Vec<AtomicU64>,
+    own: Arc<OnDevice>,
+}
+
+impl Staging {
+    fn bytes(&self, range: Range<usize>) -> Vec<u8> {
+        let first = range.start / 8;
+        let words = self.words[first..range.end.div_ceil(8)].iter();
+        let bytes: Vec<u8> = words.flat_map(|word| word.load(Ordering::Relaxed).to_ne_bytes()).collect();
+        bytes[range.start - first * 8..range.end - first * 8].to_vec()
+    }
+}
+
+impl StagingMemory for Staging {
+    fn place(&self) -> MemoryPlace {
+        let (address, num_bytes) = (self.words.as_ptr() as u64, self.words.len() as u64 * 8);
+        MemoryPlace { address, num_bytes, gpu: self.own.gpu() }
+    }
+
+    fn copy_to_blocks(
+        &self,
+        from: Range<usize>,
+        layer: u32,
+        blocks: &[BlockId],
+        first_granule: usize,
+        byte_offset: usize,
+    ) -> Result<(), String> {
+        self.own.copies()?;
+        self.own.memory.write_at(layer, blocks, first_granule, byte_offset, &self.bytes(from));
+        Ok(())
+    }
+
+    fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), String> {
+        into.copy_from_slice(&self.bytes(offset..offset + into.len()));
+        Ok(())
+    }
 }
 
 struct Opened {
@@ -148,22 +234,14 @@ impl PeerPool for Opened {
         blocks: &[BlockId],
         first_granule: usize,
     ) -> Result<(), String> {
-        let num_copying = self.own.num_copying.fetch_add(1, Ordering::SeqCst) + 1;
-        self.own.num_copying_most.fetch_max(num_copying, Ordering::SeqCst);
-        if let Some(act) = self.own.before_copy.lock().unwrap().as_mut() {
-            act();
-        }
-        self.own.num_copying.fetch_sub(1, Ordering::SeqCst);
-        if self.own.is_failing.load(Ordering::SeqCst) {
-            return Err("the device has fallen off the bus".to_string());
-        }
+        self.own.copies()?;
         let mut bytes = Vec::new();
         for run in runs {
             let start = bytes.len();
             bytes.resize(start + run.num_bytes as usize, 0);
             self.read(run.offset, &mut bytes[start..])?;
         }
-        self.own.write_at(layer, blocks, first_granule, 0, &bytes);
+        self.own.memory.write_at(layer, blocks, first_granule, 0, &bytes);
         Ok(())
     }
 

@@ -180,9 +180,13 @@ impl KvMemory for TestMemory {
     fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
         self.num_writes.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         let mut memory = self.layers[layer as usize].lock().unwrap();
-        for (at, byte) in bytes.iter().enumerate() {
-            let at = byte_offset + at;
-            memory[offset(blocks, first_granule + at / GRANULE_BYTES) + at % GRANULE_BYTES] = *byte;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let at = byte_offset + bytes.len() - rest.len();
+            let (granule, within) = (first_granule + at / GRANULE_BYTES, at % GRANULE_BYTES);
+            let (now, later) = rest.split_at(rest.len().min(GRANULE_BYTES - within));
+            memory[offset(blocks, granule) + within..][..now.len()].copy_from_slice(now);
+            rest = later;
         }
     }
 

@@ -1,5 +1,5 @@
 //! A test's other process: a test of the same binary, which is run by it alone.
-#![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
+#![allow(dead_code, unreachable_pub, unsafe_code, clippy::unwrap_used)]
 
 use std::io::{BufRead, BufReader};
 use std::net::SocketAddr;
@@ -24,12 +24,18 @@ pub struct OtherProcess {
 impl OtherProcess {
     /// Runs the ignored test `name` as a process of `cluster`; returns when it [listens](tell_address).
     pub fn start(name: &str, cluster: &Cluster) -> Self {
+        Self::start_with(name, cluster, &[])
+    }
+
+    /// As [`start`](Self::start), with variables in its environment.
+    pub fn start_with(name: &str, cluster: &Cluster, variables: &[(&str, &str)]) -> Self {
         let folder = std::env::temp_dir().join(format!("tandem-{name}-{}", std::process::id()));
         std::fs::create_dir_all(&folder).unwrap();
         cluster.ca.save(&folder).unwrap();
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([name, "--exact", "--ignored", "--nocapture"])
             .env(CA_FOLDER, &folder)
+            .envs(variables.iter().copied())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
@@ -37,6 +43,22 @@ impl OtherProcess {
         let address =
             lines.find_map(|line| line.unwrap().strip_prefix(LISTENS).map(|address| address.parse().unwrap()));
         Self { child, folder, address: address.unwrap() }
+    }
+
+    /// From now on it does nothing, and is not gone.
+    pub fn freeze(&self) {
+        self.signal(libc::SIGSTOP);
+    }
+
+    /// It goes on.
+    pub fn thaw(&self) {
+        self.signal(libc::SIGCONT);
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: an integer call; the process is our child, which was not waited for.
+        let sent = unsafe { libc::kill(self.child.id() as i32, signal) };
+        assert_eq!(sent, 0, "{}", std::io::Error::last_os_error());
     }
 
     pub fn kill(&mut self) {
@@ -49,6 +71,14 @@ impl Drop for OtherProcess {
     fn drop(&mut self) {
         let _ = (self.child.kill(), self.child.wait(), std::fs::remove_dir_all(&self.folder));
     }
+}
+
+/// Runs the ignored test `name` in a process with `variables`, and fails if it does.
+pub fn run_alone(name: &str, variables: &[(&str, &str)]) {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.args([name, "--exact", "--ignored", "--nocapture"]).envs(variables.iter().copied());
+    let status = command.status().unwrap();
+    assert!(status.success(), "{name} with {variables:?}: {status}");
 }
 
 /// In the other process: the cluster that it belongs to.

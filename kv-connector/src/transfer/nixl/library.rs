@@ -10,12 +10,15 @@ use std::path::Path;
 use std::ptr::{null, null_mut};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use common::device_pool::MemoryPlace;
+
 type Status = c_int;
 type Handle = *mut c_void;
 
 const SUCCESS: Status = 0;
 const IN_PROGRESS: Status = 1;
 const HOST_MEMORY: c_int = 0;
+const GPU_MEMORY: c_int = 1;
 const READ: c_int = 0;
 /// The backend for memory of hosts and devices.
 const UCX: &CStr = c"UCX";
@@ -111,11 +114,33 @@ struct AgentHandle(Handle);
 // SAFETY: an agent of the library has no thread of its caller; calls take turns behind the lock.
 unsafe impl Send for AgentHandle {}
 
-/// A read that was posted.
+/// A read. It is the library's until it is [released](Agent::release).
 pub(super) struct Request(Handle);
 
 // SAFETY: as the agent's; used only behind its lock.
 unsafe impl Send for Request {}
+
+#[cfg(test)]
+impl Request {
+    /// For tests without the library.
+    pub(super) fn nobody_s() -> Self {
+        Self(null_mut())
+    }
+}
+
+/// What has become of a read that was given up.
+pub(super) enum Ended {
+    /// Nothing is read any more.
+    Well,
+    /// Some of it may still be read: that a piece has failed says nothing of the others.
+    Badly,
+    NotYet(Request),
+}
+
+/// Kind of memory, and number of the device that has it, in the library's words.
+fn kind(gpu: Option<u32>) -> (c_int, u64) {
+    gpu.map_or((HOST_MEMORY, 0), |number| (GPU_MEMORY, number.into()))
+}
 
 fn checked(call: &str, status: Status) -> Result<(), String> {
     if status == SUCCESS { Ok(()) } else { Err(format!("NIXL's {call} says status {status}")) }
@@ -165,18 +190,19 @@ impl Agent {
         checked("create_backend(UCX)", created)
     }
 
-    /// Lets `num_bytes` at `address` be read by whoever has [`metadata`](Self::metadata) of later, and be read into.
+    /// Lets `place` be read by whoever has [`metadata`](Self::metadata) of later, and be read into.
     ///
     /// # Safety
-    /// They stay as long as the agent.
-    pub(super) unsafe fn register(&self, address: usize, num_bytes: usize) -> Result<(), String> {
-        let (agent, functions) = (self.lock(), &self.functions);
+    /// It stays as long as the agent.
+    pub(super) unsafe fn register(&self, place: MemoryPlace) -> Result<(), String> {
+        let (agent, functions, (kind, device)) = (self.lock(), &self.functions, kind(place.gpu));
+        let (address, num_bytes) = (place.address as usize, place.num_bytes as usize);
         let mut list = null_mut();
         // SAFETY: a place for the answer.
-        checked("create_reg_dlist", unsafe { (functions.create_reg_dlist)(HOST_MEMORY, &mut list) })?;
+        checked("create_reg_dlist", unsafe { (functions.create_reg_dlist)(kind, &mut list) })?;
         // SAFETY: a live agent and list; the memory stays, as the caller promises; the list is given back once.
         let registered = unsafe {
-            let added = (functions.reg_dlist_add_desc)(list, address, num_bytes, 0, null(), 0);
+            let added = (functions.reg_dlist_add_desc)(list, address, num_bytes, device, null(), 0);
             let registered = if added == SUCCESS { (functions.register_mem)(agent.0, list, null_mut()) } else { added };
             (functions.destroy_reg_dlist)(list);
             registered
@@ -219,36 +245,33 @@ impl Agent {
         unsafe { (self.functions.invalidate_remote_md)(agent.0, name.as_ptr()) };
     }
 
-    /// Begins to read `pieces`, address and size each, of `peer`'s memory to `into` and behind.
-    ///
-    /// # Safety
-    /// From `into` on as many bytes as all pieces have are registered, and nobody else uses them before the request has
-    /// [ended](Self::has_ended) or the agent is gone.
-    pub(super) unsafe fn read(&self, peer: &CStr, pieces: &[(usize, usize)], into: usize) -> Result<Request, String> {
+    /// Makes ready to read `pieces` of `peer`'s memory, which are in memory of one kind, one behind the other to `into`.
+    /// Nothing is read yet.
+    pub(super) fn prepare(&self, peer: &CStr, pieces: &[MemoryPlace], into: MemoryPlace) -> Result<Request, String> {
         let (agent, functions) = (self.lock(), &self.functions);
+        let (there, device_there) = kind(pieces.first().and_then(|piece| piece.gpu));
+        let (here, device_here) = kind(into.gpu);
         let (mut from, mut to, mut request) = (null_mut(), null_mut(), null_mut());
         // SAFETY: places for the answers.
-        checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(HOST_MEMORY, &mut from) })?;
+        checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(there, &mut from) })?;
         // SAFETY: as above.
-        if let Err(reason) =
-            checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(HOST_MEMORY, &mut to) })
-        {
+        if let Err(reason) = checked("create_xfer_dlist", unsafe { (functions.create_xfer_dlist)(here, &mut to) }) {
             // SAFETY: ours, given back once.
             unsafe { (functions.destroy_xfer_dlist)(from) };
             return Err(reason);
         }
-        let mut offset = into;
+        let mut offset = into.address as usize;
         let mut status = SUCCESS;
-        for (address, num_bytes) in pieces {
+        for piece in pieces {
+            let (address, num_bytes) = (piece.address as usize, piece.num_bytes as usize);
             // SAFETY: live lists; integers.
-            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(from, *address, *num_bytes, 0) });
+            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(from, address, num_bytes, device_there) });
             // SAFETY: as above.
-            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(to, offset, *num_bytes, 0) });
+            status = status.min(unsafe { (functions.xfer_dlist_add_desc)(to, offset, num_bytes, device_here) });
             offset += num_bytes;
         }
         let added = checked("xfer_dlist_add_desc", status);
-        // SAFETY: live handles and a C string; the memory that is written to is the caller's promise. The request keeps
-        // nothing of the lists, which are given back once.
+        // SAFETY: live handles and a C string. The request keeps nothing of the lists, which are given back once.
         let created = unsafe {
             let created = match added {
                 Ok(()) => (functions.create_xfer_req)(agent.0, READ, to, from, peer.as_ptr(), &mut request, null_mut()),
@@ -260,11 +283,19 @@ impl Agent {
         };
         added?;
         checked("create_xfer_req", created)?;
-        let request = Request(request);
-        // SAFETY: a live agent and request.
-        match unsafe { (functions.post_xfer_req)(agent.0, request.0, null_mut()) } {
-            SUCCESS | IN_PROGRESS => Ok(request),
-            // Some of it may have begun: the request stays, as whatever it writes to must.
+        Ok(Request(request))
+    }
+
+    /// Begins what was [prepared](Self::prepare), once. An error does not mean that nothing has begun.
+    ///
+    /// # Safety
+    /// What is read into is registered, and nobody else uses it before the request has [ended](Self::has_ended) or the
+    /// agent is gone.
+    pub(super) unsafe fn post(&self, request: &Request) -> Result<(), String> {
+        let agent = self.lock();
+        // SAFETY: a live agent and request; the memory that is written to is the caller's promise.
+        match unsafe { (self.functions.post_xfer_req)(agent.0, request.0, null_mut()) } {
+            SUCCESS | IN_PROGRESS => Ok(()),
             posted => Err(format!("NIXL's post_xfer_req says status {posted}")),
         }
     }
@@ -276,6 +307,18 @@ impl Agent {
         match unsafe { (self.functions.get_xfer_status)(agent.0, request.0) } {
             IN_PROGRESS => Ok(false),
             status => checked("get_xfer_status", status).map(|()| true),
+        }
+    }
+
+    /// What has become of a request; one that has ended well is given back.
+    pub(super) fn end(&self, request: Request) -> Ended {
+        match self.has_ended(&request) {
+            Ok(true) => {
+                self.release(request);
+                Ended::Well
+            }
+            Ok(false) => Ended::NotYet(request),
+            Err(_) => Ended::Badly,
         }
     }
 

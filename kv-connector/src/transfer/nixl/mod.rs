@@ -1,40 +1,39 @@
-//! `nixl`: KV fetched through NVIDIA's NIXL library, which carries it over UCX: InfiniBand, RoCE, memory of one host, TCP.
+//! `nixl`: KV fetched through NVIDIA's NIXL library, which carries it over UCX: InfiniBand, RoCE, memory of one host, TCP;
+//! between pools of hosts and of GPUs in any pairing.
 //!
 //! The library is loaded at run time, by its C interface ([`library`]); a node that is to use it and cannot does not
-//! start. The sender registers its pool, and its agent's metadata is what receivers get over the bulk connection. A
-//! receiver reads into memory of its own ([`staging`]) and copies and hashes from there into the blocks: NIXL cannot
+//! start. The sender registers its pool, and where that lies and its agent's metadata is what receivers get over the bulk
+//! connection ([`handle`]). A receiver [fetches](fetch) into memory of its own ([`staging`]), on its device if its pool is
+//! on one, and from there into the blocks, hashed as they are filled or, on a device, where they lie then: NIXL cannot
 //! always prove that a read has stopped, and so no node has it write to a block. A read that does not end well costs its
-//! buffer, and this transport for that life of the peer; KV comes over `quic` then.
+//! buffer ([`stock`]), and this transport for that life of the peer; KV comes over `quic` then.
 //!
-//! **NIXL authenticates nobody and encrypts nothing, and what is registered can be written as well as read.** Whoever has
-//! the metadata, or reaches what UCX listens on, may read and write the memory of the process: it is off unless
-//! `--kv-transports` lists it, and belongs on a network that nobody else reaches. The digest of an extent proves what
-//! arrived, not that nobody writes to the block later.
-//!
-//! Pools in hosts' memory only, so far.
+//! **NIXL authenticates nobody and encrypts nothing, and what is registered can be written as well as read.** So a pool is
+//! registered only where peers fetch out of it. Whoever has the metadata, or reaches what UCX listens on, may read and
+//! write the memory of the process: it is off unless `--kv-transports` lists it, and belongs on a network that nobody else
+//! reaches. The digest of an extent proves what arrived, not that nobody writes to the block later.
 
+mod fetch;
+mod handle;
 mod library;
 mod staging;
+mod stock;
 
 use std::collections::HashMap;
 use std::ffi::CString;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
-use common::device_pool::ExportedPool;
+use common::device_pool::{DevicePool, ExportedPool, MemoryPlace};
 use common::kv_memory::KvMemory;
 use common::wire::PoolRun;
 
 use self::library::{Agent, Library};
-use self::staging::{Borrowed, HALF_BYTES, NUM_LOST_MAX, Staging};
+use self::stock::Stock;
 use crate::accounting::Carrier;
 use crate::transfer::Arriving;
-use crate::transfer::pull::{NUM_PULLS_MAX, PullError, PullMethod, PulledPool};
+use crate::transfer::pull::{PullError, PullMethod, PulledPool};
 use crate::turns;
-
-/// Copied and hashed at a time; as long as closing a landing waits.
-const SLICE_BYTES: usize = 64 << 10;
 
 /// NIXL cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -50,69 +49,102 @@ pub enum NixlError {
         "NIXL is there and does not work ({0}): NIXL_LOG_LEVEL=INFO and UCX_LOG_LEVEL=info make it say more; without it, take nixl out of --kv-transports"
     )]
     Refused(String),
-    /// The pool is not in this host's memory.
+    /// It works, but not with memory of this node's device.
     #[error(
-        "the KV pool is in a device's memory, which nixl does not read yet: take nixl out of --kv-transports, cuda-ipc and quic serve such pools"
+        "NIXL cannot be used with the KV pool's device ({0}): its UCX needs support for CUDA, which NIXL_LOG_LEVEL=INFO and UCX_LOG_LEVEL=info tell of"
     )]
-    NotInHostMemory,
+    NoDevice(String),
+    /// The pool's memory can be registered nowhere.
+    #[error("the KV pool keeps its bytes where no network can read them: take nixl out of --kv-transports")]
+    NotInPlace,
 }
 
-/// This node's pool, registered with an agent of NIXL. Cheap to clone.
+/// A node's KV pool, by what its memory is.
+#[derive(Clone)]
+pub enum NixlPool {
+    /// The host's.
+    Host {
+        /// The pool.
+        memory: Arc<dyn KvMemory>,
+        /// Its size.
+        num_bytes: usize,
+    },
+    /// A device's.
+    Device(Arc<dyn DevicePool>),
+}
+
+impl NixlPool {
+    fn memory(&self) -> Arc<dyn KvMemory> {
+        match self {
+            NixlPool::Host { memory, .. } => memory.clone(),
+            NixlPool::Device(pool) => pool.clone(),
+        }
+    }
+
+    fn place(&self) -> Result<MemoryPlace, NixlError> {
+        match self {
+            NixlPool::Host { memory, num_bytes } => {
+                let bytes = memory.bytes_at(0, *num_bytes).ok_or(NixlError::NotInPlace)?;
+                Ok(MemoryPlace { address: bytes.as_ptr() as u64, num_bytes: bytes.len() as u64, gpu: None })
+            }
+            NixlPool::Device(pool) => pool.place().map_err(NixlError::NoDevice),
+        }
+    }
+
+    /// Why NIXL is of no use with it.
+    fn refused(&self, reason: String) -> NixlError {
+        match self {
+            NixlPool::Host { .. } => NixlError::Refused(reason),
+            NixlPool::Device(_) => NixlError::NoDevice(reason),
+        }
+    }
+}
+
+/// What fetches into this node's pool, and lets peers fetch out of it, if so. Cheap to clone.
 #[derive(Clone)]
 pub struct Nixl {
     inner: Arc<Inner>,
     memory: Arc<dyn KvMemory>,
-    address: usize,
-    num_bytes: usize,
+    /// Of the pool, where peers fetch out of it.
+    registered: Option<MemoryPlace>,
 }
 
-/// What reads: the agent goes first, then what it may have written to.
+/// What reads: the agent goes first, then what it may have written to, and what peers read.
 struct Inner {
     agent: Agent,
-    free: Mutex<Vec<Staging>>,
-    num_lost: AtomicUsize,
+    stock: Mutex<Stock>,
     /// Agents of peers whose pools are open, by name.
     peers: Mutex<HashMap<CString, Weak<Peer>>>,
-    /// What peers read.
-    _memory: Arc<dyn KvMemory>,
+    pool: NixlPool,
 }
 
 impl Inner {
-    fn free(&self) -> MutexGuard<'_, Vec<Staging>> {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A staging for one that is lost.
-    #[allow(unsafe_code)] // what is registered stays as long as the agent
-    fn replace_lost(&self) -> Result<(), String> {
-        if self.num_lost.fetch_add(1, Ordering::SeqCst) >= NUM_LOST_MAX {
-            return Err(format!("{NUM_LOST_MAX} reads did not end, no more are replaced"));
-        }
-        let staging = Staging::new();
-        let (address, num_bytes) = staging.place();
-        // SAFETY: it goes to those that are dropped behind the agent, or is lost for ever.
-        if let Err(reason) = unsafe { self.agent.register(address, num_bytes) } {
-            std::mem::forget(staging);
-            return Err(reason);
-        }
-        self.free().push(staging);
-        Ok(())
+    fn stock(&self) -> MutexGuard<'_, Stock> {
+        self.stock.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn peers(&self) -> MutexGuard<'_, HashMap<CString, Weak<Peer>>> {
         self.peers.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Before the library is given anything to do with the pool's device by this thread.
+    fn enter(&self) -> Result<(), String> {
+        match &self.pool {
+            NixlPool::Host { .. } => Ok(()),
+            NixlPool::Device(pool) => pool.enter(),
+        }
+    }
 }
 
 impl Nixl {
-    /// Loads the library at `path`, and registers the `num_bytes` of `memory`, to which nobody writes meanwhile.
+    /// Loads the library at `path`. Where peers fetch out of `pool`, all of it is registered, which may take its time;
+    /// else nobody can by NIXL.
     ///
     /// # Errors
-    /// [`NixlError`].
+    /// [`NixlError`]; [`NixlError::NoDevice`] only where the pool is on a device.
     #[allow(unsafe_code)] // what is registered stays as long as the agent
-    pub fn new(path: &Path, memory: Arc<dyn KvMemory>, num_bytes: usize) -> Result<Self, NixlError> {
+    pub fn new(path: &Path, pool: NixlPool, is_fetched_from: bool) -> Result<Self, NixlError> {
         let library = Library::load(path).map_err(|reason| NixlError::Library(reason, path.display().to_string()))?;
-        let address = memory.bytes_at(0, num_bytes).ok_or(NixlError::NotInHostMemory)?.as_ptr() as usize;
         let name = CString::new(format!("tandem-{:032x}", rand::random::<u128>())).expect("digits have no zero byte");
         // NIXL's own threads move KV, too, and inherit how this one is scheduled.
         let created = std::thread::scope(|scope| {
@@ -122,19 +154,18 @@ impl Nixl {
             });
             creating.join().expect("it returns its errors")
         });
-        let inner = Arc::new(Inner {
-            agent: created.map_err(NixlError::Refused)?,
-            num_lost: AtomicUsize::new(0),
-            free: Mutex::new((0..NUM_PULLS_MAX).map(|_| Staging::new()).collect()),
-            peers: Mutex::default(),
-            _memory: memory.clone(),
-        });
-        let staged: Vec<_> = inner.free().iter().map(Staging::place).collect();
-        for (address, num_bytes) in [(address, num_bytes)].into_iter().chain(staged) {
-            // SAFETY: the memory and the stagings are `inner`'s, which drops its agent first.
-            unsafe { inner.agent.register(address, num_bytes) }.map_err(NixlError::Refused)?;
+        let agent = created.map_err(NixlError::Refused)?;
+        let (stock, peers) = (Mutex::default(), Mutex::default());
+        let inner = Arc::new(Inner { agent, stock, peers, pool });
+        let refused = |reason: String| inner.pool.refused(reason);
+        inner.enter().map_err(refused)?;
+        inner.fill_stock().map_err(refused)?;
+        let registered = is_fetched_from.then(|| inner.pool.place()).transpose()?;
+        if let Some(place) = registered {
+            // SAFETY: the memory is that of the pool, which `inner` drops behind its agent.
+            unsafe { inner.agent.register(place) }.map_err(refused)?;
         }
-        Ok(Self { inner, memory, address, num_bytes })
+        Ok(Self { memory: inner.pool.memory(), registered, inner })
     }
 }
 
@@ -144,7 +175,7 @@ impl PullMethod for Nixl {
     }
 
     fn question(&self) -> [u8; 4] {
-        *b"TKNX"
+        *b"TKN2"
     }
 
     fn is_within_host(&self) -> bool {
@@ -159,49 +190,42 @@ impl PullMethod for Nixl {
         &self.memory
     }
 
-    /// Where the pool begins, and the agent's metadata.
     fn export(&self) -> Result<ExportedPool, String> {
-        let mut handle = (self.address as u64).to_le_bytes().to_vec();
-        handle.extend(self.inner.agent.metadata()?);
-        Ok(ExportedPool { handle, num_bytes: self.num_bytes as u64 })
+        let place = self.registered.ok_or("nobody fetches out of this pool")?;
+        Ok(handle::encode(place, &self.inner.agent.metadata()?))
     }
 
     fn open_peer(&self, exported: &ExportedPool) -> Result<Arc<dyn PulledPool>, String> {
-        let (address, metadata) = exported.handle.split_first_chunk().ok_or("a handle without an address")?;
-        let address = u64::from_le_bytes(*address);
-        address.checked_add(exported.num_bytes).ok_or("a pool that goes beyond the last address")?;
+        let (pool, metadata) = handle::decode(exported)?;
+        self.inner.enter()?;
         let mut peers = self.inner.peers();
         let name = self.inner.agent.add_peer(metadata)?;
         // Of a peer that has connected again while the pool is open for its connection before.
         if let Some(peer) = peers.get(&name).and_then(Weak::upgrade) {
             // Before the peer, which takes the lock if this is the last to hold it.
             drop(peers);
-            let is_same = (peer.address, peer.num_bytes) == (address, exported.num_bytes);
-            return if is_same { Ok(peer) } else { Err("an agent whose pool is open at another place".to_string()) };
+            let is_same = peer.pool == pool;
+            return if is_same {
+                Ok(Arc::new(Opened(peer)))
+            } else {
+                Err("an agent whose pool is open at another place".to_string())
+            };
         }
-        let inner = self.inner.clone();
-        let num_bytes = exported.num_bytes;
-        let peer = Arc::new(Peer { inner, name: name.clone(), address, num_bytes, is_lost: AtomicBool::new(false) });
+        let peer = Arc::new(Peer { inner: self.inner.clone(), name: name.clone(), pool });
         peers.insert(name, Arc::downgrade(&peer));
-        Ok(peer)
+        Ok(Arc::new(Opened(peer)))
     }
 }
 
-/// A peer's pool.
+/// A peer, known to the agent for as long as this lives: as its pool is open, or something may still be read from it.
 struct Peer {
     inner: Arc<Inner>,
     name: CString,
-    address: u64,
-    num_bytes: u64,
-    /// Something may still be read from it.
-    is_lost: AtomicBool,
+    pool: MemoryPlace,
 }
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        if self.is_lost.load(Ordering::SeqCst) {
-            return;
-        }
         let mut peers = self.inner.peers();
         // Unless it was opened again.
         if peers.get(&self.name).is_some_and(|peer| peer.strong_count() == 0) {
@@ -211,92 +235,15 @@ impl Drop for Peer {
     }
 }
 
-impl PulledPool for Peer {
+/// A peer's pool.
+struct Opened(Arc<Peer>);
+
+impl PulledPool for Opened {
     fn num_bytes(&self) -> u64 {
-        self.num_bytes
+        self.0.pool.num_bytes
     }
 
     fn pull(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), PullError> {
-        let batches = batches(runs);
-        let pieces = |batch: &[PoolRun]| -> Vec<(usize, usize)> {
-            batch.iter().map(|run| ((self.address + run.offset) as usize, run.num_bytes as usize)).collect()
-        };
-        let mut staging = Borrowed::new(self)?;
-        for (index, batch) in batches.iter().enumerate() {
-            if index == 0 {
-                staging.begin(index, &pieces(batch))?;
-            }
-            staging.wait()?;
-            if let Some(next) = batches.get(index + 1) {
-                staging.begin(index + 1, &pieces(next))?;
-            }
-            let (mut offset, end) = (0, batch.iter().map(|run| run.num_bytes as usize).sum());
-            while offset < end {
-                arriving.fill(SLICE_BYTES.min(end - offset), |into| {
-                    staging.copy_out(index, offset, into);
-                    offset += into.len();
-                })?;
-                turns::give_way();
-            }
-        }
-        Ok(())
-    }
-}
-
-/// Runs in order, cut into lots of at most half a staging.
-fn batches(runs: &[PoolRun]) -> Vec<Vec<PoolRun>> {
-    let (mut batches, mut batch, mut room) = (Vec::new(), Vec::new(), HALF_BYTES);
-    for run in runs {
-        let (mut offset, end) = (run.offset, run.end());
-        while offset < end {
-            let num_bytes = room.min((end - offset) as usize);
-            batch.push(PoolRun { offset, num_bytes: num_bytes as u32 });
-            offset += num_bytes as u64;
-            room -= num_bytes;
-            if room == 0 {
-                batches.push(std::mem::take(&mut batch));
-                room = HALF_BYTES;
-            }
-        }
-    }
-    if !batch.is_empty() {
-        batches.push(batch);
-    }
-    batches
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn lots_hold_all_bytes_in_order_and_none_is_too_large() {
-        let run = |offset: u64, num_bytes: usize| PoolRun { offset, num_bytes: num_bytes as u32 };
-        for runs in [
-            vec![],
-            vec![run(7, 1)],
-            vec![run(0, HALF_BYTES)],
-            vec![run(64, HALF_BYTES - 1), run(1 << 30, 2)],
-            vec![run(0, 3 * HALF_BYTES + 5), run(1 << 40, HALF_BYTES), run(9, 10)],
-        ] {
-            let batches = batches(&runs);
-            let size = |batch: &Vec<PoolRun>| batch.iter().map(|run| run.num_bytes as usize).sum::<usize>();
-            assert!(batches.iter().all(|batch| (1..=HALF_BYTES).contains(&size(batch))));
-            let every = |runs: &[PoolRun]| -> Vec<u64> {
-                let ends = runs.iter().flat_map(|run| [run.offset, run.end()]).collect::<Vec<_>>();
-                // Neighbours joined: where one ends and the next begins at the same place.
-                let mut joined: Vec<u64> = Vec::new();
-                for pair in ends.chunks(2) {
-                    if joined.last() == Some(&pair[0]) {
-                        joined.pop();
-                    } else {
-                        joined.push(pair[0]);
-                    }
-                    joined.push(pair[1]);
-                }
-                joined
-            };
-            assert_eq!(every(&batches.concat()), every(&runs));
-        }
+        fetch::fetch(&self.0, runs, arriving)
     }
 }

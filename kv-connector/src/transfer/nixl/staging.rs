@@ -1,142 +1,145 @@
-//! Memory that NIXL reads into. It never writes to blocks: that a read has stopped cannot always be proven, and what it
-//! would still write to must then be nobody's.
+//! Memory that NIXL reads into: of the host, or of the device that the pool is on. It never writes to blocks: that a read
+//! has stopped cannot always be proven, and what it would still write to must then be nobody's.
 #![allow(unsafe_code)]
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::ptr::NonNull;
-use std::sync::Arc;
-use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
-use super::library::Request;
-use super::{Inner, Peer};
-use crate::transfer::RefusedExtent;
+use common::device_pool::{MemoryPlace, StagingMemory};
+
+use super::NixlPool;
+use crate::transfer::Arriving;
 use crate::transfer::pull::PullError;
+use crate::turns;
 
-/// Read at a time, while what was read before is copied and hashed.
-pub(super) const HALF_BYTES: usize = 512 << 10;
-/// A peer that lets a read wait so long is taken for dead, as one that is silent on a connection.
-const READ_DEADLINE: Duration = Duration::from_secs(2);
-/// Stagings that reads without an end may keep; then there is one less for every further one.
-pub(super) const NUM_LOST_MAX: usize = 16;
-/// For so long a read is asked for its end without a pause, then every [`PAUSE`].
-const SPIN_TIME: Duration = Duration::from_micros(100);
-const PAUSE: Duration = Duration::from_micros(50);
+/// Read at a time to the host, while what was read before is copied and hashed: a cache has it still.
+const HOST_HALF_BYTES: usize = 512 << 10;
+/// Likewise to a device, where a copy is waited for as long as it takes for several times as much.
+const DEVICE_HALF_BYTES: usize = 1 << 20;
+/// Copied by the host at a time; as long as closing a landing waits.
+const SLICE_BYTES: usize = 64 << 10;
 
 /// Two halves, one of which may be read into.
-pub(super) struct Staging {
-    start: NonNull<u8>,
+pub(super) enum Staging {
+    Host(HostMemory),
+    Device(Box<dyn StagingMemory>),
 }
 
-// SAFETY: plain memory without thread affinity, owned by one at a time.
-unsafe impl Send for Staging {}
-
 impl Staging {
-    const LAYOUT: Layout = match Layout::from_size_align(2 * HALF_BYTES, 4096) {
+    /// On the device that `pool` is on, if it is on one.
+    pub(super) fn new(pool: &NixlPool) -> Result<Self, String> {
+        Ok(match pool {
+            NixlPool::Host { .. } => Self::on_host(),
+            NixlPool::Device(pool) => Staging::Device(pool.clone().staging(2 * DEVICE_HALF_BYTES)?),
+        })
+    }
+
+    pub(super) fn on_host() -> Self {
+        Staging::Host(HostMemory::new())
+    }
+
+    pub(super) fn half_bytes(&self) -> usize {
+        match self {
+            Staging::Host(_) => HOST_HALF_BYTES,
+            Staging::Device(_) => DEVICE_HALF_BYTES,
+        }
+    }
+
+    /// Where it lies.
+    pub(super) fn place(&self) -> MemoryPlace {
+        match self {
+            Staging::Host(memory) => MemoryPlace {
+                address: memory.0.as_ptr() as u64,
+                num_bytes: HostMemory::LAYOUT.size() as u64,
+                gpu: None,
+            },
+            Staging::Device(memory) => memory.place(),
+        }
+    }
+
+    /// Where the half of `index` begins in it.
+    fn start(&self, index: usize) -> usize {
+        index % 2 * self.half_bytes()
+    }
+
+    /// Where the half of `index` lies.
+    pub(super) fn half(&self, index: usize) -> MemoryPlace {
+        let address = self.place().address + self.start(index) as u64;
+        MemoryPlace { address, num_bytes: self.half_bytes() as u64, ..self.place() }
+    }
+
+    /// Puts the first `num_bytes` of the half of `index`, which nobody reads into, into the blocks: device to device where
+    /// the landing is in the pool `own`, else by the host.
+    pub(super) fn deliver(
+        &self,
+        index: usize,
+        num_bytes: usize,
+        own: &NixlPool,
+        arriving: &mut Arriving,
+    ) -> Result<(), PullError> {
+        let (start, mut done) = (self.start(index), 0);
+        match self {
+            Staging::Host(memory) => {
+                while done < num_bytes {
+                    arriving.fill(SLICE_BYTES.min(num_bytes - done), |into| {
+                        memory.copy_out(start + done, into);
+                        done += into.len();
+                    })?;
+                    turns::give_way();
+                }
+                Ok(())
+            }
+            Staging::Device(memory) if arriving.lands_in(&own.memory()) => {
+                arriving.fill_on_device(num_bytes, |layer, blocks, first_granule, byte_offset| {
+                    let copied =
+                        memory.copy_to_blocks(start..start + num_bytes, layer, blocks, first_granule, byte_offset);
+                    copied.map_err(PullError::Failed)
+                })
+            }
+            Staging::Device(memory) => {
+                while done < num_bytes {
+                    let mut bytes = vec![0; SLICE_BYTES.min(num_bytes - done)];
+                    memory.read(start + done, &mut bytes).map_err(PullError::Failed)?;
+                    arriving.write(&bytes)?;
+                    done += bytes.len();
+                    turns::give_way();
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Both halves in the host's memory.
+pub(super) struct HostMemory(NonNull<u8>);
+
+// SAFETY: plain memory without thread affinity, owned by one at a time.
+unsafe impl Send for HostMemory {}
+
+impl HostMemory {
+    const LAYOUT: Layout = match Layout::from_size_align(2 * HOST_HALF_BYTES, 4096) {
         Ok(layout) => layout,
         Err(_) => panic!("a size that fits"),
     };
 
-    pub(super) fn new() -> Self {
+    fn new() -> Self {
         // SAFETY: the size is not zero.
         let start = unsafe { alloc_zeroed(Self::LAYOUT) };
-        Self { start: NonNull::new(start).unwrap_or_else(|| handle_alloc_error(Self::LAYOUT)) }
+        Self(NonNull::new(start).unwrap_or_else(|| handle_alloc_error(Self::LAYOUT)))
     }
 
-    /// Where it lies, and its size.
-    pub(super) fn place(&self) -> (usize, usize) {
-        (self.start.as_ptr() as usize, Self::LAYOUT.size())
+    /// Copies out of a half that nobody reads into.
+    fn copy_out(&self, offset: usize, into: &mut [u8]) {
+        assert!(offset + into.len() <= Self::LAYOUT.size(), "{} bytes behind {offset} are copied", into.len());
+        // SAFETY: in bounds; whoever has the staging has waited for what was read into this half, and what is read since
+        // then goes to the other one. Into memory that is exclusively borrowed.
+        unsafe { std::ptr::copy_nonoverlapping(self.0.as_ptr().add(offset), into.as_mut_ptr(), into.len()) };
     }
 }
 
-impl Drop for Staging {
+impl Drop for HostMemory {
     fn drop(&mut self) {
         // SAFETY: allocated with this layout, and nothing refers to it any more.
-        unsafe { dealloc(self.start.as_ptr(), Self::LAYOUT) };
-    }
-}
-
-/// A staging in use for one extent.
-pub(super) struct Borrowed<'a> {
-    peer: &'a Peer,
-    staging: Option<Staging>,
-    reading: Option<Request>,
-}
-
-impl<'a> Borrowed<'a> {
-    pub(super) fn new(peer: &'a Peer) -> Result<Self, PullError> {
-        let staging = peer.inner.free().pop();
-        // No fault of this peer's.
-        let none = || PullError::Refused(RefusedExtent::Unreadable);
-        Ok(Self { peer, staging: Some(staging.ok_or_else(none)?), reading: None })
-    }
-
-    fn half(&self, index: usize) -> NonNull<u8> {
-        let staging = self.staging.as_ref().expect("it is given back on drop");
-        // SAFETY: the index is 0 or 1, of two halves.
-        unsafe { staging.start.add(index % 2 * HALF_BYTES) }
-    }
-
-    /// Begins to read pieces, which have at most [`HALF_BYTES`], into the half of `index`. Nothing else is being read.
-    pub(super) fn begin(&mut self, index: usize, pieces: &[(usize, usize)]) -> Result<(), PullError> {
-        assert!(self.reading.is_none() && pieces.iter().map(|(_, num_bytes)| num_bytes).sum::<usize>() <= HALF_BYTES);
-        let into = self.half(index).as_ptr() as usize;
-        // SAFETY: half a staging is registered, large enough, and copied from only behind `wait`, by its only owner.
-        match unsafe { self.peer.inner.agent.read(&self.peer.name, pieces, into) } {
-            Ok(request) => self.reading = Some(request),
-            Err(reason) => return Err(self.lose(None, reason)),
-        }
-        Ok(())
-    }
-
-    /// What may still be read into stays for ever, and with it the agent that reads; another takes its place.
-    fn lose(&mut self, request: Option<Request>, reason: String) -> PullError {
-        self.peer.is_lost.store(true, Ordering::SeqCst);
-        std::mem::forget((self.staging.take(), request, Arc::clone(&self.peer.inner)));
-        if let Err(reason) = self.peer.inner.replace_lost() {
-            tracing::warn!(%reason, "nixl has a buffer less");
-        }
-        PullError::Failed(reason)
-    }
-
-    /// Waits for what was begun.
-    pub(super) fn wait(&mut self) -> Result<(), PullError> {
-        let Some(request) = self.reading.take() else { return Ok(()) };
-        let agent = &self.peer.inner.agent;
-        let began = Instant::now();
-        loop {
-            match agent.has_ended(&request) {
-                Ok(false) if began.elapsed() > READ_DEADLINE => {
-                    return Err(self.lose(Some(request), format!("a read did not end within {READ_DEADLINE:?}")));
-                }
-                Ok(false) if began.elapsed() > SPIN_TIME => std::thread::sleep(PAUSE),
-                Ok(false) => std::thread::yield_now(),
-                Ok(true) => {
-                    agent.release(request);
-                    return Ok(());
-                }
-                // An error of one of its pieces says nothing of the others.
-                Err(reason) => return Err(self.lose(Some(request), reason)),
-            }
-        }
-    }
-
-    /// Copies out of the half of `index`, behind `offset` bytes of it; what was read into it has been waited for.
-    pub(super) fn copy_out(&self, index: usize, offset: usize, into: &mut [u8]) {
-        assert!(offset + into.len() <= HALF_BYTES, "{} bytes behind {offset} are copied", into.len());
-        // SAFETY: in bounds of a half that is not being read into: `wait` came before, and `begin` since then was for
-        // the other one. Into memory that is exclusively borrowed.
-        unsafe {
-            std::ptr::copy_nonoverlapping(self.half(index).as_ptr().add(offset), into.as_mut_ptr(), into.len());
-        }
-    }
-}
-
-impl Drop for Borrowed<'_> {
-    fn drop(&mut self) {
-        // Whatever it says, nobody wants the bytes.
-        let _ = self.wait();
-        let inner: &Inner = &self.peer.inner;
-        inner.free().extend(self.staging.take());
+        unsafe { dealloc(self.0.as_ptr(), Self::LAYOUT) };
     }
 }
