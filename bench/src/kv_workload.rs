@@ -28,6 +28,11 @@ pub(crate) fn num_tokens(mib: u32) -> usize {
     mib as usize * (1 << 20) / (NUM_LAYERS as usize * TOKEN_BYTES)
 }
 
+/// The other way round.
+pub(crate) fn request_mib(num_tokens: usize) -> u32 {
+    (num_tokens * NUM_LAYERS as usize * TOKEN_BYTES).div_ceil(1 << 20) as u32
+}
+
 pub(crate) fn num_blocks(num_tokens: usize) -> usize {
     num_tokens.div_ceil(BLOCK_SIZE)
 }

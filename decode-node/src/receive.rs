@@ -13,9 +13,10 @@ use common::timeline::NodeTimeline;
 use common::wire::{ExtentId, Generate, NodeError, Open, Prefill, PrefillControl, PrefillEvent};
 use engine::conversion::conversion_from_peer;
 use kv_connector::peers::PeerLink;
-use kv_connector::transfer::{ExtentRequest, ExtentSource, Landing, LandingEvent, LandingPlan, PrefixSends};
+use kv_connector::transfer::{
+    ExtentRequest, ExtentSource, Landing, LandingEvent, LandingEvents, LandingPlan, PrefixSends,
+};
 use kv_connector::{ControlReceiver, ControlSender};
-use tokio::sync::mpsc;
 
 use crate::generate::{Admitted, End, Ongoing, interrupted};
 
@@ -37,7 +38,7 @@ struct Ask {
     control: ControlSender,
     events: ControlReceiver,
     landing: Landing,
-    landed: mpsc::Receiver<LandingEvent>,
+    landed: LandingEvents,
 }
 
 type Linking = Pin<Box<dyn Future<Output = (NodeId, Option<PeerLink>)> + Send>>;

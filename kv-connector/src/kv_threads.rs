@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::accounting::Ledger;
 use crate::kv_time::KvTime;
-use crate::turns;
+use crate::{turn_end, turns};
 
 /// KV of one connection is moved by one thread at a time; some cores serve several peers.
 const NUM_THREADS_MAX: usize = 8;
@@ -53,6 +53,7 @@ impl KvThreads {
             .enable_all()
             .thread_name("kv")
             .on_thread_start(begin.clone())
+            .on_thread_park(turn_end::on_turn_end)
             .build()?;
         let handle = runtime.handle().clone();
         handle.spawn(time.tell(ledger.clone()));

@@ -54,6 +54,7 @@ pub mod store;
 pub mod stream;
 mod tls;
 pub mod transfer;
+mod turn_end;
 mod turns;
 mod versions;
 

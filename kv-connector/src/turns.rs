@@ -14,9 +14,11 @@
 
 use std::cell::Cell;
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use libc::sched_attr;
+
+use crate::turn_end;
 
 /// Work of a thread until it offers its core: with the piece that is being worked on then, some 50 microseconds, the
 /// longest that a message or a step of an engine waits for KV.
@@ -25,9 +27,25 @@ const TURN: Duration = Duration::from_micros(250);
 const NICE: i32 = 5;
 const NICE_MAX: i32 = 19;
 
+/// A thread's turn.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Turn {
+    /// CPU time of the thread then.
+    began_at: Duration,
+    /// Before this it cannot be over, however much of the core the thread has had. To ask a clock costs a twentieth of
+    /// asking the kernel for CPU time, and this is asked for every datagram.
+    lasts_until: Instant,
+}
+
+impl Turn {
+    fn begin() -> Self {
+        Self { began_at: cpu_time(), lasts_until: Instant::now() + TURN }
+    }
+}
+
 thread_local! {
-    /// CPU time of this thread when its turn began, if it takes turns.
-    static TURN_BEGAN_AT: Cell<Option<Duration>> = const { Cell::new(None) };
+    /// Of this thread, if it takes turns.
+    static OWN_TURN: Cell<Option<Turn>> = const { Cell::new(None) };
 }
 
 /// The calling thread moves KV from now on.
@@ -35,16 +53,26 @@ pub(crate) fn step_behind() {
     if let Err(error) = put_behind() {
         tracing::debug!(%error, "the threads of KV are not put behind others");
     }
-    TURN_BEGAN_AT.set(Some(cpu_time()));
+    OWN_TURN.set(Some(Turn::begin()));
+    turn_end::begin();
 }
 
-/// Offers the core to others if this thread's turn is over; nothing on a thread that takes none.
+/// If this thread's turn is over, does what [waits for that](turn_end) and offers the core to others; nothing on a
+/// thread that takes none.
 pub(crate) fn give_way() {
-    let Some(began_at) = TURN_BEGAN_AT.get() else { return };
-    let now = cpu_time();
-    if now.saturating_sub(began_at) >= TURN {
+    let Some(turn) = OWN_TURN.get() else { return };
+    let now = Instant::now();
+    if now < turn.lasts_until {
+        return;
+    }
+    let left = TURN.saturating_sub(cpu_time().saturating_sub(turn.began_at));
+    if left.is_zero() {
+        turn_end::on_turn_end();
         std::thread::yield_now();
-        TURN_BEGAN_AT.set(Some(now));
+        OWN_TURN.set(Some(Turn::begin()));
+    } else {
+        // The core was somebody else's for a while.
+        OWN_TURN.set(Some(Turn { lasts_until: now + left, ..turn }));
     }
 }
 
@@ -112,15 +140,22 @@ mod tests {
     fn turn_ends_behind_its_share_of_work_and_not_before() {
         let moving = std::thread::spawn(|| {
             step_behind();
-            let first = TURN_BEGAN_AT.get().unwrap();
+            let first = OWN_TURN.get().unwrap().began_at;
             give_way();
-            let still_first = TURN_BEGAN_AT.get().unwrap() == first || cpu_time() - first >= TURN;
+            let still_first = OWN_TURN.get().unwrap().began_at == first || cpu_time() - first >= TURN;
+            // What others have of the core meanwhile does not count.
+            while Instant::now() < OWN_TURN.get().unwrap().lasts_until {
+                std::thread::yield_now();
+            }
+            give_way();
+            let still_first = still_first && (OWN_TURN.get().unwrap().began_at == first || cpu_time() - first >= TURN);
             while cpu_time() - first < TURN {}
+            while Instant::now() < OWN_TURN.get().unwrap().lasts_until {}
             give_way();
-            (still_first, TURN_BEGAN_AT.get().unwrap() - first >= TURN)
+            (still_first, OWN_TURN.get().unwrap().began_at - first >= TURN)
         });
         assert_eq!(moving.join().unwrap(), (true, true));
         give_way();
-        assert_eq!(TURN_BEGAN_AT.get(), None, "a thread that moves no KV takes no turns");
+        assert_eq!(OWN_TURN.get(), None, "a thread that moves no KV takes no turns");
     }
 }

@@ -8,10 +8,9 @@ use std::sync::{Arc, Mutex, mpsc};
 use common::ids::{BlockId, Epoch, Role};
 use common::kv_memory::KvMemory;
 use common::wire::{Open, PrefillEvent};
-use kv_connector::transfer::{ExtentRequest, ExtentSource, LandingEvent, LandingPlan};
+use kv_connector::transfer::{ExtentRequest, ExtentSends, ExtentSource, LandingEvent, LandingPlan};
 use kv_connector::{Fabric, Link};
 use support::{Cluster, Job, SOON, TestMemory, assert_nothing_left, kv_spec, node, prefill, soon};
-use tokio::task::JoinSet;
 
 /// A pool in which the first piece that is written or shown takes until it may go on.
 struct Standing {
@@ -106,7 +105,7 @@ async fn messages_get_through_while_kv_stands_still_at_either_end() {
                 generation: job.generation,
             },
         };
-        let mut sends = JoinSet::new();
+        let mut sends = ExtentSends::default();
         let sender = p0.bulk_to(&node("d0"), Epoch(11)).unwrap();
         sender.begin(&mut sends, source.unsealed(&job.tokens, extent));
 
@@ -118,7 +117,7 @@ async fn messages_get_through_while_kv_stands_still_at_either_end() {
 
         let verified = soon("the extent lands", landed.recv()).await.unwrap();
         assert!(matches!(verified, LandingEvent::ExtentVerified { .. }), "{verified:?}");
-        assert!(soon("the send ends", sends.join_next()).await.unwrap().unwrap());
+        assert_eq!(soon("the send ends", sends.next_ended()).await, Some(true));
         assert!(job.holds(&to, &extent));
     }
     drop((bulk, link));

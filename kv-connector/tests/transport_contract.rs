@@ -200,7 +200,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     for ((job, extents), (landing, events)) in jobs.iter().zip(&mut landings) {
         let mut verified = HashSet::new();
         let mut last = (job.num_held, false);
-        while let Ok(event) = events.try_recv() {
+        while let Some(event) = events.try_recv() {
             match event {
                 LandingEvent::ExtentVerified { extent, num_contiguous_tokens, is_complete, .. } => {
                     assert!(verified.insert(extent), "verified twice: {extent:?}");

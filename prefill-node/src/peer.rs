@@ -9,9 +9,8 @@ use common::handover::{FetchFailure, FetchPlan, PeerPrefix};
 use common::ids::NodeId;
 use common::wire::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, Open, Prefill, PrefixPeer};
 use engine::conversion::conversion_from_peer;
-use kv_connector::transfer::{Landing, LandingEvent, LandingPlan};
+use kv_connector::transfer::{Landing, LandingEvent, LandingEvents, LandingPlan};
 use kv_connector::{ControlReceiver, ControlSender};
-use tokio::sync::mpsc;
 
 use crate::node::Node;
 
@@ -43,7 +42,7 @@ pub(crate) fn expected(node: &Node, peer: &PrefixPeer, bytes_per_second: f64, to
 /// The stream to a peer that sends, and where its extents land. Dropping it ends both.
 pub(crate) struct PeerStream {
     pub(crate) landing: Landing,
-    pub(crate) landed: mpsc::Receiver<LandingEvent>,
+    pub(crate) landed: LandingEvents,
     control: ControlSender,
     events: ControlReceiver,
     has_all_left: bool,

@@ -9,8 +9,7 @@ use common::model::ModelInfo;
 use common::wire::{FetchPrefixControl, Hello, Prefill, PrefillEvent, PrefixPeer};
 use engine::conversion::conversion_from_peer;
 use kv_connector::store::FoundPrefix;
-use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingPlan};
-use tokio::sync::mpsc;
+use kv_connector::transfer::{ExtentSource, Landing, LandingEvent, LandingEvents, LandingPlan};
 
 use crate::node::Node;
 use crate::peer::{self, Asking, PeerStream};
@@ -107,7 +106,7 @@ pub(crate) struct Fetching {
 
 enum Stage {
     /// The decode node sends; its hand-over's stream says the rest.
-    FromDecodeNode { landing: Landing, landed: mpsc::Receiver<LandingEvent> },
+    FromDecodeNode { landing: Landing, landed: LandingEvents },
     /// A peer has not answered yet.
     Asking(Asking),
     /// A peer sends.

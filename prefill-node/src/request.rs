@@ -13,9 +13,8 @@ use common::wire::{Hello, NodeError, Prefill, PrefillControl, PrefillEvent};
 use engine::core::{EngineEvent, RequestHandle};
 use kv_connector::fencing::Fence;
 use kv_connector::store::{Loaded, PrefixLoad};
-use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, LandingEvent};
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSends, ExtentSource, LandingEvent};
 use kv_connector::{ControlReceiver, ControlSender};
-use tokio::task::JoinSet;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::node::Node;
@@ -200,7 +199,7 @@ struct HandOver<'a> {
     fetching: Option<Fetching>,
     admitted: Admitted,
     sender: &'a mut ControlSender,
-    sends: JoinSet<bool>,
+    sends: ExtentSends,
     /// What came of the fetch: tokens, and the time it took.
     fetched: (u32, Duration),
     /// How long the store was loaded from, and the tokens that were used of it.
@@ -233,7 +232,7 @@ async fn hand_over(
         prefill,
         admitted,
         sender,
-        sends: JoinSet::new(),
+        sends: ExtentSends::default(),
         fetching: None,
         fetched: (0, Duration::ZERO),
         loaded: (0, Duration::ZERO),
@@ -287,8 +286,9 @@ impl HandOver<'_> {
         // Given up: only what is on its way is still waited for. A lost stream stays lost, so asking it again
         // would keep the ends of the transfers from ever being heard.
         if machine.state() == PrefillState::Stopping {
-            let ended = self.sends.join_next().await.expect("a hand-over stops only until its last transfer has ended");
-            return machine.on_extent_ended(ended.unwrap_or(false), self.now());
+            let ended = self.sends.next_ended().await;
+            let is_sent = ended.expect("a hand-over stops only until its last transfer has ended");
+            return machine.on_extent_ended(is_sent, self.now());
         }
         // A deadline beyond what the clock can tell is none.
         let deadline = machine.next_deadline().and_then(|at| self.started_at.checked_add(at));
@@ -325,7 +325,7 @@ impl HandOver<'_> {
                 Err(failure) => machine.on_fetch_failed(failure, self.now()),
             },
             loaded = loaded => self.on_loaded(loaded),
-            Some(sent) = self.sends.join_next() => machine.on_extent_ended(sent.unwrap_or(false), self.now()),
+            Some(is_sent) = self.sends.next_ended() => machine.on_extent_ended(is_sent, self.now()),
             event = self.admitted.sequence.next() => match event {
                 Some(event) => self.on_engine_event(machine, event),
                 None => machine.on_failed(NodeError::Engine { reason: "it has stopped".to_string() }),
@@ -456,7 +456,7 @@ impl HandOver<'_> {
                 self.node.metrics.count_sent(num_bytes);
                 self.admitted.bulk.begin(&mut self.sends, extent);
             }
-            PrefillAction::StopExtents => self.sends.abort_all(),
+            PrefillAction::StopExtents => self.sends.give_up(),
             PrefillAction::Unpin => {
                 // While its blocks are still held: what is published is found in the pool by its content.
                 stored::publish(self.node, &self.admitted.source.chain, &self.prefill.tokens.0);

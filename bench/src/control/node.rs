@@ -9,9 +9,8 @@ use common::ids::{RequestId, Role};
 use common::wire::{Open, Prefill, PrefillControl, PrefillEvent};
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::certs::Identity;
-use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, SharedPool};
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSends, ExtentSource, SharedPool};
 use kv_connector::{ControlReceiver, ControlSender, Fabric, FabricConfig};
-use tokio::task::JoinSet;
 
 use super::{ControlNodeArgs, QUESTIONS, node_of};
 use crate::kv_workload as workload;
@@ -96,14 +95,14 @@ async fn answer(mut sender: ControlSender, mut receiver: ControlReceiver) {
 /// Layer by layer. What is refused or lost the other end notices.
 async fn send_all(source: &ExtentSource, bulk: &BulkSender, prefill: &Prefill) {
     let tokens = &prefill.tokens.0;
-    let mut sends = JoinSet::new();
+    let mut sends = ExtentSends::default();
     for layer in 0..workload::NUM_LAYERS {
         for (extent, _) in source.extents(layer, 0, tokens.len()) {
             if sends.len() == NUM_EXTENTS_AT_ONCE {
-                sends.join_next().await;
+                sends.next_ended().await;
             }
             bulk.begin(&mut sends, source.unsealed(tokens, extent));
         }
     }
-    sends.join_all().await;
+    while sends.next_ended().await.is_some() {}
 }

@@ -42,10 +42,23 @@ pub(super) fn connect_under_each(addr: SocketAddr) -> anyhow::Result<Vec<(&'stat
     Ok(connections)
 }
 
-/// Asks for `num_bytes` and reads them on a thread of its own: connections of the fabric live on meanwhile.
-pub(super) async fn receive(tcp: &Arc<Mutex<Tcp>>, num_bytes: usize) -> anyhow::Result<Duration> {
-    let tcp = tcp.clone();
-    let receiving = move || tcp.lock().expect("nobody panics with it").receive(num_bytes);
+/// What the other process sends to whoever asks.
+pub(super) trait Asked: Send {
+    /// Asks for `num_bytes` and has them where they belong.
+    fn receive(&mut self, num_bytes: usize) -> anyhow::Result<Duration>;
+}
+
+/// Asks so many times for `num_bytes`, on a thread of its own: connections of the fabric live on meanwhile.
+pub(super) async fn receive(
+    asked: &Arc<Mutex<dyn Asked>>,
+    num_bytes: usize,
+    num_times: u32,
+) -> anyhow::Result<Vec<Duration>> {
+    let asked = asked.clone();
+    let receiving = move || {
+        let mut asked = asked.lock().expect("nobody panics with it");
+        (0..num_times).map(|_| asked.receive(num_bytes)).collect()
+    };
     tokio::task::spawn_blocking(receiving).await.context("read on another thread")?
 }
 
@@ -82,6 +95,14 @@ pub(super) fn tls_server(dir: &Path) -> anyhow::Result<Arc<ServerConfig>> {
     Ok(Arc::new(config.with_no_client_auth().with_single_cert(vec![certificate], key)?))
 }
 
+/// TLS 1.3 of the receiver; the CA lies in `dir`.
+pub(super) fn tls_client(dir: &Path) -> anyhow::Result<Arc<ClientConfig>> {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_file(dir.join("ca.pem")).context("read the CA's certificate")?)?;
+    let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+    Ok(Arc::new(config.with_root_certificates(roots).with_no_client_auth()))
+}
+
 impl Tcp {
     pub(super) fn connect(addr: SocketAddr) -> anyhow::Result<Self> {
         Ok(Self { stream: Box::new(connect(addr, PLAIN)?), buffer: vec![0; PIECE_BYTES] })
@@ -96,16 +117,14 @@ impl Tcp {
 
     /// Under TLS 1.3; the CA lies in `dir`.
     pub(super) fn connect_tls(addr: SocketAddr, dir: &Path, name: &str) -> anyhow::Result<Self> {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_file(dir.join("ca.pem")).context("read the CA's certificate")?)?;
-        let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
-        let config = Arc::new(config.with_root_certificates(roots).with_no_client_auth());
+        let config = tls_client(dir)?;
         let name = ServerName::try_from(name.to_string()).context("the name in the sender's certificate")?;
         let stream = StreamOwned::new(ClientConnection::new(config, name)?, connect(addr, TLS)?);
         Ok(Self { stream: Box::new(stream), buffer: vec![0; PIECE_BYTES] })
     }
+}
 
-    /// Asks for `num_bytes` and reads them.
+impl Asked for Tcp {
     fn receive(&mut self, num_bytes: usize) -> anyhow::Result<Duration> {
         let started_at = Instant::now();
         self.stream.write_all(&(num_bytes as u64).to_le_bytes()).context("ask for bytes over TCP")?;

@@ -13,12 +13,13 @@
 //!
 //! 1. `kv_workload`: shapes and messages that both ends agree on.
 //! 2. `sender`, `receiver`: the two processes.
-//! 3. `baseline`: TCP and memcpy.
+//! 3. `baseline`: TCP and memcpy. `parts`: what the machine can do with the parts of a transfer.
 //! 4. `report`: the table.
 //! 5. `link`: a long or lossy link between the two, for QUIC and TCP alike.
 
 mod baseline;
 mod link;
+mod parts;
 mod receiver;
 mod report;
 mod sender;
@@ -124,6 +125,14 @@ impl TransferBenchArgs {
         name + &format!(", {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024)
     }
 
+    /// What the row of such a transport is held against: that of what it is made of.
+    fn parts_name(&self, transport: Transport, kv_quic: &KvQuicArgs, extent_tokens: usize) -> String {
+        match transport {
+            Transport::Quic => parts_name("UDP, AES", kv_quic.kv_max_udp_payload_size),
+            Transport::Shm => copies_name(extent_tokens),
+        }
+    }
+
     /// Where the sender and the receiver are.
     fn addresses(&self) -> [IpAddr; 2] {
         match self.link.rtt {
@@ -131,6 +140,16 @@ impl TransferBenchArgs {
             None => [Ipv4Addr::LOCALHOST.into(); 2],
         }
     }
+}
+
+/// A row over datagrams of one size.
+fn parts_name(what: &str, datagram_bytes: u64) -> String {
+    format!("{what}, {datagram_bytes}")
+}
+
+/// A row of extents of one size.
+fn copies_name(extent_tokens: usize) -> String {
+    format!("copies, {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024)
 }
 
 /// The sender's certificate names its role so.

@@ -16,8 +16,9 @@ use engine::pool::KvPool;
 use kv_connector::transfer::{BulkReceiver, LandingEvent, LandingPlan};
 use kv_connector::{ClusterCa, Fabric, FabricConfig, Link};
 
+use super::baseline::Asked;
 use super::report::{CpuTime, Report, Row};
-use super::{TLS_NAME, TransferBenchArgs, Transport, baseline, link, node};
+use super::{TLS_NAME, TransferBenchArgs, Transport, baseline, copies_name, link, node, parts, parts_name};
 use crate::cores::on_core;
 use crate::kv_workload as workload;
 use crate::usage::of_process;
@@ -42,6 +43,28 @@ impl Drop for SenderProcess {
         // Fails if it has ended by itself.
         let _ = self.0.kill();
         let _ = self.0.wait();
+    }
+}
+
+/// One row of what a transfer is held against.
+struct Baseline {
+    asked: Arc<Mutex<dyn Asked>>,
+    row: Row,
+    /// Bytes of a small question, for the time it takes.
+    single_bytes: Option<usize>,
+}
+
+impl Baseline {
+    fn new(name: &str, asked: impl Asked + 'static) -> Self {
+        Self { asked: Arc::new(Mutex::new(asked)), row: Row::new(name.to_string()), single_bytes: None }
+    }
+
+    fn with_singles(self, single_bytes: usize) -> Self {
+        Self { single_bytes: Some(single_bytes), ..self }
+    }
+
+    fn made_of(self, parts: String) -> Self {
+        Self { row: self.row.made_of(parts), ..self }
     }
 }
 
@@ -97,30 +120,35 @@ async fn measure_in(
         let (found, expected) = (bulk.transport_name(), transport.as_str());
         ensure!(found == expected, "KV comes over {found}, expected {expected}: the two processes did not agree on it");
         listens_at = Some(tcp_addr);
-        let row = Row::new(args.row_name(transport, &kv_quic, extent_tokens));
+        let mut row = Row::new(args.row_name(transport, &kv_quic, extent_tokens));
+        if running_link.is_none() {
+            row = row.made_of(args.parts_name(transport, &kv_quic, extent_tokens));
+        }
         pairs.push(Pair { transport, extent_tokens, fabric, link, _bulk: bulk, process, said, row });
     }
     let tcp_addr = listens_at.context("no transport was asked for")?;
     let last = pairs.last().context("no extent size was asked for")?.process.0.id();
     let num_bytes = args.request_mib as usize * (1 << 20);
     let mut memcpy = baseline::Memcpy::new(num_bytes);
-    let mut tcp_rows = Vec::new();
-    let mut tcp_row = |tcp, name: &str| tcp_rows.push((Arc::new(Mutex::new(tcp)), Row::new(name.to_string())));
+    let mut baselines = Vec::<Baseline>::new();
     if running_link.is_some() {
         for (name, tcp) in baseline::connect_under_each(tcp_addr)? {
-            tcp_row(tcp, &format!("TCP, {name}"));
+            baselines.push(Baseline::new(&format!("TCP, {name}"), tcp));
         }
+    } else {
+        baselines = made_of(args, tcp_addr, last, dir)?;
     }
-    tcp_row(baseline::Tcp::connect_between_pools(tcp_addr, args.request_mib)?, "TCP between pools");
-    tcp_row(baseline::Tcp::connect_tls(tcp_addr, dir, TLS_NAME)?, "TLS over TCP");
-    tcp_row(baseline::Tcp::connect(tcp_addr)?, "TCP, blocking");
+    let mib = args.request_mib;
+    baselines.push(Baseline::new("TCP between pools", baseline::Tcp::connect_between_pools(tcp_addr, mib)?));
+    baselines.push(Baseline::new("TLS over TCP", baseline::Tcp::connect_tls(tcp_addr, dir, TLS_NAME)?));
+    baselines.push(Baseline::new("TCP, blocking", baseline::Tcp::connect(tcp_addr)?));
     let mut memcpy_row = Row::new("memcpy".to_string());
     for pair in &mut pairs {
         landings.request(pair, num_tokens, workload::NUM_LAYERS).await?; // the first touches every page
     }
     memcpy.copy();
-    for (tcp, _) in &tcp_rows {
-        baseline::receive(tcp, num_bytes).await?;
+    for baseline in &baselines {
+        baseline::receive(&baseline.asked, num_bytes, 1).await?;
     }
     for round in 0..args.rounds {
         eprint!("\rround {} of {}", round + 1, args.rounds);
@@ -133,18 +161,24 @@ async fn measure_in(
                 pair.row.observe_single(took, way);
             }
         }
-        for (tcp, row) in &mut tcp_rows {
+        for Baseline { asked, row, single_bytes } in &mut baselines {
             let cpu = Cpu::now(last)?;
-            let took = baseline::receive(tcp, num_bytes).await?;
-            row.observe(num_bytes, took, cpu.since(last)?);
+            for took in baseline::receive(asked, num_bytes, 1).await? {
+                row.observe(num_bytes, took, cpu.since(last)?);
+            }
+            if let Some(single_bytes) = *single_bytes {
+                for took in baseline::receive(asked, single_bytes, args.num_single).await? {
+                    row.observe_single_asked(took);
+                }
+            }
         }
         let cpu = Cpu::now(last)?;
         let took = memcpy.copy();
         memcpy_row.observe(num_bytes, took, cpu.since(last)?);
     }
     eprintln!();
-    let tcp_rows = tcp_rows.into_iter().map(|(_, row)| row);
-    let rows = pairs.iter().map(|pair| pair.row.clone()).chain(tcp_rows).chain([memcpy_row]).collect();
+    let baselines = baselines.into_iter().map(|baseline| baseline.row);
+    let rows = pairs.iter().map(|pair| pair.row.clone()).chain(baselines).chain([memcpy_row]).collect();
     for pair in pairs {
         let fabric = pair.fabric.clone();
         drop(pair);
@@ -155,6 +189,40 @@ async fn measure_in(
         report = report.over_link(format!("{}\n{}", args.link, link.end()?), args.link.bytes_per_second());
     }
     Ok(report)
+}
+
+/// The rows of what transfers are made of: for each size of datagrams, and for each of extents.
+fn made_of(
+    args: &TransferBenchArgs,
+    addr: SocketAddr,
+    sender: u32,
+    dir: &std::path::Path,
+) -> anyhow::Result<Vec<Baseline>> {
+    let (mut baselines, mib) = (Vec::new(), args.request_mib);
+    let extent_bytes = |tokens: &usize| tokens * workload::TOKEN_BYTES;
+    let smallest_bytes = args.extent_tokens.iter().map(extent_bytes).min().context("no extent size was asked for")?;
+    if args.transports.contains(&Transport::Quic) {
+        for datagram_bytes in &args.max_udp_payload_size {
+            let name = parts_name("UDP, AES", *datagram_bytes);
+            let datagram_bytes = u16::try_from(*datagram_bytes).context("datagrams of this size do not exist")?;
+            let stream = parts::Stream::connect(addr, datagram_bytes, mib, dir)?;
+            let row = Baseline::new(&parts_name("quinn alone", datagram_bytes.into()), stream);
+            baselines.push(row.with_singles(smallest_bytes).made_of(name.clone()));
+            let datagrams = parts::Datagrams::connect(addr, datagram_bytes, mib)?;
+            baselines.push(Baseline::new(&name, datagrams).with_singles(smallest_bytes));
+        }
+    }
+    if args.transports.contains(&Transport::Shm) {
+        let copies = |extent_bytes: usize, looks: bool| parts::Copies::connect(dir, sender, extent_bytes, mib, looks);
+        for tokens in &args.extent_tokens {
+            let extent_bytes = extent_bytes(tokens);
+            let row = Baseline::new(&copies_name(*tokens), copies(extent_bytes, false)?);
+            baselines.push(row.with_singles(extent_bytes));
+        }
+        let row = Baseline::new("copies, awake", copies(smallest_bytes, true)?);
+        baselines.push(row.with_singles(smallest_bytes));
+    }
+    Ok(baselines)
 }
 
 fn start_sender(

@@ -14,6 +14,8 @@ pub(super) struct CpuTime {
 #[derive(Debug, Clone)]
 pub(super) struct Row {
     name: String,
+    /// The row of what this one is made of.
+    parts: Option<String>,
     /// Bytes per second of each round.
     rates: Vec<f64>,
     num_bytes: f64,
@@ -24,7 +26,13 @@ pub(super) struct Row {
 
 impl Row {
     pub(super) fn new(name: String) -> Self {
-        Self { name, rates: Vec::new(), num_bytes: 0.0, cpu: CpuTime::default(), singles: Vec::new(), ways: Vec::new() }
+        let (rates, singles, ways) = Default::default();
+        Self { name, parts: None, rates, num_bytes: 0.0, cpu: CpuTime::default(), singles, ways }
+    }
+
+    /// Held against the row of this name.
+    pub(super) fn made_of(self, parts: String) -> Self {
+        Self { parts: Some(parts), ..self }
     }
 
     pub(super) fn observe(&mut self, num_bytes: usize, took: Duration, cpu: CpuTime) {
@@ -38,6 +46,11 @@ impl Row {
     pub(super) fn observe_single(&mut self, took: Duration, way: Duration) {
         self.singles.push(took);
         self.ways.push(way);
+    }
+
+    /// As [`observe_single`](Self::observe_single), where being complete has no time of its own.
+    pub(super) fn observe_single_asked(&mut self, took: Duration) {
+        self.singles.push(took);
     }
 
     /// Median of the rounds, bytes per second.
@@ -65,7 +78,7 @@ fn percentiles(times: &[Duration]) -> String {
     at(0.5).zip(at(0.99)).map(|(p50, p99)| format!("{p50} / {p99}")).unwrap_or_default()
 }
 
-/// GB/s of each row, held against TCP, plain and under TLS, and memcpy of the same rounds.
+/// GB/s of each row, held against TCP, plain and under TLS, memcpy, and what it is made of, in the same rounds.
 #[derive(Debug)]
 pub struct Report {
     rows: Vec<Row>,
@@ -85,6 +98,11 @@ impl Report {
     pub(super) fn over_link(self, words: String, bytes_per_second: Option<f64>) -> Self {
         Self { link: Some((words, bytes_per_second)), ..self }
     }
+
+    fn share_of_parts(&self, row: &Row) -> String {
+        let parts = row.parts.as_ref().and_then(|name| self.rows.iter().find(|row| row.name == *name));
+        parts.map(|parts| format!("{:.2}", row.rate() / parts.rate())).unwrap_or_default()
+    }
 }
 
 impl fmt::Display for Report {
@@ -101,7 +119,7 @@ impl fmt::Display for Report {
         let of_limit = if rate.is_some() { "of rate" } else { "of copy" };
         writeln!(
             f,
-            "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22} {:>18}",
+            "{:<20} {:>8} {:>8} {:>8} {:>8} {:>10} {:>13} {:>22} {:>18} {:>9}",
             "",
             "GB/s",
             "of TCP",
@@ -110,14 +128,15 @@ impl fmt::Display for Report {
             "CPU s/GB",
             "send / recv",
             "1 extent p50/p99, us",
-            "once complete, us"
+            "once complete, us",
+            "of parts"
         )?;
         let [.., tls, tcp, memcpy] = &self.rows[..] else { return Ok(()) };
         for row in &self.rows {
             let of = |other: &Row| row.rate() / other.rate();
             let (sender, receiver) = row.cpu_per_gb();
             let line = format!(
-                "{:<20} {:>8.3} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13} {:>22} {:>18}",
+                "{:<20} {:>8.3} {:>8.2} {:>8.2} {:>8.2} {:>10.2} {:>13} {:>22} {:>18} {:>9}",
                 row.name,
                 row.rate() / 1e9,
                 of(tcp),
@@ -126,7 +145,8 @@ impl fmt::Display for Report {
                 sender + receiver,
                 format!("{sender:.2} / {receiver:.2}"),
                 percentiles(&row.singles),
-                percentiles(&row.ways)
+                percentiles(&row.ways),
+                self.share_of_parts(row)
             );
             writeln!(f, "{}", line.trim_end())?;
         }
@@ -155,7 +175,10 @@ mod tests {
         tcp.observe(100_000_000, Duration::from_millis(50), CpuTime::default());
         let mut tls = Row::new("TLS over TCP".to_string());
         tls.observe(100_000_000, Duration::from_millis(80), CpuTime::default());
-        let rows = vec![row, tls, tcp.clone(), tcp];
+        row = row.made_of("its parts".to_string());
+        let mut parts = Row::new("its parts".to_string());
+        parts.observe(100_000_000, Duration::from_millis(25), CpuTime::default());
+        let rows = vec![row, parts, tls, tcp.clone(), tcp];
         let linked = Report::new(rows.clone(), true).over_link("a link".to_string(), Some(1.25e9)).to_string();
         assert!(linked.lines().nth(1) == Some("a link") && linked.contains("of rate"), "{linked}");
         let share = linked.lines().find_map(|line| line.strip_prefix("quic")?.split_whitespace().nth(3));
@@ -164,7 +187,10 @@ mod tests {
         let line = text.lines().find(|line| line.starts_with("quic")).unwrap_or_default();
         assert_eq!(
             line.split_whitespace().collect::<Vec<_>>(),
-            ["quic", "1.000", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100", "25", "/", "50"]
+            [
+                "quic", "1.000", "0.50", "0.80", "0.50", "0.60", "0.20", "/", "0.40", "51", "/", "100", "25", "/",
+                "50", "0.25"
+            ]
         );
     }
 }

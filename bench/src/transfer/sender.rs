@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::SystemTime;
 
@@ -11,12 +12,11 @@ use common::kv_memory::KvMemory;
 use common::wire::{Open, Prefill, PrefillEvent};
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::certs::Identity;
-use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSource, SharedPool};
+use kv_connector::transfer::{BulkSender, ExtentRequest, ExtentSends, ExtentSource, SharedPool};
 use kv_connector::{Fabric, FabricConfig, IncomingStream};
 use rustls::{ServerConfig, ServerConnection, StreamOwned};
-use tokio::task::JoinSet;
 
-use super::{TransferSenderArgs, baseline, link, node};
+use super::{TransferSenderArgs, baseline, link, node, parts};
 use crate::kv_workload as workload;
 
 /// Says where it listens (one line: fabric, TCP), then serves until standard input ends. Of each request it says when it
@@ -49,8 +49,9 @@ pub(super) async fn serve(args: &TransferSenderArgs) -> anyhow::Result<()> {
     let tcp = TcpListener::bind(listen).context("listen for the TCP baseline")?;
     println!("{} {}", fabric.local_addr(), tcp.local_addr().context("ask for the TCP port")?);
     std::io::stdout().flush().context("tell the receiver")?;
-    let tls = baseline::tls_server(&args.identity)?;
-    std::thread::spawn(move || serve_tcp(&tcp, &tls));
+    let (tls, dir) = (baseline::tls_server(&args.identity)?, args.identity.clone());
+    std::thread::spawn(move || serve_tcp(&tcp, &tls, &dir));
+    parts::serve_copies(&args.identity, workload::request_mib(args.num_tokens))?;
 
     let ended = tokio::task::spawn_blocking(|| {
         // Until the other end of the pipe is gone.
@@ -103,7 +104,7 @@ async fn send_all(
     prefill: &Prefill,
 ) -> (u32, u64) {
     let tokens = &prefill.tokens.0;
-    let mut sends = JoinSet::new();
+    let mut sends = ExtentSends::default();
     let (mut num_extents, mut num_bytes_sent) = (0, 0);
     let began_at = SystemTime::now();
     for layer in 0..workload::NUM_LAYERS {
@@ -114,7 +115,7 @@ async fn send_all(
                     break;
                 }
                 if sends.len() == window {
-                    sends.join_next().await;
+                    sends.next_ended().await;
                 }
                 bulk.begin(&mut sends, source.unsealed(tokens, extent));
                 if num_extents == 0 {
@@ -126,7 +127,7 @@ async fn send_all(
             }
         }
     }
-    sends.join_all().await;
+    while sends.next_ended().await.is_some() {}
     (num_extents, num_bytes_sent)
 }
 
@@ -146,10 +147,10 @@ fn fill(pool: &KvPool, num_tokens: usize) {
     }
 }
 
-/// Serves the baseline: connections that say first whether they are plain or under TLS.
-fn serve_tcp(listener: &TcpListener, tls: &Arc<ServerConfig>) {
+/// Serves the baselines: connections that say first what they are.
+fn serve_tcp(listener: &TcpListener, tls: &Arc<ServerConfig>, dir: &Path) {
     while let Ok((mut stream, _)) = listener.accept() {
-        let tls = tls.clone();
+        let (tls, dir) = (tls.clone(), dir.to_path_buf());
         std::thread::spawn(move || {
             let mut kind = [0];
             if stream.read_exact(&mut kind).is_err() {
@@ -161,6 +162,11 @@ fn serve_tcp(listener: &TcpListener, tls: &Arc<ServerConfig>) {
                     let mut mib = [0; 4];
                     if stream.read_exact(&mut mib).is_ok() {
                         answer(&mut stream, u32::from_le_bytes(mib));
+                    }
+                }
+                ([kind @ (parts::DATAGRAMS | parts::STREAM)], _) => {
+                    if let Err(error) = parts::serve(kind, stream, &dir) {
+                        eprintln!("a baseline ended: {error:#}");
                     }
                 }
                 _ => answer(&mut stream, 1),

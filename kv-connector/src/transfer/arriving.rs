@@ -215,15 +215,20 @@ impl Arriving {
             let mut coverage = state.coverage();
             coverage.verify(self.place, self.granules.clone());
             self.is_verified = true;
-            // Fails only if the owner no longer listens.
-            let _ = state.events.try_send(LandingEvent::ExtentVerified {
+            let is_complete = coverage.is_complete();
+            state.events.put(LandingEvent::ExtentVerified {
                 extent: self.header.extent,
                 num_bytes: num_payload_bytes as u64,
                 num_contiguous_tokens: state.num_contiguous_tokens(&coverage),
-                is_complete: coverage.is_complete(),
+                is_complete,
             });
-        })?;
-        Ok(())
+            // What is complete is waited for; what is not, is heard of with others.
+            if is_complete {
+                state.events.ring();
+            } else {
+                state.events.ring_at_turn_end();
+            }
+        })
     }
 }
 

@@ -16,7 +16,6 @@ use quinn::Connection;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::task::JoinSet;
 use tokio_util::task::TaskTracker;
 
 use crate::accounting::{Carrier, Held, Kind, Ledger};
@@ -28,8 +27,8 @@ use crate::transfer::pull;
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
-    Arriving, ExtentEnd, LandingZone, Payload, RefusedExtent, SendExtentError, SendFuture, Transport, TransportLayer,
-    UnsealedExtent, payload::PoolExtent,
+    Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, SendFuture, Transport,
+    TransportLayer, UnsealedExtent, payload::PoolExtent,
 };
 
 /// Sends extents to one life of one node. Cheap to clone.
@@ -51,10 +50,10 @@ impl BulkSender {
     }
 
     /// Begins to hash and send one extent on the threads of KV, behind those that were begun before. `sends` says in the
-    /// end whether it left; until it does, even if it is aborted, the extent's blocks must stay pinned.
-    pub fn begin(&self, sends: &mut JoinSet<bool>, extent: UnsealedExtent) {
+    /// end whether it left; until it does, even if it is given up, the extent's blocks must stay pinned.
+    pub fn begin(&self, sends: &mut ExtentSends, extent: UnsealedExtent) {
         let sender = self.clone();
-        sends.spawn_on(async move { sender.seal_and_send(extent).await.is_ok() }, &self.threads);
+        sends.spawn_on(&self.threads, async move { sender.seal_and_send(extent).await.is_ok() });
     }
 
     async fn seal_and_send(&self, extent: UnsealedExtent) -> Result<(), SendExtentError> {

@@ -23,12 +23,12 @@ use common::kv_spec::{KvExtentKind, KvSpec};
 use common::tokens::Token;
 use common::wire::{ExtentHeader, ExtentId};
 use dashmap::DashMap;
-use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::accounting::{Held, Kind, Ledger};
 use crate::transfer::arriving::Arriving;
 use crate::transfer::coverage::Coverage;
+use crate::transfer::notices::Notices;
 use crate::transfer::refused::RefusedExtent;
 
 /// Refusals that a landing's owner is told of; what is behind them is only counted.
@@ -93,6 +93,27 @@ pub enum LandingEvent {
     },
 }
 
+/// What happens to a landing, for its owner; those of several extents may be told at once, in the order in which they
+/// count. Ends when nothing can land any more.
+pub struct LandingEvents(Notices<LandingEvent>);
+
+impl LandingEvents {
+    /// The next event; `None` behind the last. Cancel-safe.
+    pub async fn recv(&mut self) -> Option<LandingEvent> {
+        self.0.next().await
+    }
+
+    /// Whether there is none to be heard at the moment.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The next event, if it is there.
+    pub fn try_recv(&mut self) -> Option<LandingEvent> {
+        self.0.try_next()
+    }
+}
+
 /// The open landings of a node's present life. Cheap to clone.
 #[derive(Clone)]
 pub struct LandingZone {
@@ -113,11 +134,11 @@ impl LandingZone {
     /// # Panics
     /// If `first_token` is no multiple of the granule or not within `num_tokens`, or there are fewer
     /// tokens than `num_tokens`.
-    pub fn open(&self, plan: LandingPlan) -> (Landing, mpsc::Receiver<LandingEvent>) {
-        let (state, receiver) = State::new(plan, self.ledger.hold(Kind::Landing));
+    pub fn open(&self, plan: LandingPlan) -> (Landing, LandingEvents) {
+        let (state, events) = State::new(plan, self.ledger.hold(Kind::Landing));
         let state = Arc::new(state);
         self.landings.entry(state.plan.request).or_default().push(state.clone());
-        (Landing { state, zone: self.clone() }, receiver)
+        (Landing { state, zone: self.clone() }, events)
     }
 
     /// Landings that are open.
@@ -208,14 +229,20 @@ pub(super) struct State {
     is_open: RwLock<bool>,
     coverage: Mutex<Coverage>,
     pub(super) closed: CancellationToken,
-    /// Has room for every event there can be, so that nobody who receives waits for an owner.
-    pub(super) events: mpsc::Sender<LandingEvent>,
+    /// Has room for every event there can be.
+    pub(super) events: Notices<LandingEvent>,
     num_refusals_told: AtomicUsize,
     held: Mutex<Option<Held>>,
 }
 
+impl Drop for State {
+    fn drop(&mut self) {
+        self.events.end();
+    }
+}
+
 impl State {
-    fn new(mut plan: LandingPlan, held: Held) -> (Self, mpsc::Receiver<LandingEvent>) {
+    fn new(mut plan: LandingPlan, held: Held) -> (Self, LandingEvents) {
         assert!(plan.first_token.is_multiple_of(GRANULE_TOKENS), "a landing begins with a granule");
         assert!(
             plan.first_token <= plan.num_tokens && plan.num_tokens <= plan.tokens.len(),
@@ -229,7 +256,8 @@ impl State {
             numbered.enumerate().map(|(place, (group, layer))| (layer as u16, (group as u16, place))).collect();
         let num_granules = (plan.num_tokens - plan.first_token).div_ceil(GRANULE_TOKENS);
         // At most one extent for each granule of each layer is ever verified.
-        let (events, receiver) = mpsc::channel(layers.len() * num_granules + NUM_REFUSALS_TOLD_MAX);
+        let events = Notices::new(layers.len() * num_granules + NUM_REFUSALS_TOLD_MAX);
+        let told = LandingEvents(events.clone());
         let state = Self {
             coverage: Mutex::new(Coverage::new(layers.len(), num_granules)),
             plan,
@@ -241,7 +269,7 @@ impl State {
             num_refusals_told: AtomicUsize::new(0),
             held: Mutex::new(Some(held)),
         };
-        (state, receiver)
+        (state, told)
     }
 
     // A panic elsewhere spoils none of these: each is valid after every statement.
@@ -298,8 +326,11 @@ impl State {
         let is_told =
             !reason.is_harmless() && self.num_refusals_told.fetch_add(1, Ordering::Relaxed) < NUM_REFUSALS_TOLD_MAX;
         if is_told {
-            // Not after the close; and if the owner no longer listens, it need not hear.
-            let _ = self.while_open(|| self.events.try_send(LandingEvent::ExtentRefused { reason }));
+            // Not after the close.
+            let _ = self.while_open(|| {
+                self.events.put(LandingEvent::ExtentRefused { reason });
+                self.events.ring();
+            });
         }
     }
 }

@@ -45,12 +45,14 @@ mod extent_stream;
 mod faulty;
 mod landing;
 mod nixl;
+mod notices;
 mod payload;
 mod places;
 mod prefix_sends;
 pub(crate) mod pull;
 mod quic;
 mod refused;
+mod sends;
 pub(crate) mod shm;
 mod source;
 
@@ -58,11 +60,12 @@ pub use arriving::Arriving;
 pub use bulk::{BulkReceiver, BulkSender};
 pub(crate) use cuda_ipc::CudaIpc;
 pub use faulty::{FaultPlan, FaultyTransport, InjectedFaults};
-pub use landing::{Landing, LandingEvent, LandingPlan, LandingZone};
+pub use landing::{Landing, LandingEvent, LandingEvents, LandingPlan, LandingZone};
 pub use nixl::{Nixl, NixlError, NixlPool};
 pub use payload::{Payload, PoolExtent};
 pub use prefix_sends::PrefixSends;
 pub use refused::RefusedExtent;
+pub use sends::ExtentSends;
 pub use shm::SharedPool;
 pub use source::{ExtentRequest, ExtentSource, UnsealedExtent};
 

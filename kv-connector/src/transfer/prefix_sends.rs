@@ -5,9 +5,8 @@ use std::ops::Range;
 
 use common::tokens::Token;
 use common::wire::ExtentId;
-use tokio::task::JoinSet;
 
-use crate::transfer::{BulkSender, ExtentSource};
+use crate::transfer::{BulkSender, ExtentSends, ExtentSource};
 
 /// Tokens whose layers are sent before the next ones': if the fetch ends early, what has arrived is of use up to
 /// here.
@@ -18,13 +17,13 @@ const CHUNK_TOKENS: usize = 1024;
 pub struct PrefixSends {
     source: ExtentSource,
     bulk: BulkSender,
-    sends: JoinSet<bool>,
+    sends: ExtentSends,
 }
 
 impl PrefixSends {
     /// Nothing is on the way yet.
     pub fn new(source: ExtentSource, bulk: BulkSender) -> Self {
-        Self { source, bulk, sends: JoinSet::new() }
+        Self { source, bulk, sends: ExtentSends::default() }
     }
 
     /// The extents of these tokens in the order in which they are to leave, with their sizes.
@@ -39,15 +38,15 @@ impl PrefixSends {
 
     /// Resolves when one has ended: whether it left. Pending while none is on the way. Cancel-safe.
     pub async fn next_ended(&mut self) -> bool {
-        match self.sends.join_next().await {
-            Some(ended) => ended.unwrap_or(false),
+        match self.sends.next_ended().await {
+            Some(has_left) => has_left,
             None => std::future::pending().await,
         }
     }
 
     /// Gives up what is on the way.
     pub async fn stop(mut self) {
-        self.sends.shutdown().await;
+        self.sends.stop().await;
     }
 }
 

@@ -20,6 +20,7 @@ use crate::socket::Traffic;
 use crate::transfer::bulk::ReceiveContext;
 use crate::transfer::places::posted_runs;
 use crate::transfer::{Arriving, RefusedExtent};
+use crate::turn_end::{self, AtTurnEnd};
 use crate::turns;
 
 /// Copied and hashed at a time: stays in the second-level cache, takes some 20 microseconds, and
@@ -67,6 +68,12 @@ pub(crate) async fn receive(
     }
 }
 
+impl AtTurnEnd for Inbox {
+    fn on_turn_end(&self) {
+        self.mailbox.post(&[]);
+    }
+}
+
 impl Inbox {
     async fn read(
         self: &Arc<Self>,
@@ -109,7 +116,7 @@ impl Inbox {
         }
     }
 
-    async fn receive_extent(&self, id: u64, body: &Bytes, given_up: CancellationToken) {
+    async fn receive_extent(self: Arc<Self>, id: u64, body: &Bytes, given_up: CancellationToken) {
         let _held = self.context.ledger.hold(Kind::Stream(Traffic::Bulk));
         let landed = self.land(body, &given_up).await;
         if let Err(refused) = landed {
@@ -117,7 +124,9 @@ impl Inbox {
         }
         // Before the answer, behind which the sender may post another.
         self.copying().remove(&id);
-        self.mailbox.post_answer(id, landed.is_ok());
+        self.mailbox.put_answer(id, landed.is_ok());
+        // With those of others: the sender has as many extents on the way as it wants, and waits for none of them.
+        turn_end::at_turn_end(self);
     }
 
     async fn land(&self, body: &Bytes, given_up: &CancellationToken) -> Result<(), RefusedExtent> {

@@ -27,7 +27,7 @@ use common::wire::runs::{NUM_RUNS_BYTES, NUM_RUNS_MAX, RUN_BYTES};
 use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
-use crate::busy_poll::Activity;
+use crate::busy_poll::{self, Activity};
 
 /// Said by the receiver when it has mapped the pool, and by the sender when it knows: its first byte here.
 pub(super) const ATTACHED: u8 = 1;
@@ -110,7 +110,10 @@ impl Polled {
                     buffer.extend_from_slice(&bytes[..count]);
                     return Ok(true);
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => tokio::task::yield_now().await,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    busy_poll::found_nothing();
+                    tokio::task::yield_now().await;
+                }
                 Err(error) => return Err(error.into()),
             }
         }
@@ -148,8 +151,12 @@ impl Mailbox {
         self.post(&[&[GIVE_UP], &id.to_le_bytes(), &0u32.to_le_bytes()]);
     }
 
-    pub(super) fn post_answer(&self, id: u64, is_taken: bool) {
-        self.post(&[&id.to_le_bytes(), &[if is_taken { TAKEN } else { REFUSED }]]);
+    /// Puts an answer behind what has not left yet; it leaves with what is posted next, or with
+    /// [`post`](Self::post) of nothing.
+    pub(super) fn put_answer(&self, id: u64, is_taken: bool) {
+        let mut unsent = self.unsent();
+        unsent.extend_from_slice(&id.to_le_bytes());
+        unsent.extend_from_slice(&[if is_taken { TAKEN } else { REFUSED }]);
     }
 
     pub(super) fn post(&self, parts: &[&[u8]]) {
@@ -198,7 +205,10 @@ impl Mailbox {
                     self.on_traffic();
                     return Ok(());
                 }
-                self.stream.readable().await?;
+                tokio::select! {
+                    readable = self.stream.readable() => readable?,
+                    () = self.is_worth_a_look() => continue,
+                }
             } else {
                 let readable = tokio::time::timeout(deadline, self.stream.readable()).await;
                 readable.map_err(|_| Broken::Stalled(deadline))??;
@@ -212,6 +222,13 @@ impl Mailbox {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error.into()),
             }
+        }
+    }
+
+    async fn is_worth_a_look(&self) {
+        match &self.polled {
+            Some(polled) => polled.activity.renewed().await,
+            None => std::future::pending().await,
         }
     }
 
@@ -319,6 +336,11 @@ mod tests {
         }
     }
 
+    fn answer(mailbox: &Mailbox, id: u64) {
+        mailbox.put_answer(id, true);
+        mailbox.post(&[]);
+    }
+
     #[tokio::test]
     async fn peer_that_does_not_read_is_given_up_and_nothing_is_kept_for_it() {
         let (ours, _theirs) = UnixStream::pair().unwrap();
@@ -326,12 +348,12 @@ mod tests {
         // The kernel takes some, and then as many are kept as may be.
         let mut id = 0;
         while mailbox.unsent().len() + ANSWER_BYTES <= UNSENT_ANSWERS_BYTES_MAX {
-            mailbox.post_answer(id, true);
+            answer(&mailbox, id);
             id += 1;
         }
         let mut flushing = std::pin::pin!(mailbox.flush());
         assert!((&mut flushing).now_or_never().is_none());
-        mailbox.post_answer(id, true);
+        answer(&mailbox, id);
         assert_eq!(mailbox.unsent().capacity(), 0);
         assert!(matches!(tokio::time::timeout(DEADLINE, flushing).await, Ok(Err(Broken::Unread(_)))));
     }
