@@ -137,30 +137,39 @@ struct Block {
     /// Sums of the unit's rows `[rows][32]`, row 0 being `first_row`: zeros before the first block.
     sums: *mut f32,
     first_row: usize,
-    /// Which vectors of the next block to move nearer, and how far it is.
+    /// Where the next block begins, and which vectors of it to move nearer.
+    next: *const u32,
     ahead: Range<usize>,
-    ahead_lanes: usize,
 }
 
 #[inline(always)]
 unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
     let depth = job.w.depth();
-    // A single tile reads each weight once, in order.
-    let block_steps = if tiles.len() == 1 { depth } else { BLOCK_STEPS };
     let first_row = job.tiles.rows(tiles.start).start;
     let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
     for panel in panels.clone() {
         // SAFETY: the caller lends memory for 32 sums of each row.
         unsafe { sums.write_bytes(0, num_rows * PANEL) };
-        for start in (0..depth).step_by(block_steps) {
-            let steps = start..(start + block_steps).min(depth);
+        for start in (0..depth).step_by(BLOCK_STEPS) {
+            let steps = start..(start + BLOCK_STEPS).min(depth);
             let is_last = panel + 1 == panels.end && steps.end == depth;
             for tile in tiles.clone() {
-                // The first two tiles take half of the next block each, so that it need not come all at once.
+                let is_alone = tiles.len() == 1;
+                let next = match (is_last, is_alone) {
+                    // What lies behind is the next block of the panel, or the first of the next panel.
+                    (false, _) => job.w.panel(panel).as_ptr().wrapping_add(steps.end * PANEL),
+                    (true, true) => job.next,
+                    (true, false) => std::ptr::null(),
+                };
+                // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several
+                // the first two take half of it each, so that it need not come all at once.
                 let vector = tile - tiles.start;
-                let ahead = if is_last || tiles.len() == 1 { 0..0 } else { vector..vector + 1 };
-                let ahead_lanes = steps.len() * PANEL;
-                let block = Block { panel, steps: steps.clone(), sums, first_row, ahead, ahead_lanes };
+                let ahead = match (next.is_null(), is_alone) {
+                    (true, _) => 0..0,
+                    (false, true) => 0..2,
+                    (false, false) => vector..vector + 1,
+                };
+                let block = Block { panel, steps: steps.clone(), sums, first_row, next, ahead };
                 let rows = job.tiles.rows(tile);
                 let first = rows.start;
                 // SAFETY: the caller has the instruction set; panel and tile are of this job.
@@ -212,7 +221,8 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
         let mut ahead = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
-            ahead[c] = if block.ahead.contains(&(vector + c)) { b[c].wrapping_add(block.ahead_lanes) } else { b[c] };
+            let is_ours = block.ahead.contains(&(vector + c));
+            ahead[c] = if is_ours { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
         }
         // Always from memory: whether or not is a question that costs more than the answer.
         for r in 0..MR {

@@ -229,6 +229,7 @@ fn run(
     lend(&PACKED, lane * 4, |packed| {
         let job = Running {
             isa: ctx.isa,
+            threads: ctx.pool.threads(),
             product,
             cols,
             parts,
@@ -267,6 +268,7 @@ impl Part<'_> {
 /// What the units of a job share.
 struct Running<'a> {
     isa: Isa,
+    threads: usize,
     product: &'a Product<'a>,
     cols: usize,
     parts: [Option<Part<'a>>; SECTIONS_MAX],
@@ -313,17 +315,25 @@ impl Running<'_> {
         };
         let (a, lanes_per_row, num_tiles) = (operand.packed.cast_const(), part.packing.lanes_per_row(self.cols), tiles);
         let tiles = part.tiles;
+        let next = self.next(part, index - part.first_unit);
         match part.matrix {
             MatrixRef::Float(w) => {
-                matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out }, panels.clone(), num_tiles);
+                matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
             }
             MatrixRef::Quantized(w) => {
-                quantized::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out }, panels.clone(), num_tiles);
+                quantized::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
             }
         }
         if let Some(groups) = self.groups {
             self.finish(groups, part, panels, (index - part.first_unit) % part.cut.row_units, rows);
         }
+    }
+
+    /// The weights of the unit that this thread will most likely take behind this one: all threads take turns.
+    fn next(&self, part: &Part<'_>, unit: usize) -> *const u32 {
+        let MatrixRef::Float(w) = part.matrix else { return std::ptr::null() };
+        let (panels, _) = part.cut.unit(unit + self.threads, part.tiles.count);
+        if panels.start < part.cut.num_panels { w.panel(panels.start).as_ptr() } else { std::ptr::null() }
     }
 
     /// Counts panels that a unit has ended, and goes on with the groups that are complete.
@@ -395,6 +405,8 @@ pub(crate) struct Job<'a, W> {
     pub(crate) tiles: Tiles,
     pub(crate) w: &'a W,
     pub(crate) out: Output<'a>,
+    /// Weights that this thread will most likely read next; null where nobody knows.
+    pub(crate) next: *const u32,
 }
 
 impl<W> Job<'_, W> {
