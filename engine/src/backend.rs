@@ -236,6 +236,21 @@ pub trait Backend: Clone {
         self.silu_mul(gate_up, spec.intermediate_size, out);
     }
 
+    /// The feed-forward half of a layer: `hidden` += down(silu(gate) * up) of its norm. Of the other tensors a backend
+    /// uses what it needs.
+    fn feed_forward(
+        &self,
+        spec: &ModelSpec,
+        weights: &MlpWeights<Self>,
+        hidden: &mut Self::Tensor,
+        normed: &mut Self::Tensor,
+        gate_up: &mut Self::Tensor,
+        gated: &mut Self::Tensor,
+    ) {
+        self.norm_gate_up_act(spec, weights, hidden, normed, gate_up, gated);
+        self.matmul_residual(gated, &weights.down, weights.down_bias.as_ref(), hidden);
+    }
+
     /// The final norm and the output projection of the given rows: `logits` `[rows.len(), vocab]`.
     #[allow(clippy::too_many_arguments)]
     fn norm_logits(

@@ -10,8 +10,9 @@ use common::tokens::Token;
 use kernels::cuda::DeviceError;
 use kernels::kv_layout::KvLayout;
 use kernels::{
-    AttentionParams, Columns, Ctx, Isa, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, QueryBatch,
-    QuerySpan, RopeTable, SampleParams, TokenCount, WeightDtype, WorkerPool,
+    AttentionParams, Columns, Ctx, Isa, MatrixRef, Operand, PackedMatrix, Priority, Product, Qkv, QuantizedMatrix,
+    QuantizedWeights, QueryBatch, QuerySpan, RopeTable, SECTIONS_MAX, SampleParams, TokenCount, WeightDtype,
+    WorkerPool,
 };
 
 use crate::backend::{Backend, HeadRange, MatrixPart, QkvHeads};
@@ -20,7 +21,7 @@ use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
 use crate::weight_sizes::MatrixSizes;
-use crate::weights::{AttentionWeights, ComputeDtype};
+use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
 /// Threads, instruction set and priority. None of them changes a result.
 #[derive(Clone, Copy)]
@@ -37,13 +38,13 @@ impl std::fmt::Debug for CpuBackend {
     }
 }
 
-/// A matrix of stacked parts: neighbours of one format are packed together, others multiply on their own.
+/// A matrix of stacked parts: neighbours of one format are packed together.
 #[derive(Debug)]
 pub struct CpuMatrix {
     rows: usize,
     cols: usize,
-    /// (first row, packed rows)
-    sections: Vec<(usize, Section)>,
+    /// At most [`SECTIONS_MAX`], one below the other.
+    sections: Vec<Section>,
 }
 
 #[derive(Debug)]
@@ -65,16 +66,16 @@ impl CpuMatrix {
         let mut matrix = Self { rows: 0, cols, sections: Vec::new() };
         for parts in parts.chunk_by(is_alike) {
             let section = Section::pack(dtype, cols, parts);
-            let first_row = matrix.rows;
             matrix.rows += section.rows();
-            matrix.sections.push((first_row, section));
+            matrix.sections.push(section);
         }
+        assert!(matrix.sections.len() <= SECTIONS_MAX, "a matrix of {} formats", matrix.sections.len());
         matrix
     }
 
     /// Of each section.
     pub(crate) fn section_sizes(&self) -> impl Iterator<Item = MatrixSizes> {
-        self.sections.iter().map(|(_, section)| {
+        self.sections.iter().map(|section| {
             let num_weights = (section.rows() * self.cols) as u64;
             match section {
                 Section::Float(w) => MatrixSizes {
@@ -91,17 +92,10 @@ impl CpuMatrix {
         })
     }
 
-    fn multiply(&self, ctx: &Ctx<'_>, x: &[f32], bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
-        let num_rows = x.len() / self.cols;
-        for (first, section) in &self.sections {
-            let (first, stride) = (*first, self.rows);
-            let bias = bias.map(|bias| &bias[first..first + section.rows()]);
-            let columns = Columns { first, stride };
-            match section {
-                Section::Float(w) => kernels::matmul_into(ctx, x, num_rows, w, bias, add, out, columns),
-                Section::Quantized(w) => kernels::matmul_quantized(ctx, x, num_rows, w, bias, add, out, columns),
-            }
-        }
+    /// The product with these rows.
+    fn product<'a>(&'a self, operand: Operand<'a>, bias: Option<&'a Vec<f32>>, add: bool) -> Product<'a> {
+        let sections = std::array::from_fn(|index| self.sections.get(index).map(Section::as_ref));
+        Product { operand, sections, bias: bias.map(Vec::as_slice), add }
     }
 }
 
@@ -125,6 +119,13 @@ impl Section {
         match self {
             Section::Float(w) => w.rows(),
             Section::Quantized(w) => w.rows(),
+        }
+    }
+
+    fn as_ref(&self) -> MatrixRef<'_> {
+        match self {
+            Section::Float(w) => MatrixRef::Float(w),
+            Section::Quantized(w) => MatrixRef::Quantized(w),
         }
     }
 }
@@ -159,35 +160,6 @@ impl CpuBackend {
     /// What the operations are given: threads, instruction set, priority.
     pub fn ctx(&self) -> Ctx<'static> {
         Ctx { pool: self.workers, isa: self.isa, priority: self.priority }
-    }
-
-    /// As `rms_norm`, in place for single heads of `x` `[_, width]`.
-    fn rms_norm_heads(&self, x: &mut CpuTensor, width: usize, heads: HeadRange, weight: &[f32], eps: f32) {
-        let (num_rows, columns) = (x.0.len() / width, columns(heads, weight.len(), width));
-        kernels::rms_norm_heads(&self.ctx(), &mut x.0, num_rows, columns, heads.num_heads, weight, eps);
-    }
-
-    /// Rotates heads of `x` `[positions.len(), width]` in place; a head has `head_dim` features.
-    fn rope(
-        &self,
-        x: &mut CpuTensor,
-        width: usize,
-        heads: HeadRange,
-        head_dim: usize,
-        table: &RopeAngles,
-        positions: &[u32],
-    ) {
-        let columns = columns(heads, head_dim, width);
-        let table = RopeTable { cos: &table.cos, sin: &table.sin, rot_dim: table.rotated_dim };
-        kernels::rope(&self.ctx(), &mut x.0, columns, heads.num_heads, head_dim, &table, positions);
-    }
-
-    /// Stores k and v of every row at its slot of `layer`.
-    fn kv_write(&self, pool: &KvPool, layer: usize, slots: &[u32], qkv: &CpuTensor, heads: &QkvHeads) {
-        let layout = pool.layout();
-        let width = qkv_width(heads, layout);
-        let (k, v) = (columns(heads.k, layout.head_dim, width), columns(heads.v, layout.head_dim, width));
-        kernels::kv_write(&self.ctx(), pool.arena(), layout, layer, slots, &qkv.0, k, &qkv.0, v);
     }
 }
 
@@ -227,8 +199,8 @@ impl Backend for CpuBackend {
     fn embed(&self, table: &CpuMatrix, width: usize, tokens: &[u32], out: &mut CpuTensor) {
         let out = out.sized(tokens.len() * width);
         match table.sections.as_slice() {
-            [(_, Section::Float(table))] => kernels::embed(&self.ctx(), table, tokens, out),
-            [(_, Section::Quantized(table))] => kernels::embed_quantized(&self.ctx(), table, tokens, out),
+            [Section::Float(table)] => kernels::embed(&self.ctx(), table, tokens, out),
+            [Section::Quantized(table)] => kernels::embed_quantized(&self.ctx(), table, tokens, out),
             _ => unreachable!("an embedding table is one tensor"),
         }
     }
@@ -246,11 +218,11 @@ impl Backend for CpuBackend {
 
     fn matmul(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
         let out = out.sized(x.0.len() / weight.cols * weight.rows);
-        weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), false, out);
+        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(&x.0), bias, false), out);
     }
 
     fn matmul_residual(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
-        weight.multiply(&self.ctx(), &x.0, bias.map(Vec::as_slice), true, &mut out.0);
+        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(&x.0), bias, true), &mut out.0);
     }
 
     fn attention(
@@ -294,19 +266,41 @@ impl Backend for CpuBackend {
         pool: &KvPool,
         plan: &StepPlan,
         hidden: &CpuTensor,
-        normed: &mut CpuTensor,
+        _normed: &mut CpuTensor,
         qkv: &mut CpuTensor,
     ) {
-        let (heads, width) = (QkvHeads::of(spec), spec.qkv_width());
-        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
-        self.matmul(normed, &weights.qkv, weights.qkv_bias.as_ref(), qkv);
-        if let Some((q_norm, k_norm)) = &weights.qk_norm {
-            self.rms_norm_heads(qkv, width, heads.q, q_norm, spec.rms_norm_eps);
-            self.rms_norm_heads(qkv, width, heads.k, k_norm, spec.rms_norm_eps);
-        }
-        let q_and_k = HeadRange { first_head: 0, num_heads: heads.q.num_heads + heads.k.num_heads };
-        self.rope(qkv, width, q_and_k, spec.head_dim, table, &plan.positions);
-        self.kv_write(pool, layer, &plan.slots, qkv, &heads);
+        let norm = Operand::Normed { x: &hidden.0, weight: &weights.norm, eps: spec.rms_norm_eps };
+        let qk_norm = weights.qk_norm.as_ref();
+        let fused = Qkv {
+            product: weights.qkv.product(norm, weights.qkv_bias.as_ref(), false),
+            num_heads: spec.num_heads,
+            head_norms: qk_norm.map(|(q, k)| (q.as_slice(), k.as_slice(), spec.rms_norm_eps)),
+            rope: RopeTable { cos: &table.cos, sin: &table.sin, rot_dim: table.rotated_dim },
+            positions: &plan.positions,
+            arena: pool.arena(),
+            layout: pool.layout(),
+            layer,
+            slots: &plan.slots,
+        };
+        kernels::qkv_rope_write(&self.ctx(), &fused, qkv.sized(plan.num_rows() * spec.qkv_width()));
+    }
+
+    fn feed_forward(
+        &self,
+        spec: &ModelSpec,
+        weights: &MlpWeights<Self>,
+        hidden: &mut CpuTensor,
+        _normed: &mut CpuTensor,
+        gate_up: &mut CpuTensor,
+        _gated: &mut CpuTensor,
+    ) {
+        let num_rows = hidden.0.len() / spec.hidden_size;
+        let gate_up = gate_up.sized(num_rows * weights.gate_up.rows);
+        let norm = Operand::Normed { x: &hidden.0, weight: &weights.norm, eps: spec.rms_norm_eps };
+        let product = weights.gate_up.product(norm, weights.gate_up_bias.as_ref(), false);
+        kernels::multiply(&self.ctx(), &product, gate_up);
+        let down = weights.down.product(Operand::Gated(gate_up), weights.down_bias.as_ref(), true);
+        kernels::multiply(&self.ctx(), &down, &mut hidden.0);
     }
 
     fn silu_mul(&self, gate_up: &CpuTensor, ffn: usize, out: &mut CpuTensor) {

@@ -36,10 +36,11 @@ impl<B: Backend> Default for Activations<B> {
     }
 }
 
-/// Bytes of the [`Activations`] of one row, in f32.
+/// Bytes of the [`Activations`] of one row on a CPU, in f32: what is normed or gated there is so on its way into a
+/// product, and has no tensor.
 fn activation_bytes(spec: &ModelSpec) -> u64 {
     let attended = spec.num_heads * spec.head_dim;
-    4 * (2 * spec.hidden_size + spec.qkv_width() + attended + 3 * spec.intermediate_size) as u64
+    4 * (spec.hidden_size + spec.qkv_width() + attended + 2 * spec.intermediate_size) as u64
 }
 
 /// What a row of a step takes on a CPU at most: its activations, and those of the widest product packed, which is 4
@@ -219,8 +220,7 @@ impl<B: Backend> Decoder<'_, B> {
         let LayerWeights { attention, mlp } = layer;
         backend.attention(pool, index, qkv, &QkvHeads::of(spec), plan, spec.windows[index], attended);
         backend.matmul_residual(attended, &attention.output, attention.output_bias.as_ref(), hidden);
-        backend.norm_gate_up_act(spec, mlp, hidden, normed, gate_up, gated);
-        backend.matmul_residual(gated, &mlp.down, mlp.down_bias.as_ref(), hidden);
+        backend.feed_forward(spec, mlp, hidden, normed, gate_up, gated);
     }
 }
 

@@ -36,13 +36,7 @@ pub fn kv_write(
     let write = |tile: usize| {
         let first = tile * TILE_ROWS;
         for (row, &slot) in slots.iter().enumerate().skip(first).take(TILE_ROWS) {
-            let (block, offset) = (slot / layout.block_size as u32, slot as usize % layout.block_size);
-            let granule = layout.granule_offset(layer, block, offset / GRANULE_TOKENS);
-            let target = Target {
-                layout,
-                granule: arena.bytes(granule, layout.granule_bytes()),
-                token: offset % GRANULE_TOKENS,
-            };
+            let target = Target::of(arena, layout, layer, slot);
             let (k, v) = (k_columns.row(k, row, width), v_columns.row(v, row, width));
             vectorised!(isa, write_token(target: Target<'_>, k: &[f32], v: &[f32]));
         }
@@ -55,51 +49,92 @@ pub fn kv_write(
 }
 
 /// One token's place: `granule` points to all bytes of its granule.
-struct Target<'a> {
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
     layout: &'a KvLayout,
     granule: *mut u8,
     token: usize,
 }
 
-#[inline(always)]
-fn write_token(target: Target<'_>, k: &[f32], v: &[f32]) {
-    let Target { layout, granule, token } = target;
-    let head_dim = layout.head_dim;
-    for head in 0..layout.num_kv_heads {
-        let (k, v) = (&k[head * head_dim..][..head_dim], &v[head * head_dim..][..head_dim]);
-        // SAFETY: `k_offset` and `v_offset` of tokens below 16 and features below head_dim lie within a head
-        // of a plane, and both planes within the granule; writes are aligned to their size, since planes and
-        // heads are multiples of 64 bytes from a page. This token's bytes have no other user while the
-        // engine writes it (the arena's invariant), and rows of one call have distinct tokens.
+impl<'a> Target<'a> {
+    /// Of a slot of a layer.
+    ///
+    /// Panics beyond the pool.
+    pub(crate) fn of(arena: &KvArena, layout: &'a KvLayout, layer: usize, slot: u32) -> Self {
+        let (block, offset) = (slot / layout.block_size as u32, slot as usize % layout.block_size);
+        let granule = layout.granule_offset(layer, block, offset / GRANULE_TOKENS);
+        let granule = arena.bytes(granule, layout.granule_bytes());
+        Target { layout, granule, token: offset % GRANULE_TOKENS }
+    }
+
+    /// Stores the key of one head.
+    #[inline(always)]
+    pub(crate) fn write_key(self, head: usize, k: &[f32]) {
+        let Target { layout, granule, token } = self;
+        assert!(head < layout.num_kv_heads && k.len() == layout.head_dim, "{} values of head {head}", k.len());
+        // SAFETY: `k_offset` of tokens below 16 and features below head_dim lies within a head of the plane, and the
+        // plane within the granule; writes are aligned to their size, since planes and heads are multiples of 64 bytes
+        // from a page. This token's bytes have no other user while the engine writes it (the arena's invariant), and
+        // rows of one call have distinct tokens.
         unsafe {
-            let k_head = granule.add(head * layout.head_bytes());
-            let v_head = k_head.add(layout.plane_bytes());
+            let into = granule.add(head * layout.head_bytes() + layout.k_offset(token, 0));
             match layout.dtype {
                 KvDtype::F32 => {
-                    let k_head = k_head.add(layout.k_offset(token, 0)).cast::<f32>();
-                    let v_head = v_head.add(layout.v_offset(token, 0)).cast::<f32>();
-                    for (dim, (&k, &v)) in k.iter().zip(v).enumerate() {
-                        *k_head.add(dim * GRANULE_TOKENS) = k;
-                        *v_head.add(dim) = v;
+                    let into = into.cast::<f32>();
+                    for (dim, &k) in k.iter().enumerate() {
+                        *into.add(dim * GRANULE_TOKENS) = k;
                     }
                 }
                 KvDtype::Bf16 => {
-                    let k_head = k_head.add(layout.k_offset(token, 0)).cast::<[u16; 2]>();
-                    let v_head = v_head.add(layout.v_offset(token, 0)).cast::<u16>();
-                    let (mut k16, mut v16) = ([0u16; 256], [0u16; 256]);
-                    for dim in 0..head_dim {
+                    let into = into.cast::<[u16; 2]>();
+                    let mut k16 = [0u16; 256];
+                    for dim in 0..k.len() {
                         k16[dim] = round_bf16(k[dim]);
-                        v16[dim] = round_bf16(v[dim]);
                     }
-                    for pair in 0..head_dim / 2 {
-                        *k_head.add(pair * GRANULE_TOKENS) = [k16[2 * pair], k16[2 * pair + 1]];
-                    }
-                    for (dim, &v) in v16[..head_dim].iter().enumerate() {
-                        *v_head.add(2 * dim) = v;
+                    for pair in 0..k.len() / 2 {
+                        *into.add(pair * GRANULE_TOKENS) = [k16[2 * pair], k16[2 * pair + 1]];
                     }
                 }
             }
         }
+    }
+
+    /// Stores the value of one head.
+    #[inline(always)]
+    pub(crate) fn write_value(self, head: usize, v: &[f32]) {
+        let Target { layout, granule, token } = self;
+        assert!(head < layout.num_kv_heads && v.len() == layout.head_dim, "{} values of head {head}", v.len());
+        // SAFETY: as in `write_key`, in the plane behind that of the keys.
+        unsafe {
+            let into = granule.add(layout.plane_bytes() + head * layout.head_bytes() + layout.v_offset(token, 0));
+            match layout.dtype {
+                KvDtype::F32 => {
+                    let into = into.cast::<f32>();
+                    for (dim, &v) in v.iter().enumerate() {
+                        *into.add(dim) = v;
+                    }
+                }
+                KvDtype::Bf16 => {
+                    let into = into.cast::<u16>();
+                    let mut v16 = [0u16; 256];
+                    for dim in 0..v.len() {
+                        v16[dim] = round_bf16(v[dim]);
+                    }
+                    for (dim, &v) in v16[..v.len()].iter().enumerate() {
+                        *into.add(2 * dim) = v;
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn write_token(target: Target<'_>, k: &[f32], v: &[f32]) {
+    let head_dim = target.layout.head_dim;
+    for (head, (k, v)) in k.chunks_exact(head_dim).zip(v.chunks_exact(head_dim)).enumerate() {
+        target.write_key(head, k);
+        target.write_value(head, v);
     }
 }
 

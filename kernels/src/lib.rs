@@ -13,7 +13,8 @@
 //! - [`numerics`]: the orders of all reductions, `exp`, `ln`, rounding to bf16.
 //! - [`isa`]: which instruction sets the machine has; [`workers`]: the pool of threads.
 //! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them; [`quantized`]: the
-//!   same with weights of 4, 6 and 8 bits.
+//!   same with weights of 4, 6 and 8 bits. [`product`], with [`operand`]: the job around both, from the rows that are
+//!   normed or gated on the way to what is done with finished columns; [`qkv`]: that with heads.
 //! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul), [`add`](mod@add): the row-wise operations.
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
 //! - [`granule`]: KV of a pool of another order or type.
@@ -37,8 +38,11 @@ pub mod kv_write;
 pub mod limits;
 pub mod matmul;
 pub mod numerics;
+pub mod operand;
 pub mod packed_matrix;
 mod pages;
+pub mod product;
+pub mod qkv;
 pub mod quantized;
 pub mod rms_norm;
 pub mod rope;
@@ -57,9 +61,12 @@ pub use granule::{GranuleFormat, GranuleOrder, convert_granules};
 pub use isa::{Isa, IsaError};
 pub use kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 pub use kv_write::kv_write;
-pub use matmul::{matmul, matmul_into};
+pub use matmul::matmul;
 pub use numerics::NUMERICS_FAMILY;
+pub use operand::Operand;
 pub use packed_matrix::{PackedMatrix, WeightDtype, Weights};
+pub use product::{MatrixRef, Product, SECTIONS_MAX, multiply};
+pub use qkv::{Qkv, qkv_rope_write};
 pub use quantized::{Mins, PackError, PackedFormat, QuantizedMatrix, QuantizedWeights, matmul_quantized};
 pub use rms_norm::{rms_norm, rms_norm_heads};
 pub use rope::{RopeTable, rope};

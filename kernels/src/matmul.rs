@@ -16,112 +16,39 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use crate::ctx::{Columns, Ctx};
+use crate::ctx::Ctx;
 use crate::isa::{Isa, Kind};
 use crate::numerics::{LANES, bf16_pair, fold_pair, round_bf16};
+use crate::operand::Operand;
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::{Kept, lend};
-use crate::simd::{Simd, fold_tile, vectorised, with_simd};
-
-/// Multiply-adds of one unit at most: about 100 microseconds, after which prefill may give way to decode.
-const UNIT_MADDS: usize = 32 << 20;
-
-/// Weight bytes of one unit at least.
-const UNIT_BYTES: usize = 64 << 10;
-
-/// Units that each thread has at least, where a product is large enough: at the end one waits for another's last.
-const UNITS_PER_THREAD: usize = 32;
+use crate::product::{MatrixRef, Product, multiply};
+use crate::simd::{Simd, fold_tile, with_simd};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
-
-/// Below this many multiply-adds a product is not worth waking anyone.
-const INLINE_MADDS: usize = 128 << 10;
 
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
 /// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32. With bf16 weights `x` is rounded to
 /// bf16. Each row's bits depend on that row alone. Order: see [`numerics`](crate::numerics).
 pub fn matmul(ctx: &Ctx<'_>, x: &[f32], m: usize, w: &PackedMatrix, bias: Option<&[f32]>, add: bool, out: &mut [f32]) {
-    assert_eq!(out.len(), m * w.rows(), "output of [{m}, {}]", w.rows());
-    matmul_into(ctx, x, m, w, bias, add, out, Columns::all(w.rows()));
-}
-
-/// [`matmul`] into some columns of a wider output `[m, columns.stride]`.
-#[allow(clippy::too_many_arguments)]
-pub fn matmul_into(
-    ctx: &Ctx<'_>,
-    x: &[f32],
-    m: usize,
-    w: &PackedMatrix,
-    bias: Option<&[f32]>,
-    add: bool,
-    out: &mut [f32],
-    columns: Columns,
-) {
     assert_eq!(x.len(), m * w.cols(), "activations of [{m}, {}]", w.cols());
-    columns.check("output", out, m, w.rows());
-    assert!(bias.is_none_or(|bias| bias.len() == w.rows()), "a bias of {} values", w.rows());
-    if m == 0 || w.rows() == 0 {
-        return;
-    }
-    let tiles = Tiles::of(m, tile_rows(ctx.isa));
-    let row_lanes = w.depth() * step_lanes(ctx.isa, w.dtype());
-    with_packed_buffer(m * row_lanes, |packed| {
-        pack_activations(ctx, x, &tiles, w, packed);
-        let out =
-            Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
-        let job = Job { x, a: packed.as_ptr(), tiles, w, out };
-        let shape = UnitShape { m, rows: w.rows(), cols: w.cols(), panel_bytes: w.depth() * PANEL * 4 };
-        let (job, isa) = (&job, ctx.isa);
-        run_units(ctx, &shape, &job.tiles, &|panels, tiles| {
-            lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
-                let sums = sums.cast::<f32>();
-                with_simd!(
-                    isa,
-                    compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32),
-                    else reference_unit(job, panels, tiles)
-                );
-            });
-        });
-    });
+    let sections = [Some(MatrixRef::Float(w)), None, None];
+    multiply(ctx, &Product { operand: Operand::Rows(x), sections, bias, add }, out);
 }
 
-/// What decides how a product is cut into units.
-pub(crate) struct UnitShape {
-    pub(crate) m: usize,
-    pub(crate) rows: usize,
-    pub(crate) cols: usize,
-    pub(crate) panel_bytes: usize,
-}
+type Job<'a> = crate::product::Job<'a, PackedMatrix>;
 
-/// Runs `unit(panels, tiles)` over all of a product, on the pool.
-pub(crate) fn run_units(
-    ctx: &Ctx<'_>,
-    shape: &UnitShape,
-    tiles: &Tiles,
-    unit: &(dyn Fn(Range<usize>, Range<usize>) + Sync),
-) {
-    let UnitShape { m, rows, cols, panel_bytes } = *shape;
-    let num_panels = rows.div_ceil(PANEL);
-    let madds_per_tile = tiles.rows_max() * PANEL * cols;
-    let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
-    let row_units = tiles.count.div_ceil(tiles_per_unit);
-    let panels_per_unit = if m * rows * cols < INLINE_MADDS {
-        num_panels
-    } else if row_units > 1 {
-        UNIT_BYTES / panel_bytes
-    } else {
-        // The first block of a unit comes unannounced: the longer the unit, the less that is.
-        let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
-        most.min(num_panels / (UNITS_PER_THREAD * ctx.pool.threads())).max(UNIT_BYTES / panel_bytes)
-    };
-    let panels_per_unit = panels_per_unit.clamp(1, num_panels);
-    let num_units = row_units * num_panels.div_ceil(panels_per_unit);
-    ctx.pool.run(ctx.priority, num_units, &|index| {
-        let (first_panel, first_tile) = (index / row_units * panels_per_unit, index % row_units * tiles_per_unit);
-        let panels = first_panel..(first_panel + panels_per_unit).min(num_panels);
-        unit(panels, first_tile..(first_tile + tiles_per_unit).min(tiles.count));
+/// A unit of a product: `panels` for the rows of `tiles`.
+pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
+        let sums = sums.cast::<f32>();
+        with_simd!(
+            isa,
+            compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32),
+            else reference_unit(job, panels, tiles)
+        );
     });
 }
 
@@ -142,102 +69,6 @@ fn reference(x: &[f32], w: &PackedMatrix, column: usize) -> f32 {
     y
 }
 
-/// The specification of the end: bias, then residual.
-#[inline(always)]
-fn finish(mut y: f32, bias: Option<f32>, residual: Option<f32>) -> f32 {
-    if let Some(bias) = bias {
-        y += bias;
-    }
-    residual.map_or(y, |residual| residual + y)
-}
-
-/// What all units of one product share. Units write disjoint parts of `out`.
-struct Job<'a> {
-    x: &'a [f32],
-    /// Packed activations; tile t starts at `first_row(t) * depth` steps.
-    a: *const u32,
-    tiles: Tiles,
-    w: &'a PackedMatrix,
-    out: Output<'a>,
-}
-
-// SAFETY: `a` is only read while the job lives; units write disjoint (tile, panel) rectangles of `out`,
-// which `matmul_into` borrows exclusively.
-unsafe impl Sync for Job<'_> {}
-
-/// Where a product goes: `width` columns of rows `stride` values apart, and what is added at the end.
-pub(crate) struct Output<'a> {
-    pub(crate) bias: Option<&'a [f32]>,
-    pub(crate) add: bool,
-    pub(crate) start: *mut f32,
-    pub(crate) stride: usize,
-    pub(crate) width: usize,
-}
-
-impl Output<'_> {
-    /// Ends one output in the specified order.
-    ///
-    /// # Safety
-    /// `start` is valid for this row and column, which nobody else touches.
-    pub(crate) unsafe fn put(&self, row: usize, column: usize, y: f32) {
-        // SAFETY: as required of the caller.
-        unsafe {
-            let out = self.start.add(row * self.stride + column);
-            *out = finish(y, self.bias.map(|bias| bias[column]), self.add.then(|| *out));
-        }
-    }
-
-    /// Ends 16 outputs from `column` on; those beyond the width are dropped.
-    ///
-    /// # Safety
-    /// As for [`put`](Self::put), and the machine has the instruction set.
-    #[inline(always)]
-    pub(crate) unsafe fn put_lanes<S: Simd>(&self, row: usize, column: usize, mut y: S::V) {
-        // SAFETY: as required of the caller; stores stay in columns below the width.
-        unsafe {
-            if column + LANES <= self.width {
-                let out = self.start.add(row * self.stride + column);
-                if let Some(bias) = self.bias {
-                    y = S::add(y, S::load(bias.as_ptr().add(column)));
-                }
-                if self.add {
-                    y = S::add(S::load(out), y);
-                }
-                S::store(out, y);
-            } else if column < self.width {
-                let mut values = [0.0f32; LANES];
-                S::store(values.as_mut_ptr(), y);
-                for (i, &y) in values.iter().enumerate().take(self.width - column) {
-                    self.put(row, column + i, y);
-                }
-            }
-        }
-    }
-}
-
-/// m rows in tiles as equal as possible: 13 rows are 7 + 6, not 12 + 1.
-pub(crate) struct Tiles {
-    pub(crate) count: usize,
-    base: usize,
-    num_larger: usize,
-}
-
-impl Tiles {
-    pub(crate) fn of(m: usize, rows_max: usize) -> Tiles {
-        let count = m.div_ceil(rows_max);
-        Tiles { count, base: m / count, num_larger: m % count }
-    }
-
-    pub(crate) fn rows(&self, tile: usize) -> Range<usize> {
-        let first = tile * self.base + tile.min(self.num_larger);
-        first..first + self.base + usize::from(tile < self.num_larger)
-    }
-
-    pub(crate) fn rows_max(&self) -> usize {
-        self.base + usize::from(self.num_larger > 0)
-    }
-}
-
 pub(crate) fn tile_rows(isa: Isa) -> usize {
     match isa.0 {
         Kind::Portable => 12,
@@ -250,10 +81,9 @@ pub(crate) fn tile_rows(isa: Isa) -> usize {
     }
 }
 
-/// Lanes of one step of a packed row.
-fn step_lanes(isa: Isa, dtype: WeightDtype) -> usize {
+/// Lanes of a bf16 pair of a packed row.
+pub(crate) fn pair_lanes(isa: Isa) -> usize {
     match isa.0 {
-        _ if dtype == WeightDtype::F32 => 1,
         Kind::Portable => 1,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => crate::simd::Avx2::PAIR_LANES,
@@ -268,9 +98,8 @@ fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     let (n, k) = (job.w.rows(), job.w.cols());
     for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
         for column in panels.start * PANEL..(panels.end * PANEL).min(n) {
-            let y = reference(&job.x[row * k..][..k], job.w, column);
-            // SAFETY: inside the output, in this unit's rectangle.
-            unsafe { job.out.put(row, column, y) };
+            // SAFETY: the operand of references is rows; inside the output, in this unit's rectangle.
+            unsafe { job.out.put(row, column, reference(job.row(row, k), job.w, column)) };
         }
     }
 }
@@ -308,30 +137,39 @@ struct Block {
     /// Sums of the unit's rows `[rows][32]`, row 0 being `first_row`: zeros before the first block.
     sums: *mut f32,
     first_row: usize,
-    /// Which vectors of the next block to move nearer, and how far it is.
+    /// Where the next block begins, and which vectors of it to move nearer.
+    next: *const u32,
     ahead: Range<usize>,
-    ahead_lanes: usize,
 }
 
 #[inline(always)]
 unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
     let depth = job.w.depth();
-    // A single tile reads each weight once, in order.
-    let block_steps = if tiles.len() == 1 { depth } else { BLOCK_STEPS };
     let first_row = job.tiles.rows(tiles.start).start;
     let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
     for panel in panels.clone() {
         // SAFETY: the caller lends memory for 32 sums of each row.
         unsafe { sums.write_bytes(0, num_rows * PANEL) };
-        for start in (0..depth).step_by(block_steps) {
-            let steps = start..(start + block_steps).min(depth);
+        for start in (0..depth).step_by(BLOCK_STEPS) {
+            let steps = start..(start + BLOCK_STEPS).min(depth);
             let is_last = panel + 1 == panels.end && steps.end == depth;
             for tile in tiles.clone() {
-                // The first two tiles take half of the next block each, so that it need not come all at once.
+                let is_alone = tiles.len() == 1;
+                let next = match (is_last, is_alone) {
+                    // What lies behind is the next block of the panel, or the first of the next panel.
+                    (false, _) => job.w.panel(panel).as_ptr().wrapping_add(steps.end * PANEL),
+                    (true, true) => job.next,
+                    (true, false) => std::ptr::null(),
+                };
+                // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several
+                // the first two take half of it each, so that it need not come all at once.
                 let vector = tile - tiles.start;
-                let ahead = if is_last || tiles.len() == 1 { 0..0 } else { vector..vector + 1 };
-                let ahead_lanes = steps.len() * PANEL;
-                let block = Block { panel, steps: steps.clone(), sums, first_row, ahead, ahead_lanes };
+                let ahead = match (next.is_null(), is_alone) {
+                    (true, _) => 0..0,
+                    (false, true) => 0..2,
+                    (false, false) => vector..vector + 1,
+                };
+                let block = Block { panel, steps: steps.clone(), sums, first_row, next, ahead };
                 let rows = job.tiles.rows(tile);
                 let first = rows.start;
                 // SAFETY: the caller has the instruction set; panel and tile are of this job.
@@ -383,7 +221,8 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
         let mut ahead = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
-            ahead[c] = if block.ahead.contains(&(vector + c)) { b[c].wrapping_add(block.ahead_lanes) } else { b[c] };
+            let is_ours = block.ahead.contains(&(vector + c));
+            ahead[c] = if is_ours { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
         }
         // Always from memory: whether or not is a question that costs more than the answer.
         for r in 0..MR {
@@ -406,75 +245,42 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     }
 }
 
-/// Fills `packed` with the tiles of `x`; over the pool when it is worth it.
-fn pack_activations(ctx: &Ctx<'_>, x: &[f32], tiles: &Tiles, w: &PackedMatrix, packed: &mut [u32]) {
-    struct Shared(*mut u32);
-    // SAFETY: tiles write disjoint ranges of the buffer.
-    unsafe impl Sync for Shared {}
-    if ctx.isa == Isa::PORTABLE {
-        return; // the reference reads x itself
-    }
-    let (k, dtype, step_lanes) = (w.cols(), w.dtype(), step_lanes(ctx.isa, w.dtype()));
-    let row_lanes = w.depth() * step_lanes;
-    let shared = Shared(packed.as_mut_ptr());
-    let (shared, isa) = (&shared, ctx.isa);
-    let pack_tile = |tile: usize| {
-        let rows = tiles.rows(tile);
-        let x = &x[rows.start * k..rows.end * k];
-        let (first, len) = (rows.start * row_lanes, rows.len() * row_lanes);
-        // SAFETY: the range of this tile, inside the buffer of m * row_lanes lanes.
-        let into = unsafe { std::slice::from_raw_parts_mut(shared.0.add(first), len) };
-        vectorised!(isa, pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, step_lanes: usize, into: &mut [u32]));
-    };
-    if x.len() < 1 << 16 {
-        (0..tiles.count).for_each(pack_tile);
-    } else {
-        ctx.pool.run(ctx.priority, tiles.count, &pack_tile);
-    }
-}
-
+/// Packs columns of row `r` of a tile of `num_rows`: into `[steps][num_rows]`, a pair in `pair_lanes` lanes.
 #[inline(always)]
-fn pack_tile_rows(x: &[f32], k: usize, dtype: WeightDtype, step_lanes: usize, into: &mut [u32]) {
-    let num_rows = x.len() / k;
-    for (r, row) in x.chunks_exact(k).enumerate() {
-        match dtype {
-            WeightDtype::F32 => {
-                for (step, &x) in row.iter().enumerate() {
-                    into[step * num_rows + r] = x.to_bits();
-                }
+pub(crate) fn pack_row(
+    row: &[f32],
+    dtype: WeightDtype,
+    pair_lanes: usize,
+    (r, num_rows): (usize, usize),
+    into: &mut [u32],
+) {
+    let pairs = row.chunks_exact(2);
+    match dtype {
+        WeightDtype::F32 => {
+            for (step, &x) in row.iter().enumerate() {
+                into[step * num_rows + r] = x.to_bits();
             }
-            WeightDtype::Bf16 if step_lanes == 2 => {
-                let widened = |x: f32| u32::from(round_bf16(x)) << 16;
-                let into = into.as_chunks_mut::<2>().0[r..].iter_mut().step_by(num_rows);
-                let pairs = row.chunks_exact(2);
-                let last = pairs.remainder().first().map(|last| [widened(*last), 0]);
-                let pairs = pairs.map(|pair| [widened(pair[0]), widened(pair[1])]).chain(last);
-                into.zip(pairs).for_each(|(into, pair)| *into = pair);
+        }
+        WeightDtype::Bf16 if pair_lanes == 2 => {
+            let widened = |x: f32| u32::from(round_bf16(x)) << 16;
+            let into = into.as_chunks_mut::<2>().0[r..].iter_mut().step_by(num_rows);
+            let last = pairs.remainder().first().map(|last| [widened(*last), 0]);
+            let pairs = pairs.map(|pair| [widened(pair[0]), widened(pair[1])]).chain(last);
+            into.zip(pairs).for_each(|(into, pair)| *into = pair);
+        }
+        WeightDtype::Bf16 => {
+            if let [last] = pairs.remainder() {
+                into[row.len() / 2 * num_rows + r] = bf16_pair(*last, 0.0);
             }
-            WeightDtype::Bf16 => {
-                let pairs = row.chunks_exact(2);
-                if let [last] = pairs.remainder() {
-                    into[k / 2 * num_rows + r] = bf16_pair(*last, 0.0);
-                }
-                if num_rows == 1 {
-                    into.iter_mut().zip(pairs).for_each(|(into, pair)| *into = bf16_pair(pair[0], pair[1]));
-                } else {
-                    pairs.zip(into[r..].iter_mut().step_by(num_rows)).for_each(|(pair, into)| {
-                        *into = bf16_pair(pair[0], pair[1]);
-                    });
-                }
+            if num_rows == 1 {
+                into.iter_mut().zip(pairs).for_each(|(into, pair)| *into = bf16_pair(pair[0], pair[1]));
+            } else {
+                pairs.zip(into[r..].iter_mut().step_by(num_rows)).for_each(|(pair, into)| {
+                    *into = bf16_pair(pair[0], pair[1]);
+                });
             }
         }
     }
-}
-
-/// Lends this thread's buffer for packed activations, in huge pages since tiles stream through it.
-pub(crate) fn with_packed_buffer(lanes: usize, f: impl FnOnce(&mut [u32])) {
-    thread_local! {
-        static BUFFER: Kept = const { Cell::new(None) };
-    }
-    // SAFETY: zeroed (so initialised) memory of that many lanes, page-aligned, owned by this call.
-    lend(&BUFFER, lanes * 4, |start| f(unsafe { std::slice::from_raw_parts_mut(start.cast::<u32>(), lanes) }));
 }
 
 #[cfg(test)]

@@ -46,7 +46,7 @@ fn norm_rows(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 }
 
 #[inline(always)]
-fn norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
+pub(crate) fn norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
     for head in x.chunks_exact_mut(weight.len()) {
         let scale = scale_of(head, eps);
         for i in 0..head.len() {
@@ -57,7 +57,7 @@ fn norm_heads(x: &mut [f32], weight: &[f32], eps: f32) {
 
 /// Lane i of 16 folds `x[i + 16 j]^2`, so the order does not depend on the width of the machine.
 #[inline(always)]
-fn scale_of(x: &[f32], eps: f32) -> f32 {
+pub(crate) fn scale_of(x: &[f32], eps: f32) -> f32 {
     let mut lanes = [0.0f32; LANES];
     let (chunks, rest) = x.as_chunks::<LANES>();
     for chunk in chunks {

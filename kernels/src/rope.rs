@@ -15,6 +15,22 @@ pub struct RopeTable<'a> {
     pub rot_dim: usize,
 }
 
+impl<'a> RopeTable<'a> {
+    /// Cosines and sines of a position.
+    ///
+    /// Panics beyond the table.
+    pub(crate) fn angles(&self, position: u32) -> (&'a [f32], &'a [f32]) {
+        let angles = position as usize * (self.rot_dim / 2)..(position as usize + 1) * (self.rot_dim / 2);
+        (&self.cos[angles.clone()], &self.sin[angles])
+    }
+
+    /// Panics unless heads have as many features as rotate.
+    pub(crate) fn check(&self, head_dim: usize) {
+        let rot_dim = self.rot_dim;
+        assert!(rot_dim <= head_dim && rot_dim.is_multiple_of(2), "rot_dim {rot_dim} of head_dim {head_dim}");
+    }
+}
+
 /// Rotates, in place, `num_heads` heads of `head_dim` values in the given columns of each row; row r is at
 /// `positions[r]`. Feature i turns with feature `i + rot_dim / 2` (the NeoX order); features from `rot_dim`
 /// on stay.
@@ -30,16 +46,11 @@ pub fn rope(
     positions: &[u32],
 ) {
     let isa = ctx.isa;
-    assert!(
-        table.rot_dim <= head_dim && table.rot_dim.is_multiple_of(2),
-        "rot_dim {} of head_dim {head_dim}",
-        table.rot_dim
-    );
+    table.check(head_dim);
     columns.check("rope", x, positions.len(), num_heads * head_dim);
     for_rows(ctx, &mut x[..positions.len() * columns.stride], columns.stride, &|first, rows| {
         for (row, &position) in rows.chunks_exact_mut(columns.stride).zip(&positions[first..]) {
-            let angles = position as usize * (table.rot_dim / 2)..(position as usize + 1) * (table.rot_dim / 2);
-            let (cos, sin) = (&table.cos[angles.clone()], &table.sin[angles]);
+            let (cos, sin) = table.angles(position);
             let heads = &mut row[columns.first..][..num_heads * head_dim];
             vectorised!(isa, rotate_heads(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]));
         }
@@ -47,7 +58,7 @@ pub fn rope(
 }
 
 #[inline(always)]
-fn rotate_heads(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
+pub(crate) fn rotate_heads(heads: &mut [f32], head_dim: usize, cos: &[f32], sin: &[f32]) {
     let half = cos.len();
     let sin = &sin[..half];
     for head in heads.chunks_exact_mut(head_dim) {

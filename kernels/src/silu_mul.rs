@@ -19,7 +19,7 @@ pub fn silu_mul(ctx: &Ctx<'_>, gate_up: &[f32], ffn: usize, out: &mut [f32]) {
 
 /// The specification, compiled for each instruction set.
 #[inline(always)]
-fn gate_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
+pub(crate) fn gate_row(gate: &[f32], up: &[f32], out: &mut [f32]) {
     let (gate, up) = (&gate[..out.len()], &up[..out.len()]);
     for i in 0..out.len() {
         out[i] = gate[i] / (1.0 + exp(-gate[i])) * up[i];

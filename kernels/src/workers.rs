@@ -44,6 +44,8 @@ struct Shared {
     epoch: AtomicUsize,
     /// Decode jobs that still have unclaimed tiles.
     open_decode_jobs: AtomicUsize,
+    /// Jobs of more than one tile, ever.
+    num_barriers: AtomicUsize,
 }
 
 struct State {
@@ -94,6 +96,7 @@ impl WorkerPool {
             wake: Condvar::new(),
             epoch: AtomicUsize::new(0),
             open_decode_jobs: AtomicUsize::new(0),
+            num_barriers: AtomicUsize::new(0),
         });
         let workers = (1..threads.max(1))
             .map(|i| {
@@ -123,6 +126,11 @@ impl WorkerPool {
         self.workers.len() + 1
     }
 
+    /// How often somebody has waited for all tiles of a job so far, single tiles apart: what steps are held to.
+    pub fn num_barriers(&self) -> usize {
+        self.shared.num_barriers.load(Ordering::Relaxed)
+    }
+
     /// Calls `tile(i)` once for each `i` in `0..num_tiles`, on the calling thread and the workers, and
     /// returns when all are done. While it waits for its turn a prefill job's caller may compute tiles of
     /// decode jobs.
@@ -133,6 +141,7 @@ impl WorkerPool {
             // A single tile cannot be shared, so nobody else needs to know of it.
             return (0..num_tiles).for_each(tile);
         }
+        self.shared.num_barriers.fetch_add(1, Ordering::Relaxed);
         // SAFETY: only the lifetime changes. `Job::call` uses the pointer only between a successful claim
         // and its `num_done` increment, and this function does not return before `num_done` has reached
         // `num_tiles`, so never after the borrow ends.
@@ -313,7 +322,8 @@ impl Job {
     }
 }
 
-fn spin_until(condition: impl Fn() -> bool) -> bool {
+/// Waits some microseconds at most; whether it is so by then.
+pub(crate) fn spin_until(condition: impl Fn() -> bool) -> bool {
     for _ in 0..SPINS {
         if condition() {
             return true;

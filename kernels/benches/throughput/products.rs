@@ -2,8 +2,7 @@
 
 use kernels::limits::Arithmetic;
 use kernels::{
-    Columns, Mins, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, WeightDtype, Weights, matmul,
-    matmul_quantized,
+    Mins, PackedMatrix, Priority, QuantizedMatrix, QuantizedWeights, WeightDtype, Weights, matmul, matmul_quantized,
 };
 
 use crate::harness::{Bench, Work, noise};
@@ -30,6 +29,7 @@ pub(crate) fn run(bench: &Bench<'_>) {
             float(bench, &name, dtype, k, n);
         }
     }
+    step(bench);
     for format in [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::W8A8] {
         for &(name, k, n) in shapes.iter().filter(|(_, k, _)| k % format.block(*k) == 0) {
             let name = format!("matmul {format:?} {name}").to_lowercase();
@@ -60,6 +60,31 @@ fn float(bench: &Bench<'_>, name: &str, dtype: WeightDtype, k: usize, n: usize) 
         let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
         let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic };
         bench.line(&format!("{name} x {m}"), &work, || matmul(&bench.ctx, &x, m, &w, None, false, &mut out));
+    }
+}
+
+/// All products of the layers of S in turn, each with weights of its own: they lie further away than those of one
+/// product that is repeated.
+fn step(bench: &Bench<'_>) {
+    const PRODUCTS: [(usize, usize); 4] = [(512, 1024), (512, 512), (512, 2816), (1408, 512)];
+    let name = |m: usize| format!("matmul bf16 all of S x {m}");
+    let num_layers = if bench.is_measuring() { 8 } else { 1 };
+    let rows: Vec<usize> = ROWS.into_iter().filter(|m| bench.wants(&name(*m))).collect();
+    if rows.is_empty() {
+        return;
+    }
+    let matrix = |(k, n): (usize, usize)| PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&noise(n * k))]);
+    let weights: Vec<PackedMatrix> = (0..num_layers).flat_map(|_| PRODUCTS.map(matrix)).collect();
+    let num_weights: usize = weights.iter().map(|w| w.rows() * w.cols()).sum();
+    let bytes = weights.iter().map(PackedMatrix::size_bytes).sum();
+    for m in rows {
+        let (x, mut out) = (noise(m * 1408), vec![0.0; m * 2816]);
+        let work = Work { bytes, ops: 2.0 * (m * num_weights) as f64, arithmetic: Arithmetic::Bf16 };
+        bench.line(&name(m), &work, || {
+            for w in &weights {
+                matmul(&bench.ctx, &x[..m * w.cols()], m, w, None, false, &mut out[..m * w.rows()]);
+            }
+        });
     }
 }
 
@@ -119,7 +144,7 @@ fn quantized(bench: &Bench<'_>, name: &str, format: Format, k: usize, n: usize) 
         let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
         let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic: Arithmetic::Int8 };
         bench.line(&format!("{name} x {m}"), &work, || {
-            matmul_quantized(&bench.ctx, &x, m, &w, None, false, &mut out, Columns::all(n));
+            matmul_quantized(&bench.ctx, &x, m, &w, None, false, &mut out);
         });
     }
 }

@@ -59,47 +59,50 @@ impl Group {
     }
 }
 
-/// Packs rows `x` `[num_rows, k]` of a tile: per group `[quads + 3][num_rows]` lanes, a quad holding the
-/// integers of 4 consecutive k.
+/// Packs columns of row `r` of a tile of `num_rows`, whole groups of rows of `cols`: per group
+/// `[quads + 3][num_rows]` lanes, a quad holding the integers of 4 consecutive k.
 #[inline(always)]
-pub(super) fn pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u32]) {
-    let num_rows = x.len() / k;
-    let group = format.activation_group(k);
+pub(crate) fn pack_row(
+    row: &[f32],
+    cols: usize,
+    format: PackedFormat,
+    (r, num_rows): (usize, usize),
+    into: &mut [u32],
+) {
+    let group = format.activation_group(cols);
     let lanes_per_group = (group / 4 + EXTRA_LANES) * num_rows;
-    for (r, row) in x.chunks_exact(k).enumerate() {
-        for (x, into) in row.chunks(group).zip(into.chunks_exact_mut(lanes_per_group)) {
-            let scale = Group::of(x);
-            let mut sums = [0i32; 2];
-            let mut lanes = into[r..].iter_mut().step_by(num_rows);
-            for x in x.chunks(32) {
-                // Always 32, the last ones zero: loops of a known length are vectorised (`map` of an array would be a
-                // call, into code without these instructions).
-                let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
-                let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
-                    padded[..x.len()].copy_from_slice(x);
-                    &padded
-                });
-                for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
-                    for (x, byte) in values.iter().zip(bytes) {
-                        let q = scale.quantize(*x);
-                        *sum += q;
-                        *byte = q as u8;
-                    }
-                }
-                for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
-                    *lane = u32::from_le_bytes(*quad);
+    for (x, into) in row.chunks(group).zip(into.chunks_exact_mut(lanes_per_group)) {
+        let scale = Group::of(x);
+        let mut sums = [0i32; 2];
+        let mut lanes = into[r..].iter_mut().step_by(num_rows);
+        for x in x.chunks(32) {
+            // Always 32, the last ones zero: loops of a known length are vectorised (`map` of an array would be a
+            // call, into code without these instructions).
+            let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
+            let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
+                padded[..x.len()].copy_from_slice(x);
+                &padded
+            });
+            for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
+                for (x, byte) in values.iter().zip(bytes) {
+                    let q = scale.quantize(*x);
+                    *sum += q;
+                    *byte = q as u8;
                 }
             }
-            let [first, second] = scale.extras(format, sums);
-            for (lane, value) in lanes.zip([scale.scale.to_bits(), first, second]) {
-                *lane = value;
+            for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
+                *lane = u32::from_le_bytes(*quad);
             }
+        }
+        let [first, second] = scale.extras(format, sums);
+        for (lane, value) in lanes.zip([scale.scale.to_bits(), first, second]) {
+            *lane = value;
         }
     }
 }
 
-/// Lanes that [`pack_rows`] needs for each row.
-pub(super) fn lanes_per_row(k: usize, format: PackedFormat) -> usize {
+/// Lanes that [`pack_row`] needs for each row of `k`.
+pub(crate) fn lanes_per_row(k: usize, format: PackedFormat) -> usize {
     let group = format.activation_group(k);
     k.div_ceil(group) * (group / 4 + EXTRA_LANES)
 }

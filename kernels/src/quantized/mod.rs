@@ -27,8 +27,10 @@ mod tests;
 mod tiles;
 mod weights;
 
+pub(crate) use activations::{lanes_per_row, pack_row};
 pub use packed::{PackedFormat, QuantizedMatrix};
 pub use product::matmul_quantized;
+pub(crate) use product::{compute, tile_rows};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use simd::dot_in_registers;
 pub use weights::{Mins, PackError, QuantizedWeights};

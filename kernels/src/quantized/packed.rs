@@ -97,7 +97,7 @@ impl PackedFormat {
     }
 
     /// Bytes of a panel of `cols` input features.
-    pub(super) fn panel_bytes(self, cols: usize) -> usize {
+    pub(crate) fn panel_bytes(self, cols: usize) -> usize {
         match self {
             Self::Int8 => cols / 32 * INT8_BYTES,
             Self::Int4 => cols / 32 * INT4_BYTES,

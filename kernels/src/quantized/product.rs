@@ -12,21 +12,19 @@
 
 use std::ops::Range;
 
-use super::activations::{Group, lanes_per_row, pack_rows};
-use super::packed::{PackedFormat, QuantizedMatrix};
-use crate::ctx::{Columns, Ctx};
+use super::activations::Group;
+use super::packed::QuantizedMatrix;
+use crate::ctx::Ctx;
 use crate::isa::{Isa, Kind};
-use crate::matmul::{Output, Tiles, UnitShape, run_units, with_packed_buffer};
+use crate::operand::Operand;
 use crate::packed_matrix::PANEL;
-use crate::simd::vectorised;
+use crate::product::{MatrixRef, Product, multiply};
 
-/// Columns `columns` of `out[m, columns.stride]` become `x[m, k] * w^T`, plus `bias[n]` where given, plus what
-/// they were where `add` (the residual).
+/// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
-/// `x` is `[m, w.cols()]`, row-major f32, and is rounded to 8 bits in groups of 32 (of a whole row if the
-/// weights have one scale per row). Each row's bits depend on that row alone. Order: see
+/// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32; `x` is rounded to 8 bits in groups of 32 (of a
+/// whole row if the weights have one scale per row). Each row's bits depend on that row alone. Order: see
 /// [`numerics`](crate::numerics).
-#[allow(clippy::too_many_arguments)]
 pub fn matmul_quantized(
     ctx: &Ctx<'_>,
     x: &[f32],
@@ -35,27 +33,13 @@ pub fn matmul_quantized(
     bias: Option<&[f32]>,
     add: bool,
     out: &mut [f32],
-    columns: Columns,
 ) {
-    let (k, format) = (w.cols(), w.format());
-    assert_eq!(x.len(), m * k, "activations of [{m}, {k}]");
-    columns.check("output", out, m, w.rows());
-    assert!(bias.is_none_or(|bias| bias.len() == w.rows()), "a bias of {} values", w.rows());
-    if m == 0 || w.rows() == 0 {
-        return;
-    }
-    let tiles = Tiles::of(m, tile_rows(ctx.isa));
-    let lanes_per_row = lanes_per_row(k, format);
-    with_packed_buffer(m * lanes_per_row, |packed| {
-        pack_activations(ctx, x, &tiles, w, packed);
-        let out =
-            Output { bias, add, start: out[columns.first..].as_mut_ptr(), stride: columns.stride, width: w.rows() };
-        let job = Job { x, a: packed.as_ptr(), lanes_per_row, tiles, w, out };
-        let shape = UnitShape { m, rows: w.rows(), cols: k, panel_bytes: format.panel_bytes(k) };
-        let (job, isa) = (&job, ctx.isa);
-        run_units(ctx, &shape, &job.tiles, &|panels, tiles| compute(isa, job, panels, tiles));
-    });
+    assert_eq!(x.len(), m * w.cols(), "activations of [{m}, {}]", w.cols());
+    let sections = [Some(MatrixRef::Quantized(w)), None, None];
+    multiply(ctx, &Product { operand: Operand::Rows(x), sections, bias, add }, out);
 }
+
+pub(super) type Job<'a> = crate::product::Job<'a, QuantizedMatrix>;
 
 /// The specification: one output before bias and residual, from one row of f32.
 fn reference(x: &[f32], w: &QuantizedMatrix, column: usize) -> f32 {
@@ -81,22 +65,8 @@ fn reference(x: &[f32], w: &QuantizedMatrix, column: usize) -> f32 {
     y
 }
 
-/// What all units of one product share. Units write disjoint parts of the output.
-pub(super) struct Job<'a> {
-    x: &'a [f32],
-    /// Packed activations; the tile of first row r starts at `r * lanes_per_row`.
-    pub(super) a: *const u32,
-    pub(super) lanes_per_row: usize,
-    pub(super) tiles: Tiles,
-    pub(super) w: &'a QuantizedMatrix,
-    pub(super) out: Output<'a>,
-}
-
-// SAFETY: `a` is only read while the job lives; units write disjoint (tile, panel) rectangles of the output,
-// which `matmul_quantized` borrows exclusively.
-unsafe impl Sync for Job<'_> {}
-
-fn tile_rows(isa: Isa) -> usize {
+/// Rows of a tile at most.
+pub(crate) fn tile_rows(isa: Isa) -> usize {
     match isa.0 {
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => 2,
@@ -104,53 +74,24 @@ fn tile_rows(isa: Isa) -> usize {
     }
 }
 
-/// Fills `packed` with the tiles of `x`; over the pool when it is worth it.
-fn pack_activations(ctx: &Ctx<'_>, x: &[f32], tiles: &Tiles, w: &QuantizedMatrix, packed: &mut [u32]) {
-    struct Shared(*mut u32);
-    // SAFETY: tiles write disjoint ranges of the buffer.
-    unsafe impl Sync for Shared {}
-    if ctx.isa == Isa::PORTABLE {
-        return; // the reference reads x itself
-    }
-    let (k, format) = (w.cols(), w.format());
-    let lanes_per_row = lanes_per_row(k, format);
-    assert_eq!(packed.len(), x.len() / k * lanes_per_row);
-    let shared = Shared(packed.as_mut_ptr());
-    let (shared, isa) = (&shared, ctx.isa);
-    let pack_tile = |tile: usize| {
-        let rows = tiles.rows(tile);
-        let x = &x[rows.start * k..rows.end * k];
-        // SAFETY: the range of this tile, inside the buffer.
-        let into = unsafe {
-            std::slice::from_raw_parts_mut(shared.0.add(rows.start * lanes_per_row), rows.len() * lanes_per_row)
-        };
-        vectorised!(isa, pack_rows(x: &[f32], k: usize, format: PackedFormat, into: &mut [u32]));
-    };
-    if x.len() < 1 << 14 {
-        (0..tiles.count).for_each(pack_tile);
-    } else {
-        ctx.pool.run(ctx.priority, tiles.count, &pack_tile);
-    }
-}
-
 fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     let (n, k) = (job.w.rows(), job.w.cols());
     for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
         for column in panels.start * PANEL..(panels.end * PANEL).min(n) {
-            let y = reference(&job.x[row * k..][..k], job.w, column);
-            // SAFETY: inside the output, in this unit's rectangle.
-            unsafe { job.out.put(row, column, y) };
+            // SAFETY: the operand of references is rows; inside the output, in this unit's rectangle.
+            unsafe { job.out.put(row, column, reference(job.row(row, k), job.w, column)) };
         }
     }
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-fn compute(_isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+pub(crate) fn compute(_isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     reference_unit(job, panels, tiles);
 }
 
+/// A unit of a product: `panels` for the rows of `tiles`.
 #[cfg(target_arch = "x86_64")]
-fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     use super::tiles::{avx2, avx512, vnni};
     // SAFETY: an `Isa` exists only for instruction sets of this machine.
     unsafe {
