@@ -45,7 +45,13 @@ fn node_id(name: &str) -> NodeId {
 fn on_fibres(args: &UpArgs) -> LoadedModel {
     let device: Arc<dyn Device> = Arc::new(FibreDevice::new());
     let dtype = args.weights.dtype;
-    let options = DeviceLoadOptions { dtype, kv_dtype: None, is_batch_invariant: false, cache_folder: None };
+    let options = DeviceLoadOptions {
+        dtype,
+        kv_dtype: None,
+        is_batch_invariant: false,
+        prefill_attention: PrefillAttention::Portable,
+        cache_folder: None,
+    };
     let model = Model::load_on_device(Path::new(&args.model.model), &device, options).unwrap();
     let model = Arc::new(model.with_kv(None, args.engine.kv_exchange));
     LoadedModel::Cuda { model, kv_cache_bytes: 8 << 20 }

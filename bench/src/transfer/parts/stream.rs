@@ -6,7 +6,7 @@ use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, SocketAddr, TcpStream, UdpSocket};
 use std::path::Path;
 use std::pin::Pin;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, mpsc as blocking};
 use std::task::{Context as TaskContext, Poll};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,7 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, ClientConfig, Connection, Endpoint, EndpointConfig, Runtime as _, ServerConfig};
 use quinn::{MtuDiscoveryConfig, TokioRuntime, TransportConfig, UdpPoller, VarInt};
 use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
 
 use super::{STREAM, ask_for, exchange_ports, noise, read_number};
 use crate::transfer::TLS_NAME;
@@ -94,7 +95,7 @@ fn transport(datagram_bytes: u16) -> Arc<TransportConfig> {
         .send_window(SEND_WINDOW_BYTES)
         .send_fairness(false)
         .congestion_controller_factory(Arc::new(congestion))
-        // Nobody drives the receiver's end between two questions.
+        // Between two questions other rows are measured.
         .max_idle_timeout(None);
     Arc::new(config)
 }
@@ -118,10 +119,10 @@ fn runtime() -> anyhow::Result<Runtime> {
     tokio::runtime::Builder::new_current_thread().enable_all().build().context("start tokio")
 }
 
-/// A thread with a runtime of its own, which asks when it is asked.
+/// A thread with a runtime of its own, which asks when it is asked, and acknowledges what comes also in between.
 pub(in crate::transfer) struct Stream {
-    questions: mpsc::SyncSender<usize>,
-    answers: mpsc::Receiver<anyhow::Result<Duration>>,
+    questions: mpsc::Sender<usize>,
+    answers: blocking::Receiver<anyhow::Result<Duration>>,
 }
 
 impl Stream {
@@ -132,14 +133,14 @@ impl Stream {
         mib: u32,
         dir: &Path,
     ) -> anyhow::Result<Self> {
-        let (questions, asked) = mpsc::sync_channel(1);
-        let (answer, answers) = mpsc::channel();
+        let (questions, mut asked) = mpsc::channel(1);
+        let (answer, answers) = blocking::channel();
         let crypto = QuicClientConfig::try_from(baseline::tls_client(dir)?).context("TLS for QUIC")?;
         let mut config = ClientConfig::new(Arc::new(crypto));
         config.transport_config(transport(datagram_bytes));
         std::thread::spawn(move || {
             // Whoever asked is gone if it does not hear the end.
-            if let Err(error) = ask(addr, datagram_bytes, mib, config, &asked, &answer) {
+            if let Err(error) = ask(addr, datagram_bytes, mib, config, &mut asked, &answer) {
                 let _ = answer.send(Err(error));
             }
         });
@@ -155,7 +156,7 @@ impl Stream {
 
 impl Asked for Stream {
     fn receive(&mut self, num_bytes: usize) -> anyhow::Result<Duration> {
-        self.questions.send(num_bytes).context("the thread that asks over quinn is gone")?;
+        self.questions.try_send(num_bytes).context("the thread that asks over quinn is gone")?;
         self.answer()
     }
 }
@@ -165,8 +166,8 @@ fn ask(
     datagram_bytes: u16,
     mib: u32,
     config: ClientConfig,
-    asked: &mpsc::Receiver<usize>,
-    answer: &mpsc::Sender<anyhow::Result<Duration>>,
+    asked: &mut mpsc::Receiver<usize>,
+    answer: &blocking::Sender<anyhow::Result<Duration>>,
 ) -> anyhow::Result<()> {
     let mut tcp = TcpStream::connect(addr).context("connect to who sends a stream")?;
     ask_for(&mut tcp, STREAM, datagram_bytes, mib)?;
@@ -178,13 +179,15 @@ fn ask(
     let connection = runtime.block_on(connecting).context("connect over quinn")?;
     let mut into = vec![0; mib as usize * (1 << 20)];
     answer.send(Ok(Duration::ZERO))?;
-    // Until the other end of the channel is gone.
-    while let Ok(num_bytes) = asked.recv() {
-        let started_at = Instant::now();
-        let received = runtime.block_on(receive(&connection, num_bytes, &mut into));
-        answer.send(received.map(|()| started_at.elapsed()))?;
-    }
-    Ok(())
+    runtime.block_on(async {
+        // Until the other end of the channel is gone.
+        while let Some(num_bytes) = asked.recv().await {
+            let started_at = Instant::now();
+            let received = receive(&connection, num_bytes, &mut into).await;
+            answer.send(received.map(|()| started_at.elapsed()))?;
+        }
+        Ok(())
+    })
 }
 
 async fn receive(connection: &Connection, num_bytes: usize, into: &mut [u8]) -> anyhow::Result<()> {
