@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Parser;
-use common::config::UpArgs;
+use common::config::{PrefillAttention, UpArgs};
 use common::content::ChainRoot;
 use common::ids::{Attempt, BlockId, ChoiceIndex, Epoch, NodeId, RequestId, Role};
 use common::sampling::SamplingParams;
