@@ -465,7 +465,7 @@ async fn whose_sender_freezes() {
     soon("the connection ends", bulk.closed()).await;
     eventually_within(Duration::from_secs(30), "what was being fetched is given up", || num_posted() == 0).await;
     let mut num_refused = 0;
-    while let Ok(event) = events.try_recv() {
+    while let Some(event) = events.try_recv() {
         match event {
             LandingEvent::ExtentVerified { extent, .. } => assert!(job.holds(&pair.decode.memory, &extent)),
             LandingEvent::ExtentRefused { reason } => {
