@@ -293,7 +293,6 @@ fn busy_polling(time_max: Duration, engine: &EngineHandle) -> Option<BusyPolling
     (!time_max.is_zero()).then(|| BusyPolling { time_max, may_poll: Arc::new(may_poll) })
 }
 
-/// What peers on this host may read KV in, if the pool is in memory that can be shared.
 /// NIXL, unless it does not go with the device that the pool is on: as with `cuda-ipc`, only the device can tell.
 ///
 /// # Errors
@@ -312,6 +311,7 @@ fn open_nixl(args: &NixlArgs, pool: &Arc<KvPool>, is_fetched_from: bool) -> Resu
     }
 }
 
+/// What peers on this host may read KV in, if the pool is in memory that can be shared.
 fn shared_pool(pool: &Arc<KvPool>) -> anyhow::Result<Option<SharedPool>> {
     let Some((file, num_bytes)) = pool.shared_file() else { return Ok(None) };
     let file = Arc::new(file.try_clone_to_owned().context("duplicate the descriptor")?);

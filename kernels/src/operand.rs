@@ -144,6 +144,25 @@ pub(crate) struct PackedOperand<'a> {
 }
 
 impl PackedOperand<'_> {
+    /// Makes those of these pieces that nobody has begun, and waits for none.
+    ///
+    /// # Safety
+    /// As of [`make`](Self::make).
+    pub(crate) unsafe fn begin(&self, pieces: Range<usize>) {
+        let per_tile = self.packing.pieces_per_tile(self.cols);
+        for piece in pieces {
+            let state = &self.states[piece];
+            let is_ours = state.load(Ordering::Relaxed) == UNTOUCHED
+                && state.compare_exchange(UNTOUCHED, BEGUN, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+            if is_ours {
+                let mut begun = Begun { state, end: FAILED };
+                // SAFETY: this thread alone has claimed the piece.
+                unsafe { self.make_piece(piece / per_tile, piece % per_tile) };
+                begun.end = MADE;
+            }
+        }
+    }
+
     /// Sees to it that these tiles can be read. False if another thread panicked while it made one of them.
     ///
     /// # Safety
@@ -151,16 +170,8 @@ impl PackedOperand<'_> {
     pub(crate) unsafe fn make(&self, tiles: Range<usize>) -> bool {
         let per_tile = self.packing.pieces_per_tile(self.cols);
         let pieces = tiles.start * per_tile..tiles.end * per_tile;
-        for piece in pieces.clone() {
-            let state = &self.states[piece];
-            let is_ours = state.load(Ordering::Relaxed) == UNTOUCHED
-                && state.compare_exchange(UNTOUCHED, BEGUN, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-            if is_ours {
-                let _end = Begun(state);
-                // SAFETY: this thread alone has claimed the piece.
-                unsafe { self.make_piece(piece / per_tile, piece % per_tile) };
-            }
-        }
+        // SAFETY: as required of the caller.
+        unsafe { self.begin(pieces.clone()) };
         self.states[pieces].iter().all(|state| {
             let is_over = || state.load(Ordering::Acquire) > BEGUN;
             // Its maker is running or will be: it holds nothing that it would have to wait for.
@@ -197,12 +208,15 @@ thread_local! {
 }
 
 /// Says how it ended when it is over, so that nobody waits for what will not come.
-struct Begun<'a>(&'a AtomicU8);
+struct Begun<'a> {
+    state: &'a AtomicU8,
+    end: u8,
+}
 
 impl Drop for Begun<'_> {
     fn drop(&mut self) {
         // Release: what was made is seen by whoever reads this.
-        self.0.store(if thread::panicking() { FAILED } else { MADE }, Ordering::Release);
+        self.state.store(self.end, Ordering::Release);
     }
 }
 
@@ -224,5 +238,68 @@ fn pack_piece(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
             Packing::Float(dtype, pair_lanes) => pack_float_row(values, dtype, pair_lanes, (r, num_rows), into),
             Packing::Quantized(format) => pack_quantized_row(values, cols, format, (r, num_rows), into),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    const COLS: usize = 4096;
+
+    /// `act` on several threads with one operand of 12 rows in tiles of six, with these values; and what was packed.
+    fn packed_by_several<T: Send>(x: &[f32], act: impl Fn(&PackedOperand<'_>) -> T + Sync) -> (Vec<T>, Vec<u32>) {
+        const NUM_ROWS: usize = 12;
+        struct Shared<'a>(PackedOperand<'a>);
+        // SAFETY: pieces are written by whoever has claimed them.
+        unsafe impl Sync for Shared<'_> {}
+        let (operand, tiles) = (Operand::Rows(x), Tiles::of(NUM_ROWS, 6));
+        let packing = Packing::Float(WeightDtype::F32, 1);
+        let mut memory = vec![0; NUM_ROWS * COLS];
+        let states: Vec<AtomicU8> = (0..4).map(|_| AtomicU8::new(UNTOUCHED)).collect();
+        assert_eq!(tiles.count * packing.pieces_per_tile(COLS), states.len());
+        let packed = memory.as_mut_ptr();
+        let isa = Isa::detect();
+        let shared =
+            &Shared(PackedOperand { operand: &operand, isa, cols: COLS, tiles, packing, packed, states: &states });
+        let act = &act;
+        let ends = thread::scope(|scope| {
+            let threads: Vec<_> = (0..3)
+                .map(|_| {
+                    scope.spawn(move || {
+                        let Shared(operand) = shared;
+                        act(operand)
+                    })
+                })
+                .collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        (ends, memory)
+    }
+
+    #[test]
+    fn every_piece_is_made_once_and_seen_by_all() {
+        let x: Vec<f32> = (0..12 * COLS).map(|i| i as f32).collect();
+        // SAFETY: memory for all rows, and one set of states.
+        let (ends, packed) = packed_by_several(&x, |operand| unsafe { operand.make(0..2) });
+        assert_eq!(ends, [true; 3]);
+        for (i, value) in packed.iter().enumerate() {
+            let (tile, depth, row) = (i / (6 * COLS), i % (6 * COLS) / 6, i % 6);
+            assert_eq!(f32::from_bits(*value), x[(tile * 6 + row) * COLS + depth], "lane {i}");
+        }
+    }
+
+    #[test]
+    fn panic_of_who_makes_a_piece_is_told_to_all_who_wait_for_it() {
+        // The last rows are missing.
+        let x = vec![1.0; 11 * COLS];
+        let (ends, _) = packed_by_several(&x, |operand| {
+            // SAFETY: memory for all rows, and one set of states.
+            catch_unwind(AssertUnwindSafe(|| unsafe { operand.make(0..2) })).ok()
+        });
+        assert!(ends.iter().all(|end| *end != Some(true)), "{ends:?}");
+        assert!(ends.iter().any(Option::is_none) && ends.contains(&Some(false)), "{ends:?}");
     }
 }

@@ -25,6 +25,7 @@ use crate::packed_matrix::{PANEL, PackedMatrix};
 use crate::pages::{Kept, lend};
 use crate::quantized::{self, QuantizedMatrix};
 use crate::simd::Simd;
+use crate::workers::Priority;
 
 /// Multiply-adds of one unit at most: about 100 microseconds, after which prefill may give way to decode.
 const UNIT_MADDS: usize = 32 << 20;
@@ -37,6 +38,9 @@ const UNITS_PER_THREAD: usize = 32;
 
 /// Below this many multiply-adds a product is not worth waking anyone.
 const INLINE_MADDS: usize = 128 << 10;
+
+/// Pieces of an operand that prefill makes before it may give way to decode: some 50,000 values.
+const PIECES_AHEAD: usize = 2;
 
 /// Matrices side by side at most: q, k and v.
 pub const SECTIONS_MAX: usize = 3;
@@ -221,6 +225,12 @@ fn run(
     });
     scratch.states.clear();
     scratch.states.resize_with(piece, || AtomicU8::new(UNTOUCHED));
+    // Prefill has pieces of its operand as units of their own, in front of all others: a unit that finds none would make as
+    // many as it needs, a million values at a time, before it gave way. Who computes decode needs them at once.
+    let num_ahead = match ctx.priority {
+        Priority::Prefill if piece > PIECES_AHEAD => piece.div_ceil(PIECES_AHEAD),
+        _ => 0,
+    };
     let row_units_max = parts.iter().flatten().map(|part| part.cut.row_units).max().unwrap_or(0);
     scratch.counts.clear();
     if let Some(groups) = groups {
@@ -241,7 +251,15 @@ fn run(
             states: &scratch.states,
             counts: &scratch.counts,
         };
-        ctx.pool.run(ctx.priority, unit, &|index| job.unit(index));
+        let compute = |index: usize| match index.checked_sub(num_ahead) {
+            Some(unit) => job.unit(unit),
+            None => job.begin(index * PIECES_AHEAD..piece.min((index + 1) * PIECES_AHEAD)),
+        };
+        if num_rows * width * cols < INLINE_MADDS {
+            (0..num_ahead + unit).for_each(compute);
+        } else {
+            ctx.pool.run(ctx.priority, num_ahead + unit, &compute);
+        }
     });
 }
 
@@ -286,11 +304,9 @@ struct Running<'a> {
 unsafe impl Sync for Running<'_> {}
 
 impl Running<'_> {
-    fn unit(&self, index: usize) {
-        let mut parts = self.parts.iter().flatten().rev();
-        let part = parts.find(|part| part.first_unit <= index).expect("the first section begins with the first unit");
-        let (panels, tiles) = part.cut.unit(index - part.first_unit, part.tiles.count);
-        let operand = PackedOperand {
+    /// The operand as a section wants it.
+    fn operand(&self, part: &Part<'_>) -> PackedOperand<'_> {
+        PackedOperand {
             operand: &self.product.operand,
             isa: self.isa,
             cols: self.cols,
@@ -299,10 +315,30 @@ impl Running<'_> {
             // SAFETY: sections lie one after the other in the memory that was lent for all.
             packed: unsafe { self.packed.add(part.first_lane) },
             states: &self.states[part.first_piece..][..part.num_pieces()],
-        };
+        }
+    }
+
+    /// Makes pieces, counted over all sections.
+    fn begin(&self, pieces: Range<usize>) {
+        for part in self.parts.iter().flatten() {
+            let own = part.first_piece..part.first_piece + part.num_pieces();
+            let (start, end) = (pieces.start.max(own.start), pieces.end.min(own.end));
+            if start < end {
+                // SAFETY: the operand is this section's own.
+                unsafe { self.operand(part).begin(start - own.start..end - own.start) };
+            }
+        }
+    }
+
+    fn unit(&self, index: usize) {
+        let mut parts = self.parts.iter().flatten().rev();
+        let part = parts.find(|part| part.first_unit <= index).expect("the first section begins with the first unit");
+        let (panels, tiles) = part.cut.unit(index - part.first_unit, part.tiles.count);
+        let operand = self.operand(part);
         // SAFETY: the operand is this section's own.
         if !unsafe { operand.make(tiles.clone()) } {
-            return; // another thread's panic ends the job
+            // Whoever panicked over a piece of it was computing this job, which raises that panic when all units are over.
+            return;
         }
         let rows = part.tiles.rows(tiles.start).start..part.tiles.rows(tiles.end - 1).end;
         let out = Output {
@@ -508,7 +544,7 @@ mod tests {
     use super::*;
     use crate::packed_matrix::{WeightDtype, Weights};
     use crate::quantized::QuantizedWeights;
-    use crate::workers::{Priority, WorkerPool};
+    use crate::workers::WorkerPool;
     use std::panic::{AssertUnwindSafe, catch_unwind};
 
     fn noise(len: usize, seed: u64) -> Vec<f32> {
@@ -556,6 +592,7 @@ mod tests {
                 for threads in [1, 3] {
                     let pool = WorkerPool::new(threads);
                     let ctx = &Ctx { pool: &pool, isa, priority: Priority::Prefill };
+                    let portable = &Ctx { isa: Isa::PORTABLE, ..*ctx };
                     let (mut normed, mut gated) = (vec![0.0; m * k], vec![0.0; m * k]);
                     crate::rms_norm(ctx, &x, &norm, 1e-5, &mut normed);
                     crate::silu_mul(ctx, &gate_up, k, &mut gated);
@@ -581,9 +618,9 @@ mod tests {
                             };
                             let (mut want, bias) = (of_section(&residual), Some(&bias[columns.clone()]));
                             match section {
-                                MatrixRef::Float(w) => crate::matmul(ctx, plain, m, w, bias, true, &mut want),
+                                MatrixRef::Float(w) => crate::matmul(portable, plain, m, w, bias, true, &mut want),
                                 MatrixRef::Quantized(w) => {
-                                    crate::matmul_quantized(ctx, plain, m, w, bias, true, &mut want);
+                                    crate::matmul_quantized(portable, plain, m, w, bias, true, &mut want);
                                 }
                             }
                             assert!(bits(&of_section(&out)) == bits(&want), "{isa:?} [{m}, {k}] {index} {columns:?}");

@@ -53,7 +53,7 @@ impl KvThreads {
             .enable_all()
             .thread_name("kv")
             .on_thread_start(begin.clone())
-            .on_thread_park(turn_end::on_turn_end)
+            .on_thread_park(turn_end::on_park)
             .build()?;
         let handle = runtime.handle().clone();
         handle.spawn(time.tell(ledger.clone()));
@@ -104,5 +104,52 @@ impl quinn::Runtime for QuicOn {
     fn wrap_udp_socket(&self, socket: std::net::UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
         let _entered = self.0.enter();
         TokioRuntime.wrap_udp_socket(socket)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use common::ids::Role;
+
+    use crate::turn_end::{AtTurnEnd, at_turn_end};
+
+    struct Bell(std::sync::mpsc::Sender<()>);
+
+    impl AtTurnEnd for Bell {
+        fn on_turn_end(&self) {
+            let _ = self.0.send(());
+        }
+    }
+
+    #[test]
+    fn what_waits_for_the_end_of_a_turn_is_done_by_a_thread_that_has_nothing_to_do_and_by_one_that_always_has() {
+        let threads = KvThreads::start(&Ledger::new(Role::PrefillNode, "turns")).unwrap();
+        let (sender, heard) = std::sync::mpsc::channel();
+        for is_busy in [false, true, false, true] {
+            let bell = Arc::new(Bell(sender.clone()));
+            let task = threads.handle().spawn(async move {
+                at_turn_end(bell);
+                while is_busy {
+                    turns::give_way();
+                    tokio::task::yield_now().await;
+                }
+                std::future::pending().await
+            });
+            heard.recv_timeout(Duration::from_secs(30)).expect("a turn ends");
+            task.abort();
+        }
+    }
+
+    #[test]
+    fn thread_for_blocking_work_puts_nothing_off() {
+        let threads = KvThreads::start(&Ledger::new(Role::PrefillNode, "turns")).unwrap();
+        let (sender, heard) = std::sync::mpsc::channel();
+        let is_told = threads.handle().spawn_blocking(move || {
+            at_turn_end(Arc::new(Bell(sender)));
+            heard.try_recv().is_ok()
+        });
+        assert!(threads.handle().block_on(is_told).unwrap());
     }
 }

@@ -29,9 +29,11 @@ thread_local! {
     static WAITING: RefCell<Option<Waiting>> = const { RefCell::new(None) };
 }
 
-/// The calling thread takes turns, and will say when they [end](on_turn_end).
-pub(crate) fn begin() {
-    WAITING.set(Some(Waiting::default()));
+/// The calling thread is about to sleep, and was or will be told of when its turns [end](on_turn_end). Only from its first
+/// time on is anything put off there: a thread that never calls this, as one for blocking work, does all at once.
+pub(crate) fn on_park() {
+    let ended = WAITING.replace(Some(Waiting::default()));
+    drop(ended);
 }
 
 /// Has `what` done at the end of the turn; at once on a thread that takes none.
@@ -52,7 +54,7 @@ pub(crate) fn at_turn_end(what: Arc<dyn AtTurnEnd>) {
     }
 }
 
-/// The turn has ended, or the thread is about to sleep.
+/// The turn has ended.
 pub(crate) fn on_turn_end() {
     // Taken out first: what is done may wake whoever puts more in.
     let ended = WAITING.with_borrow_mut(|waiting| waiting.as_mut().map(std::mem::take));
@@ -85,7 +87,7 @@ mod tests {
         let (one, other) = (Arc::new(Count::default()), Arc::new(Count::default()));
         let counted = (one.clone(), other.clone());
         let turns = std::thread::spawn(move || {
-            begin();
+            on_park();
             for _ in 0..3 {
                 at_turn_end(one.clone());
                 at_turn_end(other.clone());

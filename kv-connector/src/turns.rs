@@ -54,7 +54,6 @@ pub(crate) fn step_behind() {
         tracing::debug!(%error, "the threads of KV are not put behind others");
     }
     OWN_TURN.set(Some(Turn::begin()));
-    turn_end::begin();
 }
 
 /// If this thread's turn is over, does what [waits for that](turn_end) and offers the core to others; nothing on a

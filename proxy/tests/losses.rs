@@ -170,6 +170,30 @@ async fn nodes_that_were_lost_and_are_reached_again_go_on() {
 }
 
 #[tokio::test]
+async fn a_node_that_is_lost_again_and_again_is_503_and_its_prompt_is_not_to_blame() {
+    let endpoint = Endpoint::scripted(&["d0"], TEXT, |call, _, _| match call {
+        0..9 => Behaviour::LoseAfter(1),
+        _ => Behaviour::Serve,
+    })
+    .await;
+    let body = completion(json!({}));
+    let mut posting = std::pin::pin!(endpoint.post("/v1/completions", &body));
+    let mut num_calls = 0;
+    let response = loop {
+        tokio::select! {
+            response = &mut posting => break response,
+            () = tokio::task::yield_now() => {}
+        }
+        if endpoint.nodes.calls().len() > num_calls {
+            num_calls += 1;
+            endpoint.nodes.rejoin();
+        }
+    };
+    assert_eq!((response.status().as_u16(), endpoint.nodes.calls().len()), (503, 9));
+    assert_eq!(texts(&endpoint.post_ok("/v1/completions", &body).await), [TEXT]);
+}
+
+#[tokio::test]
 async fn no_node_is_503_with_retry_after() {
     let endpoint = Endpoint::answering(TEXT).await;
     endpoint.nodes.set_view(proxy::route::ClusterView::default());

@@ -279,7 +279,7 @@ fn load_kernels(
     for kernel in EMBEDDED {
         match load_kernel(context, kernel, capability, folder) {
             Ok(loaded) => functions.extend(loaded),
-            Err(error) if kernel.is_hopper() && (folder.is_none() || capability != (9, 0)) => {
+            Err(error) if kernel.is_hopper() => {
                 hopper_kernels = Err(error.to_string());
             }
             Err(error) => return Err(error),
@@ -588,6 +588,7 @@ impl Device for Gpu {
     }
 
     fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap, DeviceError> {
+        self.bind()?;
         let BoxedTensor { address, dims, box_dims } = tensor;
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
         let strides = [dims[0] * 2, dims[0] * dims[1] * 2, dims[0] * dims[1] * dims[2] * 2];

@@ -112,9 +112,16 @@ fn a_packed_matrix_holds_exactly_what_it_was_made_of() {
 #[test]
 fn every_instruction_set_gives_the_bits_of_the_reference() {
     for format in FORMATS {
-        for (m, k, n) in
-            [(1, 256, 1), (1, 512, 96), (2, 256, 33), (5, 768, 70), (7, 256, 31), (29, 512, 64), (17, 1280, 40)]
-        {
+        for (m, k, n) in [
+            (1, 256, 1),
+            (1, 512, 96),
+            (2, 256, 33),
+            (5, 768, 70),
+            (7, 256, 31),
+            (29, 512, 64),
+            (17, 1280, 40),
+            (7, 2304, 33),
+        ] {
             let w = QuantizedMatrix::pack(&[&weights(format, n, k, 1)]).unwrap();
             let (x, bias) = (noise(m * k, 2), noise(n, 3));
             for (bias, add) in [(None, false), (Some(&bias[..]), true)] {

@@ -144,7 +144,7 @@ mod tests {
         let notices = Notices::new(4);
         let reader = notices.clone();
         let turns = std::thread::spawn(move || {
-            turn_end::begin();
+            turn_end::on_park();
             let mut reading = pin!(reader.next());
             let before = reading.as_mut().now_or_never();
             reader.put(7);

@@ -1,5 +1,8 @@
 //! The extents that one owner has begun to send.
 
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
 use tokio::runtime::Handle;
 use tokio::task::JoinSet;
 
@@ -27,6 +30,21 @@ impl Drop for Ending {
     }
 }
 
+/// A send and, dropped behind it whether it has begun or not, its end: once that is told, nobody reads the extent's blocks.
+struct Sending<F> {
+    sending: Pin<Box<F>>,
+    ending: Ending,
+}
+
+impl<F: Future<Output = bool>> Future for Sending<F> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        this.sending.as_mut().poll(cx).map(|has_left| this.ending.has_left = has_left)
+    }
+}
+
 impl Default for ExtentSends {
     fn default() -> Self {
         // Bounded by the sends themselves: each has one end.
@@ -42,12 +60,7 @@ impl ExtentSends {
         self.num_begun += 1;
         // From here on, so that what is given up before it begins has an end too.
         let ending = Ending { has_left: false, ended: self.ended.clone() };
-        let task = async move {
-            // Dropped behind `sending`: once its end is told, nobody reads the extent's blocks.
-            let mut ending = ending;
-            ending.has_left = sending.await;
-        };
-        self.tasks.spawn_on(task, threads);
+        self.tasks.spawn_on(Sending { sending: Box::pin(sending), ending }, threads);
     }
 
     /// Sends whose end has not been heard of.
@@ -124,7 +137,7 @@ mod tests {
                 *self.1.lock().unwrap() = Some(self.0.try_next().is_some());
             }
         }
-        for is_aborted in [true, false] {
+        for (is_aborted, has_begun) in [(true, true), (true, false), (false, true)] {
             let (mut sends, was_told) = (ExtentSends::default(), Arc::default());
             let block = Block(sends.ended.clone(), Arc::clone(&was_told));
             let sending = async move {
@@ -133,8 +146,10 @@ mod tests {
                 if is_aborted { std::future::pending().await } else { true }
             };
             sends.spawn_on(&Handle::current(), sending);
-            if is_aborted {
+            if has_begun {
                 tokio::task::yield_now().await;
+            }
+            if is_aborted {
                 sends.give_up();
             }
             assert_eq!(sends.next_ended().await, Some(!is_aborted));

@@ -5,18 +5,17 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 
-use common::ids::NodeId;
 use common::timeline::NodeTimeline;
 use common::wire::GenerateEvent;
 use futures::Stream;
 use tokio::time::Instant;
 
 use super::nodes::{GenerateStream, NodeLost};
-use crate::route::{OwnWork, Stay};
+use crate::route::{NodeLife, OwnWork, Stay};
 
 /// One `Generate` that is open on a node.
 pub(super) struct Leg {
-    pub(super) node: NodeId,
+    pub(super) life: NodeLife,
     pub(super) stay: Stay,
     pub(super) choices: Vec<usize>,
     pub(super) events: GenerateStream,

@@ -28,12 +28,17 @@ use super::leg::{Leg, OpenStream, SentTokens, WaitingLeg, next_event};
 use super::nodes::NodeLost;
 use super::quarantine::Fingerprint;
 use crate::openai::{ApiError, ErrorKind};
-use crate::route::{ClusterView, PromptDemand, Stay, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
+use crate::route::{ClusterView, NodeLife, PromptDemand, Stay, pick_decode_node, pick_prefill_nodes, pick_prefix_peer};
 
 /// Shortest pause before a resume; it doubles with every loss of the request.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// How often a resume that has no node to go to looks again.
 const LOOK_AGAIN: Duration = Duration::from_millis(100);
+/// So many nodes that cannot be reached, or are leaving, are passed by without a pause.
+const PASSED_BY_AT_ONCE_MAX: usize = 8;
+/// Losses of nodes that are reached again each time, behind which a request is given up: it is the way to them that fails,
+/// or this proxy that stands still.
+const LOSSES_MAX: usize = 8;
 /// `Retry-After` when no node can serve.
 const RETRY_AFTER_UNAVAILABLE: Duration = Duration::from_secs(2);
 
@@ -48,8 +53,12 @@ pub struct Dispatch {
     attempt: u32,
     /// Nodes that failed under this request or are leaving.
     excluded: HashSet<Stay>,
-    /// Those of them that were lost with it.
-    lost: HashSet<Stay>,
+    /// Lives of nodes that were lost with it.
+    lost: HashSet<NodeLife>,
+    /// Losses in all: a node that was lost may be reached again, and lost again.
+    num_losses: usize,
+    /// Nodes that could not be reached, or were leaving.
+    num_passed_by: usize,
     /// Nodes that said `Busy`, and the shortest time they named.
     busy: HashSet<Stay>,
     busy_for: Option<Duration>,
@@ -74,6 +83,8 @@ impl Dispatch {
             attempt: 0,
             excluded: HashSet::new(),
             lost: HashSet::new(),
+            num_losses: 0,
+            num_passed_by: 0,
             busy: HashSet::new(),
             busy_for: None,
             stranded_since: None,
@@ -223,7 +234,7 @@ impl Dispatch {
         let open = OpenStream::new(node.own.clone(), dispatcher.num_streams.clone());
         let events = dispatcher.nodes.generate(node, generate);
         self.legs.push(Leg {
-            node: node.node.clone(),
+            life: node.life(),
             stay: node.stay,
             choices,
             events,
@@ -306,8 +317,8 @@ impl Dispatch {
             }
             Some(Ok(GenerateEvent::Busy { retry_after })) => {
                 let leg = self.legs.swap_remove(leg);
-                tracing::debug!(node = %leg.node, ?retry_after, "node is full");
-                self.dispatcher.metrics.on_busy(&leg.node);
+                tracing::debug!(node = %leg.life.0, ?retry_after, "node is full");
+                self.dispatcher.metrics.on_busy(&leg.life.0);
                 self.busy_for = Some(self.busy_for.map_or(retry_after, |shortest| shortest.min(retry_after)));
                 self.busy.insert(leg.stay);
                 self.waiting.push(WaitingLeg { choices: leg.choices, not_before: Instant::now() });
@@ -318,7 +329,7 @@ impl Dispatch {
             }
             Some(Err(NodeLost::Unreachable(reason))) => {
                 let leg = self.legs.swap_remove(leg);
-                tracing::warn!(node = %leg.node, reason, "node cannot be reached");
+                tracing::warn!(node = %leg.life.0, reason, "node cannot be reached");
                 self.go_elsewhere(leg);
             }
             Some(Err(NodeLost::Lost(reason))) => {
@@ -356,7 +367,7 @@ impl Dispatch {
         let has_tokens = leg.choices.iter().any(|choice| !self.choices[*choice].committed().is_empty());
         match error {
             NodeError::Draining => {
-                tracing::info!(node = %leg.node, "node is draining");
+                tracing::info!(node = %leg.life.0, "node is draining");
                 self.go_elsewhere(leg);
                 Ok(())
             }
@@ -364,16 +375,18 @@ impl Dispatch {
             NodeError::Invalid { reason } if !has_tokens => Err(ApiError::new(ErrorKind::InvalidRequest, reason)),
             error if error.is_worth_a_retry() => self.on_loss(leg, &error.to_string()),
             error => {
-                tracing::error!(node = %leg.node, %error, "node refused a request it should not have");
+                tracing::error!(node = %leg.life.0, %error, "node refused a request it should not have");
                 Err(ApiError::new(ErrorKind::Internal, format!("a node refused to go on: {error}")))
             }
         }
     }
 
-    /// The node is not to blame for this request: another one at once, uncounted.
+    /// The node is not to blame for this request: another one, and at once unless it goes on like this.
     fn go_elsewhere(&mut self, leg: Leg) {
         self.excluded.insert(leg.stay);
-        self.waiting.extend(self.unfinished_legs(&leg.choices, Instant::now()));
+        self.num_passed_by += 1;
+        let pause = if self.num_passed_by > PASSED_BY_AT_ONCE_MAX { jittered(LOOK_AGAIN) } else { Duration::ZERO };
+        self.waiting.extend(self.unfinished_legs(&leg.choices, Instant::now() + pause));
     }
 
     /// The node failed under this request: another one, paced, or none any more.
@@ -382,20 +395,28 @@ impl Dispatch {
         if resumed.is_empty() {
             return Ok(()); // only the closing word is missing
         }
-        let node = leg.node;
-        self.excluded.insert(leg.stay);
-        if self.lost.insert(leg.stay) {
+        let node = leg.life.0.clone();
+        self.num_losses += usize::from(self.excluded.insert(leg.stay));
+        if self.lost.insert(leg.life) {
             self.dispatcher.metrics.on_node_loss(&node);
         }
-        tracing::warn!(%node, reason, num_losses = self.lost.len(), "a node was lost under this request");
+        tracing::warn!(%node, reason, num_losses = self.num_losses, "a node was lost under this request");
         if self.lost.len() > self.dispatcher.settings.max_losses {
             lock(&self.dispatcher.quarantine).insert(self.fingerprint, Instant::now().into_std());
-            tracing::error!(num_losses = self.lost.len(), "gave the request up and quarantined its prompt");
+            tracing::error!(num_losses = self.num_losses, "gave the request up and quarantined its prompt");
             let message =
                 format!("{} nodes were lost under this request, the last one because {reason}", self.lost.len());
             return Err(ApiError::new(ErrorKind::Internal, message));
         }
-        let pause = jittered(PAUSE_MIN * (1 << self.lost.len().min(6)));
+        if self.num_losses > LOSSES_MAX {
+            let message = format!(
+                "nodes were lost under this request {} times, the last one because {reason}: repeat it after the time in \
+                 Retry-After",
+                self.num_losses
+            );
+            return Err(ApiError::new(ErrorKind::Unavailable, message).with_retry_after(RETRY_AFTER_UNAVAILABLE));
+        }
+        let pause = jittered(PAUSE_MIN * (1 << self.num_losses.min(6)));
         for leg in resumed {
             let turn = lock(&self.dispatcher.budget).draw(Instant::now().into_std());
             let Some(turn) = turn else {

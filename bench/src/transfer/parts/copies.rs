@@ -1,6 +1,7 @@
-//! The least that KV within one host takes: each end reads the bytes once, one of them writes them, and a notice goes
+//! What KV within one host takes at least: each end reads the bytes once, one of them writes them, and a notice goes
 //! from one process to the other. Both fill their memory with the same, so that what the receiver copies is what the
-//! sender hashes, without a mapping between them.
+//! sender hashes, without a mapping between them: the receiver reads from memory what `shm` may find in a cache that
+//! the two cores share, so `shm` can be ahead of this where there is one.
 
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -42,6 +43,7 @@ impl Looking {
             match self.stream.read(into) {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => return self.rest(&mut into[count..]),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() != ErrorKind::WouldBlock => return Err(error),
                 Err(_) if began_at.elapsed() > LOOKS => break,
                 Err(_) => std::hint::spin_loop(),
@@ -52,18 +54,24 @@ impl Looking {
 
     /// Sleeps where the other end is behind, also an end that looks.
     fn write(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+        if !self.looks {
+            return self.stream.write_all(bytes);
+        }
         self.stream.set_nonblocking(false)?;
         self.stream.write_all(bytes)?;
-        self.stream.set_nonblocking(self.looks)
+        self.stream.set_nonblocking(true)
     }
 
     fn rest(&mut self, into: &mut [u8]) -> std::io::Result<()> {
         if into.is_empty() {
             return Ok(());
         }
+        if !self.looks {
+            return self.stream.read_exact(into);
+        }
         self.stream.set_nonblocking(false)?;
         self.stream.read_exact(into)?;
-        self.stream.set_nonblocking(self.looks)
+        self.stream.set_nonblocking(true)
     }
 }
 

@@ -88,7 +88,11 @@ pub(super) fn serve_copies(dir: &Path, mib: u32) -> anyhow::Result<()> {
     std::thread::spawn(move || {
         while let Ok((stream, _)) = listener.accept() {
             // It ends with the one who asks.
-            std::thread::spawn(move || copies::serve(stream, mib));
+            std::thread::spawn(move || {
+                if let Err(error) = copies::serve(stream, mib) {
+                    eprintln!("copies: {error:#}");
+                }
+            });
         }
     });
     Ok(())
@@ -102,7 +106,6 @@ mod tests {
 
     use crate::transfer::baseline::Asked;
 
-    /// Bytes that are not what was sent are noticed by each of them.
     #[test]
     fn each_part_moves_what_is_asked_for() {
         let dir = tempfile::tempdir().unwrap();

@@ -32,7 +32,11 @@ pub(super) fn fetch(peer: &Arc<Peer>, runs: &[PoolRun], arriving: &mut Arriving)
             fetch.begin(index + 1, next)?;
         }
         let num_bytes = lot.iter().map(|run| run.num_bytes as usize).sum();
-        fetch.staging().deliver(index, num_bytes, &peer.inner.pool, arriving)?;
+        if let Err(refused) = fetch.staging().deliver(index, num_bytes, &peer.inner.pool, arriving) {
+            // That nobody wants it any more is not the peer's; that a read of it does not end is.
+            fetch.wait()?;
+            return Err(refused);
+        }
     }
     Ok(())
 }

@@ -216,6 +216,9 @@ impl Agent {
         let (mut data, mut len) = (null_mut(), 0);
         // SAFETY: a live agent, places for the answers.
         checked("get_local_md", unsafe { (self.functions.get_local_md)(agent.0, &mut data, &mut len) })?;
+        if data.is_null() {
+            return Err("get_local_md gave no metadata".to_string());
+        }
         // SAFETY: the library has allocated `len` bytes with malloc, for its caller to give back.
         let metadata = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) }.to_vec();
         // SAFETY: as above, once.
@@ -231,6 +234,9 @@ impl Agent {
         let loaded =
             unsafe { (self.functions.load_remote_md)(agent.0, metadata.as_ptr().cast(), metadata.len(), &mut name) };
         checked("load_remote_md", loaded)?;
+        if name.is_null() {
+            return Err("load_remote_md named no agent".to_string());
+        }
         // SAFETY: the library has made a C string with malloc, for its caller to give back.
         let owned = unsafe { CStr::from_ptr(name) }.to_owned();
         // SAFETY: as above, once.

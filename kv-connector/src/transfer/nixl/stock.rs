@@ -61,6 +61,7 @@ impl Inner {
     /// # Errors
     /// None is left, or no other can be made.
     pub(super) fn take_staging(&self) -> Result<Staging, String> {
+        self.enter()?;
         let mut stock = self.stock();
         if let Some(staging) = stock.take(|request| self.agent.end(request)) {
             return Ok(staging);

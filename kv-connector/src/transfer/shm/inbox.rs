@@ -86,6 +86,8 @@ impl Inbox {
         take_attached(&mut buffer)?;
         loop {
             while let Some(message) = take_message(&mut buffer)? {
+                // Also where nothing is copied, as of extents that nobody asked for: answers leave at the end of a turn.
+                turns::give_way();
                 match message {
                     Message::Extent { id, body } => {
                         let given_up = self.begin(id)?;

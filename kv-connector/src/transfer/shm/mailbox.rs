@@ -157,13 +157,20 @@ impl Mailbox {
         let mut unsent = self.unsent();
         unsent.extend_from_slice(&id.to_le_bytes());
         unsent.extend_from_slice(&[if is_taken { TAKEN } else { REFUSED }]);
+        if unsent.len() > self.unsent_bytes_max {
+            self.write_or_give_up(&mut unsent);
+        }
     }
 
     pub(super) fn post(&self, parts: &[&[u8]]) {
         self.on_traffic();
         let mut unsent = self.unsent();
         parts.iter().for_each(|part| unsent.extend_from_slice(part));
-        if self.write(&mut unsent).is_err() {
+        self.write_or_give_up(&mut unsent);
+    }
+
+    fn write_or_give_up(&self, unsent: &mut BytesMut) {
+        if self.write(unsent).is_err() {
             // Nobody reads any more, which whoever reads here learns as well.
             unsent.clear();
         }
