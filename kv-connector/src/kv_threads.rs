@@ -135,7 +135,7 @@ mod tests {
                     turns::give_way();
                     tokio::task::yield_now().await;
                 }
-                std::future::pending().await
+                std::future::pending::<()>().await;
             });
             heard.recv_timeout(Duration::from_secs(30)).expect("a turn ends");
             task.abort();
