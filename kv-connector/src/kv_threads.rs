@@ -131,9 +131,11 @@ mod tests {
             let bell = Arc::new(Bell(sender.clone()));
             let task = threads.handle().spawn(async move {
                 at_turn_end(bell);
-                while is_busy {
-                    turns::give_way();
-                    tokio::task::yield_now().await;
+                if is_busy {
+                    loop {
+                        turns::give_way();
+                        tokio::task::yield_now().await;
+                    }
                 }
                 std::future::pending::<()>().await;
             });
