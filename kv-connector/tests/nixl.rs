@@ -551,7 +551,8 @@ async fn whose_receiver_freezes() {
         // Well, if it had been read; else with the connection.
         let _ = sent.unwrap();
     }
-    assert!(to_frozen.is_closed());
+    // All may have been read before it stood still; then only its silence tells.
+    eventually("the connection of who stands still ends", || to_frozen.is_closed()).await;
     pair.hand_over(&Job::new(4, 3000, 0, 1000), 1600).await;
     drop((frozen, to_frozen, source));
     pair.end().await;
