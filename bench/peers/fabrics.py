@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""KV between two processes, one core each: `tandem bench transfer` beside NIXL and Mooncake, in turn.
+"""KV between two processes, one core each: `tandem bench transfer` beside NIXL, Mooncake and s2n-quic, in turn.
 
     cargo build --release
     python -m venv venv && venv/bin/pip install numpy nixl-cu12==1.5.1 mooncake-transfer-engine-non-cuda==0.3.13.post1
-    python bench/peers/fabrics.py --tandem target/release/tandem --python venv/bin/python --rounds 5
+    cargo build --release --locked --manifest-path bench/peers/s2n/Cargo.toml --target-dir target/s2n
+    python bench/peers/fabrics.py --tandem target/release/tandem --python venv/bin/python \
+        --s2n target/s2n/release/s2n-peer --rounds 5
 
 Every round measures every row: first `tandem bench transfer` with one round of its own, then the others, each with
 every size of extents. Figures are medians of the rounds, with the slowest and the fastest. The last columns say what
@@ -11,7 +13,8 @@ Tandem does with extents of the same size (of 1 MiB where they are larger) relat
 CPU second: medians of the ratios of each round. Tandem makes and checks a digest of every extent, encrypts over quic, and sends from
 a pool of blocks; NIXL and Mooncake do neither and move one piece of memory to another. NIXL is measured as it comes and
 as it is fastest here: without its progress thread, over TCP with segments of 256 KiB. Its ends then look for work without
-a pause, so they use their cores whether bytes come or not. A row that is not installed is left out, and said.
+a pause, so they use their cores whether bytes come or not. s2n-quic encrypts and makes no digest; a row for each MTU
+of --s2n-mtu, which ends at some 32 KiB. A row that is not installed is left out, and said.
 """
 import argparse
 import contextlib
@@ -123,6 +126,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tandem", help="the release binary")
     parser.add_argument("--python", help="an interpreter that has NIXL and Mooncake")
+    parser.add_argument("--s2n", help="the binary of bench/peers/s2n")
+    parser.add_argument("--s2n-mtu", type=lambda text: text.split(","), default=["1500", "9000", "32780"],
+                        help="IP and UDP headers included")
     parser.add_argument("--extent-kib", type=lambda text: [int(n) for n in text.split(",")], default=[64, 1024, 4096],
                         help="Tandem's own extents end at 1024 KiB")
     parser.add_argument("--mib", type=int, default=64, help="of one transfer")
@@ -135,6 +141,9 @@ def main():
         end = [args.python, HERE / "fabric_end.py"]
         rows += [(name, [*end, fabric, "owner", args.mib], [*end, fabric, "reader", args.mib], env)
                  for name, fabric, env in PYTHON_ROWS]
+    if args.s2n:
+        rows += [(f"s2n-quic {mtu}", [args.s2n, "owner", args.mib, mtu], [args.s2n, "reader", args.mib, mtu], {})
+                 for mtu in args.s2n_mtu]
     ends = {}
     for name, owner, reader, env in rows:
         started = Ends(owner, reader, env, args.cores)
