@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import statistics
 import subprocess
 import sys
@@ -39,7 +40,8 @@ PYTHON_ROWS = [
 
 
 class Ends:
-    """The two processes of a row, which live through all rounds."""
+    """The two processes of a row, which live through all rounds, and stand still while others are measured: some look for
+    work without a pause, and would take the cores."""
 
     def __init__(self, owner, reader, env, cores):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
@@ -64,7 +66,12 @@ class Ends:
             return None
         return json.loads(self.reader.stdout.readline() or "null")
 
+    def signal(self, which):
+        for process in (self.reader, self.owner):
+            process.send_signal(which)
+
     def end(self):
+        self.signal(signal.SIGCONT)
         for process in (self.reader, self.owner):
             with contextlib.suppress(BrokenPipeError):
                 process.stdin.close()
@@ -150,6 +157,7 @@ def main():
         # The first touches every page and makes the connections.
         if started.is_up and all(started.ask(str(kib << 10)) for kib in args.extent_kib):
             ends[name] = started
+            started.signal(signal.SIGSTOP)
         else:
             started.end()
             print(f"LEFT OUT: {name}: {started.last_words()}", file=sys.stderr)
@@ -160,11 +168,13 @@ def main():
         if args.tandem:
             tandem_round(args, figures)
         for name, pair in ends.items():
+            pair.signal(signal.SIGCONT)
             for kib in args.extent_kib:
                 said = pair.ask(str(kib << 10))
                 assert said, f"{name} ended"
                 row = figures.setdefault(f"{name}, {kib} KiB", Figures())
                 row.observe(args.mib << 20, said["seconds"], said["owner_cpu_seconds"], said["reader_cpu_seconds"])
+            pair.signal(signal.SIGSTOP)
     print(file=sys.stderr)
     for pair in ends.values():
         pair.end()
