@@ -3,6 +3,8 @@
 use std::fmt;
 use std::sync::OnceLock;
 
+use crate::numerics::Order;
+
 /// An instruction set that this machine is known to have. It cannot be made otherwise, which is what makes
 /// calling the `target_feature` kernels sound.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -12,6 +14,7 @@ pub struct Isa(pub(crate) Kind);
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub(crate) enum Kind {
     Portable,
+    PortableTiles,
     #[cfg(target_arch = "x86_64")]
     Avx2,
     #[cfg(target_arch = "x86_64")]
@@ -20,6 +23,8 @@ pub(crate) enum Kind {
     Avx512Vnni,
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    #[cfg(target_arch = "x86_64")]
+    Amx,
 }
 
 /// Why an instruction set named by a user cannot be used.
@@ -43,10 +48,7 @@ impl fmt::Display for IsaError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             IsaError::Unknown { name } => {
-                write!(
-                    f,
-                    "`{name}` is not an instruction set: use auto, portable, avx2, avx512, avx512vnni or avx512bf16"
-                )
+                write!(f, "`{name}` is not an instruction set: use auto or one of {}", NAMES.join(", "))
             }
             IsaError::Missing { name, available } => {
                 write!(f, "this machine lacks `{name}`: use one of {available}, or auto")
@@ -57,9 +59,38 @@ impl fmt::Display for IsaError {
 
 impl std::error::Error for IsaError {}
 
+/// What [`Isa::parse`] knows beside `auto`.
+const NAMES: [&str; 7] = ["portable", "portable-tiles", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx"];
+
 impl Isa {
     /// Scalar code that runs anywhere: the references themselves.
     pub const PORTABLE: Isa = Isa(Kind::Portable);
+
+    /// The same in the order of tiles.
+    pub const PORTABLE_TILES: Isa = Isa(Kind::PortableTiles);
+
+    /// In which order products of bf16 are added up. Instruction sets of one order give the same bits.
+    pub fn order(self) -> Order {
+        match self.0 {
+            Kind::PortableTiles => Order::Tiles,
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx => Order::Tiles,
+            _ => Order::Pairs,
+        }
+    }
+
+    /// The scalar code of the same order.
+    pub fn reference(self) -> Isa {
+        match self.order() {
+            Order::Pairs => Isa::PORTABLE,
+            Order::Tiles => Isa::PORTABLE_TILES,
+        }
+    }
+
+    /// Whether this is scalar code.
+    pub fn is_reference(self) -> bool {
+        self == self.reference()
+    }
 
     /// The fastest instruction set of this machine.
     pub fn detect() -> Isa {
@@ -71,7 +102,7 @@ impl Isa {
         static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
         FOUND.get_or_init(|| {
             #[allow(unused_mut)]
-            let mut found = vec![Isa::PORTABLE];
+            let mut found = vec![Isa::PORTABLE, Isa::PORTABLE_TILES];
             #[cfg(target_arch = "x86_64")]
             if !cfg!(miri)
                 && is_x86_feature_detected!("avx2")
@@ -97,6 +128,10 @@ impl Isa {
                         && unsafe { crate::simd::bf16_dot_product_is_the_fold(64) }
                     {
                         found.push(Isa(Kind::Avx512Bf16));
+                        // Every processor with tiles has these, too.
+                        if crate::amx::is_available() {
+                            found.push(Isa(Kind::Amx));
+                        }
                     }
                 }
             }
@@ -105,7 +140,8 @@ impl Isa {
     }
 
     /// The instruction set of that name: `auto`, `portable`, `avx2`, `avx512` (widen and multiply), `avx512vnni`
-    /// (`vpdpbusd` for integers) or `avx512bf16` (`vdpbf16ps` too). All give the same bits.
+    /// (`vpdpbusd` for integers) or `avx512bf16` (`vdpbf16ps` too), which all give the same bits; `amx` (tiles), or
+    /// `portable-tiles`, which gives the bits of `amx` anywhere.
     ///
     /// # Errors
     /// The name is unknown, or the machine lacks the instruction set.
@@ -113,7 +149,7 @@ impl Isa {
         if name == "auto" {
             return Ok(Isa::detect());
         }
-        if !["portable", "avx2", "avx512", "avx512vnni", "avx512bf16"].contains(&name) {
+        if !NAMES.contains(&name) {
             return Err(IsaError::Unknown { name: name.to_owned() });
         }
         Isa::available().iter().copied().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Missing {
@@ -126,6 +162,7 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self.0 {
             Kind::Portable => "portable",
+            Kind::PortableTiles => "portable-tiles",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx2 => "avx2",
             #[cfg(target_arch = "x86_64")]
@@ -134,6 +171,8 @@ impl Isa {
             Kind::Avx512Vnni => "avx512vnni",
             #[cfg(target_arch = "x86_64")]
             Kind::Avx512Bf16 => "avx512bf16",
+            #[cfg(target_arch = "x86_64")]
+            Kind::Amx => "amx",
         }
     }
 }
@@ -168,7 +207,28 @@ mod tests {
             #[allow(unsafe_code)]
             let holds = unsafe { crate::simd::bf16_dot_product_is_the_fold(20_000) };
             assert!(holds);
-            assert_eq!(Isa::detect().name(), "avx512bf16");
+            assert!(Isa::available().iter().any(|isa| isa.name() == "avx512bf16"));
         }
+    }
+
+    /// As Intel documents it. A machine where this fails has no `amx`, and computes in the order of pairs.
+    #[cfg(target_arch = "x86_64")]
+    #[test]
+    fn product_of_tiles_of_this_machine_is_the_specified_fold() {
+        if Isa::parse("amx").is_ok() {
+            // SAFETY: the instruction set was found.
+            #[allow(unsafe_code)]
+            let holds = unsafe { crate::amx::product_is_the_fold_of_blocks(500) };
+            assert!(holds);
+        }
+    }
+
+    #[test]
+    fn every_instruction_set_has_the_scalar_code_of_its_order() {
+        for &isa in Isa::available() {
+            assert_eq!(isa.reference().order(), isa.order());
+            assert!(isa.reference().is_reference());
+        }
+        assert_ne!(Isa::PORTABLE.order().family(), Isa::PORTABLE_TILES.order().family());
     }
 }

@@ -2,16 +2,17 @@
 //!
 //! Every operation is a trio. The scalar reference in its file is the specification, down to the order of
 //! additions; the fast versions (AVX-512 with and without `vdpbf16ps` and `vpdpbusd`, AVX2 with FMA) give the same bits;
-//! one parity test per operation compares them. [`numerics`] states all orders on one page. An output row
+//! one parity test per operation compares them. Processors with tile registers add products of bf16 up in another
+//! order, which has a reference of its own. [`numerics`] states all orders on one page. An output row
 //! depends on its own inputs and its absolute position alone, never on the batch, the chunk, the number of
-//! threads or the instruction set.
+//! threads or, within an order, the instruction set.
 //!
 //! What this crate does not do: it knows no model, no block manager and no configuration. Who may write
 //! which bytes of the KV arena when is decided by the block manager, see [`arena`].
 //!
 //! A step goes through it in this order; so can a reader:
 //! - [`numerics`]: the orders of all reductions, `exp`, `ln`, rounding to bf16.
-//! - [`isa`]: which instruction sets the machine has; [`workers`]: the pool of threads.
+//! - [`isa`]: which instruction sets the machine has; `amx`: its tiles; [`workers`]: the pool of threads.
 //! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them; [`quantized`]: the
 //!   same with weights of 4, 6 and 8 bits. [`product`], with [`operand`]: the job around both, from the rows that are
 //!   normed or gated on the way to what is done with finished columns; [`qkv`]: that with heads.
@@ -25,6 +26,8 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 pub mod add;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 pub mod arena;
 pub mod attention;
 pub mod ctx;
@@ -62,7 +65,7 @@ pub use isa::{Isa, IsaError};
 pub use kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 pub use kv_write::kv_write;
 pub use matmul::matmul;
-pub use numerics::NUMERICS_FAMILY;
+pub use numerics::Order;
 pub use operand::Operand;
 pub use packed_matrix::{PackedMatrix, WeightDtype, Weights};
 pub use product::{MatrixRef, Product, SECTIONS_MAX, multiply};

@@ -10,6 +10,9 @@ use std::time::Instant;
 
 use crate::ctx::Ctx;
 use crate::isa::Isa;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::Kind;
+use crate::packed_matrix::WeightDtype;
 use crate::pages::Pages;
 use crate::simd::{Simd, vectorised, with_simd};
 
@@ -18,16 +21,16 @@ use crate::simd::{Simd, vectorised, with_simd};
 pub enum Arithmetic {
     /// f32.
     F32,
-    /// bf16 pairs into f32: `vdpbf16ps`, or two multiply-adds of f32 where there is no such instruction.
+    /// bf16 pairs into f32: `tdpbf16ps`, `vdpbf16ps`, or two multiply-adds of f32 where there is no such instruction.
     Bf16,
-    /// Bytes into 32-bit integers: `vpdpbusd`, or what stands for it.
+    /// Bytes into 32-bit integers: `tdpbusd`, `vpdpbusd`, or what stands for it.
     Int8,
 }
 
 /// Operations (two for each multiply-add) per second that all threads of `ctx` do together in registers; `None` on
 /// the portable instruction set, of which nothing is known. Takes about 10 milliseconds.
 pub fn peak_ops_per_second(ctx: &Ctx<'_>, arithmetic: Arithmetic) -> Option<f64> {
-    if ctx.isa == Isa::PORTABLE {
+    if ctx.isa.is_reference() {
         return None;
     }
     let isa = ctx.isa;
@@ -96,8 +99,13 @@ const fn num_sums(tile_rows: usize) -> usize {
 const SUMS_MAX: usize = 16;
 
 fn ops_per_round(isa: Isa, arithmetic: Arithmetic) -> usize {
-    let lanes = 16 * num_sums(crate::matmul::tile_rows(isa));
+    let lanes = 16 * num_sums(crate::matmul::tile_rows(isa, WeightDtype::F32));
     match arithmetic {
+        // Four tiles of 16 x 16 x 16 lanes.
+        #[cfg(target_arch = "x86_64")]
+        Arithmetic::Bf16 if isa.0 == Kind::Amx => 4 * 4 * 16 * 16 * 16,
+        #[cfg(target_arch = "x86_64")]
+        Arithmetic::Int8 if isa.0 == Kind::Amx => 8 * 4 * 16 * 16 * 16,
         Arithmetic::F32 => 2 * lanes,
         Arithmetic::Bf16 => 4 * lanes,
         Arithmetic::Int8 => 8 * lanes,
@@ -105,6 +113,11 @@ fn ops_per_round(isa: Isa, arithmetic: Arithmetic) -> usize {
 }
 
 fn multiply(isa: Isa, arithmetic: Arithmetic, rounds: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if isa.0 == Kind::Amx && arithmetic != Arithmetic::F32 {
+        // SAFETY: an `Isa` exists only for instruction sets of this machine.
+        return unsafe { crate::amx::multiply_in_registers(rounds, arithmetic == Arithmetic::Int8) };
+    }
     match arithmetic {
         Arithmetic::F32 => with_simd!(isa, fold_f32(rounds: usize), else ()),
         Arithmetic::Bf16 => with_simd!(isa, fold_pairs(rounds: usize), else ()),
@@ -171,7 +184,7 @@ mod tests {
             let ctx = Ctx { pool: &pool, isa, priority: Priority::Prefill };
             for arithmetic in [Arithmetic::F32, Arithmetic::Bf16, Arithmetic::Int8] {
                 let peak = peak_ops_per_second(&ctx, arithmetic);
-                assert_eq!(peak.is_some(), isa != Isa::PORTABLE, "{isa:?} {arithmetic:?}");
+                assert_eq!(peak.is_some(), !isa.is_reference(), "{isa:?} {arithmetic:?}");
                 assert!(peak.is_none_or(|peak| peak.is_finite() && peak > 0.0), "{isa:?} {arithmetic:?}: {peak:?}");
             }
         }

@@ -10,6 +10,9 @@
 //! A unit takes its panels one after another, and each in blocks of steps that stay in the first-level cache while
 //! the tiles stream past from the second-level cache; the sums wait in memory for the next block, which comes nearer
 //! meanwhile. So weights come from memory once. Units share outputs, never k.
+//!
+//! Where the processor has tile registers, bf16 is multiplied in these (`amx`): a tile is up to 32 rows then, of which
+//! `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
@@ -18,7 +21,7 @@ use std::ops::Range;
 
 use crate::ctx::Ctx;
 use crate::isa::{Isa, Kind};
-use crate::numerics::{LANES, bf16_pair, fold_pair, round_bf16};
+use crate::numerics::{LANES, Order, TILE_STEPS, bf16_pair, round_bf16};
 use crate::operand::Operand;
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::{Kept, lend};
@@ -27,6 +30,10 @@ use crate::simd::{Simd, fold_tile, with_simd};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
+
+/// The same where tiles are multiplied, in steps of 16: 32 KiB.
+#[cfg(target_arch = "x86_64")]
+const TILE_BLOCKS: usize = 16;
 
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
@@ -44,62 +51,75 @@ type Job<'a> = crate::product::Job<'a, PackedMatrix>;
 pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
         let sums = sums.cast::<f32>();
+        #[cfg(target_arch = "x86_64")]
+        if multiplies_tiles(isa, job.w.dtype()) {
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
+                // SAFETY: as required of the caller.
+                unsafe { multiply_tiles(job, panels, tiles, sums) }
+            }
+            // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row of these tiles.
+            return unsafe { amx(job, panels, tiles, sums) };
+        }
         with_simd!(
             isa,
             compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32),
-            else reference_unit(job, panels, tiles)
+            else reference_unit(isa.order(), job, panels, tiles)
         );
     });
 }
 
 /// The specification: one output before bias and residual.
-fn reference(x: &[f32], w: &PackedMatrix, column: usize) -> f32 {
-    let panel = w.panel(column / PANEL);
-    let mut y = 0.0f32;
-    for step in 0..w.depth() {
-        let weight = panel[step * PANEL + column % PANEL];
-        y = match w.dtype() {
-            WeightDtype::F32 => x[step].mul_add(f32::from_bits(weight), y),
-            WeightDtype::Bf16 => {
-                let odd = x.get(2 * step + 1).copied().unwrap_or(0.0);
-                fold_pair(y, bf16_pair(x[2 * step], odd), weight)
-            }
-        };
+fn reference(order: Order, x: &[f32], w: &PackedMatrix, column: usize) -> f32 {
+    let weights = w.panel(column / PANEL)[column % PANEL..].iter().step_by(PANEL).copied();
+    match w.dtype() {
+        WeightDtype::F32 => x.iter().zip(weights).fold(0.0, |y, (x, weight)| x.mul_add(f32::from_bits(weight), y)),
+        WeightDtype::Bf16 => {
+            let pairs = x.chunks(2).map(|pair| bf16_pair(pair[0], pair.get(1).copied().unwrap_or(0.0)));
+            order.fold(0.0, TILE_STEPS, pairs.zip(weights))
+        }
     }
-    y
 }
 
-pub(crate) fn tile_rows(isa: Isa) -> usize {
+/// Whether tiles of the processor multiply matrices of this type.
+pub(crate) fn multiplies_tiles(isa: Isa, dtype: WeightDtype) -> bool {
+    isa.order() == Order::Tiles && !isa.is_reference() && dtype == WeightDtype::Bf16
+}
+
+/// Rows of a tile at most.
+pub(crate) fn tile_rows(isa: Isa, dtype: WeightDtype) -> usize {
     match isa.0 {
-        Kind::Portable => 12,
+        Kind::Portable | Kind::PortableTiles => 12,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => crate::simd::Avx2::TILE_ROWS,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni => crate::simd::Avx512::TILE_ROWS,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512Bf16 => crate::simd::Avx512Bf16::TILE_ROWS,
+        Kind::Amx if multiplies_tiles(isa, dtype) => 2 * crate::amx::TILE_ROWS,
+        #[cfg(target_arch = "x86_64")]
+        Kind::Avx512Bf16 | Kind::Amx => crate::simd::Avx512Bf16::TILE_ROWS,
     }
 }
 
 /// Lanes of a bf16 pair of a packed row.
 pub(crate) fn pair_lanes(isa: Isa) -> usize {
     match isa.0 {
-        Kind::Portable => 1,
+        Kind::Portable | Kind::PortableTiles => 1,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => crate::simd::Avx2::PAIR_LANES,
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni => crate::simd::Avx512::PAIR_LANES,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512Bf16 => crate::simd::Avx512Bf16::PAIR_LANES,
+        Kind::Avx512Bf16 | Kind::Amx => crate::simd::Avx512Bf16::PAIR_LANES,
     }
 }
 
-fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+fn reference_unit(order: Order, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     let (n, k) = (job.w.rows(), job.w.cols());
     for row in job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end {
         for column in panels.start * PANEL..(panels.end * PANEL).min(n) {
             // SAFETY: the operand of references is rows; inside the output, in this unit's rectangle.
-            unsafe { job.out.put(row, column, reference(job.row(row, k), job.w, column)) };
+            unsafe { job.out.put(row, column, reference(order, job.row(row, k), job.w, column)) };
         }
     }
 }
@@ -139,7 +159,7 @@ struct Block {
     first_row: usize,
     /// Where the next block begins, and which vectors of it to move nearer.
     next: *const u32,
-    ahead: Range<usize>,
+    ahead: [bool; 2],
 }
 
 #[inline(always)]
@@ -154,21 +174,7 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
             let steps = start..(start + BLOCK_STEPS).min(depth);
             let is_last = panel + 1 == panels.end && steps.end == depth;
             for tile in tiles.clone() {
-                let is_alone = tiles.len() == 1;
-                let next = match (is_last, is_alone) {
-                    // What lies behind is the next block of the panel, or the first of the next panel.
-                    (false, _) => job.w.panel(panel).as_ptr().wrapping_add(steps.end * PANEL),
-                    (true, true) => job.next,
-                    (true, false) => std::ptr::null(),
-                };
-                // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several
-                // the first two take half of it each, so that it need not come all at once.
-                let vector = tile - tiles.start;
-                let ahead = match (next.is_null(), is_alone) {
-                    (true, _) => 0..0,
-                    (false, true) => 0..2,
-                    (false, false) => vector..vector + 1,
-                };
+                let (next, ahead) = job.ahead(panel, steps.end, is_last, tile - tiles.start, tiles.len());
                 let block = Block { panel, steps: steps.clone(), sums, first_row, next, ahead };
                 let rows = job.tiles.rows(tile);
                 let first = rows.start;
@@ -221,8 +227,7 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
         let mut ahead = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
-            let is_ours = block.ahead.contains(&(vector + c));
-            ahead[c] = if is_ours { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
+            ahead[c] = if block.ahead[vector + c] { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
         }
         // Always from memory: whether or not is a question that costs more than the answer.
         for r in 0..MR {
@@ -242,6 +247,100 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
                 }
             }
         }
+    }
+}
+
+/// A unit in tile registers.
+///
+/// # Safety
+/// The machine has them; `sums` is valid for 32 of each row of the unit.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
+    use crate::amx::{Configured, PanelBlocks, fold_panel, panel_shapes};
+    use crate::simd::Avx512Bf16;
+
+    let num_blocks = job.w.depth().div_ceil(TILE_STEPS);
+    let first_row = job.tiles.rows(tiles.start).start;
+    let mut configured: Option<(usize, Configured)> = None;
+    for panel in panels.clone() {
+        for start in (0..num_blocks).step_by(TILE_BLOCKS) {
+            let blocks = start..(start + TILE_BLOCKS).min(num_blocks);
+            let is_last = panel + 1 == panels.end && blocks.end == num_blocks;
+            for tile in tiles.clone() {
+                let rows = job.tiles.rows(tile);
+                let (next, halves_ahead) = job.ahead(panel, blocks.end * TILE_STEPS, is_last, tile - tiles.start, tiles.len());
+                if configured.as_ref().is_none_or(|(num_rows, _)| *num_rows != rows.len()) {
+                    drop(configured.take());
+                    // SAFETY: the caller has the instruction set, and the one before is gone.
+                    configured = Some((rows.len(), unsafe { Configured::new(panel_shapes(rows.len())) }));
+                }
+                // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each,
+                // and the sums 32 for each row of the unit.
+                unsafe {
+                    let sums = sums.add((rows.start - first_row) * PANEL);
+                    fold_panel(&PanelBlocks {
+                        a: job.a.add((rows.start * num_blocks + blocks.start * rows.len()) * TILE_STEPS),
+                        b: job.w.panel(panel).as_ptr().add(blocks.start * TILE_STEPS * PANEL),
+                        sums,
+                        num_rows: rows.len(),
+                        num_blocks: blocks.len(),
+                        is_first: blocks.start == 0,
+                        ahead: next,
+                        halves_ahead,
+                    });
+                    if blocks.end == num_blocks {
+                        for (r, row) in rows.enumerate() {
+                            for vector in 0..PANEL / LANES {
+                                let y = Avx512Bf16::load(sums.add(r * PANEL + vector * LANES));
+                                job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+impl Job<'_> {
+    /// What to move nearer while tile `index` of `num_tiles` of a unit passes over a block that ends at `step`: the next
+    /// block, and which halves of its columns.
+    #[inline(always)]
+    fn ahead(&self, panel: usize, step: usize, is_last: bool, index: usize, num_tiles: usize) -> (*const u32, [bool; 2]) {
+        let next = match (is_last, num_tiles) {
+            // What lies behind is the next block of the panel, or the first of the next panel.
+            (false, _) => self.w.panel(panel).as_ptr().wrapping_add(step * PANEL),
+            (true, 1) => self.next,
+            (true, _) => std::ptr::null(),
+        };
+        // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several the
+        // first two take half of it each, so that it need not come all at once.
+        let is_ours = |half: usize| !next.is_null() && (num_tiles == 1 || index == half);
+        (next, [is_ours(0), is_ours(1)])
+    }
+}
+
+/// Packs columns of row `r` of a tile of `num_rows` into blocks of 16 pairs `[block][num_rows][16]`, the last one filled up
+/// with zeros.
+#[inline(always)]
+pub(crate) fn pack_row_in_blocks(row: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
+    let (blocks, rest) = row.as_chunks::<{ 2 * TILE_STEPS }>();
+    let mut into = into.as_chunks_mut::<TILE_STEPS>().0[r..].iter_mut().step_by(num_rows);
+    for (values, into) in blocks.iter().zip(&mut into) {
+        pack_block(values, into);
+    }
+    if let (false, Some(into)) = (rest.is_empty(), into.next()) {
+        let mut last = [0.0; 2 * TILE_STEPS];
+        last[..rest.len()].copy_from_slice(rest);
+        pack_block(&last, into);
+    }
+}
+
+#[inline(always)]
+fn pack_block(values: &[f32; 2 * TILE_STEPS], into: &mut [u32; TILE_STEPS]) {
+    for (lane, pair) in into.iter_mut().zip(values.as_chunks::<2>().0) {
+        *lane = bf16_pair(pair[0], pair[1]);
     }
 }
 
@@ -320,9 +419,11 @@ mod tests {
                 let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k, 1))]);
                 let (x, bias) = (noise(m * k, 2), noise(n, 3));
                 for (bias, add) in [(None, false), (Some(&bias[..]), true)] {
-                    let want = product(Isa::PORTABLE, 1, &x, m, &w, bias, add);
+                    let want = |isa| product(isa, 1, &x, m, &w, bias, add);
+                    let (pairs, tiles) = (want(Isa::PORTABLE), want(Isa::PORTABLE_TILES));
                     for &isa in Isa::available() {
-                        assert_eq!(product(isa, 2, &x, m, &w, bias, add), want, "{isa:?} {dtype:?} [{m}, {k}] x {n}");
+                        let want = if isa.order() == Order::Pairs { &pairs } else { &tiles };
+                        assert_eq!(&product(isa, 2, &x, m, &w, bias, add), want, "{isa:?} {dtype:?} [{m}, {k}] x {n}");
                     }
                 }
             }

@@ -1,7 +1,8 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
-//! Family `cpu-fold-2`. Two machines whose nodes announce the same family compute the same bits. All values
-//! are f32 under IEEE 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
+//! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-1` in blocks of
+//! pairs, as processors with tile registers do. Two machines whose nodes announce the same family compute the same
+//! bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
 //! | operation | order |
@@ -9,6 +10,7 @@
 //! | `embed` | the row as `matmul` has it: bf16 weights through [`round_bf16`], f32 ones as they are, quantized ones `fma(scale, code, -min)` |
 //! | `matmul` f32 | fold over k |
 //! | `matmul` bf16 | operands through [`round_bf16`]; fold over k pairs (2i, 2i+1), inside a pair the odd element first: `acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc))`; an odd k ends with a zero element |
+//! | the same, `cpu-tiles-1` | blocks of 16 pairs in ascending order, the last one filled up with zeros: `e` = fold over the even elements of the block, `o` = fold over the odd ones; `acc = acc + (e + o)` |
 //! | `matmul_quantized` activations | per token and 32 consecutive k (per token where a weight scale covers a whole row): `m` = largest magnitude, below 1e-30 zero; `s = m / 127`; `q = round_even(x * (127 / m))` |
 //! | `matmul_quantized` | groups of weights that share a scale in ascending order: `dot` of integers, exact; `acc = fma(f32(dot), s * scale, acc)`; with minima then `acc = fma(-(s * f32(sum of q)), min, acc)` |
 //! | `matmul` end | `y = acc`; with bias `y = y + bias`; with add `out = out + y` |
@@ -17,7 +19,7 @@
 //! | `silu_mul` | `(g / (1 + exp(-g))) * u` |
 //! | attention scores | fold over head_dim (bf16: pairs as in `matmul`, q through `round_bf16`), then `* scale`, then softcap `c * tanh(s / c)` |
 //! | attention softmax | per part of 512 positions, tiles of 64 counted from position 0, only those with a visible key: `m' = max(m, scores)`, `a = exp(m - m')`, `p = exp(s - m')`, masked p = 0; 16 lanes, lane i adds `p[i], p[i+16], p[i+32], p[i+48]`, tree_sum; `l = fma(l, a, sum)` |
-//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)` |
+//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)`; in `cpu-tiles-1` a block is 8 pairs, the 16 positions of a granule |
 //! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)` |
 //! | `sample` | see there: weights by [`exp`] in f32, sums in f64 in ascending id |
 //!
@@ -27,8 +29,43 @@
 //!
 //! A NaN is a NaN: which of its bit patterns appears is not specified.
 
-/// Name of this set of orders, part of the numerics id that nodes announce. It changes whenever a bit may.
-pub const NUMERICS_FAMILY: &str = "cpu-fold-2";
+/// How products of bf16 operands are added up: what an instruction set computes with. Part of the numerics id that
+/// nodes announce.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Order {
+    /// Pair after pair, as `vdpbf16ps` does.
+    Pairs,
+    /// In blocks, as `tdpbf16ps` does.
+    Tiles,
+}
+
+impl Order {
+    /// Name of the set of orders with this one in it. It changes whenever a bit may.
+    pub fn family(self) -> &'static str {
+        match self {
+            Order::Pairs => "cpu-fold-2",
+            Order::Tiles => "cpu-tiles-1",
+        }
+    }
+
+    /// `acc` plus the products of these pairs, in blocks of `block` pairs where it goes by blocks.
+    #[inline(always)]
+    pub(crate) fn fold(self, acc: f32, block: usize, pairs: impl Iterator<Item = (u32, u32)>) -> f32 {
+        match self {
+            Order::Pairs => pairs.fold(acc, |acc, (a, b)| fold_pair(acc, a, b)),
+            Order::Tiles => {
+                let (mut acc, mut pairs) = (acc, pairs.peekable());
+                while pairs.peek().is_some() {
+                    acc = fold_block(acc, pairs.by_ref().take(block));
+                }
+                acc
+            }
+        }
+    }
+}
+
+/// Pairs of a block of [`Order::Tiles`] in a product of matrices and in scores.
+pub(crate) const TILE_STEPS: usize = 16;
 
 /// Values of one SIMD lane group, whatever the width of the machine's registers.
 pub const LANES: usize = 16;
@@ -83,6 +120,18 @@ pub(crate) fn bf16_pair(even: f32, odd: f32) -> u32 {
 pub(crate) fn fold_pair(acc: f32, a: u32, b: u32) -> f32 {
     let high = f32::from_bits(a & 0xffff_0000).mul_add(f32::from_bits(b & 0xffff_0000), acc);
     f32::from_bits(a << 16).mul_add(f32::from_bits(b << 16), high)
+}
+
+/// One block of a bf16 fold: even and odd elements each on their own. Pairs of zeros at the end change nothing, since no
+/// sum that began with zero is a negative zero.
+#[inline(always)]
+pub(crate) fn fold_block(acc: f32, pairs: impl Iterator<Item = (u32, u32)>) -> f32 {
+    let (even, odd) = pairs.fold((0.0f32, 0.0f32), |(even, odd), (a, b)| {
+        let [a_odd, b_odd] = [a, b].map(|pair| f32::from_bits(pair & 0xffff_0000));
+        let [a_even, b_even] = [a, b].map(|pair| f32::from_bits(pair << 16));
+        (a_even.mul_add(b_even, even), a_odd.mul_add(b_odd, odd))
+    });
+    acc + (even + odd)
 }
 
 /// Sums 16 lanes: lane i takes lane i + 8, then i + 4, i + 2, i + 1.

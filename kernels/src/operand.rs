@@ -16,7 +16,8 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 
 use crate::isa::Isa;
-use crate::matmul::pack_row as pack_float_row;
+use crate::matmul::{pack_row as pack_float_row, pack_row_in_blocks};
+use crate::numerics::TILE_STEPS;
 use crate::packed_matrix::WeightDtype;
 use crate::pages::{Kept, lend};
 use crate::product::Tiles;
@@ -95,6 +96,8 @@ pub(crate) enum Packing {
     Rows,
     /// f32, or bf16 pairs in as many lanes.
     Float(WeightDtype, usize),
+    /// bf16 pairs, 16 of each row side by side.
+    Blocks,
     /// 8 bits with scales.
     Quantized(PackedFormat),
 }
@@ -105,6 +108,7 @@ impl Packing {
         match self {
             Packing::Rows | Packing::Float(WeightDtype::F32, _) => cols,
             Packing::Float(WeightDtype::Bf16, pair_lanes) => cols.div_ceil(2) * pair_lanes,
+            Packing::Blocks => cols.div_ceil(2).next_multiple_of(TILE_STEPS),
             Packing::Quantized(format) => lanes_per_row(cols, format),
         }
     }
@@ -236,6 +240,7 @@ fn pack_piece(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
         match piece.packing {
             Packing::Rows => into[r * cols..][..cols].iter_mut().zip(values).for_each(|(into, x)| *into = x.to_bits()),
             Packing::Float(dtype, pair_lanes) => pack_float_row(values, dtype, pair_lanes, (r, num_rows), into),
+            Packing::Blocks => pack_row_in_blocks(values, (r, num_rows), into),
             Packing::Quantized(format) => pack_quantized_row(values, cols, format, (r, num_rows), into),
         }
     }

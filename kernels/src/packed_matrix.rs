@@ -7,14 +7,14 @@
 //! f32   [n/32][k][32]
 //! ```
 //!
-//! Rows beyond n and the second half of an odd last pair are zero.
+//! Rows beyond n and the second half of an odd last pair are zero, and so are pairs beyond k up to a multiple of 16.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
 
 use half::bf16;
 
-use crate::numerics::{flush_tiny_bf16, round_bf16, widen_bf16, widen_f16};
+use crate::numerics::{TILE_STEPS, flush_tiny_bf16, round_bf16, widen_bf16, widen_f16};
 use crate::pages::Pages;
 
 /// Output features of a panel.
@@ -136,8 +136,8 @@ impl PackedMatrix {
             })
             .collect();
         let rows: usize = part_rows.iter().sum();
-        let depth = depth_of(dtype, cols);
-        let lanes = rows.div_ceil(PANEL) * depth * PANEL;
+        let (depth, stored) = (depth_of(dtype, cols), stored_steps(dtype, cols));
+        let lanes = rows.div_ceil(PANEL) * stored * PANEL;
         let pages = Pages::zeroed(lanes * 4);
         // SAFETY: the pages were just made for `lanes` 32-bit values, zeroed, aligned, and are ours alone.
         let packed = unsafe { std::slice::from_raw_parts_mut(pages.as_ptr().cast::<u32>(), lanes) };
@@ -145,8 +145,8 @@ impl PackedMatrix {
             parts.iter().zip(&part_rows).flat_map(|(part, &num_rows)| (0..num_rows).map(move |row| (part, row)));
         let sources: Vec<(&Weights<'_>, usize)> = sources.collect();
         let mut tile = [[0u32; STEPS]; PANEL];
-        for (panel, sources) in packed.chunks_exact_mut(depth * PANEL).zip(sources.chunks(PANEL)) {
-            for (block, lanes) in panel.chunks_mut(STEPS * PANEL).enumerate() {
+        for (panel, sources) in packed.chunks_exact_mut(stored * PANEL).zip(sources.chunks(PANEL)) {
+            for (block, lanes) in panel[..depth * PANEL].chunks_mut(STEPS * PANEL).enumerate() {
                 for (steps, (part, row)) in tile.iter_mut().zip(sources) {
                     part.lanes(dtype, row * cols..(row + 1) * cols, block * STEPS, steps);
                 }
@@ -195,7 +195,7 @@ impl PackedMatrix {
         self.rows.div_ceil(PANEL)
     }
 
-    /// The lanes of one panel: `[depth][32]`, f32 bits or bf16 pairs.
+    /// The lanes of one panel: `[depth][32]`, f32 bits or bf16 pairs, and zeros up to a whole block of a tile.
     pub(crate) fn panel(&self, panel: usize) -> &[u32] {
         assert!(panel < self.num_panels());
         // SAFETY: within the pages (`pack` made them for all panels), initialised, never written again.
@@ -210,7 +210,7 @@ impl PackedMatrix {
     /// The weights of one output feature as the product sees them: `out` `[cols]`.
     pub(crate) fn row(&self, row: usize, out: &mut [f32]) {
         assert!(row < self.rows && out.len() == self.cols, "row {row} of {} into {} values", self.rows, out.len());
-        let steps = self.panel(row / PANEL)[row % PANEL..].iter().step_by(PANEL);
+        let steps = self.panel(row / PANEL)[row % PANEL..].iter().step_by(PANEL).take(self.depth());
         match self.dtype {
             WeightDtype::F32 => out.iter_mut().zip(steps).for_each(|(out, lane)| *out = f32::from_bits(*lane)),
             WeightDtype::Bf16 => {
@@ -223,7 +223,7 @@ impl PackedMatrix {
     }
 
     fn panel_lanes(&self) -> usize {
-        self.depth() * PANEL
+        stored_steps(self.dtype, self.cols) * PANEL
     }
 }
 
@@ -231,6 +231,14 @@ fn depth_of(dtype: WeightDtype, cols: usize) -> usize {
     match dtype {
         WeightDtype::F32 => cols,
         WeightDtype::Bf16 => cols.div_ceil(2),
+    }
+}
+
+/// Steps of a panel as they are stored.
+fn stored_steps(dtype: WeightDtype, cols: usize) -> usize {
+    match dtype {
+        WeightDtype::F32 => cols,
+        WeightDtype::Bf16 => depth_of(dtype, cols).next_multiple_of(TILE_STEPS),
     }
 }
 
@@ -264,9 +272,10 @@ mod tests {
         for dtype in [WeightDtype::F32, WeightDtype::Bf16] {
             let w = PackedMatrix::pack(dtype, cols, &[Weights::F32(&values[..cut]), Weights::Bf16(&short[cut..])]);
             assert_eq!((w.rows(), w.cols(), w.part_rows()), (rows, cols, &[33, 37][..]));
-            assert_eq!(w.size_bytes(), 3 * w.depth() * PANEL * 4);
+            let steps = w.size_bytes() / (3 * PANEL * 4);
+            assert!(steps == w.depth() || dtype == WeightDtype::Bf16 && steps == 80, "{dtype:?}: {steps}");
             for row in 0..96 {
-                for step in 0..w.depth() {
+                for step in 0..steps {
                     let lane = w.panel(row / PANEL)[step * PANEL + row % PANEL];
                     let value = |k: usize| match (row, k) {
                         _ if row >= rows || k >= cols => 0.0,

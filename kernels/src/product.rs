@@ -78,14 +78,15 @@ impl MatrixRef<'_> {
 
     fn tile_rows(self, isa: Isa) -> usize {
         match self {
-            MatrixRef::Float(_) => matmul::tile_rows(isa),
+            MatrixRef::Float(w) => matmul::tile_rows(isa, w.dtype()),
             MatrixRef::Quantized(_) => quantized::tile_rows(isa),
         }
     }
 
     fn packing(self, isa: Isa) -> Packing {
         match self {
-            _ if isa == Isa::PORTABLE => Packing::Rows,
+            _ if isa.is_reference() => Packing::Rows,
+            MatrixRef::Float(w) if matmul::multiplies_tiles(isa, w.dtype()) => Packing::Blocks,
             MatrixRef::Float(w) => Packing::Float(w.dtype(), matmul::pair_lanes(isa)),
             MatrixRef::Quantized(w) => Packing::Quantized(w.format()),
         }
@@ -592,7 +593,7 @@ mod tests {
                 for threads in [1, 3] {
                     let pool = WorkerPool::new(threads);
                     let ctx = &Ctx { pool: &pool, isa, priority: Priority::Prefill };
-                    let portable = &Ctx { isa: Isa::PORTABLE, ..*ctx };
+                    let portable = &Ctx { isa: isa.reference(), ..*ctx };
                     let (mut normed, mut gated) = (vec![0.0; m * k], vec![0.0; m * k]);
                     crate::rms_norm(ctx, &x, &norm, 1e-5, &mut normed);
                     crate::silu_mul(ctx, &gate_up, k, &mut gated);

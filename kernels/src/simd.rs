@@ -444,6 +444,23 @@ avx512!(
     }
 );
 
+/// Values that instructions are tried with: the state of their generator.
+#[cfg(target_arch = "x86_64")]
+pub(crate) struct Values(pub(crate) u64);
+
+#[cfg(target_arch = "x86_64")]
+impl Values {
+    /// A value of bf16 between 2^-exponents and 2^(exponents + 1), or its negative.
+    pub(crate) fn next(&mut self, exponents: i64) -> f32 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let bits = self.0 >> 33;
+        let sign = if bits & 1 == 0 { 1.0 } else { -1.0 };
+        let mantissa = 1.0 + (bits >> 1 & 0x7f) as f64 / 128.0;
+        let exponent = (bits >> 8) as i64 % (2 * exponents + 1) - exponents;
+        (sign * mantissa * 2f64.powi(exponent as i32)) as f32
+    }
+}
+
 /// Whether `vdpbf16ps` of this machine is [`fold_pair`](crate::numerics::fold_pair), tried on enough values to
 /// tell it from every other order.
 ///
@@ -453,15 +470,8 @@ avx512!(
 #[target_feature(enable = "avx512f,avx512bf16")]
 pub(crate) unsafe fn bf16_dot_product_is_the_fold(rounds: u64) -> bool {
     use crate::numerics::{bf16_pair, fold_pair};
-    let mut state = 1u64;
-    let mut value = |exponents: i64| {
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let bits = state >> 33;
-        let sign = if bits & 1 == 0 { 1.0 } else { -1.0 };
-        let mantissa = 1.0 + (bits >> 1 & 0x7f) as f64 / 128.0;
-        let exponent = (bits >> 8) as i64 % (2 * exponents + 1) - exponents;
-        (sign * mantissa * 2f64.powi(exponent as i32)) as f32
-    };
+    let mut values = Values(1);
+    let mut value = |exponents: i64| values.next(exponents);
     for round in 0..rounds {
         // Near 1, where the order shows in the rounding, and over the whole range of operands.
         let range = if round % 2 == 0 { 6 } else { 50 };
@@ -513,10 +523,10 @@ macro_rules! with_simd {
             // SAFETY: an `Isa` exists only for instruction sets of this machine.
             unsafe {
                 match $isa.0 {
-                    $crate::isa::Kind::Portable => $reference,
+                    $crate::isa::Kind::Portable | $crate::isa::Kind::PortableTiles => $reference,
                     $crate::isa::Kind::Avx2 => avx2($($arg),*),
                     $crate::isa::Kind::Avx512 | $crate::isa::Kind::Avx512Vnni => avx512($($arg),*),
-                    $crate::isa::Kind::Avx512Bf16 => avx512bf16($($arg),*),
+                    $crate::isa::Kind::Avx512Bf16 | $crate::isa::Kind::Amx => avx512bf16($($arg),*),
                 }
             }
         }
@@ -541,7 +551,7 @@ macro_rules! vectorised {
                 $kernel($($arg),*)
             }
             match $isa.0 {
-                $crate::isa::Kind::Portable => $kernel($($arg),*),
+                $crate::isa::Kind::Portable | $crate::isa::Kind::PortableTiles => $kernel($($arg),*),
                 // SAFETY: an `Isa` exists only for instruction sets of this machine.
                 #[allow(unsafe_code)]
                 $crate::isa::Kind::Avx2 => unsafe { avx2($($arg),*) },
@@ -585,7 +595,7 @@ mod tests {
         let ends = ends.into_iter().flat_map(|bits| bits.saturating_sub(200).max(0x8000_0000)..bits + 200);
         let all = ends.chain([0xff80_0000]).chain((0x8000_0000..=0xff80_0000u32).step_by(3001));
         let all: Vec<f32> = all.map(f32::from_bits).collect();
-        for &isa in &Isa::available()[1..] {
+        for &isa in Isa::available().iter().filter(|isa| !isa.is_reference()) {
             for x in all.as_chunks::<LANES>().0 {
                 let magnitudes = &x.map(f32::abs);
                 let (powers, rounded, halves) = (&mut [0.0; LANES], &mut [0.0; LANES], &mut [0; LANES]);

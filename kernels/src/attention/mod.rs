@@ -23,7 +23,6 @@ use std::ops::Range;
 
 use crate::arena::KvArena;
 use crate::ctx::{Columns, Ctx};
-use crate::isa::Isa;
 use crate::kv_layout::KvLayout;
 
 /// The queries of a call, and where their sequences lie.
@@ -95,7 +94,7 @@ pub fn attention(
     assert!(arena.len() >= layout.total_bytes(), "an arena of {} bytes", layout.total_bytes());
     TAKEN.set(check_spans(TAKEN.take(), layout, q, q_columns, batch, width, out.len() / width.max(1)));
     let job = Job { arena, layout, layer, q, q_columns, batch, params, out: out.as_mut_ptr() };
-    if ctx.isa == Isa::PORTABLE { job.run_reference(ctx) } else { units::run(ctx, &job) }
+    if ctx.isa.is_reference() { job.run_reference(ctx) } else { units::run(ctx, &job) }
 }
 
 thread_local! {
@@ -185,6 +184,7 @@ impl Job<'_> {
                     layer: self.layer,
                     kv_head: head / self.group(),
                     block_table: &self.batch.block_tables[span.block_table.clone()],
+                    order: ctx.isa.order(),
                 };
                 // SAFETY: each (row, head) is visited by one unit, once.
                 let out = unsafe { self.output(span.first_row + row, head) };

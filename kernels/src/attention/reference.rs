@@ -3,7 +3,7 @@
 use super::{AttentionParams, first_visible};
 use crate::arena::KvArena;
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
-use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, bf16_pair, exp, fold_pair, tanh, tree_sum};
+use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, Order, TILE_STEPS, bf16_pair, exp, tanh, tree_sum};
 
 /// Running state of an online softmax: maximum, sum, weighted values.
 struct Partial {
@@ -84,6 +84,7 @@ pub(super) struct Keys<'a> {
     pub(super) layer: usize,
     pub(super) kv_head: usize,
     pub(super) block_table: &'a [u32],
+    pub(super) order: Order,
 }
 
 impl Keys<'_> {
@@ -105,9 +106,12 @@ impl Keys<'_> {
             KvDtype::F32 => (0..q.len()).fold(0.0, |acc, dim| {
                 q[dim].mul_add(f32::from_bits(self.load(head + self.layout.k_offset(token, dim))), acc)
             }),
-            KvDtype::Bf16 => (0..q.len()).step_by(2).fold(0.0, |acc, dim| {
-                fold_pair(acc, bf16_pair(q[dim], q[dim + 1]), self.load(head + self.layout.k_offset(token, dim)))
-            }),
+            KvDtype::Bf16 => {
+                let pairs = (0..q.len()).step_by(2).map(|dim| {
+                    (bf16_pair(q[dim], q[dim + 1]), self.load(head + self.layout.k_offset(token, dim)))
+                });
+                self.order.fold(0.0, TILE_STEPS, pairs)
+            }
         }
     }
 
@@ -128,9 +132,14 @@ impl Keys<'_> {
                 .filter(|&i| visible(i))
                 .fold(0.0, |acc, i| weights[i].mul_add(f32::from_bits(self.load(at(i))), acc)),
             KvDtype::Bf16 => {
-                (0..ATTENTION_TILE).step_by(2).filter(|&i| visible(i) || visible(i + 1)).fold(0.0, |acc, i| {
-                    let mask = (u32::from(visible(i)) * 0xffff) | (u32::from(visible(i + 1)) * 0xffff_0000);
-                    fold_pair(acc, bf16_pair(weights[i], weights[i + 1]), self.load(at(i)) & mask)
+                // A granule at a time: a block of tiles is counted from its first position, seen or not.
+                (0..ATTENTION_TILE).step_by(GRANULE_TOKENS).fold(0.0, |acc, granule| {
+                    let steps = (granule..granule + GRANULE_TOKENS).step_by(2);
+                    let pairs = steps.filter(|&i| visible(i) || visible(i + 1)).map(|i| {
+                        let mask = (u32::from(visible(i)) * 0xffff) | (u32::from(visible(i + 1)) * 0xffff_0000);
+                        (bf16_pair(weights[i], weights[i + 1]), self.load(at(i)) & mask)
+                    });
+                    self.order.fold(acc, GRANULE_TOKENS / 2, pairs)
                 })
             }
         }

@@ -96,10 +96,10 @@ pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Rang
     // SAFETY: an `Isa` exists only for instruction sets of this machine.
     unsafe {
         match isa.0 {
-            Kind::Portable => reference_unit(job, panels, tiles),
+            Kind::Portable | Kind::PortableTiles => reference_unit(job, panels, tiles),
             Kind::Avx2 => avx2(job, panels, tiles),
             Kind::Avx512 => avx512(job, panels, tiles),
-            Kind::Avx512Vnni | Kind::Avx512Bf16 => vnni(job, panels, tiles),
+            Kind::Avx512Vnni | Kind::Avx512Bf16 | Kind::Amx => vnni(job, panels, tiles),
         }
     }
 }

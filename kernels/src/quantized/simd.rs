@@ -308,10 +308,10 @@ pub(crate) fn dot_in_registers(isa: Isa, rounds: usize) {
     // SAFETY: an `Isa` exists only for instruction sets of this machine.
     unsafe {
         match isa.0 {
-            Kind::Portable => (),
+            Kind::Portable | Kind::PortableTiles => (),
             Kind::Avx2 => avx2(rounds),
             Kind::Avx512 => avx512(rounds),
-            Kind::Avx512Vnni | Kind::Avx512Bf16 => vnni(rounds),
+            Kind::Avx512Vnni | Kind::Avx512Bf16 | Kind::Amx => vnni(rounds),
         }
     }
 }
