@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{DeviceChoice, EngineArgs, WeightsArgs};
+use engine::Isa;
 use engine::cpu_runner::CpuRunner;
 use engine::cuda::model::{DeviceLoadOptions, StepLimits};
 use engine::cuda::{CudaBackend, CudaRunner};
-use engine::model::{LoadError, Model};
+use engine::model::{LoadError, LoadOptions, Model};
 use engine::pool::PoolMemory;
 use engine::runner::Runner;
 use engine::sim::{SimOptions, SimRunner};
@@ -63,7 +64,9 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
         },
     }
     let threads = engine.threads.map(|threads| threads as usize);
-    let model = Model::load(folder, weights.dtype, threads)?;
+    let cache_folder = engine::identity::cache_folder_from_env();
+    let options = LoadOptions { dtype: weights.dtype, isa: Isa::parse(&engine.cpu_isa)?, threads, cache_folder };
+    let model = Model::load_with(folder, options)?;
     Ok(LoadedModel::Cpu(Arc::new(model.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange))))
 }
 

@@ -156,7 +156,7 @@ pub enum ModelMismatch {
     },
     /// Different arithmetic; the same prompt would give other bits.
     #[error(
-        "this node computes with numerics {ours}, the other end with {theirs}: KV is only exchanged within one numerics id unless both are set to --kv-exchange numerics"
+        "this node computes with numerics {ours}, the other end with {theirs}: KV is only exchanged within one numerics id: set the same --device and --cpu-isa on both, or --kv-exchange numerics on both to exchange it nevertheless"
     )]
     Numerics {
         /// Ours.

@@ -23,7 +23,7 @@ use crate::spec::ModelSpec;
 use crate::weight_sizes::MatrixSizes;
 use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
-/// Threads, instruction set and priority. None of them changes a result.
+/// Threads, instruction set and priority. None of them changes a result but the instruction set's order of additions.
 #[derive(Clone, Copy)]
 pub struct CpuBackend {
     workers: &'static WorkerPool,

@@ -7,7 +7,7 @@ use common::config::Dtype;
 use common::kv_spec::KvDtype;
 use common::model::{KvExchange, ModelIdentity, ModelInfo, NumericsId, Representation};
 use kernels::cuda::DeviceError;
-use kernels::{Isa, NUMERICS_FAMILY, WorkerPool};
+use kernels::{Isa, IsaError, Order, WorkerPool};
 
 use crate::backend::Backend;
 use crate::checkpoint::{Checkpoint, CheckpointError, FloatDtype};
@@ -31,6 +31,9 @@ pub enum LoadError {
     /// Its KV cache.
     #[error(transparent)]
     Pool(#[from] PoolError),
+    /// The instruction set that was asked for.
+    #[error("--cpu-isa: {0}")]
+    Isa(#[from] IsaError),
     /// Longer sequences were asked for than the model knows.
     #[error("--max-model-len {asked} is longer than the {supported} tokens the model supports by its config.json")]
     TooLong {
@@ -139,6 +142,7 @@ impl LoadError {
             LoadError::Spec(_)
             | LoadError::Checkpoint(_)
             | LoadError::Pool(_)
+            | LoadError::Isa(_)
             | LoadError::TooLong { .. }
             | LoadError::PoolTooSmall { .. }
             | LoadError::Thread { .. } => false,
@@ -152,7 +156,7 @@ pub struct LoadOptions {
     /// Type of weights, activations as operands, and KV. `Auto` takes that of the checkpoint; f16 is run as
     /// float32, which holds its values exactly. Quantized weights stay as they are, and `Auto` is bf16 for the rest.
     pub dtype: Dtype,
-    /// Instruction set; never changes a result.
+    /// Instruction set. Those of one order of additions give the same results.
     pub isa: Isa,
     /// Threads of the arithmetic; the first model of a process decides. Default: one per core.
     pub threads: Option<usize>,
@@ -169,11 +173,19 @@ pub struct Model<B: Backend = CpuBackend> {
     exchange: KvExchange,
     /// `bf16`, or with quantized formats `bf16+q8_0`.
     weight_format: String,
-    /// Of the orders of additions.
-    numerics_family: &'static str,
+    families: Families,
     identity: ModelIdentity,
     weights: Weights<B>,
     backend: B,
+}
+
+/// Names of a backend's orders of additions, part of the numerics id that nodes announce.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Families {
+    /// Where weights and KV are f32.
+    pub(crate) f32: &'static str,
+    /// Where some are not.
+    pub(crate) rest: &'static str,
 }
 
 /// A checkpoint whose shape is known and whose weights are not loaded yet.
@@ -202,7 +214,7 @@ impl Opened {
     pub(crate) fn load<B: Backend + Sync>(
         self,
         backend: B,
-        numerics_family: &'static str,
+        families: Families,
         num_threads: usize,
         cache_folder: Option<&Path>,
     ) -> Result<Model<B>, LoadError> {
@@ -225,18 +237,7 @@ impl Opened {
             model = %folder.display(), %identity, dtype = dtype.as_str(), weights = weight_format,
             seconds = started_at.elapsed().as_secs_f32(), "model loaded"
         );
-        Ok(Model {
-            folder,
-            spec,
-            dtype,
-            kv_dtype,
-            exchange,
-            weight_format,
-            numerics_family,
-            identity,
-            weights,
-            backend,
-        })
+        Ok(Model { folder, spec, dtype, kv_dtype, exchange, weight_format, families, identity, weights, backend })
     }
 }
 
@@ -269,8 +270,15 @@ impl Model {
         };
         let backend = CpuBackend::new(workers, options.isa);
         let cache_folder = options.cache_folder.as_deref();
-        let model = opened.load(backend, NUMERICS_FAMILY, workers.threads(), cache_folder)?;
-        tracing::info!(isa = options.isa.name(), threads = workers.threads(), "the model runs on the CPU");
+        // Orders differ in products of bf16 alone.
+        let families = Families { f32: Order::Pairs.family(), rest: options.isa.order().family() };
+        let model = opened.load(backend, families, workers.threads(), cache_folder)?;
+        tracing::info!(
+            isa = options.isa.name(),
+            numerics = model.family(),
+            threads = workers.threads(),
+            "the model runs on the CPU"
+        );
         Ok(model)
     }
 }
@@ -312,9 +320,14 @@ impl<B: Backend> Model<B> {
         self.kv_dtype
     }
 
+    fn family(&self) -> &'static str {
+        let is_f32 = self.dtype == ComputeDtype::F32 && self.kv_dtype == KvDtype::F32;
+        if is_f32 { self.families.f32 } else { self.families.rest }
+    }
+
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
-        let numerics = NumericsId::new(&format!("{}/tp1/{}", self.numerics_family, self.weight_format), self.kv_dtype);
+        let numerics = NumericsId::new(&format!("{}/tp1/{}", self.family(), self.weight_format), self.kv_dtype);
         ModelInfo {
             identity: self.identity,
             representation: Representation::new(self.kv_dtype, &numerics, self.exchange),

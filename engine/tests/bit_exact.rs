@@ -13,7 +13,7 @@ use common::sampling::SampledToken;
 use engine::model::Model;
 use engine::plan::Span;
 use engine::runner::{KvSink, Runner};
-use kernels::Isa;
+use kernels::{Isa, Order};
 use steps::{TestSequence, generate, kv_bytes, load, load_on, plan, prompt, runner, step, step_with};
 
 /// Families whose paths differ: windows, norms on heads, biases, odd head sizes, several kinds of rope.
@@ -137,18 +137,27 @@ fn one_changed_byte_of_kv_changes_what_follows() {
 }
 
 #[test]
-fn every_instruction_set_gives_the_same_bits() {
+fn instruction_sets_of_one_order_give_the_same_bits() {
     for_models(|name, model, reference| {
         let dtype = match model.dtype().as_str() {
             "float32" => Dtype::Float32,
             _ => Dtype::Bfloat16,
         };
+        let order = |isa: Isa| if dtype == Dtype::Float32 { Order::Pairs } else { isa.order() };
+        let mut of_other_order: Option<Trace> = None;
         for &isa in Isa::available() {
             let folder = format!("tests/checkpoints/{}", name.split(' ').next().unwrap());
             let model = load_on(&folder, dtype, isa);
             let mut runner = runner(&model, 16, 512);
             let found = trace(&mut runner, &mut sequence(&model, 1, 0..12), 64);
-            assert!(found == reference, "{name} on {}", isa.name());
+            if order(isa) == order(Isa::detect()) {
+                assert!(found == reference, "{name} on {}", isa.name());
+            } else if let Some(other) = &of_other_order {
+                assert!(found == *other, "{name} on {}", isa.name());
+            } else {
+                assert!(found != reference, "{name}: two orders, and no bit differs");
+                of_other_order = Some(found);
+            }
         }
     });
 }

@@ -92,8 +92,7 @@ impl Configured {
             row_bytes: [u16; 16],
             rows: [u8; 16],
         }
-        let mut palette =
-            Palette { number: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+        let mut palette = Palette { number: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
         for (i, (rows, row_bytes)) in shapes.into_iter().enumerate() {
             assert!((1..=TILE_ROWS).contains(&rows) && (4..=ROW_BYTES).contains(&row_bytes), "a tile of {shapes:?}");
             (palette.rows[i], palette.row_bytes[i]) = (rows as u8, row_bytes as u16);

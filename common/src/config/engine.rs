@@ -98,6 +98,15 @@ pub struct EngineArgs {
     #[arg(long, value_enum, value_name = "KERNEL", default_value_t = PrefillAttention::Portable)]
     pub prefill_attention: PrefillAttention,
 
+    /// Instruction set of a CPU: `auto` takes the fastest of the machine, and the log says which.
+    ///
+    /// portable, avx2, avx512, avx512vnni and avx512bf16 give the same bits. amx (tile registers, Intel since Sapphire
+    /// Rapids) adds products of bfloat16 up in another order, which is part of the numerics id, and so does
+    /// portable-tiles, which gives its bits slowly on any machine. Where some machines of a cluster have tiles and
+    /// others do not, set avx512bf16 or less on all, or --kv-exchange numerics.
+    #[arg(long, value_name = "ISA", default_value = "auto")]
+    pub cpu_isa: String,
+
     /// Threads that compute. Default: one for each core.
     ///
     /// Fewer leave cores to other processes of the same host; results do not depend on it.

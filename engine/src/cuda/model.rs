@@ -13,7 +13,7 @@ use kernels::kv_layout::GRANULE_TOKENS;
 use super::CudaBackend;
 use super::attention::choose;
 use super::step::{BUCKET_ROWS_MAX, DECODE_ROWS_MAX, bucket_rows};
-use crate::model::{LoadError, Model, Opened};
+use crate::model::{Families, LoadError, Model, Opened};
 use crate::runner::IN_FLIGHT_MAX;
 use crate::spec::ModelSpec;
 use crate::weights::{ComputeDtype, Stacked};
@@ -92,7 +92,8 @@ impl Model<CudaBackend> {
         let (prefill, reason) =
             choose(options.prefill_attention, device.as_ref(), &opened.spec, here, is_batch_invariant);
         let family = numerics_family(is_batch_invariant, is_attention_plain, prefill);
-        let model = opened.load(backend.with_prefill(prefill), family, 1, options.cache_folder.as_deref())?;
+        let families = Families { f32: family, rest: family };
+        let model = opened.load(backend.with_prefill(prefill), families, 1, options.cache_folder.as_deref())?;
         tracing::info!(
             device = device.name(), numerics = family, prefill_attention = ?prefill, reason, "the model is on the device"
         );
