@@ -27,16 +27,6 @@ pub(crate) const TILE_ROWS: usize = 16;
 /// Bytes of a row of a tile at most.
 const ROW_BYTES: usize = 64;
 
-/// Prefetches of 16 lines, 128 bytes apart.
-macro_rules! lines_ahead {
-    ($offset:literal) => {
-        lines_ahead!($offset, 0, 128, 256, 384, 512, 640, 768, 896, 1024, 1152, 1280, 1408, 1536, 1664, 1792, 1920)
-    };
-    ($offset:literal, $($line:literal),*) => {
-        concat!($("prefetcht1 [{ahead} + ", $line, " + ", $offset, "]\n"),*)
-    };
-}
-
 /// Whether this machine multiplies tiles of bf16 and of bytes, in the specified order, and the system lets us.
 pub(crate) fn is_available() -> bool {
     const LEAF_FEATURES: u32 = 7;
@@ -131,9 +121,9 @@ pub(crate) struct PanelBlocks {
     pub(crate) num_blocks: usize,
     /// Whether these are the first blocks, before which sums are zero whatever lies there.
     pub(crate) is_first: bool,
-    /// What is to come nearer meanwhile, laid out as `b`, and whether the left and the right half of its columns is.
+    /// What is to come nearer meanwhile, and how many lines of it with each block.
     pub(crate) ahead: *const u32,
-    pub(crate) halves_ahead: [bool; 2],
+    pub(crate) lines_ahead: usize,
 }
 
 /// `sums += fold of blocks` for each row and column.
@@ -143,10 +133,7 @@ pub(crate) struct PanelBlocks {
 #[inline(always)]
 pub(crate) unsafe fn fold_panel(blocks: &PanelBlocks) {
     debug_assert!(blocks.num_blocks > 0 && (1..=2 * TILE_ROWS).contains(&blocks.num_rows));
-    let flags = u32::from(blocks.is_first)
-        | u32::from(blocks.num_rows > TILE_ROWS) << 1
-        | u32::from(blocks.halves_ahead[0]) << 2
-        | u32::from(blocks.halves_ahead[1]) << 3;
+    let flags = u32::from(blocks.is_first) | u32::from(blocks.num_rows > TILE_ROWS) << 1;
     // SAFETY: reads and writes what the caller vouches for; prefetches of anything are allowed.
     unsafe {
         asm!(
@@ -177,17 +164,17 @@ pub(crate) unsafe fn fold_panel(blocks: &PanelBlocks) {
             "tdpbf16ps tmm2, tmm5, tmm6",
             "tdpbf16ps tmm3, tmm5, tmm7",
             "4:",
-            "test {flags:e}, 4",
-            "jz 5f",
-            lines_ahead!(0),
-            "5:",
-            "test {flags:e}, 8",
+            "mov {lines}, {lines_ahead}",
+            "test {lines}, {lines}",
             "jz 6f",
-            lines_ahead!(64),
+            "5:",
+            "prefetcht1 [{ahead}]",
+            "add {ahead}, 64",
+            "dec {lines}",
+            "jnz 5b",
             "6:",
             "add {a}, {a_block}",
             "add {b}, 2048",
-            "add {ahead}, 2048",
             "dec {count}",
             "jnz 2b",
             "tilestored [{sums} + {panel_row}], tmm0",
@@ -205,6 +192,8 @@ pub(crate) unsafe fn fold_panel(blocks: &PanelBlocks) {
             count = inout(reg) blocks.num_blocks => _,
             sums = in(reg) blocks.sums,
             more = out(reg) _,
+            lines = out(reg) _,
+            lines_ahead = in(reg) blocks.lines_ahead,
             // Rows of a panel and of its sums are equally long.
             panel_row = in(reg) PANEL * 4,
             a_row = in(reg) ROW_BYTES,
@@ -268,7 +257,7 @@ pub(crate) unsafe fn product_is_the_fold_of_blocks(rounds: u64) -> bool {
             num_blocks: 1,
             is_first: true,
             ahead: std::ptr::null(),
-            halves_ahead: [false; 2],
+            lines_ahead: 0,
         };
         // SAFETY: as required of the caller; one block of 16 rows, twice: what a fold has reached is a sum.
         unsafe {

@@ -31,9 +31,9 @@ use crate::simd::{Simd, fold_tile, with_simd};
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
 
-/// The same where tiles are multiplied, in steps of 16: 32 KiB.
+/// The same in tile registers, which take 16 steps at a time.
 #[cfg(target_arch = "x86_64")]
-const TILE_BLOCKS: usize = 16;
+const TILE_BLOCKS: usize = BLOCK_STEPS / TILE_STEPS;
 
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
@@ -49,7 +49,9 @@ type Job<'a> = crate::product::Job<'a, PackedMatrix>;
 
 /// A unit of a product: `panels` for the rows of `tiles`.
 pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    lend(&SUMS, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
+    let rows_max = job.tiles.rows_max() * tiles.len();
+    let num_sums = if multiplies_tiles(isa, job.w.dtype()) { rows_max * panels.len() } else { rows_max };
+    lend(&SUMS, (num_sums * PANEL * 4).max(2 << 20), |sums| {
         let sums = sums.cast::<f32>();
         #[cfg(target_arch = "x86_64")]
         if multiplies_tiles(isa, job.w.dtype()) {
@@ -58,7 +60,7 @@ pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Rang
                 // SAFETY: as required of the caller.
                 unsafe { multiply_tiles(job, panels, tiles, sums) }
             }
-            // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row of these tiles.
+            // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row and panel.
             return unsafe { amx(job, panels, tiles, sums) };
         }
         with_simd!(
@@ -146,7 +148,7 @@ macro_rules! by_rows {
 }
 
 thread_local! {
-    /// Sums of a unit's rows with one panel: `[rows][32]`.
+    /// Sums of a unit's rows with one panel, or in tile registers with all of its panels: `[panel][rows][32]`.
     static SUMS: Kept = const { Cell::new(None) };
 }
 
@@ -159,7 +161,7 @@ struct Block {
     first_row: usize,
     /// Where the next block begins, and which vectors of it to move nearer.
     next: *const u32,
-    ahead: [bool; 2],
+    ahead: Range<usize>,
 }
 
 #[inline(always)]
@@ -174,7 +176,21 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
             let steps = start..(start + BLOCK_STEPS).min(depth);
             let is_last = panel + 1 == panels.end && steps.end == depth;
             for tile in tiles.clone() {
-                let (next, ahead) = job.ahead(panel, steps.end, is_last, tile - tiles.start, tiles.len());
+                let is_alone = tiles.len() == 1;
+                let next = match (is_last, is_alone) {
+                    // What lies behind is the next block of the panel, or the first of the next panel.
+                    (false, _) => job.w.panel(panel).as_ptr().wrapping_add(steps.end * PANEL),
+                    (true, true) => job.next,
+                    (true, false) => std::ptr::null(),
+                };
+                // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several
+                // the first two take half of it each, so that it need not come all at once.
+                let vector = tile - tiles.start;
+                let ahead = match (next.is_null(), is_alone) {
+                    (true, _) => 0..0,
+                    (false, true) => 0..2,
+                    (false, false) => vector..vector + 1,
+                };
                 let block = Block { panel, steps: steps.clone(), sums, first_row, next, ahead };
                 let rows = job.tiles.rows(tile);
                 let first = rows.start;
@@ -227,7 +243,8 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
         let mut ahead = [panel; NR];
         for c in 0..NR {
             b[c] = panel.add((vector + c) * LANES);
-            ahead[c] = if block.ahead[vector + c] { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
+            let is_ours = block.ahead.contains(&(vector + c));
+            ahead[c] = if is_ours { block.next.wrapping_add((vector + c) * LANES) } else { b[c] };
         }
         // Always from memory: whether or not is a question that costs more than the answer.
         for r in 0..MR {
@@ -250,48 +267,58 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     }
 }
 
-/// A unit in tile registers.
+/// A unit in tile registers: some steps of all panels at a time, so that what they are multiplied with stays in the
+/// second-level cache.
 ///
 /// # Safety
-/// The machine has them; `sums` is valid for 32 of each row of the unit.
+/// The machine has them; `sums` is valid for 32 of each row and panel of the unit.
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
     use crate::amx::{Configured, PanelBlocks, fold_panel, panel_shapes};
     use crate::simd::Avx512Bf16;
 
+    const BLOCK_LANES: usize = TILE_STEPS * PANEL;
     let num_blocks = job.w.depth().div_ceil(TILE_STEPS);
-    let first_row = job.tiles.rows(tiles.start).start;
+    let rows = job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end;
     let mut configured: Option<(usize, Configured)> = None;
-    for panel in panels.clone() {
-        for start in (0..num_blocks).step_by(TILE_BLOCKS) {
-            let blocks = start..(start + TILE_BLOCKS).min(num_blocks);
-            let is_last = panel + 1 == panels.end && blocks.end == num_blocks;
+    for start in (0..num_blocks).step_by(TILE_BLOCKS) {
+        let blocks = start..(start + TILE_BLOCKS).min(num_blocks);
+        for panel in panels.clone() {
+            // The same steps of the next panel, or the next ones of the first.
+            let next = if panel + 1 < panels.end {
+                job.w.panel(panel + 1).as_ptr().wrapping_add(blocks.start * BLOCK_LANES)
+            } else if blocks.end < num_blocks {
+                job.w.panel(panels.start).as_ptr().wrapping_add(blocks.end * BLOCK_LANES)
+            } else {
+                job.next
+            };
+            let lines_ahead = if next.is_null() { 0 } else { (BLOCK_LANES / LANES).div_ceil(tiles.len()) };
             for tile in tiles.clone() {
-                let rows = job.tiles.rows(tile);
-                let (next, halves_ahead) =
-                    job.ahead(panel, blocks.end * TILE_STEPS, is_last, tile - tiles.start, tiles.len());
-                if configured.as_ref().is_none_or(|(num_rows, _)| *num_rows != rows.len()) {
+                let tile_rows = job.tiles.rows(tile);
+                let num_rows = tile_rows.len();
+                if configured.as_ref().is_none_or(|(configured, _)| *configured != num_rows) {
                     drop(configured.take());
                     // SAFETY: the caller has the instruction set, and the one before is gone.
-                    configured = Some((rows.len(), unsafe { Configured::new(panel_shapes(rows.len())) }));
+                    configured = Some((num_rows, unsafe { Configured::new(panel_shapes(num_rows)) }));
                 }
                 // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each,
-                // and the sums 32 for each row of the unit.
+                // and the sums 32 for each row of the unit and panel.
                 unsafe {
-                    let sums = sums.add((rows.start - first_row) * PANEL);
+                    let sums = sums.add(((panel - panels.start) * rows.len() + tile_rows.start - rows.start) * PANEL);
                     fold_panel(&PanelBlocks {
-                        a: job.a.add((rows.start * num_blocks + blocks.start * rows.len()) * TILE_STEPS),
-                        b: job.w.panel(panel).as_ptr().add(blocks.start * TILE_STEPS * PANEL),
+                        a: job.a.add((tile_rows.start * num_blocks + blocks.start * num_rows) * TILE_STEPS),
+                        b: job.w.panel(panel).as_ptr().add(blocks.start * BLOCK_LANES),
                         sums,
-                        num_rows: rows.len(),
+                        num_rows,
                         num_blocks: blocks.len(),
                         is_first: blocks.start == 0,
-                        ahead: next,
-                        halves_ahead,
+                        // Each tile takes a part of it.
+                        ahead: next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LANES),
+                        lines_ahead,
                     });
                     if blocks.end == num_blocks {
-                        for (r, row) in rows.enumerate() {
+                        for (r, row) in tile_rows.enumerate() {
                             for vector in 0..PANEL / LANES {
                                 let y = Avx512Bf16::load(sums.add(r * PANEL + vector * LANES));
                                 job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
@@ -301,31 +328,6 @@ unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize
                 }
             }
         }
-    }
-}
-
-impl Job<'_> {
-    /// What to move nearer while tile `index` of `num_tiles` of a unit passes over a block that ends at `step`: the next
-    /// block, and which halves of its columns.
-    #[inline(always)]
-    fn ahead(
-        &self,
-        panel: usize,
-        step: usize,
-        is_last: bool,
-        index: usize,
-        num_tiles: usize,
-    ) -> (*const u32, [bool; 2]) {
-        let next = match (is_last, num_tiles) {
-            // What lies behind is the next block of the panel, or the first of the next panel.
-            (false, _) => self.w.panel(panel).as_ptr().wrapping_add(step * PANEL),
-            (true, 1) => self.next,
-            (true, _) => std::ptr::null(),
-        };
-        // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several the
-        // first two take half of it each, so that it need not come all at once.
-        let is_ours = |half: usize| !next.is_null() && (num_tiles == 1 || index == half);
-        (next, [is_ours(0), is_ours(1)])
     }
 }
 

@@ -36,6 +36,15 @@ const UNIT_BYTES: usize = 64 << 10;
 /// Units that each thread has at least, where a product is large enough: at the end one waits for another's last.
 const UNITS_PER_THREAD: usize = 32;
 
+/// Tiles of 32 rows and panels that a unit has where tile registers multiply: 256 rows, 256 columns; and how many bytes
+/// of rows fit the second-level cache beside the weights that pass by.
+const TILES_PER_UNIT: usize = 8;
+const PANELS_PER_UNIT: usize = 8;
+const FAST_ROWS_BYTES: usize = 1 << 20;
+
+/// Units that each thread has at least there.
+const FAST_UNITS_PER_THREAD: usize = 8;
+
 /// Below this many multiply-adds a product is not worth waking anyone.
 const INLINE_MADDS: usize = 128 << 10;
 
@@ -362,15 +371,18 @@ impl Running<'_> {
             }
         }
         if let Some(groups) = self.groups {
-            self.finish(groups, part, panels, (index - part.first_unit) % part.cut.row_units, rows);
+            self.finish(groups, part, panels, part.cut.row_unit(index - part.first_unit), rows);
         }
     }
 
     /// The weights of the unit that this thread will most likely take behind this one: all threads take turns.
     fn next(&self, part: &Part<'_>, unit: usize) -> *const u32 {
         let MatrixRef::Float(w) = part.matrix else { return std::ptr::null() };
-        let (panels, _) = part.cut.unit(unit + self.threads, part.tiles.count);
-        if panels.start < part.cut.num_panels { w.panel(panels.start).as_ptr() } else { std::ptr::null() }
+        let next = unit + self.threads;
+        if next >= part.cut.num_units() {
+            return std::ptr::null();
+        }
+        w.panel(part.cut.unit(next, part.tiles.count).0.start).as_ptr()
     }
 
     /// Counts panels that a unit has ended, and goes on with the groups that are complete.
@@ -400,6 +412,8 @@ struct Cut {
     tiles_per_unit: usize,
     /// Units that have the same panels.
     row_units: usize,
+    /// Whether all panels pass by the first rows before the next rows begin, or all rows by the first panels.
+    is_by_rows: bool,
 }
 
 impl Cut {
@@ -407,6 +421,9 @@ impl Cut {
         let (rows, cols, panel_bytes) = (matrix.rows(), matrix.cols(), matrix.panel_bytes());
         let num_panels = rows.div_ceil(PANEL);
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
+        if matches!(matrix.packing(ctx.isa), Packing::Blocks) && tiles.count > 1 {
+            return Cut::of_tiles(num_panels, tiles, cols, ctx.pool.threads());
+        }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
         let row_units = tiles.count.div_ceil(tiles_per_unit);
         let panels_per_unit = if num_rows * rows * cols < INLINE_MADDS {
@@ -418,17 +435,42 @@ impl Cut {
             let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
             most.min(num_panels / (UNITS_PER_THREAD * ctx.pool.threads())).max(UNIT_BYTES / panel_bytes)
         };
-        Cut { num_panels, panels_per_unit: panels_per_unit.clamp(1, num_panels), tiles_per_unit, row_units }
+        Cut { num_panels, panels_per_unit: panels_per_unit.clamp(1, num_panels), tiles_per_unit, row_units, is_by_rows: false }
+    }
+
+    /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of
+    /// either side serves many of the other, which may take half a millisecond with long rows.
+    fn of_tiles(num_panels: usize, tiles: &Tiles, cols: usize, threads: usize) -> Cut {
+        let num_tiles = tiles.count;
+        // Rows that fit the second-level cache, or else twice as many, for each of which weights then move half as often.
+        let fits = FAST_ROWS_BYTES / (cols * 2 * tiles.rows_max());
+        let row_units = num_tiles.div_ceil(if fits < TILES_PER_UNIT { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
+        let panels_per_unit = num_panels * row_units / (FAST_UNITS_PER_THREAD * threads);
+        Cut {
+            num_panels,
+            panels_per_unit: panels_per_unit.clamp(1, PANELS_PER_UNIT),
+            tiles_per_unit: num_tiles.div_ceil(row_units),
+            row_units,
+            is_by_rows: true,
+        }
     }
 
     fn num_units(&self) -> usize {
         self.row_units * self.num_panels.div_ceil(self.panels_per_unit)
     }
 
+    fn panel_unit(&self, index: usize) -> usize {
+        if self.is_by_rows { index % (self.num_units() / self.row_units) } else { index / self.row_units }
+    }
+
+    fn row_unit(&self, index: usize) -> usize {
+        if self.is_by_rows { index / (self.num_units() / self.row_units) } else { index % self.row_units }
+    }
+
     /// Panels and tiles of a unit.
     fn unit(&self, index: usize, num_tiles: usize) -> (Range<usize>, Range<usize>) {
-        let panel = index / self.row_units * self.panels_per_unit;
-        let tile = index % self.row_units * self.tiles_per_unit;
+        let panel = self.panel_unit(index) * self.panels_per_unit;
+        let tile = self.row_unit(index) * self.tiles_per_unit;
         let panels = panel..(panel + self.panels_per_unit).min(self.num_panels);
         (panels, tile..(tile + self.tiles_per_unit).min(num_tiles))
     }
