@@ -305,11 +305,11 @@ unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize
                 // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each,
                 // and the sums 32 for each row of the unit and panel.
                 unsafe {
-                    let sums = sums.add(((panel - panels.start) * rows.len() + tile_rows.start - rows.start) * PANEL);
+                    let first = (panel - panels.start) * rows.len() + tile_rows.start - rows.start;
                     fold_panel(&PanelBlocks {
                         a: job.a.add((tile_rows.start * num_blocks + blocks.start * num_rows) * TILE_STEPS),
                         b: job.w.panel(panel).as_ptr().add(blocks.start * BLOCK_LANES),
-                        sums,
+                        sums: sums.add(first * PANEL),
                         num_rows,
                         num_blocks: blocks.len(),
                         is_first: blocks.start == 0,
@@ -317,14 +317,18 @@ unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize
                         ahead: next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LANES),
                         lines_ahead,
                     });
-                    if blocks.end == num_blocks {
-                        for (r, row) in tile_rows.enumerate() {
-                            for vector in 0..PANEL / LANES {
-                                let y = Avx512Bf16::load(sums.add(r * PANEL + vector * LANES));
-                                job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
-                            }
-                        }
-                    }
+                }
+            }
+        }
+    }
+    // Row by row: the output's rows lie pages apart.
+    for (r, row) in rows.clone().enumerate() {
+        for (p, panel) in panels.clone().enumerate() {
+            for vector in 0..PANEL / LANES {
+                // SAFETY: as above; the row is one of the job's.
+                unsafe {
+                    let y = Avx512Bf16::load(sums.add((p * rows.len() + r) * PANEL + vector * LANES));
+                    job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
                 }
             }
         }
