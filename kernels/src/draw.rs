@@ -204,9 +204,11 @@ impl<'a> Row<'a> {
             let (chunks, rest) = block.as_chunks::<CHUNK>();
             for chunk in chunks {
                 if Self::any_above(chunk, self.weightless) {
+                    let mut weights = [0.0; CHUNK];
                     for i in 0..CHUNK {
-                        lanes[i] += f64::from(self.weight(chunk[i]));
+                        weights[i] = self.weight(chunk[i]);
                     }
+                    add_to_lanes(&mut lanes, &weights);
                 }
             }
             lanes.iter_mut().zip(rest).for_each(|(lane, &logit)| *lane += f64::from(self.weight(logit)));
@@ -291,11 +293,12 @@ impl<'a> Row<'a> {
             if !Self::any_above(chunk, least) {
                 continue;
             }
-            // Bit i: whether logit i may be in the band.
-            let mut inside = 0u32;
+            // `map` would be a call into code without these instructions.
+            let mut flags = [0; CHUNK];
             for i in 0..CHUNK {
-                inside |= u32::from(chunk[i] > least) << i;
+                flags[i] = u8::from(chunk[i] > least);
             }
+            let mut inside = bits_of(&flags);
             while inside != 0 {
                 let i = inside.trailing_zeros();
                 collect(chunk[i as usize], first + i);
@@ -394,12 +397,29 @@ fn sum_of(candidates: &[Candidate]) -> f64 {
     let mut lanes = [0.0f64; CHUNK];
     let (chunks, rest) = candidates.as_chunks::<CHUNK>();
     for chunk in chunks {
+        let mut weights = [0.0; CHUNK];
         for i in 0..CHUNK {
-            lanes[i] += f64::from(exp(chunk[i].logit()));
+            weights[i] = exp(chunk[i].logit());
         }
+        add_to_lanes(&mut lanes, &weights);
     }
     lanes.iter_mut().zip(rest).for_each(|(lane, c)| *lane += f64::from(exp(c.logit())));
     sum_of_lanes(lanes)
+}
+
+/// A loop of its own: beside f64, f32 would be computed in vectors half as long.
+#[inline(always)]
+fn add_to_lanes(lanes: &mut [f64; CHUNK], weights: &[f32; CHUNK]) {
+    for i in 0..CHUNK {
+        lanes[i] += f64::from(weights[i]);
+    }
+}
+
+/// Bit i of flag i, which is 0 or 1.
+#[inline(always)]
+fn bits_of(flags: &[u8; CHUNK]) -> u32 {
+    let eight = |flags: &[u8; 8]| (u64::from_le_bytes(*flags).wrapping_mul(0x0102_0408_1020_4080) >> 56) as u32;
+    flags.as_chunks::<8>().0.iter().rev().fold(0, |bits, flags| bits << 8 | eight(flags))
 }
 
 /// In the order of a tree, which is short.
