@@ -269,7 +269,8 @@ unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize
             let is_last = panel + 1 == panels.end && blocks.end == num_blocks;
             for tile in tiles.clone() {
                 let rows = job.tiles.rows(tile);
-                let (next, halves_ahead) = job.ahead(panel, blocks.end * TILE_STEPS, is_last, tile - tiles.start, tiles.len());
+                let (next, halves_ahead) =
+                    job.ahead(panel, blocks.end * TILE_STEPS, is_last, tile - tiles.start, tiles.len());
                 if configured.as_ref().is_none_or(|(num_rows, _)| *num_rows != rows.len()) {
                     drop(configured.take());
                     // SAFETY: the caller has the instruction set, and the one before is gone.
@@ -307,7 +308,14 @@ impl Job<'_> {
     /// What to move nearer while tile `index` of `num_tiles` of a unit passes over a block that ends at `step`: the next
     /// block, and which halves of its columns.
     #[inline(always)]
-    fn ahead(&self, panel: usize, step: usize, is_last: bool, index: usize, num_tiles: usize) -> (*const u32, [bool; 2]) {
+    fn ahead(
+        &self,
+        panel: usize,
+        step: usize,
+        is_last: bool,
+        index: usize,
+        num_tiles: usize,
+    ) -> (*const u32, [bool; 2]) {
         let next = match (is_last, num_tiles) {
             // What lies behind is the next block of the panel, or the first of the next panel.
             (false, _) => self.w.panel(panel).as_ptr().wrapping_add(step * PANEL),
