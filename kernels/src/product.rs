@@ -435,7 +435,13 @@ impl Cut {
             let most = UNIT_MADDS / (tiles_per_unit * madds_per_tile);
             most.min(num_panels / (UNITS_PER_THREAD * ctx.pool.threads())).max(UNIT_BYTES / panel_bytes)
         };
-        Cut { num_panels, panels_per_unit: panels_per_unit.clamp(1, num_panels), tiles_per_unit, row_units, is_by_rows: false }
+        Cut {
+            num_panels,
+            panels_per_unit: panels_per_unit.clamp(1, num_panels),
+            tiles_per_unit,
+            row_units,
+            is_by_rows: false,
+        }
     }
 
     /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of

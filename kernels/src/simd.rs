@@ -84,15 +84,14 @@ pub(crate) trait Simd {
             Self::load(values.as_ptr())
         }
     }
-    /// The high halves of all lanes, 8 lanes of them.
+    /// The bits of the same, 8 lanes of them.
     #[inline(always)]
-    unsafe fn store_high_halves(into: *mut u32, x: Self::V) {
+    unsafe fn store_rounded_not_negative(into: *mut u32, x: Self::V) {
         let mut values = [0.0f32; LANES];
         // SAFETY: the array holds 16 lanes, and 8 are valid (the trait's contract).
         unsafe {
             Self::store(values.as_mut_ptr(), x);
-            let halves = values.map(|value| (value.to_bits() >> 16) as u16);
-            into.cast::<[u16; LANES]>().write_unaligned(halves);
+            into.cast::<[u16; LANES]>().write_unaligned(values.map(round_bf16));
         }
     }
     /// The pair that lies in [`PAIR_LANES`](Self::PAIR_LANES) lanes.
@@ -159,7 +158,7 @@ pub(crate) unsafe fn fold_tile<S: Simd, const MR: usize, const NR: usize, const 
 
 /// Has the line at this address moved to the second-level cache; an address of nothing is ignored.
 #[inline(always)]
-fn prefetch(_address: *const u32) {
+pub(crate) fn prefetch(_address: *const u32) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: every x86-64 machine has the instruction, which reads nothing that a program could see.
     unsafe {
@@ -279,7 +278,7 @@ impl Simd for Avx2 {
 
 #[cfg(target_arch = "x86_64")]
 macro_rules! avx512 {
-    ($name:ident, wide query rows $rows:literal, pair lanes $pair_lanes:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item) => {
+    ($name:ident, wide query rows $rows:literal, pair lanes $pair_lanes:literal, $pairs:ty, $splat_pair:item $load_pairs:item $fold_pairs:item $($store_rounded:item)?) => {
         #[cfg(target_arch = "x86_64")]
         pub(crate) struct $name;
 
@@ -382,19 +381,15 @@ macro_rules! avx512 {
                 }
             }
             #[inline(always)]
-            unsafe fn store_high_halves(into: *mut u32, x: __m512) {
-                // SAFETY: AVX-512F and AVX are there, and 8 lanes are valid (the trait's contract).
-                unsafe {
-                    let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(_mm512_castps_si512(x)));
-                    _mm256_storeu_si256(into.cast(), halves);
-                }
-            }
-            #[inline(always)]
             $splat_pair
             #[inline(always)]
             $load_pairs
             #[inline(always)]
             $fold_pairs
+            $(
+                #[inline(always)]
+                $store_rounded
+            )?
         }
     };
 }
@@ -441,6 +436,16 @@ avx512!(
     unsafe fn fold_pairs(acc: __m512, a: __m512bh, b: __m512bh) -> __m512 {
         // SAFETY: AVX-512-BF16 is there (the trait's contract).
         unsafe { _mm512_dpbf16_ps(acc, a, b) }
+    }
+    unsafe fn store_rounded_not_negative(into: *mut u32, x: __m512) {
+        // SAFETY: AVX-512F and AVX-512-BF16 are there, and 8 lanes are valid (the trait's contract).
+        unsafe {
+            // A number that rounds up to the least that counts does count, as does a NaN.
+            let least = _mm512_set1_ps(f32::from_bits(BF16_TINY.to_bits() - 0x8000));
+            let counts = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, least);
+            let rounded = _mm512_maskz_cvtneps_pbh(counts, x);
+            _mm256_storeu_si256(into.cast(), std::mem::transmute::<__m256bh, __m256i>(rounded));
+        }
     }
 );
 
@@ -584,7 +589,7 @@ mod tests {
             S::store(powers.as_mut_ptr(), S::exp_not_positive(S::load(x.as_ptr())));
             let round = S::round_not_negative(S::load(magnitudes.as_ptr()));
             S::store(rounded.as_mut_ptr(), round);
-            S::store_high_halves(halves.as_mut_ptr().cast(), round);
+            S::store_rounded_not_negative(halves.as_mut_ptr().cast(), S::load(magnitudes.as_ptr()));
         }
     }
 

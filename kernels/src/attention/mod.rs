@@ -16,7 +16,10 @@
 
 mod reference;
 mod tile;
+#[cfg(target_arch = "x86_64")]
+mod tiles;
 mod units;
+mod vectors;
 
 use std::cell::Cell;
 use std::ops::Range;

@@ -70,6 +70,9 @@ fn every_instruction_set_gives_the_bits_of_the_reference() {
         (1, 7, 80, 48, 77, 20),
         (1, 2, 128, 16, 600, 5),
         (1, 1, 256, 32, 1100, 2),
+        (2, 1, 96, 64, 150, 33),
+        (1, 17, 112, 16, 90, 1),
+        (1, 16, 48, 16, 40, 3),
     ];
     for dtype in [KvDtype::F32, KvDtype::Bf16] {
         for (kv_heads, group, head_dim, block_size, len, queries) in shapes {

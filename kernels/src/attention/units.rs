@@ -2,8 +2,10 @@
 //!
 //! ```text
 //! unit      one span, one KV head, up to 48 rows (query token, query head of that KV head), some parts
-//! subtile   up to 12 of its rows: their scores with 64 keys, softmax, weighted sum of 64 values (super::tile)
+//! subtile   up to 12 of its rows: their scores with 64 keys, softmax (super::tile), weighted sum of 64 values
 //! ```
+//!
+//! Vectors multiply (super::vectors), or the processor's tiles (super::tiles): then units have up to 256 rows, subtiles 16.
 //!
 //! Long contexts of few queries are split by part as well, and merged afterwards in ascending order.
 
@@ -11,23 +13,94 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::tile::{
-    QUERY_ROWS_MAX, Scores, Seen, Weights, granules, locate, mask_values, score_tile, softmax_rows, value_tile,
+    Aligned, Lines, OfRows, QUERY_ROWS_MAX, Scores, Seen, Tile, Weights, granules, locate, mask_values, pad_keys,
+    softmax_rows,
 };
+use super::vectors::Vectors;
 use super::{Job, first_visible};
 use crate::ctx::Ctx;
-use crate::kv_layout::KvDtype;
-use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, bf16_pair, exp, round_bf16};
-use crate::simd::{Simd, vectorised, with_simd};
+use crate::kv_layout::{KvDtype, KvLayout};
+use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, Order, exp};
+use crate::simd::{Simd, prefetch, vectorised, with_simd};
 
-/// Rows of a unit at most: K and V of a tile stay in the first-level cache while they pass over them.
-const UNIT_ROWS: usize = 48;
+/// How large units are.
+struct UnitSize {
+    /// Rows of a unit at most.
+    rows_max: usize,
+    /// Of which there are always so many at a time, if they are there.
+    rows_step: usize,
+    /// Multiply-adds of a unit at most, unless one subtile has more: a fraction of a millisecond, after which prefill
+    /// may give way to decode.
+    madds_max: usize,
+    /// Below this many multiply-adds a call is not worth waking anyone.
+    inline_madds: usize,
+}
 
-/// Multiply-adds of a unit at most, unless one subtile has more: a fraction of a millisecond, after which
-/// prefill may give way to decode.
-const UNIT_MADDS: usize = 16 << 20;
+/// K and V of a tile stay in the first-level cache while so many rows pass over them.
+const IN_VECTORS: UnitSize = UnitSize { rows_max: 48, rows_step: 12, madds_max: 16 << 20, inline_madds: 1 << 18 };
 
-/// Below this many multiply-adds a call is not worth waking anyone.
-const INLINE_MADDS: usize = 1 << 18;
+/// More rows share what K and V cost to fetch, since multiplying them costs so much less.
+const IN_TILES: UnitSize = UnitSize { rows_max: 256, rows_step: 16, madds_max: 64 << 20, inline_madds: 1 << 20 };
+
+/// Whether tiles of the processor multiply with such K and V.
+fn multiplies_tiles(ctx: &Ctx<'_>, layout: &KvLayout) -> bool {
+    ctx.isa.order() == Order::Tiles && layout.dtype == KvDtype::Bf16
+}
+
+/// What comes nearer while a subtile is at a tile: K and V lie in pieces of some lines, of which the machine foresees
+/// nothing.
+pub(super) struct Ahead<'a> {
+    pub(super) next: &'a Tile,
+    /// Subtiles that were at the tile before.
+    pub(super) turn: usize,
+    /// Subtiles that will have been, at most.
+    pub(super) num_turns: usize,
+}
+
+/// Who multiplies with K and V, in a unit.
+pub(super) trait Products: Sized {
+    /// What everything else is computed with.
+    type Simd: Simd;
+    /// Whether K must have whole vectors of features.
+    const PADS_KEYS: bool;
+    /// For a unit of so many rows.
+    ///
+    /// # Safety
+    /// The machine has the instruction set; there is one of these on a thread.
+    unsafe fn new(layout: &KvLayout, num_rows: usize) -> Self;
+    /// The rows of subtile `index` of so many, if there is one.
+    fn subtile(&self, index: usize, num_rows: usize) -> Option<Range<usize>>;
+    /// Lanes of a packed query.
+    fn lanes_per_row(&self) -> usize;
+    /// Queries packed for so many rows.
+    fn packed_rows(&self, num_rows: usize) -> usize;
+    /// Packs the query of row `r` of a subtile of `num_rows`.
+    fn pack(&self, q: &[f32], place: (usize, usize), into: &mut [u32]);
+    /// Products of a subtile's packed queries with the keys of these granules of a tile, at least.
+    ///
+    /// # Safety
+    /// The tile points to valid granules, the queries are packed ones of so many rows.
+    unsafe fn score(
+        &self,
+        tile: (&Tile, Range<usize>),
+        ahead: &Ahead<'_>,
+        queries: (*const u32, usize),
+        scores: &mut Scores,
+    );
+    /// Adds the weighted values of these granules of a tile to those of so many rows of `acc` that see something of it.
+    ///
+    /// # Safety
+    /// The tile points to valid granules.
+    unsafe fn add_values(
+        &self,
+        tile: (&Tile, Range<usize>),
+        ahead: &Ahead<'_>,
+        weights: &Weights,
+        of_rows: (&Seen, &OfRows),
+        acc: (&mut [f32], usize),
+        scratch: &mut Scores,
+    );
+}
 
 /// Some rows of one span and KV head, and the parts of their positions to look at.
 struct Unit {
@@ -70,16 +143,22 @@ pub(super) fn run(ctx: &Ctx<'_>, job: &Job<'_>) {
 fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
     let CallScratch { groups, units, partials } = scratch;
     groups.clear();
+    let size = if multiplies_tiles(ctx, job.layout) { IN_TILES } else { IN_VECTORS };
+    let num_rows: usize = job.batch.spans.iter().map(|span| span.num_rows).sum();
+    let (threads, num_heads) = (ctx.pool.threads(), job.params.num_heads);
+    // Some units for every thread.
+    let rows_max = (num_rows * num_heads / (4 * threads)).next_multiple_of(size.rows_step).min(size.rows_max);
     let mut madds = 0;
     for (span, s) in job.batch.spans.iter().enumerate() {
         let rows = s.num_rows * job.group();
         let madds_per_row = (s.first_position + s.num_rows) * 2 * job.layout.head_dim;
         madds += rows * madds_per_row * job.layout.num_kv_heads;
-        let unit_rows = UNIT_MADDS / madds_per_row.max(1) / QUERY_ROWS_MAX * QUERY_ROWS_MAX;
-        let unit_rows = unit_rows.clamp(QUERY_ROWS_MAX, UNIT_ROWS);
-        // Later rows see more keys: they go first, so that no thread is left with a long one at the end.
-        for group in (0..rows.div_ceil(unit_rows)).rev() {
-            for kv_head in 0..job.layout.num_kv_heads {
+        let unit_rows = size.madds_max / madds_per_row.max(1) / size.rows_step * size.rows_step;
+        let unit_rows = unit_rows.clamp(size.rows_step, rows_max.max(size.rows_step));
+        // K and V of a head stay in a cache from unit to unit. Later rows see more keys: they go first, so that no thread
+        // is left with a long one at the end.
+        for kv_head in 0..job.layout.num_kv_heads {
+            for group in (0..rows.div_ceil(unit_rows)).rev() {
                 let rows = group * unit_rows..rows.min((group + 1) * unit_rows);
                 let mut unit = Unit { span, kv_head, rows, parts: 0..0, partial: None };
                 let positions = job.positions(&unit);
@@ -88,11 +167,10 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
             }
         }
     }
-    if madds < INLINE_MADDS {
+    if madds < size.inline_madds {
         groups.iter().for_each(|unit| compute(ctx, job, unit, &Partials(std::ptr::null_mut())));
         return;
     }
-    let threads = ctx.pool.threads();
     if threads == 1 || groups.len() >= 3 * threads || groups.iter().all(|unit| unit.parts.len() == 1) {
         ctx.pool.run(ctx.priority, groups.len(), &|unit| {
             compute(ctx, job, &groups[unit], &Partials(std::ptr::null_mut()));
@@ -127,11 +205,27 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
 
 fn compute(ctx: &Ctx<'_>, job: &Job<'_>, unit: &Unit, partials: &Partials) {
     let isa = ctx.isa;
+    #[cfg(target_arch = "x86_64")]
+    if multiplies_tiles(ctx, job.layout) {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+        unsafe fn amx(job: &Job<'_>, unit: &Unit, partials: &Partials) {
+            // SAFETY: as required of the caller.
+            unsafe { compute_unit::<super::tiles::Tiles>(job, unit, partials) }
+        }
+        // SAFETY: an `Isa` exists only for instruction sets of this machine.
+        return unsafe { amx(job, unit, partials) };
+    }
     with_simd!(
         isa,
-        compute_unit(job: &Job<'_>, unit: &Unit, partials: &Partials),
+        compute_in_vectors(job: &Job<'_>, unit: &Unit, partials: &Partials),
         else unreachable!("the portable instruction set runs the reference")
     );
+}
+
+#[inline(always)]
+unsafe fn compute_in_vectors<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials) {
+    // SAFETY: as required of the caller.
+    unsafe { compute_unit::<Vectors<S>>(job, unit, partials) }
 }
 
 impl Job<'_> {
@@ -167,7 +261,7 @@ impl Job<'_> {
 struct States {
     max: Vec<f32>,
     sum: Vec<f32>,
-    acc: Vec<f32>,
+    acc: Lines<f32>,
 }
 
 impl States {
@@ -176,19 +270,21 @@ impl States {
         self.max.resize(rows, f32::MIN);
         self.sum.clear();
         self.sum.resize(rows, 0.0);
-        self.acc.clear();
-        self.acc.resize(rows * padded_dim, 0.0);
+        self.acc.resize(rows * padded_dim);
+        self.acc.fill(0.0);
     }
 }
 
 /// What a thread keeps between units.
 struct Scratch {
-    /// Packed queries, subtile after subtile: `[depth][rows of the subtile]`, each step in the lanes it takes.
-    q: Vec<u32>,
+    /// Packed queries, subtile after subtile.
+    q: Lines<u32>,
     part: States,
     total: States,
     /// Copies of granules of V that need a mask or padding: `[4][steps][padded_dim]`.
-    values: Vec<u32>,
+    values: Lines<u32>,
+    /// Copies of K with padding: `[4][padded_dim / 2][16]`.
+    keys: Lines<u32>,
     /// The positions each row of the unit sees.
     visible: Vec<Range<usize>>,
     scores: Scores,
@@ -198,13 +294,14 @@ struct Scratch {
 impl Scratch {
     fn new() -> Box<Scratch> {
         Box::new(Scratch {
-            q: Vec::new(),
+            q: Lines::default(),
             part: States::default(),
             total: States::default(),
-            values: Vec::new(),
+            values: Lines::default(),
+            keys: Lines::default(),
             visible: Vec::new(),
-            scores: [[0.0; ATTENTION_TILE]; QUERY_ROWS_MAX],
-            weights: [[0; ATTENTION_TILE]; QUERY_ROWS_MAX],
+            scores: Aligned([[0.0; ATTENTION_TILE]; QUERY_ROWS_MAX]),
+            weights: Aligned([[0; ATTENTION_TILE]; QUERY_ROWS_MAX]),
         })
     }
 }
@@ -213,81 +310,48 @@ thread_local! {
     static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
 }
 
+/// Queries and outputs come nearer so many rows before their turn: a head's are a few lines of a long row.
+const ROWS_AHEAD: usize = 8;
+
+#[inline(always)]
+fn prefetch_row(row: &[f32]) {
+    row.chunks(LANES).for_each(|line| prefetch(line.as_ptr().cast()));
+}
+
 /// The part of `range` within `bounds`; empty if there is none.
 #[inline(always)]
 fn clip(range: &Range<usize>, bounds: Range<usize>) -> Range<usize> {
     range.start.max(bounds.start)..range.end.min(bounds.end)
 }
 
-/// Calls `f::<S, MR, PAIRS>` for a number of rows and a layout known at run time.
-macro_rules! by_rows {
-    ($rows:expr, $f:ident::<$s:ident, $pairs:ident>($($arg:expr),*)) => {
-        match ($pairs, $rows) {
-            (true, 1) => $f::<$s, 1, true>($($arg),*),
-            (true, 2) => $f::<$s, 2, true>($($arg),*),
-            (true, 3) => $f::<$s, 3, true>($($arg),*),
-            (true, 4) => $f::<$s, 4, true>($($arg),*),
-            (true, 5) => $f::<$s, 5, true>($($arg),*),
-            (true, 6) => $f::<$s, 6, true>($($arg),*),
-            (true, 12) => $f::<$s, 12, true>($($arg),*),
-            (false, 1) => $f::<$s, 1, false>($($arg),*),
-            (false, 2) => $f::<$s, 2, false>($($arg),*),
-            (false, 3) => $f::<$s, 3, false>($($arg),*),
-            (false, 4) => $f::<$s, 4, false>($($arg),*),
-            (false, 5) => $f::<$s, 5, false>($($arg),*),
-            (false, 6) => $f::<$s, 6, false>($($arg),*),
-            (false, 12) => $f::<$s, 12, false>($($arg),*),
-            _ => unreachable!("subtiles have 1 to 6 rows or 12"),
-        }
-    };
-}
-
-/// The rows of subtile `index`, if there is one: as many as fit while there are so many, then one or two of nearly
-/// equal size with up to 6.
 #[inline(always)]
-fn subtile(index: usize, num_rows: usize, rows_max: usize) -> Option<Range<usize>> {
-    let num_full = num_rows / rows_max;
-    if index < num_full {
-        return Some(index * rows_max..(index + 1) * rows_max);
-    }
-    let (first, left, index) = (num_full * rows_max, num_rows % rows_max, index - num_full);
-    let count = left.div_ceil(6);
-    (index < count).then(|| first + index * left / count..first + (index + 1) * left / count)
-}
-
-#[inline(always)]
-unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials) {
+unsafe fn compute_unit<P: Products>(job: &Job<'_>, unit: &Unit, partials: &Partials) {
     let mut scratch = SCRATCH.take().unwrap_or_else(Scratch::new);
     let (num_rows, padded_dim) = (unit.rows.len(), job.padded_dim());
-    let subtiles = || (0..).map_while(|i| subtile(i, num_rows, S::QUERY_ROWS));
+    // SAFETY: the caller has the instruction set, and computes one unit at a time.
+    let products = unsafe { P::new(job.layout, num_rows) };
+    let subtiles = || (0..).map_while(|i| products.subtile(i, num_rows));
     let pairs = job.layout.dtype == KvDtype::Bf16;
-    let depth = if pairs { job.layout.head_dim / 2 } else { job.layout.head_dim };
-    let step_lanes = if pairs { S::PAIR_LANES } else { 1 };
-    let row_lanes = depth * step_lanes;
-    scratch.q.resize(num_rows * row_lanes, 0);
+    let lanes_per_row = products.lanes_per_row();
+    scratch.q.resize(products.packed_rows(num_rows) * lanes_per_row);
     for rows in subtiles() {
-        let into = &mut scratch.q[rows.start * row_lanes..rows.end * row_lanes];
-        for (r, row) in rows.clone().enumerate() {
-            let (q_row, head) = job.place(unit, row);
-            let q = job.query(q_row, head);
-            for step in 0..depth {
-                let at = (step * rows.len() + r) * step_lanes;
-                match (pairs, step_lanes) {
-                    (false, _) => into[at] = q[step].to_bits(),
-                    (true, 1) => into[at] = bf16_pair(q[2 * step], q[2 * step + 1]),
-                    (true, _) => {
-                        into[at] = u32::from(round_bf16(q[2 * step])) << 16;
-                        into[at + 1] = u32::from(round_bf16(q[2 * step + 1])) << 16;
-                    }
-                }
+        let packed_rows = products.packed_rows(rows.len());
+        let into = &mut scratch.q[rows.start * lanes_per_row..][..packed_rows * lanes_per_row];
+        for (r, row) in rows.enumerate() {
+            if row + ROWS_AHEAD < num_rows {
+                let (q_row, head) = job.place(unit, row + ROWS_AHEAD);
+                prefetch_row(job.query(q_row, head));
             }
+            let (q_row, head) = job.place(unit, row);
+            products.pack(job.query(q_row, head), (r, packed_rows), into);
         }
     }
     let positions = job.positions(unit);
     scratch.visible.clear();
     scratch.visible.extend((0..num_rows).map(|row| job.visible(unit, row)));
     let unit_end = positions.end.min(unit.parts.end * ATTENTION_PART);
-    let mut seen_of_rows: Seen = std::array::from_fn(|_| 0..0);
+    let num_subtiles = subtiles().count();
+    let mut seen_of_rows: Seen = Default::default();
     scratch.total.reset(num_rows, padded_dim);
     for part in unit.parts.clone() {
         scratch.part.reset(num_rows, padded_dim);
@@ -295,37 +359,38 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
         let mut start = positions.start.max(part * ATTENTION_PART) / ATTENTION_TILE * ATTENTION_TILE;
         while start < end {
             let mut tile = locate(job, unit.span, unit.kv_head, start, &positions);
-            let ahead = if start + ATTENTION_TILE < unit_end { start + ATTENTION_TILE } else { start };
-            let mut next = locate(job, unit.span, unit.kv_head, ahead, &positions);
+            let next = if start + ATTENTION_TILE < unit_end { start + ATTENTION_TILE } else { start };
+            let next = locate(job, unit.span, unit.kv_head, next, &positions);
             mask_values(job, &mut tile, start, &positions, &mut scratch.values);
+            if P::PADS_KEYS && padded_dim != job.layout.head_dim {
+                pad_keys(job, &mut tile, &mut scratch.keys);
+            }
+            let mut ahead = Ahead { next: &next, turn: 0, num_turns: num_subtiles };
             for rows in subtiles() {
                 let seen = scratch.visible[rows.start].start..scratch.visible[rows.end - 1].end;
                 if clip(&seen, start..start + ATTENTION_TILE).is_empty() {
                     continue;
                 }
-                let granules = granules(start, &seen);
-                let q = scratch.q[rows.start * row_lanes..].as_ptr();
-                let (num, padded) = (rows.len(), padded_dim);
-                // SAFETY: the caller has the instruction set; q holds this subtile's `depth * rows` steps, the
-                // tile's pointers lead to heads of its layout.
-                unsafe {
-                    let scores = &mut scratch.scores;
-                    by_rows!(num, score_tile::<S, pairs>(&tile, &next, granules.clone(), depth, q, scores));
-                    for (r, row) in rows.clone().enumerate() {
-                        let clipped = clip(&scratch.visible[row], start..start + ATTENTION_TILE);
-                        seen_of_rows[r] =
-                            if clipped.is_empty() { 0..0 } else { clipped.start - start..clipped.end - start };
-                    }
-                    let states = (&mut scratch.part.max[rows.clone()], &mut scratch.part.sum[rows.clone()]);
-                    let (scores, weights) = (&mut scratch.scores, &mut scratch.weights);
-                    let corrections = softmax_rows::<S>(scores, job.params, num, &seen_of_rows, pairs, states, weights);
-                    let acc = &mut scratch.part.acc[rows.start * padded..rows.end * padded];
-                    let weights = &scratch.weights;
-                    let rows = (&seen_of_rows, &corrections);
-                    by_rows!(num, value_tile::<S, pairs>(&tile, &next, granules.clone(), weights, rows, acc));
+                for (r, row) in rows.clone().enumerate() {
+                    let clipped = clip(&scratch.visible[row], start..start + ATTENTION_TILE);
+                    seen_of_rows[r] =
+                        if clipped.is_empty() { 0..0 } else { clipped.start - start..clipped.end - start };
                 }
-                // The first subtile has brought it.
-                next = tile;
+                let (num, granules) = (rows.len(), granules(start, &seen));
+                let q = scratch.q[rows.start * lanes_per_row..].as_ptr();
+                let (scores, weights) = (&mut scratch.scores, &mut scratch.weights);
+                let states = (&mut scratch.part.max[rows.clone()], &mut scratch.part.sum[rows.clone()]);
+                let acc = &mut scratch.part.acc[rows.start * padded_dim..rows.end * padded_dim];
+                // SAFETY: the caller has the instruction set; q holds this subtile's packed queries, the tile's pointers
+                // lead to heads of its layout.
+                unsafe {
+                    products.score((&tile, granules.clone()), &ahead, (q, num), scores);
+                    let corrections =
+                        softmax_rows::<P::Simd>(scores, job.params, num, &seen_of_rows, pairs, states, weights);
+                    let of_rows = (&seen_of_rows, &corrections);
+                    products.add_values((&tile, granules), &ahead, weights, of_rows, (acc, num), scores);
+                }
+                ahead.turn += 1;
             }
             start += ATTENTION_TILE;
         }
@@ -353,6 +418,10 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, unit: &Unit, partials: &Partials)
         unsafe {
             match unit.partial {
                 None => {
+                    if row + ROWS_AHEAD < num_rows {
+                        let (out_row, head) = job.place(unit, row + ROWS_AHEAD);
+                        prefetch_row(job.output(out_row, head));
+                    }
                     let (out_row, head) = job.place(unit, row);
                     normalise(acc, scratch.total.sum[row], job.output(out_row, head));
                 }
