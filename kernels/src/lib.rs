@@ -52,6 +52,8 @@ pub mod rope;
 pub mod sample;
 pub mod silu_mul;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod tile_product;
 pub mod uniform;
 pub mod workers;
 

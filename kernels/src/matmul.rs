@@ -11,7 +11,7 @@
 //! the tiles stream past from the second-level cache; the sums wait in memory for the next block, which comes nearer
 //! meanwhile. So weights come from memory once. Units share outputs, never k.
 //!
-//! Where the processor has tile registers, bf16 is multiplied in these (`amx`): a tile is up to 32 rows then, of which
+//! Where the processor has tile registers, bf16 is multiplied in these (`tile_product`): a tile is up to 32 rows then, of which
 //! `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
@@ -27,13 +27,14 @@ use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::{Kept, lend};
 use crate::product::{MatrixRef, Product, multiply};
 use crate::simd::{Simd, fold_tile, with_simd};
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    simd::Avx512,
+    tile_product::{TilePanels, multiply_tiles},
+};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
-
-/// The same where tiles are multiplied, in steps of 16: 32 KiB.
-#[cfg(target_arch = "x86_64")]
-const TILE_BLOCKS: usize = 16;
 
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
@@ -53,10 +54,10 @@ pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Rang
         let sums = sums.cast::<f32>();
         #[cfg(target_arch = "x86_64")]
         if multiplies_tiles(isa, job.w.dtype()) {
-            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
             unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
                 // SAFETY: as required of the caller.
-                unsafe { multiply_tiles(job, panels, tiles, sums) }
+                unsafe { multiply_tiles(job, panels, tiles, sums.cast()) }
             }
             // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row of these tiles.
             return unsafe { amx(job, panels, tiles, sums) };
@@ -174,7 +175,9 @@ unsafe fn compute_unit<S: Simd>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
             let steps = start..(start + BLOCK_STEPS).min(depth);
             let is_last = panel + 1 == panels.end && steps.end == depth;
             for tile in tiles.clone() {
-                let (next, ahead) = job.ahead(panel, steps.end, is_last, tile - tiles.start, tiles.len());
+                // SAFETY: not beyond the end of the panel.
+                let behind = unsafe { job.w.panel(panel).as_ptr().add(steps.end * PANEL) };
+                let (next, ahead) = job.ahead(behind, is_last, tile - tiles.start, tiles.len());
                 let block = Block { panel, steps: steps.clone(), sums, first_row, next, ahead };
                 let rows = job.tiles.rows(tile);
                 let first = rows.start;
@@ -250,74 +253,29 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     }
 }
 
-/// A unit in tile registers.
-///
-/// # Safety
-/// The machine has them; `sums` is valid for 32 of each row of the unit.
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
-    use crate::amx::{Configured, PanelBlocks, fold_panel, panel_shapes};
-    use crate::simd::Avx512Bf16;
+impl TilePanels for PackedMatrix {
+    const BYTES: bool = false;
 
-    let num_blocks = job.w.depth().div_ceil(TILE_STEPS);
-    let first_row = job.tiles.rows(tiles.start).start;
-    let mut configured: Option<(usize, Configured)> = None;
-    for panel in panels.clone() {
-        for start in (0..num_blocks).step_by(TILE_BLOCKS) {
-            let blocks = start..(start + TILE_BLOCKS).min(num_blocks);
-            let is_last = panel + 1 == panels.end && blocks.end == num_blocks;
-            for tile in tiles.clone() {
-                let rows = job.tiles.rows(tile);
-                let (next, halves_ahead) = job.ahead(panel, blocks.end * TILE_STEPS, is_last, tile - tiles.start, tiles.len());
-                if configured.as_ref().is_none_or(|(num_rows, _)| *num_rows != rows.len()) {
-                    drop(configured.take());
-                    // SAFETY: the caller has the instruction set, and the one before is gone.
-                    configured = Some((rows.len(), unsafe { Configured::new(panel_shapes(rows.len())) }));
-                }
-                // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each,
-                // and the sums 32 for each row of the unit.
+    fn num_blocks(&self) -> usize {
+        self.depth().div_ceil(TILE_STEPS)
+    }
+
+    fn tile_panel(&self, panel: usize) -> *const u32 {
+        self.panel(panel).as_ptr()
+    }
+
+    #[inline(always)]
+    unsafe fn finish(job: &Job<'_>, panel: usize, rows: Range<usize>, sums: *const u32) {
+        for (r, row) in rows.enumerate() {
+            for vector in 0..PANEL / LANES {
+                // SAFETY: as required of the caller.
                 unsafe {
-                    let sums = sums.add((rows.start - first_row) * PANEL);
-                    fold_panel(&PanelBlocks {
-                        a: job.a.add((rows.start * num_blocks + blocks.start * rows.len()) * TILE_STEPS),
-                        b: job.w.panel(panel).as_ptr().add(blocks.start * TILE_STEPS * PANEL),
-                        sums,
-                        num_rows: rows.len(),
-                        num_blocks: blocks.len(),
-                        is_first: blocks.start == 0,
-                        ahead: next,
-                        halves_ahead,
-                    });
-                    if blocks.end == num_blocks {
-                        for (r, row) in rows.enumerate() {
-                            for vector in 0..PANEL / LANES {
-                                let y = Avx512Bf16::load(sums.add(r * PANEL + vector * LANES));
-                                job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
-                            }
-                        }
-                    }
+                    let y = Avx512::load(sums.cast::<f32>().add(r * PANEL + vector * LANES));
+                    job.out.put_lanes::<Avx512>(row, panel * PANEL + vector * LANES, y);
                 }
             }
         }
-    }
-}
-
-impl Job<'_> {
-    /// What to move nearer while tile `index` of `num_tiles` of a unit passes over a block that ends at `step`: the next
-    /// block, and which halves of its columns.
-    #[inline(always)]
-    fn ahead(&self, panel: usize, step: usize, is_last: bool, index: usize, num_tiles: usize) -> (*const u32, [bool; 2]) {
-        let next = match (is_last, num_tiles) {
-            // What lies behind is the next block of the panel, or the first of the next panel.
-            (false, _) => self.w.panel(panel).as_ptr().wrapping_add(step * PANEL),
-            (true, 1) => self.next,
-            (true, _) => std::ptr::null(),
-        };
-        // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several the
-        // first two take half of it each, so that it need not come all at once.
-        let is_ours = |half: usize| !next.is_null() && (num_tiles == 1 || index == half);
-        (next, [is_ours(0), is_ours(1)])
     }
 }
 

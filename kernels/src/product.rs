@@ -76,18 +76,22 @@ impl MatrixRef<'_> {
         }
     }
 
-    fn tile_rows(self, isa: Isa) -> usize {
+    /// Rows of a tile at most, of so many rows.
+    fn tile_rows(self, isa: Isa, num_rows: usize) -> usize {
         match self {
             MatrixRef::Float(w) => matmul::tile_rows(isa, w.dtype()),
-            MatrixRef::Quantized(_) => quantized::tile_rows(isa),
+            MatrixRef::Quantized(w) => quantized::tile_rows(isa, w.format(), num_rows),
         }
     }
 
-    fn packing(self, isa: Isa) -> Packing {
+    fn packing(self, isa: Isa, num_rows: usize) -> Packing {
         match self {
             _ if isa.is_reference() => Packing::Rows,
             MatrixRef::Float(w) if matmul::multiplies_tiles(isa, w.dtype()) => Packing::Blocks,
             MatrixRef::Float(w) => Packing::Float(w.dtype(), matmul::pair_lanes(isa)),
+            MatrixRef::Quantized(w) if quantized::multiplies_tiles(isa, w.format(), num_rows) => {
+                Packing::QuantizedBlocks(w.format())
+            }
             MatrixRef::Quantized(w) => Packing::Quantized(w.format()),
         }
     }
@@ -211,8 +215,8 @@ fn run(
     let parts = product.sections.map(|matrix| {
         let matrix = matrix.filter(|matrix| matrix.rows() > 0)?;
         assert_eq!(matrix.cols(), cols, "sections of equal columns");
-        let tiles = Tiles::of(num_rows, matrix.tile_rows(ctx.isa));
-        let (cut, packing) = (Cut::of(ctx, matrix, num_rows, &tiles), matrix.packing(ctx.isa));
+        let tiles = Tiles::of(num_rows, matrix.tile_rows(ctx.isa, num_rows));
+        let (cut, packing) = (Cut::of(ctx, matrix, num_rows, &tiles), matrix.packing(ctx.isa, num_rows));
         let part = Part { matrix, column, tiles, cut, packing, first_unit: unit, first_piece: piece, first_lane: lane };
         if let Some(Groups { width, .. }) = groups {
             assert!(column.is_multiple_of(*width) && matrix.rows().is_multiple_of(*width), "groups of {width} columns");
@@ -358,7 +362,11 @@ impl Running<'_> {
                 matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
             }
             MatrixRef::Quantized(w) => {
-                quantized::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
+                let (job, in_tiles) = (
+                    Job { a, lanes_per_row, tiles, w, out, next },
+                    matches!(part.packing, Packing::QuantizedBlocks(_)),
+                );
+                quantized::compute(self.isa, &job, in_tiles, panels.clone(), num_tiles);
             }
         }
         if let Some(groups) = self.groups {
@@ -368,9 +376,12 @@ impl Running<'_> {
 
     /// The weights of the unit that this thread will most likely take behind this one: all threads take turns.
     fn next(&self, part: &Part<'_>, unit: usize) -> *const u32 {
-        let MatrixRef::Float(w) = part.matrix else { return std::ptr::null() };
         let (panels, _) = part.cut.unit(unit + self.threads, part.tiles.count);
-        if panels.start < part.cut.num_panels { w.panel(panels.start).as_ptr() } else { std::ptr::null() }
+        match part.matrix {
+            _ if panels.start >= part.cut.num_panels => std::ptr::null(),
+            MatrixRef::Float(w) => w.panel(panels.start).as_ptr(),
+            MatrixRef::Quantized(w) => w.panel(panels.start).as_ptr().cast(),
+        }
     }
 
     /// Counts panels that a unit has ended, and goes on with the groups that are complete.
@@ -447,6 +458,28 @@ pub(crate) struct Job<'a, W> {
 }
 
 impl<W> Job<'_, W> {
+    /// What to move nearer while tile `index` of `num_tiles` of a unit passes over a block of weights that ends at
+    /// `behind`: the next block, and which halves of its columns.
+    #[inline(always)]
+    pub(crate) fn ahead(
+        &self,
+        behind: *const u32,
+        is_last: bool,
+        index: usize,
+        num_tiles: usize,
+    ) -> (*const u32, [bool; 2]) {
+        let next = match (is_last, num_tiles) {
+            // What lies behind is the next block of the panel, or the first of the next panel.
+            (false, _) => behind,
+            (true, 1) => self.next,
+            (true, _) => std::ptr::null(),
+        };
+        // A tile that is alone takes all of the next block, which it will read as fast as it comes. Of several the
+        // first two take half of it each, so that it need not come all at once.
+        let is_ours = |half: usize| !next.is_null() && (num_tiles == 1 || index == half);
+        (next, [is_ours(0), is_ours(1)])
+    }
+
     /// A row of `cols` values of an operand of [`Packing::Rows`].
     ///
     /// # Safety

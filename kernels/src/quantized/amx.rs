@@ -1,0 +1,258 @@
+//! The product in tile registers of the processor.
+//!
+//! ```text
+//! Int8Row   sums of integers over all of k in tiles, as bf16 has them, see `tile_product`; then the scales
+//! others    512 k of a panel are taken apart into the first-level cache, codes as signed bytes; all tiles of the unit
+//!           pass over them. Per group a product of up to 14 rows x 32 columns goes through memory into vectors, to be
+//!           scaled and added up in 28 registers, while tiles have the next group.
+//! ```
+//!
+//! While tiles are in use a core has one unit for f32 vectors instead of two: scales cost more time than products, and
+//! from few rows on VNNI has the same bits sooner.
+#![allow(unsafe_code)]
+#![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
+
+use std::cell::Cell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::activations::{BLOCK_EXTRA_LANES, BLOCK_GROUPS, BLOCK_LANES, GROUP_LANES};
+use super::packed::{PackedFormat, QUAD_BYTES, QuantizedMatrix};
+use super::panels::{Int4, Int4Min, Int6, Int8, Opened, Panel};
+use super::product::Job;
+use super::simd::{IntSimd, Vnni};
+use super::tiles::{BLOCK_K, Block};
+use crate::amx::{ConfiguredByRows, TILE_ROWS, dot_group, group_shapes};
+use crate::numerics::LANES;
+use crate::packed_matrix::PANEL;
+use crate::pages::{Kept, lend};
+use crate::simd::{Avx512Bf16 as Floats, Simd};
+use crate::tile_product::{TilePanels, multiply_tiles};
+
+/// Rows of a tile at most where groups have scales: 28 sums, two scales and what is on its way fill 32 registers.
+const GROUP_ROWS: usize = 14;
+
+/// From so many rows on tiles are faster.
+pub(super) fn rows_min(format: PackedFormat) -> usize {
+    match format {
+        PackedFormat::Int8Row => 1,
+        _ => GROUP_ROWS / 2,
+    }
+}
+
+/// Rows of a tile at most.
+pub(super) fn tile_rows(format: PackedFormat) -> usize {
+    match format {
+        PackedFormat::Int8Row => 2 * TILE_ROWS,
+        _ => GROUP_ROWS,
+    }
+}
+
+thread_local! {
+    /// A block taken apart, and the sums of a unit.
+    static SCRATCH: Kept = const { Cell::new(None) };
+}
+
+/// A unit of a product: `panels` for the rows of `tiles`.
+///
+/// # Safety
+/// The machine has tiles, and the operand is packed for them.
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+pub(super) unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    // SAFETY: as required of the caller; the panel type is that of the format.
+    unsafe {
+        match job.w.format() {
+            PackedFormat::Int8Row => multiply_rows(job, panels, tiles),
+            PackedFormat::Int8 => multiply_groups::<Int8>(job, panels, tiles),
+            PackedFormat::Int4 => multiply_groups::<Int4>(job, panels, tiles),
+            PackedFormat::Int4Min => multiply_groups::<Int4Min>(job, panels, tiles),
+            PackedFormat::Int6 => multiply_groups::<Int6>(job, panels, tiles),
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn multiply_rows(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    lend(&SCRATCH, job.tiles.rows_max() * tiles.len() * PANEL * 4, |sums| {
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn in_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut u32) {
+            // SAFETY: as required of the caller.
+            unsafe { multiply_tiles(job, panels, tiles, sums) }
+        }
+        // SAFETY: as required of the caller; 32 sums for each row of these tiles.
+        unsafe { in_tiles(job, panels, tiles, sums.cast()) }
+    });
+}
+
+/// Of [`PackedFormat::Int8Row`]. Where k is no multiple of 64 the last block has bytes of the scales and zeros in it,
+/// which meet activations that are 0.
+impl TilePanels for QuantizedMatrix {
+    const BYTES: bool = true;
+
+    fn num_blocks(&self) -> usize {
+        self.cols().div_ceil(64)
+    }
+
+    fn tile_panel(&self, panel: usize) -> *const u32 {
+        self.panel(panel).as_ptr().cast()
+    }
+
+    #[inline(always)]
+    unsafe fn finish(job: &Job<'_>, panel: usize, rows: Range<usize>, sums: *const u32) {
+        // SAFETY: as required of the caller; scales are behind the quads of the panel and behind the blocks of the tile.
+        unsafe {
+            let scales = job.w.panel(panel).as_ptr().add(job.w.cols().div_ceil(4) * QUAD_BYTES).cast::<f32>();
+            let extras = job.a.add(rows.start * job.lanes_per_row + job.w.num_blocks() * 16 * rows.len());
+            for r in 0..rows.len() {
+                let (scale, start) = (f32::from_bits(*extras.add(r)), *extras.add(rows.len() + r));
+                for column in [0, LANES] {
+                    let dots = <Vnni as IntSimd>::load(sums.add(r * PANEL + column).cast());
+                    let dots = Vnni::to_f32(Vnni::add(dots, Vnni::splat(start)));
+                    let scale = Floats::mul(Floats::splat(scale), Floats::load(scales.add(column)));
+                    let y = Floats::fma(dots, scale, Floats::splat(0.0));
+                    job.out.put_lanes::<Floats>(rows.start + r, panel * PANEL + column, y);
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn multiply_groups<P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    #[inline(never)]
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+    unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, zero: u8, into: *mut u8) {
+        // SAFETY: as required of the caller.
+        unsafe { Opened::<P>::fill::<Vnni>(panel, groups, zero, into) }
+    }
+    let num_groups = job.w.cols() / (4 * P::QUADS);
+    let groups_per_block = BLOCK_K / (4 * P::QUADS);
+    let opened_len = groups_per_block * Opened::<P>::GROUP_BYTES;
+    let zero = job.w.format().offset() as u8;
+    let first_row = job.tiles.rows(tiles.start).start;
+    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
+    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |opened| {
+        let mut configured = ConfiguredByRows::new(|num_rows| group_shapes(num_rows, 4 * P::QUADS));
+        // SAFETY: the scratch has room for both; panels and tiles are of this job; as required of the caller.
+        unsafe {
+            let sums = opened.add(opened_len).cast::<f32>();
+            for panel_index in panels {
+                let panel = job.w.panel(panel_index).as_ptr();
+                for start in (0..num_groups).step_by(groups_per_block) {
+                    let groups = start..(start + groups_per_block).min(num_groups);
+                    open::<P>(panel, groups.clone(), zero, opened);
+                    let block = Block { panel_index, codes: opened, groups, sums, first_row };
+                    for tile in tiles.clone() {
+                        let rows = job.tiles.rows(tile);
+                        configured.set(rows.len());
+                        compute_tile::<P>(job, &block, rows);
+                    }
+                }
+            }
+        }
+    });
+}
+
+#[inline(always)]
+unsafe fn compute_tile<P: Panel>(job: &Job<'_>, block: &Block, rows: Range<usize>) {
+    let first = rows.start;
+    // SAFETY: as required of the caller.
+    unsafe {
+        match rows.len() {
+            7 => multiply_group_rows::<P, 7>(job, block, first),
+            8 => multiply_group_rows::<P, 8>(job, block, first),
+            9 => multiply_group_rows::<P, 9>(job, block, first),
+            10 => multiply_group_rows::<P, 10>(job, block, first),
+            11 => multiply_group_rows::<P, 11>(job, block, first),
+            12 => multiply_group_rows::<P, 12>(job, block, first),
+            13 => multiply_group_rows::<P, 13>(job, block, first),
+            14 => multiply_group_rows::<P, 14>(job, block, first),
+            rows => {
+                unreachable!("{} rows or more are tiles of half as many as fit or more, and not {rows}", GROUP_ROWS / 2)
+            }
+        }
+    }
+}
+
+/// Products of the rows of a tile with a panel, of one group.
+#[repr(align(64))]
+struct Dots<const MR: usize>([[i32; PANEL]; MR]);
+
+/// `MR` rows from `first_row` on times the groups of a block.
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn multiply_group_rows<P: Panel, const MR: usize>(job: &Job<'_>, block: &Block, first_row: usize) {
+    const VECTORS: usize = PANEL / LANES;
+    let num_groups = job.w.cols() / (4 * P::QUADS);
+    // Of the group that is added up and of the one that is multiplied.
+    let mut dots = [const { MaybeUninit::<Dots<MR>>::uninit() }; 2];
+    // SAFETY: the packed tile holds blocks of 8 groups, the block its groups, and where it is a part, its sums a row of
+    // 32 for each row of the unit, written by the block before; the row is one of the job's.
+    unsafe {
+        let a = job.a.add(first_row * job.lanes_per_row);
+        // Where the block of a group is, and which of its groups it is in.
+        let place = |group: usize| {
+            let index = group / P::GROUPS;
+            (a.add(index / BLOCK_GROUPS * BLOCK_LANES * MR), index % BLOCK_GROUPS)
+        };
+        let mut sums = [[Floats::splat(0.0); VECTORS]; MR];
+        let at = |r: usize, c: usize| block.sums.add((first_row - block.first_row + r) * PANEL + c * LANES);
+        if block.groups.start > 0 {
+            for r in 0..MR {
+                for c in 0..VECTORS {
+                    sums[r][c] = Floats::load(at(r, c));
+                }
+            }
+        }
+        let start = block.groups.start;
+        macro_rules! multiply {
+            ($group:expr) => {
+                let (a, index) = place($group);
+                let a = a.add(index * GROUP_LANES * MR + $group % P::GROUPS * P::QUADS);
+                let b = block.codes.add(($group - start) * Opened::<P>::GROUP_BYTES);
+                dot_group(a.cast(), b, dots[$group % 2].as_mut_ptr().cast());
+            };
+        }
+        multiply!(start);
+        for group in block.groups.clone() {
+            if group + 1 < block.groups.end {
+                multiply!(group + 1);
+            }
+            let (a, index) = place(group);
+            let extras = a.add((BLOCK_GROUPS * GROUP_LANES + index * BLOCK_EXTRA_LANES) * MR).cast::<f32>();
+            let dots = dots[group % 2].as_ptr().cast::<u8>();
+            let mut scales = [Floats::splat(0.0); VECTORS];
+            for c in 0..VECTORS {
+                scales[c] = Opened::<P>::scale::<Vnni>(block.codes, group - start, P::QUADS, c * LANES);
+            }
+            for r in 0..MR {
+                let scale = Floats::splat(*extras.add(r));
+                for c in 0..VECTORS {
+                    let dots = Vnni::to_f32(<Vnni as IntSimd>::load(dots.add((r * PANEL + c * LANES) * 4)));
+                    sums[r][c] = Floats::fma(dots, Floats::mul(scale, scales[c]), sums[r][c]);
+                }
+            }
+            if P::HAS_MINS {
+                let mut mins = [Floats::splat(0.0); VECTORS];
+                for c in 0..VECTORS {
+                    mins[c] = Opened::<P>::min::<Vnni>(block.codes, group - start, c * LANES);
+                }
+                for r in 0..MR {
+                    let sum = Floats::splat(*extras.add(MR + r));
+                    for c in 0..VECTORS {
+                        sums[r][c] = Floats::fma(sum, mins[c], sums[r][c]);
+                    }
+                }
+            }
+        }
+        for r in 0..MR {
+            for c in 0..VECTORS {
+                if block.groups.end < num_groups {
+                    Floats::store(at(r, c), sums[r][c]);
+                } else {
+                    job.out.put_lanes::<Floats>(first_row + r, block.panel_index * PANEL + c * LANES, sums[r][c]);
+                }
+            }
+        }
+    }
+}
