@@ -419,6 +419,8 @@ impl Cut {
         let num_panels = rows.div_ceil(PANEL);
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
+        // As equal as possible: a unit of a single tile would take weights apart for that alone.
+        let tiles_per_unit = tiles.count.div_ceil(tiles.count.div_ceil(tiles_per_unit));
         let row_units = tiles.count.div_ceil(tiles_per_unit);
         let panels_per_unit = if num_rows * rows * cols < INLINE_MADDS {
             num_panels

@@ -15,8 +15,8 @@ use crate::numerics::TILE_STEPS;
 use crate::packed_matrix::PANEL;
 use crate::product::Job;
 
-/// Blocks of a panel that stay in the first-level cache: 32 KiB.
-const PART_BLOCKS: usize = 16;
+/// Blocks of a panel that stay in the first-level cache: 16 KiB, beside as much of a tile of rows.
+const PART_BLOCKS: usize = 8;
 
 /// A matrix whose panels are such.
 pub(crate) trait TilePanels: Sized {

@@ -107,9 +107,9 @@ impl Keys<'_> {
                 q[dim].mul_add(f32::from_bits(self.load(head + self.layout.k_offset(token, dim))), acc)
             }),
             KvDtype::Bf16 => {
-                let pairs = (0..q.len())
-                    .step_by(2)
-                    .map(|dim| (bf16_pair(q[dim], q[dim + 1]), self.load(head + self.layout.k_offset(token, dim))));
+                let pairs = (0..q.len()).step_by(2).map(|dim| {
+                    (bf16_pair(q[dim], q[dim + 1]), self.load(head + self.layout.k_offset(token, dim)))
+                });
                 self.order.fold(0.0, TILE_STEPS, pairs)
             }
         }

@@ -1,8 +1,8 @@
 //! Parity of the fast version with the specification, and what must not change a row's bits.
 
 use super::*;
-use crate::isa::Isa;
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype};
+use crate::isa::Isa;
 use crate::kv_write::kv_write;
 use crate::numerics::Order;
 use crate::workers::{Priority, WorkerPool};

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //! Int8Row   sums of integers over all of k in tiles, as bf16 has them, see `tile_product`; then the scales
-//! others    512 k of a panel are taken apart into the first-level cache, codes as signed bytes; all tiles of the unit
+//! 4 bits    512 k of a panel are taken apart into the first-level cache, codes as signed bytes; all tiles of the unit
 //!           pass over them. Per group a product of up to 14 rows x 32 columns goes through memory into vectors, to be
 //!           scaled and added up in 28 registers, while tiles have the next group.
 //! ```
 //!
-//! While tiles are in use a core has one unit for f32 vectors instead of two: scales cost more time than products, and
-//! from few rows on VNNI has the same bits sooner.
+//! Where groups have scales, every product of a group is stored (16 cycles, in which a core begins nothing else) and
+//! scaled (one f32 vector a cycle instead of two while tiles are in use), which takes three times as long as the
+//! product. So VNNI has the same bits as soon or sooner where it need not take codes apart, see [`rows_min`].
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
@@ -18,7 +19,7 @@ use std::ops::Range;
 
 use super::activations::{BLOCK_EXTRA_LANES, BLOCK_GROUPS, BLOCK_LANES, GROUP_LANES};
 use super::packed::{PackedFormat, QUAD_BYTES, QuantizedMatrix};
-use super::panels::{Int4, Int4Min, Int6, Int8, Opened, Panel};
+use super::panels::{Int4, Int4Min, Opened, Panel};
 use super::product::Job;
 use super::simd::{IntSimd, Vnni};
 use super::tiles::{BLOCK_K, Block};
@@ -32,20 +33,21 @@ use crate::tile_product::{TilePanels, multiply_tiles};
 /// Rows of a tile at most where groups have scales: 28 sums, two scales and what is on its way fill 32 registers.
 const GROUP_ROWS: usize = 14;
 
-/// From so many rows on tiles are faster.
-pub(super) fn rows_min(format: PackedFormat) -> usize {
+/// From so many rows on tiles are faster than VNNI, if they are at all. The product of 512 rows with 2048 x 3072 weights
+/// takes 0.34 of the time in `Int8Row` and 0.75 to 0.9 of it in 4 bits. It took as long in `Int8`, and 1.1 times as long
+/// in `Int6`, which has a scale for 16 k.
+pub(super) fn rows_min(format: PackedFormat) -> Option<usize> {
     match format {
-        PackedFormat::Int8Row => 1,
-        _ => GROUP_ROWS / 2,
+        // Up to 6 rows are one tile of VNNI, which waits for memory.
+        PackedFormat::Int8Row => Some(7),
+        PackedFormat::Int4 | PackedFormat::Int4Min => Some(GROUP_ROWS + 2),
+        PackedFormat::Int8 | PackedFormat::Int6 => None,
     }
 }
 
 /// Rows of a tile at most.
 pub(super) fn tile_rows(format: PackedFormat) -> usize {
-    match format {
-        PackedFormat::Int8Row => 2 * TILE_ROWS,
-        _ => GROUP_ROWS,
-    }
+    if format == PackedFormat::Int8Row { 2 * TILE_ROWS } else { GROUP_ROWS }
 }
 
 thread_local! {
@@ -63,10 +65,11 @@ pub(super) unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize
     unsafe {
         match job.w.format() {
             PackedFormat::Int8Row => multiply_rows(job, panels, tiles),
-            PackedFormat::Int8 => multiply_groups::<Int8>(job, panels, tiles),
             PackedFormat::Int4 => multiply_groups::<Int4>(job, panels, tiles),
             PackedFormat::Int4Min => multiply_groups::<Int4Min>(job, panels, tiles),
-            PackedFormat::Int6 => multiply_groups::<Int6>(job, panels, tiles),
+            PackedFormat::Int8 | PackedFormat::Int6 => {
+                unreachable!("no operand is packed for tiles of {:?}", job.w.format())
+            }
         }
     }
 }
@@ -99,7 +102,7 @@ impl TilePanels for QuantizedMatrix {
 
     #[inline(always)]
     unsafe fn finish(job: &Job<'_>, panel: usize, rows: Range<usize>, sums: *const u32) {
-        // SAFETY: as required of the caller; scales are behind the quads of the panel and behind the blocks of the tile.
+        // SAFETY: as required of the caller; scales lie behind the quads of the panel and the blocks of the tile.
         unsafe {
             let scales = job.w.panel(panel).as_ptr().add(job.w.cols().div_ceil(4) * QUAD_BYTES).cast::<f32>();
             let extras = job.a.add(rows.start * job.lanes_per_row + job.w.num_blocks() * 16 * rows.len());
@@ -159,7 +162,6 @@ unsafe fn compute_tile<P: Panel>(job: &Job<'_>, block: &Block, rows: Range<usize
     // SAFETY: as required of the caller.
     unsafe {
         match rows.len() {
-            7 => multiply_group_rows::<P, 7>(job, block, first),
             8 => multiply_group_rows::<P, 8>(job, block, first),
             9 => multiply_group_rows::<P, 9>(job, block, first),
             10 => multiply_group_rows::<P, 10>(job, block, first),
@@ -167,9 +169,7 @@ unsafe fn compute_tile<P: Panel>(job: &Job<'_>, block: &Block, rows: Range<usize
             12 => multiply_group_rows::<P, 12>(job, block, first),
             13 => multiply_group_rows::<P, 13>(job, block, first),
             14 => multiply_group_rows::<P, 14>(job, block, first),
-            rows => {
-                unreachable!("{} rows or more are tiles of half as many as fit or more, and not {rows}", GROUP_ROWS / 2)
-            }
+            rows => unreachable!("16 rows or more make tiles of 8 to 14, and not {rows}"),
         }
     }
 }
@@ -196,7 +196,10 @@ unsafe fn multiply_group_rows<P: Panel, const MR: usize>(job: &Job<'_>, block: &
             (a.add(index / BLOCK_GROUPS * BLOCK_LANES * MR), index % BLOCK_GROUPS)
         };
         let mut sums = [[Floats::splat(0.0); VECTORS]; MR];
-        let at = |r: usize, c: usize| block.sums.add((first_row - block.first_row + r) * PANEL + c * LANES);
+        let at = {
+            let start = block.sums.add((first_row - block.first_row) * PANEL);
+            move |r: usize, c: usize| start.add(r * PANEL + c * LANES)
+        };
         if block.groups.start > 0 {
             for r in 0..MR {
                 for c in 0..VECTORS {
@@ -206,18 +209,18 @@ unsafe fn multiply_group_rows<P: Panel, const MR: usize>(job: &Job<'_>, block: &
         }
         let start = block.groups.start;
         macro_rules! multiply {
-            ($group:expr) => {
-                let (a, index) = place($group);
-                let a = a.add(index * GROUP_LANES * MR + $group % P::GROUPS * P::QUADS);
-                let b = block.codes.add(($group - start) * Opened::<P>::GROUP_BYTES);
-                dot_group(a.cast(), b, dots[$group % 2].as_mut_ptr().cast());
-            };
+            ($group:expr, $place:expr) => {{
+                let group = $group;
+                let (a, index) = place(group);
+                let a = a.add(index * GROUP_LANES * MR + group % P::GROUPS * P::QUADS);
+                let b = block.codes.add((group - start) * Opened::<P>::GROUP_BYTES);
+                dot_group(a.cast(), b, dots[$place % 2].as_mut_ptr().cast());
+            }};
         }
-        multiply!(start);
+        multiply!(start, start);
         for group in block.groups.clone() {
-            if group + 1 < block.groups.end {
-                multiply!(group + 1);
-            }
+            // The last one once more: a branch here would have the compiler keep sums in memory.
+            multiply!((group + 1).min(block.groups.end - 1), group + 1);
             let (a, index) = place(group);
             let extras = a.add((BLOCK_GROUPS * GROUP_LANES + index * BLOCK_EXTRA_LANES) * MR).cast::<f32>();
             let dots = dots[group % 2].as_ptr().cast::<u8>();
@@ -245,12 +248,17 @@ unsafe fn multiply_group_rows<P: Panel, const MR: usize>(job: &Job<'_>, block: &
                 }
             }
         }
+        // To memory first in any case: what is done with outputs would keep the compiler from having sums in registers.
         for r in 0..MR {
             for c in 0..VECTORS {
-                if block.groups.end < num_groups {
-                    Floats::store(at(r, c), sums[r][c]);
-                } else {
-                    job.out.put_lanes::<Floats>(first_row + r, block.panel_index * PANEL + c * LANES, sums[r][c]);
+                Floats::store(at(r, c), sums[r][c]);
+            }
+        }
+        if block.groups.end == num_groups {
+            for r in 0..MR {
+                for c in 0..VECTORS {
+                    let y = Floats::load(at(r, c));
+                    job.out.put_lanes::<Floats>(first_row + r, block.panel_index * PANEL + c * LANES, y);
                 }
             }
         }

@@ -69,7 +69,7 @@ fn reference(x: &[f32], w: &QuantizedMatrix, column: usize) -> f32 {
 pub(crate) fn multiplies_tiles(isa: Isa, format: PackedFormat, num_rows: usize) -> bool {
     match isa.0 {
         #[cfg(target_arch = "x86_64")]
-        Kind::Amx => num_rows >= super::amx::rows_min(format),
+        Kind::Amx => super::amx::rows_min(format).is_some_and(|rows| num_rows >= rows),
         _ => false,
     }
 }
