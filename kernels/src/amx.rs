@@ -102,7 +102,32 @@ impl Drop for Configured {
     }
 }
 
-/// Shapes for [`fold_panel`] with so many rows, up to 32.
+/// A configuration that follows the number of rows, which few tiles of a product differ in.
+pub(crate) struct ConfiguredByRows {
+    shapes: fn(usize) -> [(usize, usize); 8],
+    configured: Option<(usize, Configured)>,
+}
+
+impl ConfiguredByRows {
+    /// Of no rows yet.
+    pub(crate) fn new(shapes: fn(usize) -> [(usize, usize); 8]) -> ConfiguredByRows {
+        ConfiguredByRows { shapes, configured: None }
+    }
+
+    /// From now on tiles have the shapes for so many rows.
+    ///
+    /// # Safety
+    /// As of [`Configured::new`].
+    pub(crate) unsafe fn set(&mut self, num_rows: usize) {
+        if self.configured.as_ref().is_none_or(|(rows, _)| *rows != num_rows) {
+            drop(self.configured.take());
+            // SAFETY: as required of the caller; the one before is gone.
+            self.configured = Some((num_rows, unsafe { Configured::new((self.shapes)(num_rows)) }));
+        }
+    }
+}
+
+/// Shapes for [`multiply_panel`] with so many rows, up to 32.
 pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
     let first = (num_rows.min(TILE_ROWS), ROW_BYTES);
     let second = (num_rows.saturating_sub(TILE_ROWS).max(1), ROW_BYTES);
@@ -110,14 +135,14 @@ pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
     [first, first, second, second, first, second, b, b]
 }
 
-/// Some blocks of 32 k of up to 32 rows with the 32 columns of a panel.
+/// Some blocks of 32 k of up to 32 rows with the 32 columns of a panel; of 64 k where these are bytes.
 pub(crate) struct PanelBlocks {
-    /// `[block][rows][16]` pairs.
+    /// `[block][rows][16]` pairs, or quads of signed bytes.
     pub(crate) a: *const u32,
-    /// `[block][16][32]` pairs.
+    /// `[block][16][32]` pairs, or quads of unsigned bytes.
     pub(crate) b: *const u32,
-    /// `[rows][32]`.
-    pub(crate) sums: *mut f32,
+    /// `[rows][32]`, f32 or integers.
+    pub(crate) sums: *mut u32,
     pub(crate) num_rows: usize,
     pub(crate) num_blocks: usize,
     /// Whether these are the first blocks, before which sums are zero whatever lies there.
@@ -127,81 +152,126 @@ pub(crate) struct PanelBlocks {
     pub(crate) lines_ahead: usize,
 }
 
-/// `sums += fold of blocks` for each row and column.
+/// `sums += fold of blocks` for each row and column, of pairs of bf16 or of bytes.
 ///
 /// # Safety
 /// Tiles are configured by [`panel_shapes`] of as many rows; the pointers but `ahead` are valid for what is said.
 #[inline(always)]
-pub(crate) unsafe fn fold_panel(blocks: &PanelBlocks) {
+pub(crate) unsafe fn multiply_panel<const BYTES: bool>(blocks: &PanelBlocks) {
     debug_assert!(blocks.num_blocks > 0 && (1..=2 * TILE_ROWS).contains(&blocks.num_rows));
     let flags = u32::from(blocks.is_first) | u32::from(blocks.num_rows > TILE_ROWS) << 1;
-    // SAFETY: reads and writes what the caller vouches for; prefetches of anything are allowed.
+    macro_rules! run {
+        ($multiply:literal) => {
+            // SAFETY: reads and writes what the caller vouches for; prefetches of anything are allowed.
+            unsafe {
+                asm!(
+                    "test {flags:e}, 1",
+                    "jnz 3f",
+                    "tileloadd tmm0, [{sums} + {panel_row}]",
+                    "tileloadd tmm1, [{sums} + {panel_row} + 64]",
+                    "test {flags:e}, 2",
+                    "jz 2f",
+                    "lea {more}, [{sums} + 2048]",
+                    "tileloadd tmm2, [{more} + {panel_row}]",
+                    "tileloadd tmm3, [{more} + {panel_row} + 64]",
+                    "jmp 2f",
+                    "3:",
+                    "tilezero tmm0",
+                    "tilezero tmm1",
+                    "tilezero tmm2",
+                    "tilezero tmm3",
+                    "2:",
+                    "tileloadd tmm6, [{b} + {panel_row}]",
+                    "tileloadd tmm4, [{a} + {a_row}]",
+                    concat!($multiply, " tmm0, tmm4, tmm6"),
+                    "tileloadd tmm7, [{b} + {panel_row} + 64]",
+                    concat!($multiply, " tmm1, tmm4, tmm7"),
+                    "test {flags:e}, 2",
+                    "jz 4f",
+                    "tileloadd tmm5, [{a} + {a_row} + 1024]",
+                    concat!($multiply, " tmm2, tmm5, tmm6"),
+                    concat!($multiply, " tmm3, tmm5, tmm7"),
+                    "4:",
+                    "mov {lines}, {lines_ahead}",
+                    "test {lines}, {lines}",
+                    "jz 6f",
+                    "5:",
+                    "prefetcht1 [{ahead}]",
+                    "add {ahead}, 64",
+                    "dec {lines}",
+                    "jnz 5b",
+                    "6:",
+                    "add {a}, {a_block}",
+                    "add {b}, 2048",
+                    "dec {count}",
+                    "jnz 2b",
+                    "tilestored [{sums} + {panel_row}], tmm0",
+                    "tilestored [{sums} + {panel_row} + 64], tmm1",
+                    "test {flags:e}, 2",
+                    "jz 7f",
+                    "lea {more}, [{sums} + 2048]",
+                    "tilestored [{more} + {panel_row}], tmm2",
+                    "tilestored [{more} + {panel_row} + 64], tmm3",
+                    "7:",
+                    flags = in(reg) flags,
+                    a = inout(reg) blocks.a => _,
+                    b = inout(reg) blocks.b => _,
+                    ahead = inout(reg) blocks.ahead => _,
+                    count = inout(reg) blocks.num_blocks => _,
+                    sums = in(reg) blocks.sums,
+                    more = out(reg) _,
+                    lines = out(reg) _,
+                    lines_ahead = in(reg) blocks.lines_ahead,
+                    // Rows of a panel and of its sums are equally long.
+                    panel_row = in(reg) PANEL * 4,
+                    a_row = in(reg) ROW_BYTES,
+                    a_block = in(reg) blocks.num_rows * ROW_BYTES,
+                    out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
+                    out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
+                    options(nostack),
+                );
+            }
+        };
+    }
+    if BYTES { run!("tdpbsud") } else { run!("tdpbf16ps") }
+}
+
+/// Shapes for [`dot_group`] with so many rows, up to 16, and so many k, up to 32.
+pub(crate) fn group_shapes(num_rows: usize, num_k: usize) -> [(usize, usize); 8] {
+    let (a, b, c) = ((num_rows, num_k), (num_k / 4, ROW_BYTES), (num_rows, ROW_BYTES));
+    [c, c, c, c, a, a, b, b]
+}
+
+/// Bytes from row to row of the left side of [`dot_group`].
+pub(crate) const GROUP_ROW_BYTES: usize = 32;
+
+/// `dots` `[rows][32]` = products of some k of rows with the 32 columns of a panel: `a` `[rows][32]`, of which as many
+/// are read as there are k, `b` `[quads][32][4]`, signed bytes both.
+///
+/// # Safety
+/// Tiles are configured by [`group_shapes`]; the pointers are valid for what is said.
+#[inline(always)]
+pub(crate) unsafe fn dot_group(a: *const u8, b: *const u8, dots: *mut i32) {
+    // SAFETY: reads and writes what the caller vouches for.
     unsafe {
         asm!(
-            "test {flags:e}, 1",
-            "jnz 3f",
-            "tileloadd tmm0, [{sums} + {panel_row}]",
-            "tileloadd tmm1, [{sums} + {panel_row} + 64]",
-            "test {flags:e}, 2",
-            "jz 2f",
-            "lea {more}, [{sums} + 2048]",
-            "tileloadd tmm2, [{more} + {panel_row}]",
-            "tileloadd tmm3, [{more} + {panel_row} + 64]",
-            "jmp 2f",
-            "3:",
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "2:",
-            "tileloadd tmm6, [{b} + {panel_row}]",
             "tileloadd tmm4, [{a} + {a_row}]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm6, [{b} + {panel_row}]",
+            "tilezero tmm0",
+            "tdpbssd tmm0, tmm4, tmm6",
+            "tilestored [{dots} + {panel_row}], tmm0",
             "tileloadd tmm7, [{b} + {panel_row} + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "test {flags:e}, 2",
-            "jz 4f",
-            "tileloadd tmm5, [{a} + {a_row} + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
-            "4:",
-            "mov {lines}, {lines_ahead}",
-            "test {lines}, {lines}",
-            "jz 6f",
-            "5:",
-            "prefetcht1 [{ahead}]",
-            "add {ahead}, 64",
-            "dec {lines}",
-            "jnz 5b",
-            "6:",
-            "add {a}, {a_block}",
-            "add {b}, 2048",
-            "dec {count}",
-            "jnz 2b",
-            "tilestored [{sums} + {panel_row}], tmm0",
-            "tilestored [{sums} + {panel_row} + 64], tmm1",
-            "test {flags:e}, 2",
-            "jz 7f",
-            "lea {more}, [{sums} + 2048]",
-            "tilestored [{more} + {panel_row}], tmm2",
-            "tilestored [{more} + {panel_row} + 64], tmm3",
-            "7:",
-            flags = in(reg) flags,
-            a = inout(reg) blocks.a => _,
-            b = inout(reg) blocks.b => _,
-            ahead = inout(reg) blocks.ahead => _,
-            count = inout(reg) blocks.num_blocks => _,
-            sums = in(reg) blocks.sums,
-            more = out(reg) _,
-            lines = out(reg) _,
-            lines_ahead = in(reg) blocks.lines_ahead,
+            "tilezero tmm1",
+            "tdpbssd tmm1, tmm4, tmm7",
+            "tilestored [{dots} + {panel_row} + 64], tmm1",
+            a = in(reg) a,
+            b = in(reg) b,
+            dots = in(reg) dots,
+            a_row = in(reg) GROUP_ROW_BYTES,
             // Rows of a panel and of its sums are equally long.
             panel_row = in(reg) PANEL * 4,
-            a_row = in(reg) ROW_BYTES,
-            a_block = in(reg) blocks.num_rows * ROW_BYTES,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
+            out("tmm0") _, out("tmm1") _, out("tmm4") _, out("tmm6") _, out("tmm7") _,
+            options(nostack, preserves_flags),
         );
     }
 }
@@ -473,7 +543,7 @@ pub(crate) unsafe fn product_is_the_fold_of_blocks(rounds: u64) -> bool {
         let blocks = PanelBlocks {
             a: a.as_flattened().as_ptr(),
             b: b.as_flattened().as_ptr(),
-            sums: sums.as_flattened_mut().as_mut_ptr(),
+            sums: sums.as_flattened_mut().as_mut_ptr().cast(),
             num_rows: TILE_ROWS,
             num_blocks: 1,
             is_first: true,
@@ -483,8 +553,8 @@ pub(crate) unsafe fn product_is_the_fold_of_blocks(rounds: u64) -> bool {
         // SAFETY: as required of the caller; one block of 16 rows, twice: what a fold has reached is a sum.
         unsafe {
             let _tiles = Configured::new(panel_shapes(TILE_ROWS));
-            fold_panel(&blocks);
-            fold_panel(&PanelBlocks { is_first: false, ..blocks });
+            multiply_panel::<false>(&blocks);
+            multiply_panel::<false>(&PanelBlocks { is_first: false, ..blocks });
         }
         for (a, sums) in a.iter().zip(&sums) {
             for (column, sum) in sums.iter().enumerate() {

@@ -12,7 +12,8 @@
 //!
 //! A step goes through it in this order; so can a reader:
 //! - [`numerics`]: the orders of all reductions, `exp`, `ln`, rounding to bf16.
-//! - [`isa`]: which instruction sets the machine has; `amx`: its tiles; [`workers`]: the pool of threads.
+//! - [`isa`]: which instruction sets the machine has; `amx`: its tiles, `tile_product`:
+//!   products in these; [`workers`]: the pool of threads.
 //! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them; [`quantized`]: the
 //!   same with weights of 4, 6 and 8 bits. [`product`], with [`operand`]: the job around both, from the rows that are
 //!   normed or gated on the way to what is done with finished columns; [`qkv`]: that with heads.
@@ -52,6 +53,8 @@ pub mod rope;
 pub mod sample;
 pub mod silu_mul;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod tile_product;
 pub mod uniform;
 pub mod workers;
 

@@ -11,8 +11,8 @@
 //! the tiles stream past from the second-level cache; the sums wait in memory for the next block, which comes nearer
 //! meanwhile. So weights come from memory once. Units share outputs, never k.
 //!
-//! Where the processor has tile registers, bf16 is multiplied in these (`amx`): a tile is up to 32 rows then, of which
-//! `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
+//! Where the processor has tile registers, bf16 is multiplied in these (`tile_product`): a tile is up to 32 rows then, of
+//! which `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
@@ -27,13 +27,14 @@ use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::{Kept, lend};
 use crate::product::{MatrixRef, Product, multiply};
 use crate::simd::{Simd, fold_tile, with_simd};
+#[cfg(target_arch = "x86_64")]
+use crate::{
+    simd::Avx512,
+    tile_product::{TilePanels, multiply_tiles},
+};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
-
-/// The same in tile registers, which take 16 steps at a time.
-#[cfg(target_arch = "x86_64")]
-const TILE_BLOCKS: usize = BLOCK_STEPS / TILE_STEPS;
 
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
@@ -55,10 +56,10 @@ pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Rang
         let sums = sums.cast::<f32>();
         #[cfg(target_arch = "x86_64")]
         if multiplies_tiles(isa, job.w.dtype()) {
-            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
             unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
                 // SAFETY: as required of the caller.
-                unsafe { multiply_tiles(job, panels, tiles, sums) }
+                unsafe { multiply_tiles(job, panels, tiles, sums.cast()) }
             }
             // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row and panel.
             return unsafe { amx(job, panels, tiles, sums) };
@@ -267,69 +268,25 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     }
 }
 
-/// A unit in tile registers: some steps of all panels at a time, so that what they are multiplied with stays in the
-/// second-level cache.
-///
-/// # Safety
-/// The machine has them; `sums` is valid for 32 of each row and panel of the unit.
 #[cfg(target_arch = "x86_64")]
-#[inline(always)]
-unsafe fn multiply_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
-    use crate::amx::{Configured, PanelBlocks, fold_panel, panel_shapes};
-    use crate::simd::Avx512Bf16;
+impl TilePanels for PackedMatrix {
+    const BYTES: bool = false;
 
-    const BLOCK_LANES: usize = TILE_STEPS * PANEL;
-    let num_blocks = job.w.depth().div_ceil(TILE_STEPS);
-    let rows = job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end;
-    let mut configured: Option<(usize, Configured)> = None;
-    for start in (0..num_blocks).step_by(TILE_BLOCKS) {
-        let blocks = start..(start + TILE_BLOCKS).min(num_blocks);
-        for panel in panels.clone() {
-            // The same steps of the next panel, or the next ones of the first.
-            let next = if panel + 1 < panels.end {
-                job.w.panel(panel + 1).as_ptr().wrapping_add(blocks.start * BLOCK_LANES)
-            } else if blocks.end < num_blocks {
-                job.w.panel(panels.start).as_ptr().wrapping_add(blocks.end * BLOCK_LANES)
-            } else {
-                job.next
-            };
-            let lines_ahead = if next.is_null() { 0 } else { (BLOCK_LANES / LANES).div_ceil(tiles.len()) };
-            for tile in tiles.clone() {
-                let tile_rows = job.tiles.rows(tile);
-                let num_rows = tile_rows.len();
-                if configured.as_ref().is_none_or(|(configured, _)| *configured != num_rows) {
-                    drop(configured.take());
-                    // SAFETY: the caller has the instruction set, and the one before is gone.
-                    configured = Some((num_rows, unsafe { Configured::new(panel_shapes(num_rows)) }));
-                }
-                // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each,
-                // and the sums 32 for each row of the unit and panel.
-                unsafe {
-                    let first = (panel - panels.start) * rows.len() + tile_rows.start - rows.start;
-                    fold_panel(&PanelBlocks {
-                        a: job.a.add((tile_rows.start * num_blocks + blocks.start * num_rows) * TILE_STEPS),
-                        b: job.w.panel(panel).as_ptr().add(blocks.start * BLOCK_LANES),
-                        sums: sums.add(first * PANEL),
-                        num_rows,
-                        num_blocks: blocks.len(),
-                        is_first: blocks.start == 0,
-                        // Each tile takes a part of it.
-                        ahead: next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LANES),
-                        lines_ahead,
-                    });
-                }
-            }
-        }
+    fn num_blocks(&self) -> usize {
+        self.depth().div_ceil(TILE_STEPS)
     }
-    // Row by row: the output's rows lie pages apart.
-    for (r, row) in rows.clone().enumerate() {
-        for (p, panel) in panels.clone().enumerate() {
-            for vector in 0..PANEL / LANES {
-                // SAFETY: as above; the row is one of the job's.
-                unsafe {
-                    let y = Avx512Bf16::load(sums.add((p * rows.len() + r) * PANEL + vector * LANES));
-                    job.out.put_lanes::<Avx512Bf16>(row, panel * PANEL + vector * LANES, y);
-                }
+
+    fn tile_panel(&self, panel: usize) -> *const u32 {
+        self.panel(panel).as_ptr()
+    }
+
+    #[inline(always)]
+    unsafe fn finish(job: &Job<'_>, panel: usize, _: &Range<usize>, row: usize, sums: *const u32) {
+        for column in [0, LANES] {
+            // SAFETY: as required of the caller.
+            unsafe {
+                let y = Avx512::load(sums.cast::<f32>().add(column));
+                job.out.put_lanes::<Avx512>(row, panel * PANEL + column, y);
             }
         }
     }

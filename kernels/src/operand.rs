@@ -21,7 +21,10 @@ use crate::numerics::TILE_STEPS;
 use crate::packed_matrix::WeightDtype;
 use crate::pages::{Kept, lend};
 use crate::product::Tiles;
-use crate::quantized::{PackedFormat, lanes_per_row, pack_row as pack_quantized_row};
+use crate::quantized::{
+    PackedFormat, lanes_per_row, lanes_per_row_in_blocks, pack_row as pack_quantized_row,
+    pack_row_in_blocks as pack_quantized_row_in_blocks,
+};
 use crate::rms_norm::scale_of;
 use crate::silu_mul::gate_row;
 use crate::simd::vectorised;
@@ -100,6 +103,8 @@ pub(crate) enum Packing {
     Blocks,
     /// 8 bits with scales.
     Quantized(PackedFormat),
+    /// The same, 32 or 64 of each row side by side.
+    QuantizedBlocks(PackedFormat),
 }
 
 impl Packing {
@@ -110,6 +115,7 @@ impl Packing {
             Packing::Float(WeightDtype::Bf16, pair_lanes) => cols.div_ceil(2) * pair_lanes,
             Packing::Blocks => cols.div_ceil(2).next_multiple_of(TILE_STEPS),
             Packing::Quantized(format) => lanes_per_row(cols, format),
+            Packing::QuantizedBlocks(format) => lanes_per_row_in_blocks(cols, format),
         }
     }
 
@@ -117,7 +123,9 @@ impl Packing {
     fn piece_columns(self, cols: usize) -> usize {
         match self {
             // Their pieces would not lie in one place, or would not know their scale.
-            Packing::Rows | Packing::Quantized(PackedFormat::Int8Row) => cols,
+            Packing::Rows
+            | Packing::Quantized(PackedFormat::Int8Row)
+            | Packing::QuantizedBlocks(PackedFormat::Int8Row) => cols,
             _ => cols.min(PIECE_COLUMNS),
         }
     }
@@ -242,6 +250,7 @@ fn pack_piece(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
             Packing::Float(dtype, pair_lanes) => pack_float_row(values, dtype, pair_lanes, (r, num_rows), into),
             Packing::Blocks => pack_row_in_blocks(values, (r, num_rows), into),
             Packing::Quantized(format) => pack_quantized_row(values, cols, format, (r, num_rows), into),
+            Packing::QuantizedBlocks(format) => pack_quantized_row_in_blocks(values, cols, format, (r, num_rows), into),
         }
     }
 }

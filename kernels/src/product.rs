@@ -23,7 +23,7 @@ use crate::numerics::LANES;
 use crate::operand::{Operand, PackedOperand, Packing, UNTOUCHED};
 use crate::packed_matrix::{PANEL, PackedMatrix};
 use crate::pages::{Kept, lend};
-use crate::quantized::{self, QuantizedMatrix};
+use crate::quantized::{self, PackedFormat, QuantizedMatrix};
 use crate::simd::Simd;
 use crate::workers::Priority;
 
@@ -85,18 +85,22 @@ impl MatrixRef<'_> {
         }
     }
 
-    fn tile_rows(self, isa: Isa) -> usize {
+    /// Rows of a tile at most, of so many rows.
+    fn tile_rows(self, isa: Isa, num_rows: usize) -> usize {
         match self {
             MatrixRef::Float(w) => matmul::tile_rows(isa, w.dtype()),
-            MatrixRef::Quantized(_) => quantized::tile_rows(isa),
+            MatrixRef::Quantized(w) => quantized::tile_rows(isa, w.format(), num_rows),
         }
     }
 
-    fn packing(self, isa: Isa) -> Packing {
+    fn packing(self, isa: Isa, num_rows: usize) -> Packing {
         match self {
             _ if isa.is_reference() => Packing::Rows,
             MatrixRef::Float(w) if matmul::multiplies_tiles(isa, w.dtype()) => Packing::Blocks,
             MatrixRef::Float(w) => Packing::Float(w.dtype(), matmul::pair_lanes(isa)),
+            MatrixRef::Quantized(w) if quantized::multiplies_tiles(isa, w.format(), num_rows) => {
+                Packing::QuantizedBlocks(w.format())
+            }
             MatrixRef::Quantized(w) => Packing::Quantized(w.format()),
         }
     }
@@ -220,8 +224,8 @@ fn run(
     let parts = product.sections.map(|matrix| {
         let matrix = matrix.filter(|matrix| matrix.rows() > 0)?;
         assert_eq!(matrix.cols(), cols, "sections of equal columns");
-        let tiles = Tiles::of(num_rows, matrix.tile_rows(ctx.isa));
-        let (cut, packing) = (Cut::of(ctx, matrix, num_rows, &tiles), matrix.packing(ctx.isa));
+        let tiles = Tiles::of(num_rows, matrix.tile_rows(ctx.isa, num_rows));
+        let (cut, packing) = (Cut::of(ctx, matrix, num_rows, &tiles), matrix.packing(ctx.isa, num_rows));
         let part = Part { matrix, column, tiles, cut, packing, first_unit: unit, first_piece: piece, first_lane: lane };
         if let Some(Groups { width, .. }) = groups {
             assert!(column.is_multiple_of(*width) && matrix.rows().is_multiple_of(*width), "groups of {width} columns");
@@ -367,7 +371,9 @@ impl Running<'_> {
                 matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
             }
             MatrixRef::Quantized(w) => {
-                quantized::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
+                let job = Job { a, lanes_per_row, tiles, w, out, next };
+                let in_tiles = matches!(part.packing, Packing::QuantizedBlocks(_));
+                quantized::compute(self.isa, &job, in_tiles, panels.clone(), num_tiles);
             }
         }
         if let Some(groups) = self.groups {
@@ -377,12 +383,15 @@ impl Running<'_> {
 
     /// The weights of the unit that this thread will most likely take behind this one: all threads take turns.
     fn next(&self, part: &Part<'_>, unit: usize) -> *const u32 {
-        let MatrixRef::Float(w) = part.matrix else { return std::ptr::null() };
         let next = unit + self.threads;
         if next >= part.cut.num_units() {
             return std::ptr::null();
         }
-        w.panel(part.cut.unit(next, part.tiles.count).0.start).as_ptr()
+        let panel = part.cut.unit(next, part.tiles.count).0.start;
+        match part.matrix {
+            MatrixRef::Float(w) => w.panel(panel).as_ptr(),
+            MatrixRef::Quantized(w) => w.panel(panel).as_ptr().cast(),
+        }
     }
 
     /// Counts panels that a unit has ended, and goes on with the groups that are complete.
@@ -421,10 +430,13 @@ impl Cut {
         let (rows, cols, panel_bytes) = (matrix.rows(), matrix.cols(), matrix.panel_bytes());
         let num_panels = rows.div_ceil(PANEL);
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
-        if matches!(matrix.packing(ctx.isa), Packing::Blocks) && tiles.count > 1 {
-            return Cut::of_tiles(num_panels, tiles, cols, ctx.pool.threads());
+        let packing = matrix.packing(ctx.isa, num_rows);
+        if tiles.count > 1 && matches!(packing, Packing::Blocks | Packing::QuantizedBlocks(PackedFormat::Int8Row)) {
+            return Cut::of_tiles(num_panels, tiles, packing.lanes_per_row(cols) * 4, ctx.pool.threads());
         }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
+        // As equal as possible: a unit of a single tile would take weights apart for that alone.
+        let tiles_per_unit = tiles.count.div_ceil(tiles.count.div_ceil(tiles_per_unit));
         let row_units = tiles.count.div_ceil(tiles_per_unit);
         let panels_per_unit = if num_rows * rows * cols < INLINE_MADDS {
             num_panels
@@ -446,10 +458,10 @@ impl Cut {
 
     /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of
     /// either side serves many of the other, which may take half a millisecond with long rows.
-    fn of_tiles(num_panels: usize, tiles: &Tiles, cols: usize, threads: usize) -> Cut {
+    fn of_tiles(num_panels: usize, tiles: &Tiles, row_bytes: usize, threads: usize) -> Cut {
         let num_tiles = tiles.count;
         // Rows that fit the second-level cache, or else twice as many, for each of which weights then move half as often.
-        let fits = FAST_ROWS_BYTES / (cols * 2 * tiles.rows_max());
+        let fits = FAST_ROWS_BYTES / (row_bytes * tiles.rows_max());
         let row_units = num_tiles.div_ceil(if fits < TILES_PER_UNIT { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
         let panels_per_unit = num_panels * row_units / (FAST_UNITS_PER_THREAD * threads);
         Cut {

@@ -44,6 +44,26 @@ impl Group {
         (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
     }
 
+    /// The integers of up to 32 values, 0 behind the last, which are added to the sums of the halves.
+    #[inline(always)]
+    fn quantize_bytes(&self, x: &[f32], sums: &mut [i32; 2]) -> [u8; 32] {
+        // Always 32: loops of a known length are vectorised (`map` of an array would be a call, into code without these
+        // instructions).
+        let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
+        let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
+            padded[..x.len()].copy_from_slice(x);
+            &padded
+        });
+        for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
+            for (x, byte) in values.iter().zip(bytes) {
+                let q = self.quantize(*x);
+                *sum += q;
+                *byte = q as u8;
+            }
+        }
+        bytes
+    }
+
     /// The two lanes behind the scale, for the sums of the integers of the group's halves: what an integer
     /// accumulator starts with, and in formats with minima the factor of the minimum; in formats with two
     /// scales to the group, the starts of both.
@@ -76,20 +96,7 @@ pub(crate) fn pack_row(
         let mut sums = [0i32; 2];
         let mut lanes = into[r..].iter_mut().step_by(num_rows);
         for x in x.chunks(32) {
-            // Always 32, the last ones zero: loops of a known length are vectorised (`map` of an array would be a
-            // call, into code without these instructions).
-            let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
-            let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
-                padded[..x.len()].copy_from_slice(x);
-                &padded
-            });
-            for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
-                for (x, byte) in values.iter().zip(bytes) {
-                    let q = scale.quantize(*x);
-                    *sum += q;
-                    *byte = q as u8;
-                }
-            }
+            let bytes = scale.quantize_bytes(x, &mut sums);
             for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
                 *lane = u32::from_le_bytes(*quad);
             }
@@ -105,6 +112,70 @@ pub(crate) fn pack_row(
 pub(crate) fn lanes_per_row(k: usize, format: PackedFormat) -> usize {
     let group = format.activation_group(k);
     k.div_ceil(group) * (group / 4 + EXTRA_LANES)
+}
+
+/// Groups of activations that lie in one block, each 32 k.
+pub(super) const BLOCK_GROUPS: usize = 8;
+
+/// Lanes of 32 k of a row in a block, and of a line: 64 k.
+pub(super) const GROUP_LANES: usize = 8;
+const LINE_LANES: usize = 16;
+
+/// Lanes of a group beside its bytes: the scale, and the factor of the minimum.
+pub(super) const BLOCK_EXTRA_LANES: usize = 2;
+
+/// Lanes of 256 k of a row with what belongs to them: whole lines, as tiles of the processor want to be loaded.
+pub(super) const BLOCK_LANES: usize = BLOCK_GROUPS * (GROUP_LANES + BLOCK_EXTRA_LANES);
+
+/// Packs columns of row `r` of a tile of `num_rows`, whole blocks but for the last one of rows of `cols`, for tiles of
+/// the processor: per 256 k `[8][num_rows][32 bytes] | [8][2][num_rows]` lanes, a scale and the factor of the minimum;
+/// of whole rows that share a scale `[block][num_rows][64 bytes] | [2][num_rows]`, the scale and what sums begin with.
+#[inline(always)]
+pub(crate) fn pack_row_in_blocks(
+    row: &[f32],
+    cols: usize,
+    format: PackedFormat,
+    (r, num_rows): (usize, usize),
+    into: &mut [u32],
+) {
+    let put = |into: &mut [u32], start: usize, bytes: [u8; 32]| {
+        for (lane, quad) in into[start..][..GROUP_LANES].iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *lane = u32::from_le_bytes(*quad);
+        }
+    };
+    if format == PackedFormat::Int8Row {
+        let (scale, mut sums) = (Group::of(row), [0i32; 2]);
+        let (lines, extras) = into.split_at_mut(cols.div_ceil(64) * LINE_LANES * num_rows);
+        for (index, line) in lines.chunks_exact_mut(LINE_LANES * num_rows).enumerate() {
+            for half in 0..2 {
+                // Nothing behind the last column: zeros.
+                let x = &row[(index * 64 + half * 32).min(cols)..(index * 64 + half * 32 + 32).min(cols)];
+                put(line, r * LINE_LANES + half * GROUP_LANES, scale.quantize_bytes(x, &mut sums));
+            }
+        }
+        extras[r] = scale.scale.to_bits();
+        extras[num_rows + r] = scale.extras(format, sums)[0];
+        return;
+    }
+    for (block, into) in row.chunks(32 * BLOCK_GROUPS).zip(into.chunks_exact_mut(BLOCK_LANES * num_rows)) {
+        let (lines, extras) = into.split_at_mut(BLOCK_GROUPS * GROUP_LANES * num_rows);
+        for (index, x) in block.chunks(32).enumerate() {
+            let (scale, mut sums) = (Group::of(x), [0i32; 2]);
+            put(lines, (index * num_rows + r) * GROUP_LANES, scale.quantize_bytes(x, &mut sums));
+            let extras = &mut extras[index * BLOCK_EXTRA_LANES * num_rows..];
+            extras[r] = scale.scale.to_bits();
+            extras[num_rows + r] = scale.extras(format, sums)[1];
+        }
+    }
+}
+
+/// Lanes that [`pack_row_in_blocks`] needs for each row of `k`.
+pub(crate) fn lanes_per_row_in_blocks(k: usize, format: PackedFormat) -> usize {
+    match format {
+        // A line for the scale, so that tiles begin with lines.
+        PackedFormat::Int8Row => (k.div_ceil(64) + 1) * LINE_LANES,
+        _ => k.div_ceil(32 * BLOCK_GROUPS) * BLOCK_LANES,
+    }
 }
 
 #[cfg(test)]

@@ -12,9 +12,11 @@
 //!
 //! - `weights`: the logical form. `packed`: panels, one layout for every batch size.
 //! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `tiles`: its fast version; `panels`: how that
-//!   reads each layout; `simd`: its instructions.
+//!   reads each layout; `simd`: its instructions; `amx`: the same in tile registers.
 
 mod activations;
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod packed;
 #[cfg(target_arch = "x86_64")]
 mod panels;
@@ -27,10 +29,10 @@ mod tests;
 mod tiles;
 mod weights;
 
-pub(crate) use activations::{lanes_per_row, pack_row};
+pub(crate) use activations::{lanes_per_row, lanes_per_row_in_blocks, pack_row, pack_row_in_blocks};
 pub use packed::{PackedFormat, QuantizedMatrix};
 pub use product::matmul_quantized;
-pub(crate) use product::{compute, tile_rows};
+pub(crate) use product::{compute, multiplies_tiles, tile_rows};
 #[cfg(target_arch = "x86_64")]
 pub(crate) use simd::dot_in_registers;
 pub use weights::{Mins, PackError, QuantizedWeights};

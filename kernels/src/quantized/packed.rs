@@ -9,7 +9,7 @@
 //! Int6     per 256 k:  f16 d [32] | 8 times: [4][32] low nibbles as Int4 |
 //!                      [2][32] lanes: bits 2i, 2i + 1 of each byte are the high bits of quad 2i + lane row |
 //!                      i8 scale of the first 16 k [32] | of the second [32]                          6.56 bits
-//! Int8Row  per row:    [k / 4 quads][32] lanes | f32 scale [32]                                      8 bits
+//! Int8Row  per row:    [k / 4 quads][32] lanes | f32 scale [32] | up to 16 quads where k is no multiple of 64
 //! ```
 //!
 //! Codes are unsigned; what stands for zero (128, 8, 0, 32, 128) is subtracted through the sum of the
@@ -103,7 +103,8 @@ impl PackedFormat {
             Self::Int4 => cols / 32 * INT4_BYTES,
             Self::Int4Min => cols / 256 * INT4_MIN_BYTES,
             Self::Int6 => cols / 256 * INT6_BYTES,
-            Self::Int8Row => cols.div_ceil(4) * QUAD_BYTES + PANEL * 4,
+            // Tiles of the processor read blocks of 16 quads to the end.
+            Self::Int8Row => (cols.div_ceil(4) * QUAD_BYTES + PANEL * 4).max(cols.div_ceil(64) * 16 * QUAD_BYTES),
         }
     }
 }
@@ -181,7 +182,7 @@ impl QuantizedMatrix {
         }
     }
 
-    pub(super) fn panel(&self, panel: usize) -> &[u8] {
+    pub(crate) fn panel(&self, panel: usize) -> &[u8] {
         assert!(panel < self.rows.div_ceil(PANEL));
         let len = self.format.panel_bytes(self.cols);
         // SAFETY: within the pages (`pack` made them for all panels), initialised, never written again.

@@ -170,18 +170,19 @@ impl<P: Panel> Opened<P> {
     const MINS: usize = Self::SCALES + PANEL * 4;
     pub(super) const GROUP_BYTES: usize = Self::MINS + PANEL * 4;
 
-    /// Takes these groups of a panel apart.
+    /// Takes these groups of a panel apart, and subtracts something from each code.
     ///
     /// # Safety
     /// As for [`Panel`]; `into` has [`GROUP_BYTES`](Self::GROUP_BYTES) for each.
     #[inline(always)]
-    pub(super) unsafe fn fill<S: IntSimd>(panel: *const u8, groups: Range<usize>, mut into: *mut u8) {
+    pub(super) unsafe fn fill<S: IntSimd>(panel: *const u8, groups: Range<usize>, zero: u8, mut into: *mut u8) {
         for group in groups {
             for lane in [0, LANES] {
                 // SAFETY: as required of the caller.
                 unsafe {
                     for quad in 0..P::QUADS {
-                        S::store(into.add(quad * QUAD_BYTES + lane * 4), P::quad::<S>(panel, group, quad, lane));
+                        let codes = S::sub_bytes(P::quad::<S>(panel, group, quad, lane), zero);
+                        S::store(into.add(quad * QUAD_BYTES + lane * 4), codes);
                     }
                     S::F::store(into.add(Self::SCALES + lane * 4).cast(), P::scale::<S>(panel, group, P::QUADS, lane));
                     if P::HAS_MINS {

@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use super::activations::Group;
-use super::packed::QuantizedMatrix;
+use super::packed::{PackedFormat, QuantizedMatrix};
 use crate::ctx::Ctx;
 use crate::isa::{Isa, Kind};
 use crate::operand::Operand;
@@ -65,9 +65,20 @@ fn reference(x: &[f32], w: &QuantizedMatrix, column: usize) -> f32 {
     y
 }
 
-/// Rows of a tile at most.
-pub(crate) fn tile_rows(isa: Isa) -> usize {
+/// Whether tiles of the processor multiply so many rows with matrices of this format.
+pub(crate) fn multiplies_tiles(isa: Isa, format: PackedFormat, num_rows: usize) -> bool {
     match isa.0 {
+        #[cfg(target_arch = "x86_64")]
+        Kind::Amx => super::amx::rows_min(format).is_some_and(|rows| num_rows >= rows),
+        _ => false,
+    }
+}
+
+/// Rows of a tile at most, of so many rows.
+pub(crate) fn tile_rows(isa: Isa, format: PackedFormat, num_rows: usize) -> usize {
+    match isa.0 {
+        #[cfg(target_arch = "x86_64")]
+        Kind::Amx if multiplies_tiles(isa, format, num_rows) => super::amx::tile_rows(format),
         #[cfg(target_arch = "x86_64")]
         Kind::Avx2 => 2,
         _ => 6,
@@ -85,13 +96,13 @@ fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn compute(_isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+pub(crate) fn compute(_isa: Isa, job: &Job<'_>, _in_tiles: bool, panels: Range<usize>, tiles: Range<usize>) {
     reference_unit(job, panels, tiles);
 }
 
-/// A unit of a product: `panels` for the rows of `tiles`.
+/// A unit of a product: `panels` for the rows of `tiles`; in tiles of the processor if the operand is packed for these.
 #[cfg(target_arch = "x86_64")]
-pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+pub(crate) fn compute(isa: Isa, job: &Job<'_>, in_tiles: bool, panels: Range<usize>, tiles: Range<usize>) {
     use super::tiles::{avx2, avx512, vnni};
     // SAFETY: an `Isa` exists only for instruction sets of this machine.
     unsafe {
@@ -99,6 +110,7 @@ pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Rang
             Kind::Portable | Kind::PortableTiles => reference_unit(job, panels, tiles),
             Kind::Avx2 => avx2(job, panels, tiles),
             Kind::Avx512 => avx512(job, panels, tiles),
+            Kind::Amx if in_tiles => super::amx::amx(job, panels, tiles),
             Kind::Avx512Vnni | Kind::Avx512Bf16 | Kind::Amx => vnni(job, panels, tiles),
         }
     }

@@ -36,6 +36,9 @@ pub(super) trait IntSimd {
     /// 32 bytes: f16 numbers.
     unsafe fn load_f16(from: *const u8) -> <Self::F as Simd>::V;
     unsafe fn to_f32(x: Self::I) -> <Self::F as Simd>::V;
+    unsafe fn add(x: Self::I, y: Self::I) -> Self::I;
+    /// Of each byte, without carry to the next one.
+    unsafe fn sub_bytes(x: Self::I, y: u8) -> Self::I;
     unsafe fn and(x: Self::I, mask: u32) -> Self::I;
     unsafe fn or(a: Self::I, b: Self::I) -> Self::I;
     unsafe fn shift_right(x: Self::I, bits: u32) -> Self::I;
@@ -105,6 +108,19 @@ impl IntSimd for Avx2 {
     unsafe fn to_f32(x: Self::I) -> [__m256; 2] {
         // SAFETY: AVX is there.
         unsafe { [_mm256_cvtepi32_ps(x[0]), _mm256_cvtepi32_ps(x[1])] }
+    }
+    #[inline(always)]
+    unsafe fn add(x: Self::I, y: Self::I) -> Self::I {
+        // SAFETY: AVX2 is there.
+        unsafe { [_mm256_add_epi32(x[0], y[0]), _mm256_add_epi32(x[1], y[1])] }
+    }
+    #[inline(always)]
+    unsafe fn sub_bytes(x: Self::I, y: u8) -> Self::I {
+        // SAFETY: AVX2 is there.
+        unsafe {
+            let y = _mm256_set1_epi8(y as i8);
+            [_mm256_sub_epi8(x[0], y), _mm256_sub_epi8(x[1], y)]
+        }
     }
     #[inline(always)]
     unsafe fn and(x: Self::I, mask: u32) -> Self::I {
@@ -212,6 +228,16 @@ macro_rules! int512 {
             unsafe fn to_f32(x: __m512i) -> __m512 {
                 // SAFETY: AVX-512F is there.
                 unsafe { _mm512_cvtepi32_ps(x) }
+            }
+            #[inline(always)]
+            unsafe fn add(x: __m512i, y: __m512i) -> __m512i {
+                // SAFETY: AVX-512F is there.
+                unsafe { _mm512_add_epi32(x, y) }
+            }
+            #[inline(always)]
+            unsafe fn sub_bytes(x: __m512i, y: u8) -> __m512i {
+                // SAFETY: AVX-512BW is there.
+                unsafe { _mm512_sub_epi8(x, _mm512_set1_epi8(y as i8)) }
             }
             #[inline(always)]
             unsafe fn and(x: __m512i, mask: u32) -> __m512i {

@@ -121,6 +121,13 @@ fn every_instruction_set_gives_the_bits_of_the_reference() {
             (29, 512, 64),
             (17, 1280, 40),
             (7, 2304, 33),
+            // Tiles of the processor, of one size and of two.
+            (8, 768, 96),
+            (14, 256, 33),
+            (16, 512, 32),
+            (31, 1024, 65),
+            (47, 768, 31),
+            (67, 2304, 40),
         ] {
             let w = QuantizedMatrix::pack(&[&weights(format, n, k, 1)]).unwrap();
             let (x, bias) = (noise(m * k, 2), noise(n, 3));
@@ -137,12 +144,12 @@ fn every_instruction_set_gives_the_bits_of_the_reference() {
 #[test]
 fn a_row_has_the_same_bits_alone_and_in_any_batch() {
     let (k, n) = (512, 80);
-    let x = noise(30 * k, 4);
+    let x = noise(40 * k, 4);
     for format in FORMATS {
         let w = QuantizedMatrix::pack(&[&weights(format, n, k, 5)]).unwrap();
         for &isa in Isa::available() {
-            let whole = product(isa, 2, &x, 30, &w, None, false);
-            for m in [1, 2, 5, 6, 7, 13, 25] {
+            let whole = product(isa, 2, &x, 40, &w, None, false);
+            for m in [1, 2, 5, 6, 7, 13, 16, 25, 33] {
                 let some = product(isa, 1, &x[3 * k..(3 + m) * k], m, &w, None, false);
                 assert_eq!(some, whole[3 * n..(3 + m) * n], "{isa:?} {format:?} {m} rows");
             }
@@ -158,22 +165,43 @@ fn the_largest_integers_do_not_saturate() {
         let top = ((1u32 << largest.bits) - 1) as u8;
         largest.codes.iter_mut().enumerate().for_each(|(i, code)| *code = if i % 5 == 0 { 0 } else { top });
         let w = QuantizedMatrix::pack(&[&largest]).unwrap();
-        let x: Vec<f32> = (0..3 * 512).map(|i| if i % 7 == 0 { -1.0 } else { 1.0 }).collect();
-        let want = product(Isa::PORTABLE, 1, &x, 3, &w, None, false);
-        for &isa in Isa::available() {
-            assert_eq!(product(isa, 1, &x, 3, &w, None, false), want, "{isa:?} {format:?}");
+        let x: Vec<f32> = (0..20 * 512).map(|i| if i % 7 == 0 { -1.0 } else { 1.0 }).collect();
+        for m in [3, 20] {
+            let x = &x[..m * 512];
+            let want = product(Isa::PORTABLE, 1, x, m, &w, None, false);
+            for &isa in Isa::available() {
+                assert_eq!(product(isa, 1, x, m, &w, None, false), want, "{isa:?} {format:?} {m} rows");
+            }
         }
     }
 }
 
 #[test]
 fn rows_and_columns_of_any_number_with_a_scale_per_row() {
-    for (k, n) in [(1, 1), (30, 7), (513, 33)] {
+    for (m, k, n) in [(3, 1, 1), (3, 30, 7), (3, 513, 33), (1, 100, 64), (17, 95, 40), (35, 1057, 70), (70, 2999, 33)] {
         let w = QuantizedMatrix::pack(&[&weights(PackedFormat::Int8Row, n, k, 1)]).unwrap();
-        let x = noise(3 * k, 2);
-        let want = product(Isa::PORTABLE, 1, &x, 3, &w, None, false);
+        let x = noise(m * k, 2);
+        let want = product(Isa::PORTABLE, 1, &x, m, &w, None, false);
         for &isa in Isa::available() {
-            assert_eq!(product(isa, 1, &x, 3, &w, None, false), want, "{isa:?} [{k}] x {n}");
+            // Memory that is lent has something else in it the second time.
+            for threads in [1, 2] {
+                assert_eq!(product(isa, threads, &x, m, &w, None, false), want, "{isa:?} [{m}, {k}] x {n}");
+            }
+        }
+    }
+}
+
+/// Groups of 32 in rows that are no whole blocks of 256.
+#[test]
+fn columns_of_any_number_of_groups() {
+    for format in [PackedFormat::Int8, PackedFormat::Int4] {
+        for (m, k, n) in [(1, 96, 33), (9, 96, 40), (20, 1120, 33), (15, 2336, 64)] {
+            let w = QuantizedMatrix::pack(&[&weights(format, n, k, 1)]).unwrap();
+            let x = noise(m * k, 2);
+            let want = product(Isa::PORTABLE, 1, &x, m, &w, None, false);
+            for &isa in Isa::available() {
+                assert_eq!(product(isa, 2, &x, m, &w, None, false), want, "{isa:?} {format:?} [{m}, {k}] x {n}");
+            }
         }
     }
 }

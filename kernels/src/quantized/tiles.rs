@@ -24,7 +24,7 @@ use crate::pages::{Kept, lend};
 use crate::simd::{Avx2, Avx512, Simd};
 
 /// Input features of a block: taken apart it has 20 KiB, less than half of a first-level cache.
-const BLOCK_K: usize = 512;
+pub(super) const BLOCK_K: usize = 512;
 
 /// From so many tiles on a block is taken apart once instead of by each of them.
 const OPEN_TILES: usize = 3;
@@ -63,7 +63,7 @@ macro_rules! instruction_set {
                 #[target_feature(enable = $features)]
                 unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, into: *mut u8) {
                     // SAFETY: as required of the caller.
-                    unsafe { Opened::<P>::fill::<$simd>(panel, groups, into) }
+                    unsafe { Opened::<P>::fill::<$simd>(panel, groups, 0, into) }
                 }
                 // SAFETY: as required of the caller.
                 unsafe { open::<P>(panel, groups, into) }
@@ -77,14 +77,14 @@ instruction_set!(avx512, Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512
 instruction_set!(vnni, Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
 /// Some groups of one panel, and where sums wait between them.
-struct Block {
-    panel_index: usize,
+pub(super) struct Block {
+    pub(super) panel_index: usize,
     /// The panel, or these groups of it taken apart.
-    codes: *const u8,
-    groups: Range<usize>,
+    pub(super) codes: *const u8,
+    pub(super) groups: Range<usize>,
     /// Only of groups taken apart: sums of the unit's rows `[rows][32]`, row 0 being `first_row`.
-    sums: *mut f32,
-    first_row: usize,
+    pub(super) sums: *mut f32,
+    pub(super) first_row: usize,
 }
 
 #[inline(always)]

@@ -1,0 +1,112 @@
+//! A unit of a product in tile registers, where sums go on over all of k: bf16, and bytes with a scale for a whole row.
+//!
+//! ```text
+//! a      [tile][block][rows of the tile][16]   lanes of two bf16 or four bytes; a tile is up to 32 rows
+//! panel  [block][16][32]                       lanes
+//! sums   [panel][rows of the unit][32]
+//! ```
+//!
+//! Some blocks of all panels at a time: what they are multiplied with stays in the second-level cache meanwhile, and of
+//! a panel as much as the first-level cache holds beside a tile of rows.
+#![allow(unsafe_code)]
+
+use std::ops::Range;
+
+use crate::amx::{ConfiguredByRows, PanelBlocks, multiply_panel, panel_shapes};
+use crate::numerics::{LANES, TILE_STEPS};
+use crate::packed_matrix::PANEL;
+use crate::product::Job;
+
+/// Blocks of a panel at a time: 16 KiB, beside as much of a tile of rows.
+const PART_BLOCKS: usize = 8;
+
+/// Lanes of a block of a panel.
+const BLOCK_LANES: usize = TILE_STEPS * PANEL;
+
+/// A matrix whose panels are such.
+pub(crate) trait TilePanels: Sized {
+    /// Quads of bytes, and not pairs of bf16.
+    const BYTES: bool;
+
+    /// Blocks of a panel, the last one whole.
+    fn num_blocks(&self) -> usize;
+
+    /// Where a panel begins.
+    fn tile_panel(&self, panel: usize) -> *const u32;
+
+    /// Makes outputs of the 32 sums of a row, in a tile of these rows, with a panel.
+    ///
+    /// # Safety
+    /// The machine has tiles; row and panel are of the job and of the caller's unit.
+    unsafe fn finish(job: &Job<'_, Self>, panel: usize, rows: &Range<usize>, row: usize, sums: *const u32);
+}
+
+/// A unit of a product: `panels` for the rows of `tiles`.
+///
+/// # Safety
+/// The machine has tiles; the operand is packed for them; `sums` is valid for 32 of each row and panel of the unit.
+#[inline(always)]
+pub(crate) unsafe fn multiply_tiles<W: TilePanels>(
+    job: &Job<'_, W>,
+    panels: Range<usize>,
+    tiles: Range<usize>,
+    sums: *mut u32,
+) {
+    let num_blocks = job.w.num_blocks();
+    let rows = job.tiles.rows(tiles.start).start..job.tiles.rows(tiles.end - 1).end;
+    let sums_of = |panel: usize, row: usize| {
+        // SAFETY: as required of the caller, for rows and panels of the unit.
+        unsafe { sums.add(((panel - panels.start) * rows.len() + row - rows.start) * PANEL) }
+    };
+    let mut configured = ConfiguredByRows::new(panel_shapes);
+    for start in (0..num_blocks).step_by(PART_BLOCKS) {
+        let blocks = start..(start + PART_BLOCKS).min(num_blocks);
+        for panel in panels.clone() {
+            // The same blocks of the next panel, or the next ones of the first.
+            let next = if panel + 1 < panels.end {
+                job.w.tile_panel(panel + 1).wrapping_add(blocks.start * BLOCK_LANES)
+            } else if blocks.end < num_blocks {
+                job.w.tile_panel(panels.start).wrapping_add(blocks.end * BLOCK_LANES)
+            } else {
+                job.next
+            };
+            let lines_ahead = if next.is_null() { 0 } else { (BLOCK_LANES / LANES).div_ceil(tiles.len()) };
+            for tile in tiles.clone() {
+                let tile_rows = job.tiles.rows(tile);
+                let num_rows = tile_rows.len();
+                // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for
+                // each.
+                unsafe {
+                    let a = job.a.add(tile_rows.start * job.lanes_per_row);
+                    let blocks_of_tile = PanelBlocks {
+                        a: a.add(blocks.start * num_rows * TILE_STEPS),
+                        b: job.w.tile_panel(panel).add(blocks.start * BLOCK_LANES),
+                        sums: sums_of(panel, tile_rows.start),
+                        num_rows,
+                        num_blocks: blocks.len(),
+                        is_first: blocks.start == 0,
+                        // Each tile takes a part of it.
+                        ahead: next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LANES),
+                        lines_ahead,
+                    };
+                    configured.set(num_rows);
+                    if W::BYTES {
+                        multiply_panel::<true>(&blocks_of_tile);
+                    } else {
+                        multiply_panel::<false>(&blocks_of_tile);
+                    }
+                }
+            }
+        }
+    }
+    // Row by row: those of the output lie pages apart.
+    for tile in tiles {
+        let rows = job.tiles.rows(tile);
+        for row in rows.clone() {
+            for panel in panels.clone() {
+                // SAFETY: as required of the caller.
+                unsafe { W::finish(job, panel, &rows, row, sums_of(panel, row)) };
+            }
+        }
+    }
+}
