@@ -70,3 +70,11 @@ pub use link::{CloseReason, Link, OpenError};
 pub use socket::BulkPath;
 pub use stream::{ControlReceiver, ControlSender, RecvError, SendError};
 pub use tls::TlsError;
+
+#[cfg(test)]
+extern crate self as kv_connector;
+
+/// What the tests of this crate's API share, for those of its inside.
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod test_support;

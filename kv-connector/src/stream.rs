@@ -42,6 +42,8 @@ pub(crate) enum StreamCode {
     Malformed,
     /// An extent was refused.
     Refused,
+    /// An extent is not fetched now: its bytes are wanted.
+    Busy,
 }
 
 impl StreamCode {
@@ -52,6 +54,7 @@ impl StreamCode {
             StreamCode::Overloaded => 3,
             StreamCode::Malformed => 4,
             StreamCode::Refused => 5,
+            StreamCode::Busy => 6,
         })
     }
 
@@ -62,6 +65,7 @@ impl StreamCode {
             3 => "too many streams wait there",
             4 => "it could not read what was sent",
             5 => "refused",
+            6 => "it has no room to fetch it now",
             _ => "for a reason this version does not know",
         }
     }

@@ -194,15 +194,18 @@ pub struct KvQuicArgs {
     /// How a node that sends KV over quic decides how much may be on the way.
     ///
     /// cubic serves a data centre, and shares any network with others as TCP does. On a link that loses packets for
-    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses. fixed never
-    /// slows down and is for links that carry nothing else: it takes from others whatever it can.
+    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses, though it puts
+    /// more on the way than the link holds and loses what its queue does not. fixed never slows down and is for links
+    /// that carry nothing else: it takes from others whatever it can, and needs a --kv-window-bytes of the link's.
     #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub kv_congestion_control: CongestionControl,
 
     /// KV that one connection may have on the way: unread, or unacknowledged.
     ///
     /// It bounds the speed to this many bytes per round trip, so a fast or long link needs bandwidth times round trip:
-    /// 16MiB carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive memory.
+    /// 16MiB carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive memory. With
+    /// --kv-congestion-control fixed, and with bbr, what is beyond that and the link's queue, or beyond the kernel's
+    /// receive buffer (net.core.rmem_max), is lost and sent again.
     #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_bytes_above_zero)]
     pub kv_window_bytes: u64,
 

@@ -23,7 +23,7 @@ use crate::busy_poll::Activity;
 use crate::link::{CLOSE_DONE, CloseReason};
 use crate::socket::Traffic;
 use crate::transfer::bulk_end::BulkEnd;
-use crate::transfer::pull;
+use crate::transfer::pull::{self, Posted};
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::{
@@ -218,7 +218,10 @@ impl Transport for PeerTransport {
     fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
         Box::pin(async move {
             if let Some((carrier, runs)) = self.pulled.runs(&payload) {
-                return pull::send(&self.quic.connection, &self.quic.ledger, header, (carrier, &runs), end).await;
+                match pull::send(&self.quic.connection, &self.quic.ledger, header, (carrier, &runs), end).await? {
+                    Posted::Taken => return Ok(()),
+                    Posted::Busy => return self.quic.send(header, payload, end).await,
+                }
             }
             match self.shared_runs(&payload) {
                 Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,

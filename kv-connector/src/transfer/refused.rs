@@ -51,6 +51,9 @@ pub enum RefusedExtent {
     /// Its bytes cannot be copied out of its sender's device memory.
     #[error("its bytes cannot be copied out of its sender's device memory")]
     Unreadable,
+    /// There is no room to fetch it into now; its sender sends its bytes instead.
+    #[error("there is no room to fetch it into now")]
+    Busy,
 }
 
 impl RefusedExtent {
@@ -73,12 +76,13 @@ impl RefusedExtent {
             RefusedExtent::Closed => "closed",
             RefusedExtent::BadRuns => "bad_runs",
             RefusedExtent::Unreadable => "unreadable",
+            RefusedExtent::Busy => "busy",
         }
     }
 
     /// Whether the landing's owner need not hear of it.
     pub(super) fn is_harmless(self) -> bool {
-        use RefusedExtent::{Closed, Duplicate, Malformed, Stale, StaleEpoch, Unknown};
-        matches!(self, Malformed | StaleEpoch | Stale | Unknown | Duplicate | Closed)
+        use RefusedExtent::{Busy, Closed, Duplicate, Malformed, Stale, StaleEpoch, Unknown};
+        matches!(self, Malformed | StaleEpoch | Stale | Unknown | Duplicate | Closed | Busy)
     }
 }

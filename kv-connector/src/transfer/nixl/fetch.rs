@@ -73,7 +73,7 @@ struct Fetch<'a> {
 
 impl<'a> Fetch<'a> {
     fn new(peer: &'a Arc<Peer>) -> Result<Self, PullError> {
-        let staging = peer.inner.take_staging().map_err(PullError::Failed)?;
+        let staging = peer.inner.take_staging()?;
         Ok(Self { peer, staging: Some(staging), reading: None })
     }
 

@@ -1,14 +1,18 @@
 //! NIXL's library, found at run time: the functions of its C interface that are used here, and one agent behind them.
 //!
-//! The interface is that of `libnixl_capi.so` 1.5. Calls of one agent take turns here, since it promises nothing for
-//! calls at the same time. The library stays loaded, as its threads may outlive an agent.
+//! The interface is that of `libnixl_capi.so` 1.5. Threads call an agent at the same time: it is made with the library's
+//! own mode for that, a lock that transfers share and what changes peers or registered memory has alone. What it asks
+//! of its callers is that one request is used by one at a time. The library stays loaded, as its threads may outlive an
+//! agent.
 #![allow(unsafe_code)]
+
+#[cfg(test)]
+pub(crate) mod fake;
 
 use std::error::Error as _;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::Path;
 use std::ptr::{null, null_mut};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use common::device_pool::MemoryPlace;
 
@@ -20,6 +24,8 @@ const IN_PROGRESS: Status = 1;
 const HOST_MEMORY: c_int = 0;
 const GPU_MEMORY: c_int = 1;
 const READ: c_int = 0;
+/// Readers and writers: calls for transfers share the agent's lock. The default is none at all.
+const SYNC_RW: c_int = 2;
 /// The backend for memory of hosts and devices.
 const UCX: &CStr = c"UCX";
 
@@ -106,23 +112,24 @@ impl Library {
 /// One end that reads memory of others, and lets them read its own.
 pub(super) struct Agent {
     functions: Functions,
-    handle: Mutex<AgentHandle>,
+    handle: Handle,
 }
 
-struct AgentHandle(Handle);
+// SAFETY: an agent of the library has no thread of its caller.
+unsafe impl Send for Agent {}
+// SAFETY: made with `SYNC_RW`, with which the library's calls may come from several threads at a time.
+unsafe impl Sync for Agent {}
 
-// SAFETY: an agent of the library has no thread of its caller; calls take turns behind the lock.
-unsafe impl Send for AgentHandle {}
-
-/// A read. It is the library's until it is [released](Agent::release).
+/// A read. It is the library's until it is [released](Agent::release). No two threads use it at a time: it can be handed
+/// over, not shared.
 pub(super) struct Request(Handle);
 
-// SAFETY: as the agent's; used only behind its lock.
+// SAFETY: as the agent's.
 unsafe impl Send for Request {}
 
 #[cfg(test)]
 impl Request {
-    /// For tests without the library.
+    /// For tests without any library.
     pub(super) fn nobody_s() -> Self {
         Self(null_mut())
     }
@@ -155,7 +162,7 @@ impl Agent {
             enable_prog_thread: true,
             enable_listen_thread: false,
             listen_port: 0,
-            thread_sync: 0,
+            thread_sync: SYNC_RW,
             num_workers: 1,
             pthr_delay_us: PROGRESS_DELAY_US,
             lthr_delay_us: 0,
@@ -165,24 +172,20 @@ impl Agent {
         // SAFETY: a C string, a configuration that is read during the call, and a place for the answer.
         let created = unsafe { (functions.create_configured_agent)(name.as_ptr(), &config, &mut handle) };
         checked("create_configured_agent", created)?;
-        let agent = Self { functions, handle: Mutex::new(AgentHandle(handle)) };
+        let agent = Self { functions, handle };
         agent.add_backend()?;
         Ok(agent)
     }
 
-    fn lock(&self) -> MutexGuard<'_, AgentHandle> {
-        self.handle.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn add_backend(&self) -> Result<(), String> {
-        let (agent, functions) = (self.lock(), &self.functions);
+        let functions = &self.functions;
         let (mut kinds, mut params, mut backend) = (null_mut(), null_mut(), null_mut());
         // SAFETY: a live agent, a C string, places for the answers.
-        let found = unsafe { (functions.get_plugin_params)(agent.0, UCX.as_ptr(), &mut kinds, &mut params) };
+        let found = unsafe { (functions.get_plugin_params)(self.handle, UCX.as_ptr(), &mut kinds, &mut params) };
         checked("get_plugin_params(UCX)", found)?;
         // SAFETY: as above; both lists are ours and are given back once. The backend's own handle is kept with the agent.
         let created = unsafe {
-            let created = (functions.create_backend)(agent.0, UCX.as_ptr(), params, &mut backend);
+            let created = (functions.create_backend)(self.handle, UCX.as_ptr(), params, &mut backend);
             (functions.destroy_params)(params);
             (functions.destroy_mem_list)(kinds);
             created
@@ -195,7 +198,7 @@ impl Agent {
     /// # Safety
     /// It stays as long as the agent.
     pub(super) unsafe fn register(&self, place: MemoryPlace) -> Result<(), String> {
-        let (agent, functions, (kind, device)) = (self.lock(), &self.functions, kind(place.gpu));
+        let (functions, (kind, device)) = (&self.functions, kind(place.gpu));
         let (address, num_bytes) = (place.address as usize, place.num_bytes as usize);
         let mut list = null_mut();
         // SAFETY: a place for the answer.
@@ -203,7 +206,8 @@ impl Agent {
         // SAFETY: a live agent and list; the memory stays, as the caller promises; the list is given back once.
         let registered = unsafe {
             let added = (functions.reg_dlist_add_desc)(list, address, num_bytes, device, null(), 0);
-            let registered = if added == SUCCESS { (functions.register_mem)(agent.0, list, null_mut()) } else { added };
+            let registered =
+                if added == SUCCESS { (functions.register_mem)(self.handle, list, null_mut()) } else { added };
             (functions.destroy_reg_dlist)(list);
             registered
         };
@@ -212,10 +216,9 @@ impl Agent {
 
     /// What others need to read what is registered.
     pub(super) fn metadata(&self) -> Result<Vec<u8>, String> {
-        let agent = self.lock();
         let (mut data, mut len) = (null_mut(), 0);
         // SAFETY: a live agent, places for the answers.
-        checked("get_local_md", unsafe { (self.functions.get_local_md)(agent.0, &mut data, &mut len) })?;
+        checked("get_local_md", unsafe { (self.functions.get_local_md)(self.handle, &mut data, &mut len) })?;
         if data.is_null() {
             return Err("get_local_md gave no metadata".to_string());
         }
@@ -228,11 +231,11 @@ impl Agent {
 
     /// Takes in another agent's metadata; with it, that agent's name.
     pub(super) fn add_peer(&self, metadata: &[u8]) -> Result<CString, String> {
-        let agent = self.lock();
         let mut name = null_mut();
         // SAFETY: a live agent, bytes that are borrowed, a place for the answer.
-        let loaded =
-            unsafe { (self.functions.load_remote_md)(agent.0, metadata.as_ptr().cast(), metadata.len(), &mut name) };
+        let loaded = unsafe {
+            (self.functions.load_remote_md)(self.handle, metadata.as_ptr().cast(), metadata.len(), &mut name)
+        };
         checked("load_remote_md", loaded)?;
         if name.is_null() {
             return Err("load_remote_md named no agent".to_string());
@@ -246,15 +249,14 @@ impl Agent {
 
     /// Forgets another agent. Nothing is being read from it.
     pub(super) fn forget_peer(&self, name: &CStr) {
-        let agent = self.lock();
         // SAFETY: a live agent and a C string. That the agent is unknown already is no fault.
-        unsafe { (self.functions.invalidate_remote_md)(agent.0, name.as_ptr()) };
+        unsafe { (self.functions.invalidate_remote_md)(self.handle, name.as_ptr()) };
     }
 
     /// Makes ready to read `pieces` of `peer`'s memory, which are in memory of one kind, one behind the other to `into`.
     /// Nothing is read yet.
     pub(super) fn prepare(&self, peer: &CStr, pieces: &[MemoryPlace], into: MemoryPlace) -> Result<Request, String> {
-        let (agent, functions) = (self.lock(), &self.functions);
+        let functions = &self.functions;
         let (there, device_there) = kind(pieces.first().and_then(|piece| piece.gpu));
         let (here, device_here) = kind(into.gpu);
         let (mut from, mut to, mut request) = (null_mut(), null_mut(), null_mut());
@@ -280,7 +282,9 @@ impl Agent {
         // SAFETY: live handles and a C string. The request keeps nothing of the lists, which are given back once.
         let created = unsafe {
             let created = match added {
-                Ok(()) => (functions.create_xfer_req)(agent.0, READ, to, from, peer.as_ptr(), &mut request, null_mut()),
+                Ok(()) => {
+                    (functions.create_xfer_req)(self.handle, READ, to, from, peer.as_ptr(), &mut request, null_mut())
+                }
                 Err(_) => SUCCESS,
             };
             (functions.destroy_xfer_dlist)(from);
@@ -298,9 +302,8 @@ impl Agent {
     /// What is read into is registered, and nobody else uses it before the request has [ended](Self::has_ended) or the
     /// agent is gone.
     pub(super) unsafe fn post(&self, request: &Request) -> Result<(), String> {
-        let agent = self.lock();
         // SAFETY: a live agent and request; the memory that is written to is the caller's promise.
-        match unsafe { (self.functions.post_xfer_req)(agent.0, request.0, null_mut()) } {
+        match unsafe { (self.functions.post_xfer_req)(self.handle, request.0, null_mut()) } {
             SUCCESS | IN_PROGRESS => Ok(()),
             posted => Err(format!("NIXL's post_xfer_req says status {posted}")),
         }
@@ -308,9 +311,8 @@ impl Agent {
 
     /// Whether a read has ended well; an error if it has ended otherwise.
     pub(super) fn has_ended(&self, request: &Request) -> Result<bool, String> {
-        let agent = self.lock();
         // SAFETY: a live agent and a request that was not released.
-        match unsafe { (self.functions.get_xfer_status)(agent.0, request.0) } {
+        match unsafe { (self.functions.get_xfer_status)(self.handle, request.0) } {
             IN_PROGRESS => Ok(false),
             status => checked("get_xfer_status", status).map(|()| true),
         }
@@ -330,10 +332,9 @@ impl Agent {
 
     /// Gives back a request that has ended well.
     pub(super) fn release(&self, request: Request) {
-        let agent = self.lock();
         // SAFETY: a live agent and a request that was not released; it is destroyed only if it could be.
         unsafe {
-            if (self.functions.release_xfer_req)(agent.0, request.0) == SUCCESS {
+            if (self.functions.release_xfer_req)(self.handle, request.0) == SUCCESS {
                 (self.functions.destroy_xfer_req)(request.0);
             }
         }
@@ -342,8 +343,44 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        let handle = self.lock().0;
         // SAFETY: nobody else has the agent any more.
-        unsafe { (self.functions.destroy_agent)(handle) };
+        unsafe { (self.functions.destroy_agent)(self.handle) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::fake::Fake;
+    use super::*;
+
+    /// As where one peer's read takes its time to begin while others' have ended.
+    #[test]
+    fn a_call_that_lasts_does_not_hold_up_others() {
+        let fake = Fake::alone();
+        let agent = Agent::new(fake.library(), c"agent").unwrap();
+        let (from, into) = ([7_u8; 64], [0_u8; 64]);
+        let place = |bytes: &[u8]| MemoryPlace {
+            address: bytes.as_ptr().expose_provenance() as u64,
+            num_bytes: bytes.len() as u64,
+            gpu: None,
+        };
+        let request = || agent.prepare(c"peer", &[place(&from)], place(&into)).unwrap();
+        let (slow, other) = (request(), request());
+        fake.post_slowly();
+        let agent = &agent;
+        std::thread::scope(|scope| {
+            let posting = scope.spawn(move || {
+                // SAFETY: what is read is not looked at, and read once the other thread has ended.
+                let posted = unsafe { agent.post(&slow) };
+                agent.release(slow);
+                posted
+            });
+            fake.wait_for_post();
+            // Nothing was begun, so that nothing is written.
+            agent.release(other);
+            assert_eq!(agent.metadata().unwrap(), b"agent");
+            let ended = agent.has_ended(&agent.prepare(c"peer", &[], place(&into)).unwrap());
+            assert_eq!((ended, posting.join().unwrap()), (Ok(true), Ok(())));
+        });
     }
 }

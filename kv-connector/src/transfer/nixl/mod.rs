@@ -6,7 +6,8 @@
 //! connection ([`handle`]). A receiver [fetches](fetch) into memory of its own ([`staging`]), on its device if its pool is
 //! on one, and from there into the blocks, hashed as they are filled or, on a device, where they lie then: NIXL cannot
 //! always prove that a read has stopped, and so no node has it write to a block. A read that does not end well costs its
-//! buffer ([`stock`]), and this transport for that life of the peer; KV comes over `quic` then.
+//! buffer ([`stock`]), and this transport for that life of the peer; KV comes over `quic` then. An extent that comes while
+//! no buffer is left is asked for over `quic`, and the next is fetched again.
 //!
 //! **NIXL authenticates nobody and encrypts nothing, and what is registered can be written as well as read.** So a pool is
 //! registered only where peers fetch out of it. Whoever has the metadata, or reaches what UCX listens on, may read and
@@ -142,9 +143,13 @@ impl Nixl {
     ///
     /// # Errors
     /// [`NixlError`]; [`NixlError::NoDevice`] only where the pool is on a device.
-    #[allow(unsafe_code)] // what is registered stays as long as the agent
     pub fn new(path: &Path, pool: NixlPool, is_fetched_from: bool) -> Result<Self, NixlError> {
         let library = Library::load(path).map_err(|reason| NixlError::Library(reason, path.display().to_string()))?;
+        Self::with(library, pool, is_fetched_from)
+    }
+
+    #[allow(unsafe_code)] // what is registered stays as long as the agent
+    fn with(library: Library, pool: NixlPool, is_fetched_from: bool) -> Result<Self, NixlError> {
         let name = CString::new(format!("tandem-{:032x}", rand::random::<u128>())).expect("digits have no zero byte");
         // NIXL's own threads move KV, too, and inherit how this one is scheduled.
         let created = std::thread::scope(|scope| {
@@ -175,7 +180,7 @@ impl PullMethod for Nixl {
     }
 
     fn question(&self) -> [u8; 4] {
-        *b"TKN2"
+        *b"TKN3"
     }
 
     fn is_within_host(&self) -> bool {
@@ -245,5 +250,93 @@ impl PulledPool for Opened {
 
     fn pull(&self, runs: &[PoolRun], arriving: &mut Arriving) -> Result<(), PullError> {
         fetch::fetch(&self.0, runs, arriving)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use common::ids::{BlockId, Epoch, Role};
+
+    use super::library::fake::Fake;
+    use super::staging::Staging;
+    use super::stock::NUM_STAGINGS_MAX;
+    use super::*;
+    use crate::Fabric;
+    use crate::test_support::file_pool::FilePool;
+    use crate::test_support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, node, soon};
+
+    const NUM_BLOCKS: usize = 400;
+
+    fn receiver(fake: &Fake, memory: &Arc<TestMemory>) -> Nixl {
+        let pool = NixlPool::Host { memory: memory.clone(), num_bytes: 0 };
+        Nixl::with(fake.library(), pool, false).unwrap()
+    }
+
+    fn take_all(nixl: &Nixl) -> Vec<Staging> {
+        (0..NUM_STAGINGS_MAX).map(|_| nixl.inner.take_staging().unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_left_of_buffers_is_not_counted_off_where_none_can_be_made() {
+        let fake = Fake::alone();
+        let nixl = receiver(&fake, &TestMemory::new(1));
+        let taken: Vec<Staging> = (0..6).map(|_| nixl.inner.take_staging().unwrap()).collect();
+        fake.register(false);
+        for _ in 0..2 * NUM_STAGINGS_MAX {
+            let refused = nixl.inner.take_staging().err();
+            assert!(
+                matches!(&refused, Some(PullError::Busy(reason)) if reason.contains("register_mem")),
+                "{refused:?}"
+            );
+        }
+        fake.register(true);
+        taken.into_iter().for_each(|staging| nixl.inner.give_back(staging));
+        let all = take_all(&nixl);
+        assert!(matches!(nixl.inner.take_staging(), Err(PullError::Busy(_))));
+        drop((all, nixl));
+    }
+
+    /// As where all buffers are lost to reads from peers that stand still, of which this one is none.
+    #[tokio::test]
+    async fn while_no_buffer_is_left_kv_comes_over_quic_and_behind_that_through_nixl_again() {
+        let (fake, cluster) = (Fake::alone(), Cluster::new());
+        let (pool, memory) = (FilePool::new(NUM_BLOCKS), TestMemory::new(NUM_BLOCKS));
+        let sender = NixlPool::Host { memory: pool.clone(), num_bytes: pool.num_bytes() as usize };
+        let own = receiver(&fake, &memory);
+        let mut config = cluster.config("p0", Role::PrefillNode);
+        config.nixl = Some(Nixl::with(fake.library(), sender, true).unwrap());
+        let prefill = Fabric::bind(config).unwrap();
+        let mut config = cluster.config("d0", Role::DecodeNode);
+        config.nixl = Some(own.clone());
+        let decode = Fabric::bind(config).unwrap();
+        let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
+        let zone = decode.landing_zone();
+        let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+        let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
+        let mut lost = Vec::new();
+        for request in 1..7 {
+            let (job, num_posted) = (Job::new(request, 1000, 0, 60 * request as u32), fake.num_posted());
+            let is_busy = request % 2 == 0;
+            if is_busy {
+                lost = take_all(&own);
+            }
+            let source = pool.source(&job, (0..job.blocks.len() as u32).map(BlockId).collect());
+            let (landing, mut events) = zone.open(job.plan(&memory));
+            for extent in job.extents(160) {
+                let (header, payload) = source.seal(&job.tokens, extent);
+                soon("send", sender.send_extent(&header, payload)).await.unwrap();
+            }
+            eventually("all has landed", || landing.is_complete()).await;
+            assert!(job.extents(160).iter().all(|extent| job.holds(&memory, extent)));
+            assert_eq!(fake.num_posted() == num_posted, is_busy);
+            // That an extent came in another way is nothing that its owner hears of.
+            while let Some(event) = events.try_recv() {
+                assert!(matches!(event, crate::transfer::LandingEvent::ExtentVerified { .. }), "{event:?}");
+            }
+            assert!(bulk.transport_name() == "nixl" && sender.transport().name() == "nixl" && !bulk.is_closed());
+            lost.drain(..).for_each(|staging| own.inner.give_back(staging));
+        }
+        drop((bulk, sender, link, zone, own));
+        assert_nothing_left([prefill, decode]).await;
     }
 }

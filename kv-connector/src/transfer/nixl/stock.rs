@@ -13,9 +13,9 @@ use std::sync::Arc;
 use super::library::{Ended, Request};
 use super::staging::Staging;
 use super::{Inner, Peer};
-use crate::transfer::pull::NUM_PULLS_MAX;
+use crate::transfer::pull::{NUM_PULLS_MAX, PullError};
 
-/// Stagings there can be in a process's life: with all of them lost, nothing is fetched any more.
+/// Stagings there can be in a process's life: with all of them lost, nothing is fetched.
 pub(super) const NUM_STAGINGS_MAX: usize = NUM_PULLS_MAX + 16;
 
 /// Whom they are read from is a [`Peer`], but in its own tests.
@@ -59,19 +59,26 @@ impl Inner {
     /// A staging for one fetch.
     ///
     /// # Errors
-    /// None is left, or no other can be made.
-    pub(super) fn take_staging(&self) -> Result<Staging, String> {
-        self.enter()?;
-        let mut stock = self.stock();
-        if let Some(staging) = stock.take(|request| self.agent.end(request)) {
-            return Ok(staging);
+    /// [`PullError::Busy`]: none is left, or no other can be made, which is no peer's fault; [`PullError::Failed`].
+    pub(super) fn take_staging(&self) -> Result<Staging, PullError> {
+        self.enter().map_err(PullError::Failed)?;
+        {
+            let mut stock = self.stock();
+            if let Some(staging) = stock.take(|request| self.agent.end(request)) {
+                return Ok(staging);
+            }
+            if stock.num_made == NUM_STAGINGS_MAX {
+                return Err(PullError::Busy(
+                    "all buffers are in use or lost to reads that did not end well".to_string(),
+                ));
+            }
+            stock.num_made += 1;
         }
-        if stock.num_made == NUM_STAGINGS_MAX {
-            return Err(format!("{NUM_STAGINGS_MAX} buffers are in use or lost to reads that did not end well"));
-        }
-        let staging = self.new_staging()?;
-        stock.num_made += 1;
-        Ok(staging)
+        // Registering it takes its time, for which others may take and give back.
+        self.new_staging().map_err(|reason| {
+            self.stock().num_made -= 1;
+            PullError::Busy(format!("no other buffer can be made: {reason}"))
+        })
     }
 
     /// As many as there can be fetches.

@@ -23,6 +23,7 @@
 //!
 //! The sender exports its pool once. A receiver keeps it open as long as its end of the connection; where a fetch fails it
 //! refuses the extent, ends the connection, and remembers it: the next one to the same life of the sender goes without.
+//! Where it has no room to fetch into, it says that of this one extent, which its sender then sends as bytes.
 
 mod attach;
 mod puller;
@@ -43,6 +44,7 @@ pub(crate) use receive::{Receiving, receive};
 
 use crate::accounting::{Carrier, Kind, Ledger};
 use crate::socket::Traffic;
+use crate::stream::StreamCode;
 use crate::transfer::extent_stream::ExtentStream;
 use crate::transfer::payload::PoolExtent;
 use crate::transfer::{Arriving, ExtentEnd, Payload, RefusedExtent, SendExtentError};
@@ -98,6 +100,8 @@ pub(crate) trait PulledPool: Send + Sync {
 pub(crate) enum PullError {
     /// Nobody wants it any more, or it is not what was announced.
     Refused(RefusedExtent),
+    /// There is no room for it here now; the pool can be fetched from later.
+    Busy(String),
     /// The pool can be fetched from no more.
     Failed(String),
 }
@@ -142,29 +146,39 @@ impl Sending {
     }
 }
 
-/// Sends one extent's places and resolves when the receiver has fetched and verified it.
+/// What a receiver did about an extent that it was told the places of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Posted {
+    /// Fetched and verified it.
+    Taken,
+    /// Has no room to fetch into now, and wants its bytes.
+    Busy,
+}
+
+/// Sends one extent's places and resolves when the receiver has fetched and verified it, or will not fetch it.
 pub(crate) async fn send(
     connection: &Connection,
     ledger: &Arc<Ledger>,
     header: &ExtentHeader,
     (carrier, runs): (Carrier, &[PoolRun]),
     end: ExtentEnd,
-) -> Result<(), SendExtentError> {
+) -> Result<Posted, SendExtentError> {
     let lost = |error: quinn::ConnectionError| SendExtentError::ConnectionLost(error.into());
     let _held = ledger.hold(Kind::Stream(Traffic::Bulk));
     let (stream, mut answer) = connection.open_bi().await.map_err(lost)?;
     let mut posting = ExtentStream::new(stream);
     posting.write(&mut [Bytes::copy_from_slice(&header.encode()), encode_runs(runs).into()]).await?;
     if end == ExtentEnd::Reset {
-        return Ok(());
+        return Ok(Posted::Taken);
     }
     posting.finish()?;
     let mut taken = [0];
     match answer.read_exact(&mut taken).await {
         Ok(()) if taken == [TAKEN] => {
             ledger.count_sent(carrier, header.num_payload_bytes as usize);
-            Ok(())
+            Ok(Posted::Taken)
         }
+        Err(ReadExactError::ReadError(ReadError::Reset(code))) if code == StreamCode::Busy.code() => Ok(Posted::Busy),
         Err(ReadExactError::ReadError(ReadError::ConnectionLost(error))) => Err(lost(error)),
         Ok(()) | Err(_) => Err(SendExtentError::Refused),
     }

@@ -53,8 +53,9 @@ pub(crate) async fn receive(receiving: Receiving, tasks: TaskTracker) {
                 Err(refused) => {
                     tracing::debug!(reason = refused.as_str(), "refused an extent");
                     // Each fails if the sender gave up first.
-                    let _ = stream.stop(StreamCode::Refused.code());
-                    let _ = answer.reset(StreamCode::Refused.code());
+                    let code = if refused == RefusedExtent::Busy { StreamCode::Busy } else { StreamCode::Refused };
+                    let _ = stream.stop(code.code());
+                    let _ = answer.reset(code.code());
                 }
             }
             drop(place);
@@ -134,6 +135,10 @@ impl Receiving {
         let reason = match self.peer.pull(runs, arriving) {
             Ok(()) => return Ok(()),
             Err(PullError::Refused(refused)) => return Err(refused),
+            Err(PullError::Busy(reason)) => {
+                tracing::debug!(peer = %self.life.0, %reason, "the peer is asked for an extent's bytes instead");
+                return Err(RefusedExtent::Busy);
+            }
             Err(PullError::Failed(reason)) => reason,
         };
         tracing::warn!(
