@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
+use std::ops::{Deref, DerefMut, Range};
 use std::sync::{Mutex, PoisonError};
 
 use common::kv_spec::GranuleOrder;
@@ -130,19 +131,45 @@ impl Section {
     }
 }
 
-/// Activations in host memory.
+/// Activations in host memory, on whole lines of the cache: vectors and tiles that lie across two are stored at half the
+/// speed.
 #[derive(Debug, Default)]
-pub struct CpuTensor(Vec<f32>);
+pub struct CpuTensor {
+    memory: Vec<f32>,
+    place: Range<usize>,
+}
 
 impl CpuTensor {
     pub(crate) fn of(values: Vec<f32>) -> Self {
-        Self(values)
+        let place = 0..values.len();
+        Self { memory: values, place }
     }
 
     /// Exactly `len` values; what they were before is of no interest.
     fn sized(&mut self, len: usize) -> &mut [f32] {
-        self.0.resize(len, 0.0);
-        &mut self.0
+        const LINE: usize = 64;
+        if self.memory.len() < len + LINE / size_of::<f32>() {
+            // Not both at a time.
+            self.memory = Vec::new();
+            self.memory = vec![0.0; len + LINE / size_of::<f32>()];
+        }
+        let start = self.memory.as_ptr().align_offset(LINE);
+        self.place = start..start + len;
+        self
+    }
+}
+
+impl Deref for CpuTensor {
+    type Target = [f32];
+
+    fn deref(&self) -> &[f32] {
+        &self.memory[self.place.clone()]
+    }
+}
+
+impl DerefMut for CpuTensor {
+    fn deref_mut(&mut self) -> &mut [f32] {
+        &mut self.memory[self.place.clone()]
     }
 }
 
@@ -193,7 +220,7 @@ impl Backend for CpuBackend {
     }
 
     fn read_back(&self, tensor: &CpuTensor) -> Vec<f32> {
-        tensor.0.clone()
+        tensor.to_vec()
     }
 
     fn embed(&self, table: &CpuMatrix, width: usize, tokens: &[u32], out: &mut CpuTensor) {
@@ -208,21 +235,21 @@ impl Backend for CpuBackend {
     fn gather(&self, x: &CpuTensor, width: usize, rows: &[usize], out: &mut CpuTensor) {
         let out = out.sized(rows.len() * width);
         for (out, row) in out.chunks_exact_mut(width).zip(rows) {
-            out.copy_from_slice(&x.0[row * width..][..width]);
+            out.copy_from_slice(&x[row * width..][..width]);
         }
     }
 
     fn rms_norm(&self, x: &CpuTensor, weight: &Vec<f32>, eps: f32, out: &mut CpuTensor) {
-        kernels::rms_norm(&self.ctx(), &x.0, weight, eps, out.sized(x.0.len()));
+        kernels::rms_norm(&self.ctx(), x, weight, eps, out.sized(x.len()));
     }
 
     fn matmul(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
-        let out = out.sized(x.0.len() / weight.cols * weight.rows);
-        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(&x.0), bias, false), out);
+        let out = out.sized(x.len() / weight.cols * weight.rows);
+        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(x), bias, false), out);
     }
 
     fn matmul_residual(&self, x: &CpuTensor, weight: &CpuMatrix, bias: Option<&Vec<f32>>, out: &mut CpuTensor) {
-        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(&x.0), bias, true), &mut out.0);
+        kernels::multiply(&self.ctx(), &weight.product(Operand::Rows(x), bias, true), out);
     }
 
     fn attention(
@@ -253,7 +280,7 @@ impl Backend for CpuBackend {
             softcap: None,
         };
         let out = out.sized(plan.num_rows() * heads.q.num_heads * layout.head_dim);
-        kernels::attention(&self.ctx(), pool.arena(), layout, layer, &qkv.0, q_columns, batch, &params, out);
+        kernels::attention(&self.ctx(), pool.arena(), layout, layer, qkv, q_columns, batch, &params, out);
         SPANS.set(spans);
     }
 
@@ -269,7 +296,7 @@ impl Backend for CpuBackend {
         _normed: &mut CpuTensor,
         qkv: &mut CpuTensor,
     ) {
-        let norm = Operand::Normed { x: &hidden.0, weight: &weights.norm, eps: spec.rms_norm_eps };
+        let norm = Operand::Normed { x: hidden, weight: &weights.norm, eps: spec.rms_norm_eps };
         let qk_norm = weights.qk_norm.as_ref();
         let fused = Qkv {
             product: weights.qkv.product(norm, weights.qkv_bias.as_ref(), false),
@@ -294,17 +321,17 @@ impl Backend for CpuBackend {
         gate_up: &mut CpuTensor,
         _gated: &mut CpuTensor,
     ) {
-        let num_rows = hidden.0.len() / spec.hidden_size;
+        let num_rows = hidden.len() / spec.hidden_size;
         let gate_up = gate_up.sized(num_rows * weights.gate_up.rows);
-        let norm = Operand::Normed { x: &hidden.0, weight: &weights.norm, eps: spec.rms_norm_eps };
+        let norm = Operand::Normed { x: hidden, weight: &weights.norm, eps: spec.rms_norm_eps };
         let product = weights.gate_up.product(norm, weights.gate_up_bias.as_ref(), false);
         kernels::multiply(&self.ctx(), &product, gate_up);
         let down = weights.down.product(Operand::Gated(gate_up), weights.down_bias.as_ref(), true);
-        kernels::multiply(&self.ctx(), &down, &mut hidden.0);
+        kernels::multiply(&self.ctx(), &down, hidden);
     }
 
     fn silu_mul(&self, gate_up: &CpuTensor, ffn: usize, out: &mut CpuTensor) {
-        kernels::silu_mul(&self.ctx(), &gate_up.0, ffn, out.sized(gate_up.0.len() / 2));
+        kernels::silu_mul(&self.ctx(), gate_up, ffn, out.sized(gate_up.len() / 2));
     }
 
     fn takes_some_rows(&self) -> bool {
@@ -324,7 +351,7 @@ impl Backend for CpuBackend {
         let out = Mutex::new(out);
         self.workers.run(self.priority, samples.len(), &|index| {
             let inputs = SampleInputs::of(&samples[index], vocab);
-            let logits = &logits.0[logit_rows[index] * vocab..][..vocab];
+            let logits = &logits[logit_rows[index] * vocab..][..vocab];
             let sampled = kernels::sample_row(self.isa, logits, &inputs.params(&samples[index]));
             // A poisoned lock means that another row panicked, which the pool raises again.
             out.lock().unwrap_or_else(PoisonError::into_inner)[index] =

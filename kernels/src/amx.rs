@@ -16,6 +16,7 @@
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::marker::PhantomData;
+use std::mem::offset_of;
 use std::ops::Range;
 
 use crate::numerics::{TILE_STEPS, bf16_pair, fold_block};
@@ -136,13 +137,17 @@ pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
 }
 
 /// Some blocks of 32 k of up to 32 rows with the 32 columns of a panel; of 64 k where these are bytes.
+#[repr(C)]
 pub(crate) struct PanelBlocks {
     /// `[block][rows][16]` pairs, or quads of signed bytes.
     pub(crate) a: *const u32,
     /// `[block][16][32]` pairs, or quads of unsigned bytes.
     pub(crate) b: *const u32,
-    /// `[rows][32]`, f32 or integers.
-    pub(crate) sums: *mut u32,
+    /// `[rows][32]`, f32 or integers: where sums come from.
+    pub(crate) sums: *const u32,
+    /// Where they go: rows of 32, so many bytes apart.
+    pub(crate) into: *mut u32,
+    pub(crate) into_row: usize,
     pub(crate) num_rows: usize,
     pub(crate) num_blocks: usize,
     /// Whether these are the first blocks, before which sums are zero whatever lies there.
@@ -192,7 +197,7 @@ pub(crate) unsafe fn multiply_panel<const BYTES: bool>(blocks: &PanelBlocks) {
                     concat!($multiply, " tmm2, tmm5, tmm6"),
                     concat!($multiply, " tmm3, tmm5, tmm7"),
                     "4:",
-                    "mov {lines}, {lines_ahead}",
+                    "mov {lines}, [{blocks} + {lines_ahead}]",
                     "test {lines}, {lines}",
                     "jz 6f",
                     "5:",
@@ -205,11 +210,15 @@ pub(crate) unsafe fn multiply_panel<const BYTES: bool>(blocks: &PanelBlocks) {
                     "add {b}, 2048",
                     "dec {count}",
                     "jnz 2b",
+                    "mov {sums}, [{blocks} + {into}]",
+                    "mov {panel_row}, [{blocks} + {into_row}]",
                     "tilestored [{sums} + {panel_row}], tmm0",
                     "tilestored [{sums} + {panel_row} + 64], tmm1",
                     "test {flags:e}, 2",
                     "jz 7f",
-                    "lea {more}, [{sums} + 2048]",
+                    "mov {more}, {panel_row}",
+                    "shl {more}, 4",
+                    "add {more}, {sums}",
                     "tilestored [{more} + {panel_row}], tmm2",
                     "tilestored [{more} + {panel_row} + 64], tmm3",
                     "7:",
@@ -218,12 +227,15 @@ pub(crate) unsafe fn multiply_panel<const BYTES: bool>(blocks: &PanelBlocks) {
                     b = inout(reg) blocks.b => _,
                     ahead = inout(reg) blocks.ahead => _,
                     count = inout(reg) blocks.num_blocks => _,
-                    sums = in(reg) blocks.sums,
+                    sums = inout(reg) blocks.sums => _,
                     more = out(reg) _,
                     lines = out(reg) _,
-                    lines_ahead = in(reg) blocks.lines_ahead,
+                    blocks = in(reg) blocks,
+                    lines_ahead = const offset_of!(PanelBlocks, lines_ahead),
+                    into = const offset_of!(PanelBlocks, into),
+                    into_row = const offset_of!(PanelBlocks, into_row),
                     // Rows of a panel and of its sums are equally long.
-                    panel_row = in(reg) PANEL * 4,
+                    panel_row = inout(reg) PANEL * 4 => _,
                     a_row = in(reg) ROW_BYTES,
                     a_block = in(reg) blocks.num_rows * ROW_BYTES,
                     out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
@@ -540,10 +552,13 @@ pub(crate) unsafe fn product_is_the_fold_of_blocks(rounds: u64) -> bool {
         let a: [[u32; TILE_STEPS]; TILE_ROWS] = std::array::from_fn(|_| std::array::from_fn(|_| pairs()));
         let b: [[u32; PANEL]; TILE_STEPS] = std::array::from_fn(|_| std::array::from_fn(|_| pairs()));
         let mut sums = [[0.0f32; PANEL]; TILE_ROWS];
+        let into = sums.as_flattened_mut().as_mut_ptr().cast();
         let blocks = PanelBlocks {
             a: a.as_flattened().as_ptr(),
             b: b.as_flattened().as_ptr(),
-            sums: sums.as_flattened_mut().as_mut_ptr().cast(),
+            sums: into,
+            into,
+            into_row: PANEL * 4,
             num_rows: TILE_ROWS,
             num_blocks: 1,
             is_first: true,

@@ -15,7 +15,7 @@ use std::ops::Range;
 use crate::amx::{ConfiguredByRows, PanelBlocks, multiply_panel, panel_shapes};
 use crate::numerics::{LANES, TILE_STEPS};
 use crate::packed_matrix::PANEL;
-use crate::product::Job;
+use crate::product::{Job, Output};
 
 /// Blocks of a panel at a time: 16 KiB, beside as much of a tile of rows.
 const PART_BLOCKS: usize = 8;
@@ -78,10 +78,19 @@ pub(crate) unsafe fn multiply_tiles<W: TilePanels>(
                 // each.
                 unsafe {
                     let a = job.a.add(tile_rows.start * job.lanes_per_row);
+                    let sums = sums_of(panel, tile_rows.start);
+                    // Sums that are the outputs go there at once.
+                    let (into, into_row) = if blocks.end == num_blocks && job.is_plain::<W>(panel) {
+                        (job.out.start.add(tile_rows.start * job.out.stride + panel * PANEL).cast(), job.out.stride * 4)
+                    } else {
+                        (sums, PANEL * 4)
+                    };
                     let blocks_of_tile = PanelBlocks {
                         a: a.add(blocks.start * num_rows * TILE_STEPS),
                         b: job.w.tile_panel(panel).add(blocks.start * BLOCK_LANES),
-                        sums: sums_of(panel, tile_rows.start),
+                        sums,
+                        into,
+                        into_row,
                         num_rows,
                         num_blocks: blocks.len(),
                         is_first: blocks.start == 0,
@@ -103,10 +112,19 @@ pub(crate) unsafe fn multiply_tiles<W: TilePanels>(
     for tile in tiles {
         let rows = job.tiles.rows(tile);
         for row in rows.clone() {
-            for panel in panels.clone() {
+            for panel in panels.clone().filter(|panel| !job.is_plain::<W>(*panel)) {
                 // SAFETY: as required of the caller.
                 unsafe { W::finish(job, panel, &rows, row, sums_of(panel, row)) };
             }
         }
+    }
+}
+
+impl<W> crate::product::Job<'_, W> {
+    /// Whether sums with a whole panel are the outputs as they are.
+    #[inline(always)]
+    fn is_plain<M: TilePanels>(&self, panel: usize) -> bool {
+        let Output { bias, add, width, .. } = self.out;
+        !M::BYTES && bias.is_none() && !add && (panel + 1) * PANEL <= width
     }
 }

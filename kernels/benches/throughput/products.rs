@@ -57,9 +57,11 @@ fn float(bench: &Bench<'_>, name: &str, dtype: WeightDtype, k: usize, n: usize) 
     let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(n * k))]);
     let arithmetic = if dtype == WeightDtype::F32 { Arithmetic::F32 } else { Arithmetic::Bf16 };
     for m in rows {
-        let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
+        let (x, mut out) = (noise(m * k), vec![0.0; m * n + 16]);
+        let start = out.as_ptr().align_offset(64);
+        let out = &mut out[start..][..m * n];
         let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic };
-        bench.line(&format!("{name} x {m}"), &work, || matmul(&bench.ctx, &x, m, &w, None, false, &mut out));
+        bench.line(&format!("{name} x {m}"), &work, || matmul(&bench.ctx, &x, m, &w, None, false, out));
     }
 }
 
