@@ -47,6 +47,8 @@ pub async fn load_model(
 }
 
 fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: usize) -> Result<LoadedModel, LoadError> {
+    // Whatever computes: a word that means nothing is told in any case.
+    let isa = Isa::parse(&engine.cpu_isa)?;
     let on_gpu = |ordinal| load_on_gpu(folder, ordinal, weights, engine, num_nodes);
     match engine.device {
         DeviceChoice::Cuda(ordinal) => return on_gpu(ordinal),
@@ -65,9 +67,13 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
     }
     let threads = engine.threads.map(|threads| threads as usize);
     let cache_folder = engine::identity::cache_folder_from_env();
-    let options = LoadOptions { dtype: weights.dtype, isa: Isa::parse(&engine.cpu_isa)?, threads, cache_folder };
-    let model = Model::load_with(folder, options)?;
-    Ok(LoadedModel::Cpu(Arc::new(model.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange))))
+    let options = LoadOptions { dtype: weights.dtype, isa, threads, cache_folder };
+    if let Some(reason) = Isa::tiles_refused() {
+        tracing::warn!(reason, "the processor has tile registers, and they are not used");
+    }
+    let model = Model::load_with(folder, options)?.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange);
+    tracing::info!(numerics = %model.numerics(), "KV is exchanged with nodes of the same numerics");
+    Ok(LoadedModel::Cpu(Arc::new(model)))
 }
 
 fn simulate(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs) -> Result<LoadedModel, LoadError> {

@@ -44,12 +44,17 @@ impl NumericsId {
         Self(format!("{arithmetic}/kv-{}", kv.as_str()))
     }
 
+    /// The same where attention over KV of this type adds up in another order than the rest of `arithmetic`.
+    pub fn with_attention(arithmetic: &str, kv: KvDtype, attention: &str) -> Self {
+        Self(format!("{arithmetic}/kv-{}-by-{attention}", kv.as_str()))
+    }
+
     /// Whether nothing is computed: tokens are made up by the `sim` runner.
     pub fn is_simulated(&self) -> bool {
         self.0.starts_with(SIMULATED)
     }
 
-    /// What it says without the type of the KV.
+    /// What it says without the KV.
     pub fn arithmetic(&self) -> &str {
         self.0.rsplit_once("/kv-").map_or(&self.0, |(arithmetic, _)| arithmetic)
     }
@@ -191,7 +196,7 @@ impl ModelInfo {
     /// converted.
     ///
     /// # Errors
-    /// The first mismatch, in the order identity, setting, representation, numerics, shape.
+    /// The first mismatch, in the order identity, setting, arithmetic, representation, shape.
     pub fn check_compatible(&self, other: &ModelInfo) -> Result<(), ModelMismatch> {
         if self.identity != other.identity {
             return Err(ModelMismatch::Identity { ours: self.identity, theirs: other.identity });
@@ -199,16 +204,16 @@ impl ModelInfo {
         if self.exchange != other.exchange {
             return Err(ModelMismatch::Exchange { ours: self.exchange, theirs: other.exchange });
         }
+        // First, since its sentence says more than that of the representation, which it is part of.
+        let is_other = self.numerics.arithmetic() != other.numerics.arithmetic();
+        if self.exchange != KvExchange::Numerics && is_other {
+            return Err(ModelMismatch::Numerics { ours: self.numerics.clone(), theirs: other.numerics.clone() });
+        }
         if self.exchange == KvExchange::Same && self.representation != other.representation {
             let (ours, theirs) = (self.representation.clone(), other.representation.clone());
             return Err(ModelMismatch::Representation { ours, theirs });
         }
-        let computes_alike = match self.exchange {
-            KvExchange::Same => self.numerics == other.numerics,
-            KvExchange::Dtypes => self.numerics.arithmetic() == other.numerics.arithmetic(),
-            KvExchange::Numerics => true,
-        };
-        if !computes_alike {
+        if self.exchange == KvExchange::Same && self.numerics != other.numerics {
             return Err(ModelMismatch::Numerics { ours: self.numerics.clone(), theirs: other.numerics.clone() });
         }
         let fits = match self.exchange {
@@ -280,6 +285,7 @@ mod tests {
         for exchange in [KvExchange::Same, KvExchange::Dtypes] {
             let sentence = refusal(&of("cpu/tp1", exchange), &of("cuda/tp1", exchange)).unwrap();
             assert!(sentence.contains("cpu/tp1/kv-bf16") && sentence.contains("cuda/tp1/kv-bf16"), "{sentence}");
+            assert!(sentence.contains("--cpu-isa on both"), "{sentence}");
         }
         let taken = KvExchange::Numerics;
         assert_eq!(refusal(&of("cpu/tp1", taken), &of("cuda/tp1", taken)), None);
@@ -307,6 +313,8 @@ mod tests {
         let numerics = NumericsId::new("cpu-fold-2/tp1/f32", KvDtype::Bf16);
         assert_eq!(numerics.0, "cpu-fold-2/tp1/f32/kv-bf16");
         assert_eq!(numerics.arithmetic(), "cpu-fold-2/tp1/f32");
+        let other = NumericsId::with_attention("cpu-fold-2/tp1/f32", KvDtype::Bf16, "cpu-tiles-1");
+        assert_eq!((other.arithmetic(), other == numerics), (numerics.arithmetic(), false));
         let tag = |exchange| Representation::new(KvDtype::Bf16, &numerics, exchange).0;
         assert_eq!(tag(KvExchange::Same), "bf16/cpu-fold-2/tp1/f32/kv-bf16");
         assert_ne!(tag(KvExchange::Dtypes), tag(KvExchange::Same));

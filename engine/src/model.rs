@@ -182,9 +182,9 @@ pub struct Model<B: Backend = CpuBackend> {
 /// Names of a backend's orders of additions, part of the numerics id that nodes announce.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Families {
-    /// Where weights and KV are f32.
+    /// Of what is f32.
     pub(crate) f32: &'static str,
-    /// Where some are not.
+    /// Of what is not.
     pub(crate) rest: &'static str,
 }
 
@@ -273,12 +273,7 @@ impl Model {
         // Orders differ in products of bf16 alone.
         let families = Families { f32: Order::Pairs.family(), rest: options.isa.order().family() };
         let model = opened.load(backend, families, workers.threads(), cache_folder)?;
-        tracing::info!(
-            isa = options.isa.name(),
-            numerics = model.family(),
-            threads = workers.threads(),
-            "the model runs on the CPU"
-        );
+        tracing::info!(isa = options.isa.name(), threads = workers.threads(), "the model runs on the CPU");
         Ok(model)
     }
 }
@@ -320,14 +315,23 @@ impl<B: Backend> Model<B> {
         self.kv_dtype
     }
 
-    fn family(&self) -> &'static str {
-        let is_f32 = self.dtype == ComputeDtype::F32 && self.kv_dtype == KvDtype::F32;
-        if is_f32 { self.families.f32 } else { self.families.rest }
+    /// Within which the same tokens give the same bits. Attention over bf16 adds up as other products of bf16 do, also
+    /// where there are none.
+    pub fn numerics(&self) -> NumericsId {
+        let Families { f32, rest } = self.families;
+        let arithmetic = |family| format!("{family}/tp1/{}", self.weight_format);
+        match (self.dtype, self.kv_dtype) {
+            (ComputeDtype::F32, KvDtype::Bf16) if f32 != rest => {
+                NumericsId::with_attention(&arithmetic(f32), self.kv_dtype, rest)
+            }
+            (ComputeDtype::F32, _) => NumericsId::new(&arithmetic(f32), self.kv_dtype),
+            (ComputeDtype::Bf16, _) => NumericsId::new(&arithmetic(rest), self.kv_dtype),
+        }
     }
 
     /// What a node with such a pool announces; sequences may be as long as the model allows.
     pub fn info_for(&self, block_size: usize, num_blocks: usize) -> ModelInfo {
-        let numerics = NumericsId::new(&format!("{}/tp1/{}", self.family(), self.weight_format), self.kv_dtype);
+        let numerics = self.numerics();
         ModelInfo {
             identity: self.identity,
             representation: Representation::new(self.kv_dtype, &numerics, self.exchange),

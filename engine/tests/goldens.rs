@@ -5,7 +5,11 @@
 #[path = "steps/mod.rs"]
 mod steps;
 
+use std::sync::Arc;
+
 use common::config::Dtype;
+use common::kv_spec::KvDtype;
+use common::model::KvExchange;
 use engine::backend::Backend;
 use engine::checkpoint::Checkpoint;
 use engine::decoder::{Decoder, Workspace};
@@ -14,9 +18,10 @@ use engine::oracle::Oracle;
 use engine::plan::SampleRow;
 use engine::pool::KvPool;
 use engine::runner::NoSink;
+use kernels::Isa;
 use safetensors::SafeTensors;
 use serde_json::Value;
-use steps::{TestSequence, generate, load, plan, root, runner, step};
+use steps::{TestSequence, generate, load, load_on, plan, root, runner, step};
 
 const NAMES: [&str; 10] = [
     "llama2-mha",
@@ -195,6 +200,19 @@ fn an_auto_dtype_is_the_checkpoint_s_own_and_f16_runs_as_f32() {
     assert_eq!(dtype("qwen3"), "bfloat16");
     assert_eq!(dtype("qwen3-tied"), "float32");
     assert_eq!(dtype("llama-linear"), "float32");
-    let info = load("tests/checkpoints/qwen3", Dtype::Auto).info_for(16, 4);
-    assert_eq!(info.numerics.0, "cpu-fold-2/tp1/bf16/kv-bf16");
+}
+
+#[test]
+fn the_order_of_tiles_is_announced_where_something_is_bf16() {
+    let numerics = |isa, dtype, kv_dtype| {
+        let model = Arc::into_inner(load_on("tests/checkpoints/qwen3", dtype, isa)).unwrap();
+        model.with_kv(kv_dtype, KvExchange::Same).info_for(16, 4).numerics.0
+    };
+    let (pairs, tiles) = (Isa::PORTABLE, Isa::PORTABLE_TILES);
+    assert_eq!(numerics(pairs, Dtype::Auto, None), "cpu-fold-2/tp1/bf16/kv-bf16");
+    assert_eq!(numerics(tiles, Dtype::Auto, None), "cpu-tiles-1/tp1/bf16/kv-bf16");
+    assert_eq!(numerics(tiles, Dtype::Float32, None), "cpu-fold-2/tp1/f32/kv-f32");
+    assert_eq!(numerics(tiles, Dtype::Float32, Some(KvDtype::Bf16)), "cpu-fold-2/tp1/f32/kv-bf16-by-cpu-tiles-1");
+    assert_eq!(numerics(pairs, Dtype::Float32, Some(KvDtype::Bf16)), "cpu-fold-2/tp1/f32/kv-bf16");
+    assert_eq!(numerics(tiles, Dtype::Bfloat16, Some(KvDtype::F32)), "cpu-tiles-1/tp1/bf16/kv-f32");
 }

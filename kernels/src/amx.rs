@@ -29,12 +29,12 @@ pub(crate) const TILE_ROWS: usize = 16;
 /// Bytes of a row of a tile at most.
 const ROW_BYTES: usize = 64;
 
-/// Whether this machine multiplies tiles of bf16 and of bytes, in the specified order, and the system lets us.
-pub(crate) fn is_available() -> bool {
+/// Whether the processor has tiles of bf16 and of bytes, and the system keeps them when it takes a thread off a core.
+pub(crate) fn is_there() -> bool {
     const LEAF_FEATURES: u32 = 7;
     // amx-bf16, amx-tile, amx-int8
     const FEATURES: u32 = 1 << 22 | 1 << 24 | 1 << 25;
-    // The system keeps configuration and data of tiles when it takes a thread off a core.
+    // Their configuration and their data.
     const STATES: u64 = 1 << 17 | 1 << 18;
     const OSXSAVE: u32 = 1 << 27;
 
@@ -48,11 +48,19 @@ pub(crate) fn is_available() -> bool {
     }
     // SAFETY: the system has turned the instruction on (OSXSAVE).
     let states = unsafe { enabled_states() };
-    if __cpuid_count(LEAF_FEATURES, 0).edx & FEATURES != FEATURES || states & STATES != STATES || !is_permitted() {
-        return false;
+    __cpuid_count(LEAF_FEATURES, 0).edx & FEATURES == FEATURES && states & STATES == STATES
+}
+
+/// Whether tiles that are there can be used: permitted, and with products in the specified order.
+///
+/// # Errors
+/// Why not.
+pub(crate) fn permit() -> Result<(), &'static str> {
+    if !is_permitted() {
+        return Err("the system does not let this process use them");
     }
-    // SAFETY: the features were found, and the system has permitted their use.
-    unsafe { product_is_the_fold_of_blocks(64) }
+    // SAFETY: they are there, and the system has permitted their use.
+    if unsafe { product_is_the_fold_of_blocks(64) } { Ok(()) } else { Err("their products add up in another order") }
 }
 
 /// Asks the system for room to keep tiles of this process: once, for all its threads.

@@ -102,7 +102,7 @@ impl Isa {
         static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
         FOUND.get_or_init(|| {
             #[allow(unused_mut)]
-            let mut found = vec![Isa::PORTABLE, Isa::PORTABLE_TILES];
+            let mut found = vec![Isa::PORTABLE_TILES, Isa::PORTABLE];
             #[cfg(target_arch = "x86_64")]
             if !cfg!(miri)
                 && is_x86_feature_detected!("avx2")
@@ -129,7 +129,7 @@ impl Isa {
                     {
                         found.push(Isa(Kind::Avx512Bf16));
                         // Every processor with tiles has these, too.
-                        if crate::amx::is_available() {
+                        if crate::amx::is_there() && Isa::tiles_refused().is_none() {
                             found.push(Isa(Kind::Amx));
                         }
                     }
@@ -137,6 +137,18 @@ impl Isa {
             }
             found
         })
+    }
+
+    /// Why tiles that the processor has are not used, if it has some and they are not. Asked once.
+    pub fn tiles_refused() -> Option<&'static str> {
+        #[cfg(target_arch = "x86_64")]
+        {
+            static REFUSED: OnceLock<Option<&'static str>> = OnceLock::new();
+            let find = || crate::amx::is_there().then(crate::amx::permit).and_then(Result::err);
+            if cfg!(miri) { None } else { *REFUSED.get_or_init(find) }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        None
     }
 
     /// The instruction set of that name: `auto`, `portable`, `avx2`, `avx512` (widen and multiply), `avx512vnni`
@@ -193,7 +205,7 @@ mod tests {
             assert_eq!(Isa::parse(isa.name()), Ok(isa));
         }
         assert_eq!(Isa::parse("auto"), Ok(Isa::detect()));
-        assert_eq!(Isa::available()[0], Isa::PORTABLE);
+        assert_eq!(Isa::available()[..2], [Isa::PORTABLE_TILES, Isa::PORTABLE], "the last one is what auto takes");
         assert_eq!(Isa::parse("sse9"), Err(IsaError::Unknown { name: "sse9".to_owned() }));
     }
 
@@ -215,7 +227,9 @@ mod tests {
     #[cfg(target_arch = "x86_64")]
     #[test]
     fn product_of_tiles_of_this_machine_is_the_specified_fold() {
-        if Isa::parse("amx").is_ok() {
+        if !cfg!(miri) && crate::amx::is_there() && is_x86_feature_detected!("avx512bf16") {
+            assert_eq!(Isa::tiles_refused(), None);
+            assert_eq!(Isa::detect().name(), "amx");
             // SAFETY: the instruction set was found.
             #[allow(unsafe_code)]
             let holds = unsafe { crate::amx::product_is_the_fold_of_blocks(500) };

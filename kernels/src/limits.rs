@@ -28,7 +28,7 @@ pub enum Arithmetic {
 }
 
 /// Operations (two for each multiply-add) per second that all threads of `ctx` do together in registers; `None` on
-/// the portable instruction set, of which nothing is known. Takes about 10 milliseconds.
+/// the portable instruction sets, of which nothing is known. Takes about 10 milliseconds.
 pub fn peak_ops_per_second(ctx: &Ctx<'_>, arithmetic: Arithmetic) -> Option<f64> {
     if ctx.isa.is_reference() {
         return None;

@@ -2,7 +2,8 @@
 //!
 //! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-1` in blocks of
 //! pairs, as processors with tile registers do. Two machines whose nodes announce the same family compute the same
-//! bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
+//! bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to nearest
+//! even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
 //! | operation | order |

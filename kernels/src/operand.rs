@@ -120,7 +120,7 @@ impl Packing {
     }
 
     /// Columns of a piece of rows of `cols`.
-    fn piece_columns(self, cols: usize) -> usize {
+    pub(crate) fn piece_columns(self, cols: usize) -> usize {
         match self {
             // Their pieces would not lie in one place, or would not know their scale.
             Packing::Rows

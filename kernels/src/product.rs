@@ -42,14 +42,17 @@ const TILES_PER_UNIT: usize = 8;
 const PANELS_PER_UNIT: usize = 8;
 const FAST_ROWS_BYTES: usize = 1 << 20;
 
+/// Multiply-adds of such a unit of prefill at most, if one panel has no more: about half a millisecond.
+const FAST_UNIT_MADDS: usize = 512 << 20;
+
 /// Units that each thread has at least there.
 const FAST_UNITS_PER_THREAD: usize = 8;
 
 /// Below this many multiply-adds a product is not worth waking anyone.
 const INLINE_MADDS: usize = 128 << 10;
 
-/// Pieces of an operand that prefill makes before it may give way to decode: some 50,000 values.
-const PIECES_AHEAD: usize = 2;
+/// Values of an operand that prefill makes before it may give way to decode, if one piece has no more.
+const VALUES_AHEAD: usize = 48 << 10;
 
 /// Matrices side by side at most: q, k and v.
 pub const SECTIONS_MAX: usize = 3;
@@ -241,8 +244,11 @@ fn run(
     scratch.states.resize_with(piece, || AtomicU8::new(UNTOUCHED));
     // Prefill has pieces of its operand as units of their own, in front of all others: a unit that finds none would make as
     // many as it needs, a million values at a time, before it gave way. Who computes decode needs them at once.
+    let piece_values = |part: &Part<'_>| part.tiles.rows_max() * part.packing.piece_columns(cols);
+    let longest = parts.iter().flatten().map(piece_values).max().unwrap_or(1);
+    let pieces_ahead = (VALUES_AHEAD / longest).max(1);
     let num_ahead = match ctx.priority {
-        Priority::Prefill if piece > PIECES_AHEAD => piece.div_ceil(PIECES_AHEAD),
+        Priority::Prefill if piece > pieces_ahead => piece.div_ceil(pieces_ahead),
         _ => 0,
     };
     let row_units_max = parts.iter().flatten().map(|part| part.cut.row_units).max().unwrap_or(0);
@@ -267,7 +273,7 @@ fn run(
         };
         let compute = |index: usize| match index.checked_sub(num_ahead) {
             Some(unit) => job.unit(unit),
-            None => job.begin(index * PIECES_AHEAD..piece.min((index + 1) * PIECES_AHEAD)),
+            None => job.begin(index * pieces_ahead..piece.min((index + 1) * pieces_ahead)),
         };
         if num_rows * width * cols < INLINE_MADDS {
             (0..num_ahead + unit).for_each(compute);
@@ -432,7 +438,11 @@ impl Cut {
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
         let packing = matrix.packing(ctx.isa, num_rows);
         if tiles.count > 1 && matches!(packing, Packing::Blocks | Packing::QuantizedBlocks(PackedFormat::Int8Row)) {
-            return Cut::of_tiles(num_panels, tiles, packing.lanes_per_row(cols) * 4, ctx.pool.threads());
+            let tiles_max = match ctx.priority {
+                Priority::Prefill => FAST_UNIT_MADDS / madds_per_tile,
+                Priority::Decode => usize::MAX,
+            };
+            return Cut::of_tiles(num_panels, tiles, packing.lanes_per_row(cols) * 4, tiles_max, ctx.pool.threads());
         }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
         // As equal as possible: a unit of a single tile would take weights apart for that alone.
@@ -457,17 +467,19 @@ impl Cut {
     }
 
     /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of
-    /// either side serves many of the other, which may take half a millisecond with long rows.
-    fn of_tiles(num_panels: usize, tiles: &Tiles, row_bytes: usize, threads: usize) -> Cut {
+    /// either side serves many of the other, and of `tiles_max` products of a tile with a panel at most.
+    fn of_tiles(num_panels: usize, tiles: &Tiles, row_bytes: usize, tiles_max: usize, threads: usize) -> Cut {
         let num_tiles = tiles.count;
         // Rows that fit the second-level cache, or else twice as many, for each of which weights then move half as often.
         let fits = FAST_ROWS_BYTES / (row_bytes * tiles.rows_max());
         let row_units = num_tiles.div_ceil(if fits < TILES_PER_UNIT { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
-        let panels_per_unit = num_panels * row_units / (FAST_UNITS_PER_THREAD * threads);
+        let tiles_per_unit = num_tiles.div_ceil(row_units);
+        let panels_per_unit =
+            (num_panels * row_units / (FAST_UNITS_PER_THREAD * threads)).min(tiles_max / tiles_per_unit);
         Cut {
             num_panels,
             panels_per_unit: panels_per_unit.clamp(1, PANELS_PER_UNIT),
-            tiles_per_unit: num_tiles.div_ceil(row_units),
+            tiles_per_unit,
             row_units,
             is_by_rows: true,
         }

@@ -596,7 +596,8 @@ mod tests {
     #[test]
     fn exp_and_rounding_of_vectors_have_the_bits_of_the_scalar_ones() {
         // From -0 to -infinity, and every number around the ends.
-        let ends = [0.0f32, EXP_LEAST, 1.17e-38, BF16_TINY, 1.0].map(|x| (-x.abs()).to_bits());
+        let ends = [0.0f32, EXP_LEAST, 1.17e-38, BF16_TINY, f32::from_bits(BF16_TINY.to_bits() - 0x8000), 1.0]
+            .map(|x| (-x.abs()).to_bits());
         let ends = ends.into_iter().flat_map(|bits| bits.saturating_sub(200).max(0x8000_0000)..bits + 200);
         let all = ends.chain([0xff80_0000]).chain((0x8000_0000..=0xff80_0000u32).step_by(3001));
         let all: Vec<f32> = all.map(f32::from_bits).collect();

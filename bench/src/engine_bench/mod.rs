@@ -57,7 +57,7 @@ pub struct EngineBenchArgs {
     /// Threads that compute. Default: all cores.
     #[arg(long, value_name = "THREADS")]
     pub threads: Option<usize>,
-    /// Instruction set: auto, portable, avx2, avx512, avx512vnni, avx512bf16 or amx.
+    /// Instruction set: auto, portable, portable-tiles, avx2, avx512, avx512vnni, avx512bf16 or amx.
     #[arg(long, value_name = "ISA", default_value = "auto")]
     pub isa: String,
     /// llama.cpp's llama-bench, to run beside; batches need its llama-batched-bench in the same folder.

@@ -178,7 +178,16 @@ fn the_largest_integers_do_not_saturate() {
 
 #[test]
 fn rows_and_columns_of_any_number_with_a_scale_per_row() {
-    for (m, k, n) in [(3, 1, 1), (3, 30, 7), (3, 513, 33), (1, 100, 64), (17, 95, 40), (35, 1057, 70), (70, 2999, 33)] {
+    for (m, k, n) in [
+        (3, 1, 1),
+        (3, 30, 7),
+        (3, 513, 33),
+        (1, 100, 64),
+        (17, 95, 40),
+        (35, 1057, 70),
+        (70, 2999, 33),
+        (70, 1200, 1030),
+    ] {
         let w = QuantizedMatrix::pack(&[&weights(PackedFormat::Int8Row, n, k, 1)]).unwrap();
         let x = noise(m * k, 2);
         let want = product(Isa::PORTABLE, 1, &x, m, &w, None, false);

@@ -78,12 +78,14 @@ pub fn run_link(args: &TransferLinkArgs) -> anyhow::Result<()> {
         queue_bytes_max: link.queue_bytes,
     };
     let told = Arc::new(Mutex::new(Told::default()));
+    // Of a short link a tenth of the way at most.
+    let rest = if shape.delay.is_zero() { REST } else { REST.min(shape.delay / 10) };
     let paths = [Path::new(shape, link.link_seed), Path::new(shape, link.link_seed.wrapping_add(1))];
     let late: Late = Arc::new(Mutex::new(vec![0; LATE_MICROS_MAX + 1]));
     let senders = [(); 2].map(|()| {
         let (sender, receiver) = sync_channel(NUM_PACKETS_MAX);
         let (device, late, told) = (device.clone(), late.clone(), told.clone());
-        std::thread::spawn(move || write(|packet| device.try_send(packet), receiver, &late, &told));
+        std::thread::spawn(move || write(|packet| device.try_send(packet), receiver, rest, &late, &told));
         sender
     });
     let reader = {
@@ -193,9 +195,9 @@ fn translate(packet: &mut [u8]) -> Option<Direction> {
 }
 
 /// How long to sleep before a packet that leaves at `at`. Never short: what comes due meanwhile leaves with it.
-fn rest_before(at: Instant, now: Instant) -> Option<Duration> {
+fn rest_before(at: Instant, now: Instant, rest: Duration) -> Option<Duration> {
     let early = at.checked_duration_since(now).filter(|early| !early.is_zero())?;
-    Some(early.max(REST))
+    Some(early.max(rest))
 }
 
 /// How often a packet was so many microseconds late.
@@ -205,11 +207,12 @@ type Late = Arc<Mutex<Vec<u64>>>;
 fn write(
     send: impl Fn(&[u8]) -> io::Result<usize>,
     packets: Receiver<OnTheWay>,
+    rest: Duration,
     late: &Mutex<Vec<u64>>,
     told: &Mutex<Told>,
 ) {
     for (at, packet) in packets {
-        if let Some(rest) = rest_before(at, Instant::now()) {
+        if let Some(rest) = rest_before(at, Instant::now(), rest) {
             std::thread::sleep(rest);
         }
         if send(&packet).is_err() {
@@ -295,7 +298,7 @@ mod tests {
         // Packets of 9,000 bytes at 4 Gbit/s.
         for index in 0..1000 {
             let at = began + index * Duration::from_micros(18);
-            if let Some(rest) = rest_before(at, now) {
+            if let Some(rest) = rest_before(at, now, REST) {
                 now += rest;
                 num_rests += 1;
             }
@@ -303,7 +306,7 @@ mod tests {
         }
         assert!((100..=200).contains(&num_rests), "{num_rests}");
         // And what is far off is not waited for in steps.
-        assert_eq!(rest_before(now + 9 * REST, now), Some(9 * REST));
+        assert_eq!(rest_before(now + 9 * REST, now, REST), Some(9 * REST));
     }
 
     #[test]
@@ -318,7 +321,7 @@ mod tests {
             [2] => Err(io::ErrorKind::WouldBlock.into()),
             packet => Ok(packet.len()),
         };
-        write(send, receiver, &late, &told);
+        write(send, receiver, REST, &late, &told);
         assert_eq!(told.lock().unwrap().num_unwritten, 1);
     }
 

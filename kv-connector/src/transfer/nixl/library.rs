@@ -1,6 +1,7 @@
 //! NIXL's library, found at run time: the functions of its C interface that are used here, and one agent behind them.
 //!
-//! The interface is that of `libnixl_capi.so` 1.5. Threads call an agent at the same time: it is made with the library's
+//! The interface is that of `libnixl_capi.so` 1.5, and an older one is not taken: agents that several threads use lose a
+//! peer safely only since then. Threads call an agent at the same time: it is made with the library's
 //! own mode for that, a lock that transfers share and what changes peers or registered memory has alone. What it asks
 //! of its callers is that one request is used by one at a time. The library stays loaded, as its threads may outlive an
 //! agent.
@@ -85,6 +86,9 @@ struct AgentConfig {
     capture_telemetry: bool,
 }
 
+/// A function that no version before 1.5 has.
+const SINCE_1_5: &[u8] = b"nixl_capi_release_mem_view\0";
+
 /// UCX's own thread answers peers that cannot read by themselves. Left at zero, it asks for work without a pause and takes
 /// a core for that; with a delay it sleeps until its sockets have something to say, or so long.
 const PROGRESS_DELAY_US: u64 = 1000;
@@ -104,6 +108,10 @@ impl Library {
         let library = unsafe { libloading::Library::new(path) }.map_err(said)?;
         // SAFETY: the types are those of NIXL's C interface.
         let functions = unsafe { Functions::find(&library) }.map_err(said)?;
+        // SAFETY: it is not called.
+        if unsafe { library.get::<unsafe extern "C" fn()>(SINCE_1_5) }.is_err() {
+            return Err("it is older than NIXL 1.5, whose agents several threads can use while a peer is lost: name a newer one".to_string());
+        }
         std::mem::forget(library);
         Ok(Self(functions))
     }
@@ -117,7 +125,8 @@ pub(super) struct Agent {
 
 // SAFETY: an agent of the library has no thread of its caller.
 unsafe impl Send for Agent {}
-// SAFETY: made with `SYNC_RW`, with which the library's calls may come from several threads at a time.
+// SAFETY: made with `SYNC_RW`, with which the library's calls may come from several threads at a time; 1.5 and later also
+// while a peer is lost.
 unsafe impl Sync for Agent {}
 
 /// A read. It is the library's until it is [released](Agent::release). No two threads use it at a time: it can be handed
@@ -379,8 +388,9 @@ mod tests {
             // Nothing was begun, so that nothing is written.
             agent.release(other);
             assert_eq!(agent.metadata().unwrap(), b"agent");
-            let ended = agent.has_ended(&agent.prepare(c"peer", &[], place(&into)).unwrap());
-            assert_eq!((ended, posting.join().unwrap()), (Ok(true), Ok(())));
+            let asked = agent.prepare(c"peer", &[], place(&into)).unwrap();
+            assert_eq!((agent.has_ended(&asked), posting.join().unwrap()), (Ok(true), Ok(())));
+            agent.release(asked);
         });
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Stock<P = Arc<Peer>> {
     free: Vec<Staging>,
     lost: Vec<Lost<P>>,
     num_made: usize,
+    /// Whether the last one that was asked for was not there, which the log has said.
+    is_short: bool,
 }
 
 /// What may still be read into stays, and with it whom it is read from and, through that, the agent that reads.
@@ -35,50 +37,84 @@ struct Lost<P> {
 
 impl<P> Default for Stock<P> {
     fn default() -> Self {
-        Self { free: Vec::new(), lost: Vec::new(), num_made: 0 }
+        Self { free: Vec::new(), lost: Vec::new(), num_made: 0, is_short: false }
     }
 }
 
 impl<P> Stock<P> {
-    /// A free one; without one, all are free again whose reads `end` says to have ended well after all.
-    fn take(&mut self, mut end: impl FnMut(Request) -> Ended) -> Option<Staging> {
-        if self.free.is_empty() {
-            for mut lost in std::mem::take(&mut self.lost) {
-                match lost.request.take().map(&mut end) {
-                    Some(Ended::Well) => self.free.push(lost.staging),
-                    Some(Ended::NotYet(request)) => self.lost.push(Lost { request: Some(request), ..lost }),
-                    Some(Ended::Badly) | None => self.lost.push(lost),
-                }
+    /// Sees which of them `end` says to have ended well after all.
+    fn sort(lost: Vec<Lost<P>>, mut end: impl FnMut(Request) -> Ended) -> (Vec<Staging>, Vec<Lost<P>>) {
+        let (mut free, mut still_lost) = (Vec::new(), Vec::new());
+        for mut lost in lost {
+            match lost.request.take().map(&mut end) {
+                Some(Ended::Well) => free.push(lost.staging),
+                Some(Ended::NotYet(request)) => still_lost.push(Lost { request: Some(request), ..lost }),
+                Some(Ended::Badly) | None => still_lost.push(lost),
             }
         }
-        self.free.pop()
+        (free, still_lost)
+    }
+
+    /// There is none for now.
+    fn run_short(&mut self, reason: String) -> PullError {
+        if !std::mem::replace(&mut self.is_short, true) {
+            tracing::warn!(%reason, "KV comes over quic instead of nixl until a buffer is free again");
+        }
+        PullError::Busy(reason)
+    }
+
+    /// Whether no staging will ever be free again.
+    fn is_gone(&self) -> bool {
+        self.lost.iter().filter(|lost| lost.request.is_none()).count() == NUM_STAGINGS_MAX
     }
 }
 
 impl Inner {
-    /// A staging for one fetch.
+    /// A staging for one fetch: a free one; without one, all are free again whose reads have ended well after all;
+    /// without one still, another is made.
     ///
     /// # Errors
-    /// [`PullError::Busy`]: none is left, or no other can be made, which is no peer's fault; [`PullError::Failed`].
+    /// [`PullError::Busy`]: none is left for now, or no other can be made, which is no peer's fault;
+    /// [`PullError::Failed`]: none will be free again, or the agent is not there any more.
     pub(super) fn take_staging(&self) -> Result<Staging, PullError> {
         self.enter().map_err(PullError::Failed)?;
-        {
+        let lost = {
             let mut stock = self.stock();
-            if let Some(staging) = stock.take(|request| self.agent.end(request)) {
+            if let Some(staging) = stock.free.pop() {
                 return Ok(staging);
             }
+            std::mem::take(&mut stock.lost)
+        };
+        // Asking the library, and forgetting a peer, take their time, for which others may take and give back.
+        let (free, still_lost) = Stock::sort(lost, |request| self.agent.end(request));
+        {
+            let mut stock = self.stock();
+            stock.free.extend(free);
+            stock.lost.extend(still_lost);
+            if let Some(staging) = stock.free.pop() {
+                return Ok(staging);
+            }
+            if stock.is_gone() {
+                return Err(PullError::Failed("all buffers are lost to reads that ended badly".to_string()));
+            }
             if stock.num_made == NUM_STAGINGS_MAX {
-                return Err(PullError::Busy(
-                    "all buffers are in use or lost to reads that did not end well".to_string(),
-                ));
+                return Err(stock.run_short("all buffers are in use, or lost to reads that have not ended".to_string()));
             }
             stock.num_made += 1;
         }
-        // Registering it takes its time, for which others may take and give back.
-        self.new_staging().map_err(|reason| {
-            self.stock().num_made -= 1;
-            PullError::Busy(format!("no other buffer can be made: {reason}"))
-        })
+        // So does registering it.
+        let made = self.new_staging();
+        let mut stock = self.stock();
+        match made {
+            Ok(staging) => {
+                stock.is_short = false;
+                Ok(staging)
+            }
+            Err(reason) => {
+                stock.num_made -= 1;
+                Err(stock.run_short(format!("no other buffer can be made: {reason}")))
+            }
+        }
     }
 
     /// As many as there can be fetches.
@@ -100,7 +136,9 @@ impl Inner {
     }
 
     pub(super) fn give_back(&self, staging: Staging) {
-        self.stock().free.push(staging);
+        let mut stock = self.stock();
+        stock.free.push(staging);
+        stock.is_short = false;
     }
 
     /// `request` may still read into `staging`.
@@ -113,27 +151,34 @@ impl Inner {
 mod tests {
     use super::*;
 
+    fn lost(count: usize, request: impl Fn() -> Option<Request>) -> Vec<Lost<()>> {
+        (0..count).map(|_| Lost { staging: Staging::on_host(), request: request(), _peer: () }).collect()
+    }
+
     #[test]
     fn what_a_read_keeps_comes_back_when_the_read_has_ended_well_and_never_else() {
-        let mut stock = Stock::<()> { free: vec![Staging::on_host()], lost: Vec::new(), num_made: 3 };
-        let unasked = |_| unreachable!("one is free");
-        assert!(stock.take(unasked).is_some());
-        let lost = |_| Lost { staging: Staging::on_host(), request: Some(Request::nobody_s()), _peer: () };
-        stock.lost.extend((0..3).map(lost));
-        assert!(stock.take(Ended::NotYet).is_none());
+        let (free, still_lost) = Stock::sort(lost(3, || Some(Request::nobody_s())), Ended::NotYet);
+        assert_eq!((free.len(), still_lost.len()), (0, 3));
         let mut ends = vec![Ended::Well, Ended::Badly].into_iter();
-        let mut num_asked = 0;
-        let taken = stock.take(|request| {
-            num_asked += 1;
-            ends.next().unwrap_or(Ended::NotYet(request))
-        });
-        assert!(taken.is_some() && num_asked == 3 && stock.lost.len() == 2);
+        let (free, still_lost) = Stock::sort(still_lost, |request| ends.next().unwrap_or(Ended::NotYet(request)));
+        assert_eq!((free.len(), still_lost.len()), (1, 2));
         // Of those two one has ended badly, and is not asked for again.
         let mut num_asked = 0;
-        let taken = stock.take(|_| {
+        let (free, still_lost) = Stock::sort(still_lost, |_| {
             num_asked += 1;
             Ended::Well
         });
-        assert!(taken.is_some() && num_asked == 1 && stock.take(|_| Ended::Well).is_none() && stock.lost.len() == 1);
+        assert_eq!((free.len(), still_lost.len(), num_asked), (1, 1, 1));
+    }
+
+    #[test]
+    fn stagings_are_gone_when_no_read_that_holds_one_can_end_any_more() {
+        let mut stock =
+            Stock { num_made: NUM_STAGINGS_MAX, lost: lost(NUM_STAGINGS_MAX - 1, || None), ..Stock::default() };
+        assert!(!stock.is_gone());
+        stock.lost.extend(lost(1, || Some(Request::nobody_s())));
+        assert!(!stock.is_gone());
+        stock.lost.extend(lost(1, || None));
+        assert!(stock.is_gone());
     }
 }

@@ -115,8 +115,8 @@ async fn answer(
     receiver.read_exact(&mut asked).await.map_err(io::Error::other)?;
     let puller = pullers.iter().find(|puller| asked[..4] == puller.method().question());
     let exported = match puller {
-        None => Err("the peer does not offer it: its --kv-transports does not list it, its pool is in another kind of memory, or \
-                     it cannot, as its log says"
+        None => Err("the peer does not offer it: its --kv-transports does not list it, its pool is in another kind of memory, it \
+                     cannot, as its log says, or it is of another build"
             .to_string()),
         Some(puller) if puller.method().is_within_host() && asked[4..] != this_host()? => {
             Err("the peer is on another host".to_string())

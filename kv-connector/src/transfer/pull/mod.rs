@@ -149,7 +149,7 @@ impl Sending {
 /// What a receiver did about an extent that it was told the places of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Posted {
-    /// Fetched and verified it.
+    /// Fetched and verified it, or was told of none after all.
     Taken,
     /// Has no room to fetch into now, and wants its bytes.
     Busy,
