@@ -72,7 +72,10 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
         tracing::warn!(reason, "the processor has tile registers, and they are not used");
     }
     let model = Model::load_with(folder, options)?.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange);
-    tracing::info!(numerics = %model.numerics(), "KV is exchanged with nodes of the same numerics");
+    tracing::info!(
+        numerics = %model.numerics(), kv_exchange = %engine.kv_exchange,
+        "what the bits of this node's answers and KV depend on"
+    );
     Ok(LoadedModel::Cpu(Arc::new(model)))
 }
 
