@@ -408,3 +408,46 @@ impl RunningNode {
         tracing::info!(node = %self.name, "drained");
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use common::kv_spec::{GranuleOrder, KvDtype, KvSpec};
+    use common::model::{KvExchange, ModelIdentity, NumericsId, Representation};
+
+    use super::*;
+
+    fn model(identity: u8, num_kv_heads: u32) -> ModelInfo {
+        ModelInfo {
+            identity: ModelIdentity([identity; 32]),
+            numerics: NumericsId("any".to_string()),
+            representation: Representation("f32".to_string()),
+            kv_spec: KvSpec::uniform(2, num_kv_heads, 8, KvDtype::F32, None),
+            vocab_size: 100,
+            max_model_len: 100,
+            exchange: KvExchange::Same,
+            granule_order: GranuleOrder::Lanes,
+            block_size: 16,
+            num_blocks: 10,
+        }
+    }
+
+    fn hello(role: Role, model: Option<ModelInfo>) -> Hello {
+        Hello { node: NodeId::new("other").unwrap(), role, epoch: Epoch(1), model, bulk_port: None }
+    }
+
+    #[test]
+    fn peers_are_taken_whose_model_and_kv_fit() {
+        let check = hello_check(&hello(Role::DecodeNode, Some(model(1, 2))));
+        assert_eq!(check(&hello(Role::PrefillNode, Some(model(1, 2)))), Ok(()));
+        assert_eq!(check(&hello(Role::Proxy, None)), Ok(()), "a proxy keeps no KV");
+        let refused = |peer: &Hello| check(peer).unwrap_err();
+        let other_model = refused(&hello(Role::PrefillNode, Some(model(2, 2))));
+        assert!(other_model.contains("start both with the same checkpoint"), "{other_model}");
+        assert_eq!(refused(&hello(Role::Proxy, Some(model(2, 2)))), other_model, "a proxy's, too, if it says one");
+        let other_heads = refused(&hello(Role::PrefillNode, Some(model(1, 1))));
+        assert!(other_heads.contains("1 heads of 8 in f32"), "{other_heads}");
+        let nothing = refused(&hello(Role::PrefillNode, None));
+        assert!(nothing.contains("announces no model"), "{nothing}");
+    }
+}
