@@ -60,7 +60,7 @@ impl Sending {
         let mut config = cluster.config(name, Role::PrefillNode);
         config.nixl = kind.map(|kind| of_sender(library, &pool, (kind == Device).then_some(&exported)));
         config.limits.attach_deadline = SOON;
-        config.epoch = std::env::var(EPOCH).map_or(config.epoch, |epoch| Epoch(epoch.parse().unwrap()));
+        config.hello.epoch = std::env::var(EPOCH).map_or(config.hello.epoch, |epoch| Epoch(epoch.parse().unwrap()));
         Self { fabric: Fabric::bind(config).unwrap(), pool, exported, kind }
     }
 
