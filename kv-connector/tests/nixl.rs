@@ -415,7 +415,7 @@ fn a_sender_that_is_killed_takes_nothing_with_it() {
 }
 
 /// Lives of one node, each killed while it sends.
-const NUM_LIVES: u64 = 8;
+const NUM_LIVES: u64 = 4;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "a part of another test, which runs it in a process of its own"]
