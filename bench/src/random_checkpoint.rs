@@ -1,5 +1,5 @@
 //! Checkpoints of random weights in the shapes that benchmarks use, `tandem model random`, and any checkpoint as a
-//! GGUF file, `tandem model gguf`.
+//! GGUF file, `tandem model gguf`, or with 8-bit weights, `tandem model w8a8`.
 //!
 //! What such a model says is noise; how long it takes to say it is what a trained one of its shape takes. The
 //! weights are a function of the seed. The tokenizer is that of `models/tiny` with names for the further tokens.
@@ -34,6 +34,19 @@ enum ModelCommand {
     Random(RandomArgs),
     /// Writes the model of a Hugging Face folder as a GGUF file.
     Gguf(GgufArgs),
+    /// Writes the model of a Hugging Face folder as one of 8-bit weights with a scale for each row (W8A8, as
+    /// compressed-tensors has it).
+    W8a8(W8a8Args),
+}
+
+#[derive(Debug, Args)]
+struct W8a8Args {
+    /// The Hugging Face folder.
+    #[arg(value_name = "FOLDER")]
+    folder: PathBuf,
+    /// The folder to write; made if it is not there.
+    #[arg(value_name = "INTO")]
+    into: PathBuf,
 }
 
 #[derive(Debug, Args)]
@@ -198,8 +211,8 @@ pub enum Written {
         /// Whether they were written.
         has_weights: bool,
     },
-    /// A GGUF file.
-    Gguf {
+    /// A GGUF file, or the weights of a folder.
+    File {
         /// Where.
         file: PathBuf,
         /// Its size.
@@ -215,7 +228,7 @@ impl fmt::Display for Written {
                 let what = if *has_weights { "has" } else { "has the shape, and nothing else, of" };
                 write!(f, "{} {what} {millions:.1} million random bf16 parameters", folder.display())
             }
-            Self::Gguf { file, num_bytes } => {
+            Self::File { file, num_bytes } => {
                 write!(f, "{} has {:.1} MB", file.display(), *num_bytes as f64 / 1e6)
             }
         }
@@ -235,10 +248,18 @@ pub fn run(args: &ModelArgs) -> anyhow::Result<Written> {
         ModelCommand::Gguf(GgufArgs { folder, file, ty }) => {
             anyhow::ensure!(engine::gguf::is_gguf(file), "{} does not end in .gguf", file.display());
             convert(folder, file, ty.ty()).with_context(|| format!("write {}", file.display()))?;
-            let num_bytes = std::fs::metadata(file).context("look at what was written")?.len();
-            Ok(Written::Gguf { file: file.clone(), num_bytes })
+            written(file)
+        }
+        ModelCommand::W8a8(W8a8Args { folder, into }) => {
+            engine::w8a8::convert(folder, into).with_context(|| format!("write {}", into.display()))?;
+            written(&into.join("model.safetensors"))
         }
     }
+}
+
+fn written(file: &Path) -> anyhow::Result<Written> {
+    let num_bytes = std::fs::metadata(file).context("look at what was written")?.len();
+    Ok(Written::File { file: file.to_path_buf(), num_bytes })
 }
 
 /// Without a seed, without weights.
@@ -354,7 +375,7 @@ mod tests {
         for ty in [TypeName::Bf16, TypeName::Q8_0, TypeName::Q4KM, TypeName::Q4_0] {
             let file = folder.join("model.gguf");
             let args = GgufArgs { folder: folder.clone(), file: file.clone(), ty };
-            let Written::Gguf { num_bytes, .. } = run(&ModelArgs { command: ModelCommand::Gguf(args) }).unwrap() else {
+            let Written::File { num_bytes, .. } = run(&ModelArgs { command: ModelCommand::Gguf(args) }).unwrap() else {
                 panic!("a GGUF file was asked for");
             };
             sizes.push(num_bytes);

@@ -7,7 +7,7 @@
 //! Reading order:
 //!
 //! 1. [`hub`], [`spec`], [`rope`], [`checkpoint`], [`identity`]: a Hugging Face folder becomes a shape, tensors, a
-//!    name; [`gguf`]: so does a GGUF file.
+//!    name; [`gguf`]: so does a GGUF file; [`w8a8`]: a folder of 8-bit weights.
 //! 2. [`plan`]: one step as flat arrays; the same call for prefill chunks and decode tokens.
 //! 3. [`pool`]: the memory that KV lies in; [`conversion`]: KV out of pools that have it otherwise.
 //! 4. [`decoder`]: a step on one screen; [`backend`]: the operations it needs; [`weights`], [`load_progress`],
@@ -43,6 +43,7 @@ mod staging;
 mod step_thread;
 #[cfg(test)]
 mod test_folder;
+pub mod w8a8;
 pub mod weight_sizes;
 pub mod weights;
 

@@ -15,6 +15,7 @@ use engine::gguf::write::{GgufType, convert};
 use engine::model::{LoadOptions, Model};
 use engine::oracle::Oracle;
 use engine::spec::ModelSpec;
+use engine::w8a8;
 use kernels::Isa;
 use steps::{TestSequence, generate, kv_bytes, load, prompt, root, runner, step};
 
@@ -350,52 +351,16 @@ fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
     }
 }
 
-/// A folder with 8-bit weights and a scale for each row, as compressed-tensors writes it, made of one of numbers.
-fn w8a8(model: &str, folder: &Folder) -> PathBuf {
-    use safetensors::tensor::{Dtype, SafeTensors, TensorView};
-    let (source, path) = (root().join(model), folder.0.join("w8a8"));
-    fs::create_dir_all(&path).unwrap();
-    let bytes = fs::read(source.join("model.safetensors")).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    let checkpoint = Checkpoint::open(&source).unwrap();
-    let mut written: Vec<(String, Dtype, Vec<usize>, Vec<u8>)> = Vec::new();
-    for (name, view) in tensors.iter() {
-        let shape = view.shape().to_vec();
-        if !name.ends_with("_proj.weight") {
-            written.push((name.to_string(), view.dtype(), shape, view.data().to_vec()));
-            continue;
-        }
-        let values = checkpoint.tensor(name, &shape).unwrap().to_f32();
-        let (mut codes, mut scales) = (Vec::new(), Vec::new());
-        for row in values.chunks(shape[1]) {
-            let scale = row.iter().fold(0.0f32, |max, x| max.max(x.abs())) / 127.0;
-            codes.extend(row.iter().map(|x| (x / scale).round() as i8 as u8));
-            scales.extend(scale.to_le_bytes());
-        }
-        written.push((format!("{name}_scale"), Dtype::F32, vec![shape[0], 1], scales));
-        written.push((name.to_string(), Dtype::I8, shape, codes));
-    }
-    let views = written
-        .iter()
-        .map(|(name, dtype, shape, bytes)| (name.as_str(), TensorView::new(*dtype, shape.clone(), bytes).unwrap()));
-    fs::write(path.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
-    let mut config: serde_json::Value = serde_json::from_slice(&fs::read(source.join("config.json")).unwrap()).unwrap();
-    config["quantization_config"] = serde_json::json!({
-        "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "symmetric": true, "strategy": "channel", "dynamic": false},
-            "input_activations": {"num_bits": 8, "type": "int", "symmetric": true, "strategy": "token", "dynamic": true},
-        }},
-    });
-    fs::write(path.join("config.json"), config.to_string()).unwrap();
-    path
-}
-
 #[test]
 fn a_w8a8_folder_is_the_model_of_its_dequantized_weights() {
     let folder = Folder::new("w8a8");
-    let path = w8a8("models/demo", &folder);
+    let path = folder.0.join("w8a8");
+    w8a8::convert(&root().join("models/demo"), &path).unwrap();
+    assert!(path.join("tokenizer.json").exists() && path.join("chat_template.jinja").exists());
+    let again = w8a8::convert(&path, &folder.0.join("again")).unwrap_err().to_string();
+    assert!(again.contains("has quantized weights"), "{again}");
+    let over = w8a8::convert(&root().join("models/demo"), &root().join("models/demo")).unwrap_err().to_string();
+    assert!(over.contains("name another folder"), "{over}");
     let model = load_path(&path, Dtype::Float32, Isa::detect());
     assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-2/tp1/f32+w8a8/kv-f32");
     let tokens = prompt(40, model.spec().vocab_size as u32, 5);

@@ -39,6 +39,7 @@ pub mod granule;
 pub mod isa;
 pub mod kv_layout;
 pub mod kv_write;
+mod lanes;
 pub mod limits;
 pub mod matmul;
 pub mod numerics;

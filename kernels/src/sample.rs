@@ -1,11 +1,13 @@
 //! From a row of logits to a token.
+#![allow(unsafe_code)]
 
 use std::cell::Cell;
 
 use crate::draw::{Candidate, DrawScratch, draw};
 use crate::isa::Isa;
+use crate::lanes::{Lanes, Portable};
 use crate::numerics::{LANES, exp, ln};
-use crate::simd::vectorised;
+use crate::simd::with_simd;
 
 /// How often a token has occurred: what penalties need.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +97,11 @@ pub struct Sampled {
 /// Panics on a token id beyond the vocabulary: ids are checked where they enter.
 pub fn sample_row(isa: Isa, logits: &[f32], params: &SampleParams<'_>) -> Sampled {
     assert!(!logits.is_empty(), "a vocabulary has tokens");
-    vectorised!(isa, sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled)
+    with_simd!(
+        isa,
+        sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled,
+        else sample::<Portable>(logits, params)
+    )
 }
 
 /// Below this a temperature means greedy, as in vLLM.
@@ -106,8 +112,10 @@ thread_local! {
     static SCRATCH: Cell<(Vec<f32>, DrawScratch)> = const { Cell::new((Vec::new(), DrawScratch::EMPTY)) };
 }
 
+/// # Safety
+/// The machine has the instruction set.
 #[inline(always)]
-fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
+unsafe fn sample<S: Lanes>(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
     let (mut adjusted, mut scratch) = SCRATCH.take();
     let logits_drawn_from = if params.leaves_logits_alone() {
         logits
@@ -121,13 +129,14 @@ fn sample(logits: &[f32], params: &SampleParams<'_>) -> Sampled {
     let token = if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
         first_of(logits_drawn_from, max)
     } else {
-        draw(params, logits_drawn_from, max.min(f32::MAX), &mut scratch)
+        draw::<S>(params, logits_drawn_from, max.min(f32::MAX), &mut scratch)
     };
     SCRATCH.set((adjusted, scratch));
     let (logprob, top) = match params.num_logprobs {
         None => (None, Vec::new()),
         Some(num_top) => {
-            let normaliser = Normaliser::of(logits);
+            let highest = if params.leaves_logits_alone() { max } else { highest(logits) };
+            let normaliser = Normaliser::of(logits, highest);
             let top = highest_n(logits, num_top).iter().map(|c| (c.token(), normaliser.logprob(c.logit()))).collect();
             (Some(normaliser.logprob(logits[token as usize])), top)
         }
@@ -221,8 +230,7 @@ struct Normaliser {
 
 impl Normaliser {
     #[inline(always)]
-    fn of(logits: &[f32]) -> Self {
-        let max = highest(logits);
+    fn of(logits: &[f32], max: f32) -> Self {
         let mut lanes = [0.0f64; LANES];
         let (chunks, rest) = logits.as_chunks::<LANES>();
         for chunk in chunks {

@@ -504,24 +504,24 @@ pub(crate) unsafe fn bf16_dot_product_is_the_fold(rounds: u64) -> bool {
     true
 }
 
-/// Calls a generic kernel `unsafe fn f<S: Simd>(args)` compiled for an [`Isa`](crate::Isa), or `reference`
-/// where that is the portable one.
+/// Calls a kernel `unsafe fn f<S>(args)`, generic over [`Simd`] or [`Lanes`](crate::lanes::Lanes), compiled for an
+/// [`Isa`](crate::Isa), or `reference` where that is the portable one.
 macro_rules! with_simd {
-    ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?), else $reference:expr) => {{
+    ($isa:expr, $kernel:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)?, else $reference:expr) => {{
         #[cfg(target_arch = "x86_64")]
         {
             #[target_feature(enable = "avx2,fma")]
-            unsafe fn avx2($($arg: $ty),*) {
+            unsafe fn avx2($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: as required of the caller.
                 unsafe { $kernel::<$crate::simd::Avx2>($($arg),*) }
             }
             #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-            unsafe fn avx512($($arg: $ty),*) {
+            unsafe fn avx512($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: as required of the caller.
                 unsafe { $kernel::<$crate::simd::Avx512>($($arg),*) }
             }
             #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
-            unsafe fn avx512bf16($($arg: $ty),*) {
+            unsafe fn avx512bf16($($arg: $ty),*) $(-> $ret)? {
                 // SAFETY: as required of the caller.
                 unsafe { $kernel::<$crate::simd::Avx512Bf16>($($arg),*) }
             }

@@ -60,6 +60,7 @@ impl Sending {
         let mut config = cluster.config(name, Role::PrefillNode);
         config.nixl = kind.map(|kind| of_sender(library, &pool, (kind == Device).then_some(&exported)));
         config.limits.attach_deadline = SOON;
+        config.hello.epoch = std::env::var(EPOCH).map_or(config.hello.epoch, |epoch| Epoch(epoch.parse().unwrap()));
         Self { fabric: Fabric::bind(config).unwrap(), pool, exported, kind }
     }
 
@@ -345,6 +346,8 @@ async fn a_connection_that_is_made_again_goes_on_over_nixl() {
 const NUM_TOKENS: usize = 20_000;
 /// What the pools of [`OtherProcess`]es and of who fetches from them are in.
 const KIND: &str = "TANDEM_TEST_POOL_KIND";
+/// Which life of its node an [`OtherProcess`] is.
+const EPOCH: &str = "TANDEM_TEST_EPOCH";
 
 fn kind() -> Kind {
     if std::env::var_os(KIND).is_some_and(|kind| kind == "device") { Device } else { Host }
@@ -408,6 +411,55 @@ fn a_sender_that_is_killed_takes_nothing_with_it() {
         for kind in ["host", "device"] {
             run_alone("whose_sender_is_killed", &[(KIND, kind)]);
         }
+    }
+}
+
+/// Lives of one node, each killed while it sends.
+const NUM_LIVES: u64 = 4;
+
+#[tokio::test(flavor = "multi_thread")]
+#[ignore = "a part of another test, which runs it in a process of its own"]
+async fn whose_senders_come_and_go() {
+    let (library, cluster) = (library().expect("the other test has it"), Cluster::new());
+    let lasting = Sending::new(&cluster, "p1", &library, Some(kind()));
+    let mut pair = Pair::of(lasting, Fetching::new(&cluster, &library, Some(kind()))).await;
+    assert_eq!(pair.transports(), ["nixl"; 2]);
+    for life in 0..NUM_LIVES {
+        let epoch = (100 + life).to_string();
+        let mut other = OtherProcess::start_with("sending_process", &cluster, &[(EPOCH, &epoch)]);
+        let job = Job::new(1, NUM_TOKENS, 0, 0);
+        let (landing, mut events) = pair.decode.zone.open(pair.decode.plan(&job));
+        let link = soon("dial", pair.decode.fabric.dial(other.address, Role::PrefillNode, None)).await.unwrap();
+        let bulk = pair.decode.connect(&link).await;
+        assert_eq!(bulk.transport_name(), "nixl", "life {life}");
+        let arrived = soon("an extent", events.recv()).await.unwrap();
+        let LandingEvent::ExtentVerified { extent, .. } = arrived else { panic!("{arrived:?}") };
+        assert!(job.holds(&pair.decode.memory, &extent), "life {life}");
+        // Whoever lasts has its KV fetched while the other sends, while that is being given up, and afterwards.
+        let elsewhere = |request: u64| Job::new(request.into(), 3000, 0, 1000);
+        pair.hand_over(&elsewhere(2 + 3 * life), 1600).await;
+        other.kill();
+        pair.hand_over(&elsewhere(3 + 3 * life), 1600).await;
+        soon("the connection ends", bulk.closed()).await;
+        let gone = || pair.decode.fabric.accounting().open_bulk_streams == 0;
+        eventually_within(Duration::from_secs(30), "what was being fetched is given up", gone).await;
+        drop((landing, bulk, link));
+        if life % 2 == 1 {
+            pair.connect_again().await;
+            assert_eq!(pair.transports(), ["nixl"; 2], "life {life}");
+        }
+        pair.hand_over(&elsewhere(4 + 3 * life), 1600).await;
+    }
+    pair.end().await;
+}
+
+#[test]
+fn senders_that_come_and_go_leave_nothing_and_hold_up_nobody() {
+    if library().is_some() {
+        for kind in ["host", "device"] {
+            run_alone("whose_senders_come_and_go", &[(KIND, kind)]);
+        }
+        run_alone("whose_senders_come_and_go", &[(KIND, "host"), ("UCX_TLS", "tcp")]);
     }
 }
 
