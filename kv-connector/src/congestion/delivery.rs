@@ -9,6 +9,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
+/// quinn tells of packets with nothing but acknowledgements, too, and never that they arrived. Less than this on the way
+/// is nothing else.
+const ACKNOWLEDGEMENTS_BYTES: u64 = 600;
+/// Sends that are remembered. An end that only receives sends mostly acknowledgements, which clear nothing away.
+const NUM_SENT_MAX: usize = 4096;
+
 /// What was known when packets left.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
@@ -75,13 +81,16 @@ impl Deliveries {
     }
 
     pub(super) fn on_sent(&mut self, now: Instant, num_bytes: u64) {
-        let is_after_idle = self.in_flight_bytes == 0;
+        let is_after_idle = self.in_flight_bytes < ACKNOWLEDGEMENTS_BYTES;
         if is_after_idle {
             (self.delivered_at, self.acknowledged_sent_at) = (now, now);
         }
         self.in_flight_bytes += num_bytes;
         if self.sent.back().is_some_and(|last| last.at >= now) {
             return;
+        }
+        if self.sent.len() == NUM_SENT_MAX {
+            self.sent.pop_front();
         }
         self.sent.push_back(Sent {
             at: now,
@@ -225,6 +234,23 @@ mod tests {
         let sample = sender.ack(1010, &[(1000, 5)], false).unwrap();
         assert!(!sample.is_app_limited && sample.is_after_idle);
         assert!((sample.rate - 500_000.0).abs() < 1.0, "a pause counts: {}", sample.rate);
+    }
+
+    #[test]
+    fn end_that_only_acknowledges_remembers_so_much_and_is_idle() {
+        let mut sender = Sender::new();
+        for now in 0..10_000 {
+            sender.deliveries.on_sent(sender.at(now), 40);
+            if now % 100 == 99 {
+                assert!(sender.ack(now, &[], true).is_none());
+            }
+        }
+        assert_eq!(sender.deliveries.sent.len(), NUM_SENT_MAX);
+        sender.deliveries.on_sent(sender.at(10_000), 40);
+        sender.send(10_001, 2);
+        let sample = sender.ack(10_011, &[(10_001, 2)], false).unwrap();
+        assert!(sample.is_after_idle && (sample.rate - 200_000.0).abs() < 1.0, "{}", sample.rate);
+        assert_eq!(sender.deliveries.sent.len(), 1);
     }
 
     #[test]
