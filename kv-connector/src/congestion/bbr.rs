@@ -52,13 +52,15 @@ const PROBE_ROUNDS: u64 = 62;
 const PROBE_PERIOD: Duration = Duration::from_secs(2);
 /// How long the queue is kept empty, so that those who join in see it empty too.
 const NUM_DOWN_ROUNDS: u64 = 2;
-/// How long the queue may hide the round trip: this many of them, within these limits. To look costs one or two.
+/// How long the queue may hide the round trip: this many of them, and no longer than that. To look costs one or two.
 const DOWN_ROUND_TRIPS: u32 = 200;
-const DOWN_PERIOD_MIN: Duration = Duration::from_millis(20);
 const DOWN_PERIOD_MAX: Duration = Duration::from_secs(5);
 /// The smallest round trip is that of the latest four to eight periods, or five to ten seconds. If others do not let
 /// the queue go, it is part of the path.
 const MIN_RTT_HALF_MAX: Duration = Duration::from_secs(5);
+/// Both hosts need this to wake up, whatever the path needs. Without it loopback, of some 50 us, had an eighth of what
+/// Cubic reaches.
+const HOSTS_RTT: Duration = Duration::from_micros(500);
 /// More than the gain says, for what is sent at once.
 const BURST: Duration = Duration::from_micros(250);
 const BURST_BYTES_MAX: f64 = 65_536.0;
@@ -300,7 +302,7 @@ impl Bbr {
     }
 
     fn down_period(&self) -> Duration {
-        (self.min_rtt.get() * DOWN_ROUND_TRIPS).clamp(DOWN_PERIOD_MIN, DOWN_PERIOD_MAX)
+        (self.round_trip() * DOWN_ROUND_TRIPS).min(DOWN_PERIOD_MAX)
     }
 
     /// Twice as many datagrams more each round, until the bound is none any more.
@@ -335,18 +337,22 @@ impl Bbr {
 
     /// What both ends need to keep the path busy, if nothing is lost.
     fn cruise_bytes(&self) -> u64 {
-        self.held_bytes(CRUISE_GAIN) + self.aggregated.max() as u64
+        (self.held_bytes(CRUISE_GAIN) + self.aggregated.max() as u64).max(self.initial_window_bytes)
     }
 
     /// `gain` times what the path holds, and what is sent at once.
     fn held_bytes(&self, gain: f64) -> u64 {
         let rate = self.rates.max();
         let burst = (rate * BURST.as_secs_f64()).min(BURST_BYTES_MAX).max((2 * self.datagram_bytes) as f64);
-        (gain * rate * self.min_rtt.get().as_secs_f64() + burst) as u64
+        (gain * rate * self.round_trip().as_secs_f64() + burst) as u64
+    }
+
+    fn round_trip(&self) -> Duration {
+        self.min_rtt.get().max(HOSTS_RTT)
     }
 
     fn down_bytes(&self) -> u64 {
-        ((DOWN_GAIN * self.rates.max() * self.min_rtt.get().as_secs_f64()) as u64).max(self.window_bytes_min())
+        ((DOWN_GAIN * self.rates.max() * self.round_trip().as_secs_f64()) as u64).max(self.window_bytes_min())
     }
 
     fn window_bytes_min(&self) -> u64 {
