@@ -323,6 +323,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--kv-congestion-control", "reno"], "cubic, bbr, fixed"),
         (&["--kv-max-udp-payload-size", "576"], "use 1200, which QUIC needs, to 65507"),
         (&["--kv-window-bytes", "2GiB"], "use 256KiB"),
+        (&["--kv-congestion-control", "fixed"], "fixed needs --kv-window-bytes"),
         (&["decode-node", "--busy-poll", "2ms"], "use at most 1ms"),
         (&["--config", &nowhere], "nowhere"),
         (&["proxy", "--port", "0"], "--decode-node"),

@@ -112,7 +112,7 @@ impl FabricConfig {
             congestion_control: args.kv_congestion_control,
             max_udp_payload_bytes: u16::try_from(args.kv_max_udp_payload_size).unwrap_or(u16::MAX),
         };
-        self.limits.bulk_window_bytes = u32::try_from(args.kv_window_bytes).unwrap_or(u32::MAX);
+        self.limits.bulk_window_bytes = u32::try_from(args.window_bytes()).unwrap_or(u32::MAX);
     }
 }
 

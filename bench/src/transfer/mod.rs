@@ -89,7 +89,7 @@ impl TransferBenchArgs {
     fn kv_quic(&self, max_udp_payload_size: u64, kv_congestion_control: CongestionControl) -> KvQuicArgs {
         KvQuicArgs {
             kv_congestion_control,
-            kv_window_bytes: self.window_bytes,
+            kv_window_bytes: Some(self.window_bytes),
             kv_max_udp_payload_size: max_udp_payload_size,
         }
     }

@@ -246,7 +246,7 @@ fn start_sender(
     command.arg("--window").arg(args.window.to_string());
     command.arg("--busy-poll").arg(format!("{}us", args.busy_poll.as_micros()));
     command.arg("--kv-congestion-control").arg(kv_quic.kv_congestion_control.to_string());
-    command.arg("--kv-window-bytes").arg(kv_quic.kv_window_bytes.to_string());
+    command.arg("--kv-window-bytes").arg(kv_quic.window_bytes().to_string());
     command.arg("--kv-max-udp-payload-size").arg(kv_quic.kv_max_udp_payload_size.to_string());
     if transport == Transport::Shm {
         command.arg("--is-shared");

@@ -194,20 +194,21 @@ pub struct KvQuicArgs {
     /// How a node that sends KV over quic decides how much may be on the way.
     ///
     /// cubic serves a data centre, and shares any network with others as TCP does. On a link that loses packets for
-    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses, though it puts
-    /// more on the way than the link holds and loses what its queue does not. fixed never slows down and is for links
-    /// that carry nothing else: it takes from others whatever it can, and needs a --kv-window-bytes of the link's.
+    /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses: it finds out
+    /// what the path carries and puts up to twice that on the way. Beside others' TCP under cubic it takes more than its
+    /// share. fixed never slows down and is for links that carry nothing else: it takes from others whatever it can, and
+    /// needs a --kv-window-bytes of the link's.
     #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub kv_congestion_control: CongestionControl,
 
     /// KV that one connection may have on the way: unread, or unacknowledged.
     ///
     /// It bounds the speed to this many bytes per round trip, so a fast or long link needs bandwidth times round trip:
-    /// 16MiB carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive memory. With
-    /// --kv-congestion-control fixed, and with bbr, what is beyond that and the link's queue, or beyond the kernel's
-    /// receive buffer (net.core.rmem_max), is lost and sent again.
-    #[arg(long, value_name = "BYTES", default_value = "16MiB", value_parser = parse_bytes_above_zero)]
-    pub kv_window_bytes: u64,
+    /// 16MiB, the default, carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive
+    /// memory. With --kv-congestion-control fixed it has no default: what is beyond bandwidth times round trip and the
+    /// link's queue, or beyond the kernel's receive buffer (net.core.rmem_max), is lost and sent again.
+    #[arg(long, value_name = "BYTES", value_parser = parse_bytes_above_zero)]
+    pub kv_window_bytes: Option<u64>,
 
     /// Largest UDP payload of KV over quic, sent or received.
     ///
@@ -221,6 +222,8 @@ pub struct KvQuicArgs {
 const UDP_PAYLOAD_BYTES_MIN: u64 = 1200;
 /// What fits a UDP datagram over IPv4.
 const UDP_PAYLOAD_BYTES_MAX: u64 = 65_507;
+/// Unless it is said.
+const WINDOW_BYTES: u64 = 16 << 20;
 /// Less holds no two of the largest datagrams.
 const WINDOW_BYTES_MIN: u64 = 256 << 10;
 /// A node's receive memory.
@@ -230,19 +233,31 @@ impl Default for KvQuicArgs {
     fn default() -> Self {
         Self {
             kv_congestion_control: CongestionControl::Cubic,
-            kv_window_bytes: 16 << 20,
+            kv_window_bytes: None,
             kv_max_udp_payload_size: UDP_PAYLOAD_BYTES_MAX,
         }
     }
 }
 
 impl KvQuicArgs {
+    /// KV that one connection may have on the way.
+    pub fn window_bytes(&self) -> u64 {
+        self.kv_window_bytes.unwrap_or(WINDOW_BYTES)
+    }
+
     /// Checks the sizes.
     ///
     /// # Errors
-    /// [`InvalidSettings`] if one cannot be.
+    /// [`InvalidSettings`] if one cannot be, or is missing.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
-        let Self { kv_window_bytes: window, kv_max_udp_payload_size: payload, .. } = *self;
+        let (window, payload) = (self.window_bytes(), self.kv_max_udp_payload_size);
+        if self.kv_congestion_control == CongestionControl::Fixed && self.kv_window_bytes.is_none() {
+            return Err(InvalidSettings(
+                "--kv-congestion-control fixed needs --kv-window-bytes: the link's bandwidth times its round trip, and \
+                 what its queue may hold; bbr finds that out by itself"
+                    .into(),
+            ));
+        }
         if !(UDP_PAYLOAD_BYTES_MIN..=UDP_PAYLOAD_BYTES_MAX).contains(&payload) {
             return Err(InvalidSettings(format!(
                 "--kv-max-udp-payload-size is {payload}: use {UDP_PAYLOAD_BYTES_MIN}, which QUIC needs, to \
@@ -264,7 +279,7 @@ impl KvQuicArgs {
 pub enum CongestionControl {
     /// RFC 9438: what TCP does on most hosts; slows down for every loss.
     Cubic,
-    /// By measured bandwidth and round trip; losses alone do not slow it down.
+    /// By measured bandwidth and round trip; losses slow it down only beyond 2 %.
     Bbr,
     /// As much as the receiver's window takes, whatever is lost.
     Fixed,
@@ -285,13 +300,24 @@ mod tests {
     fn sizes_that_cannot_be_are_refused_in_words() {
         assert!(KvQuicArgs::default().validate().is_ok());
         let payload = |bytes| KvQuicArgs { kv_max_udp_payload_size: bytes, ..KvQuicArgs::default() }.validate();
-        let window = |bytes| KvQuicArgs { kv_window_bytes: bytes, ..KvQuicArgs::default() }.validate();
+        let window = |bytes| KvQuicArgs { kv_window_bytes: Some(bytes), ..KvQuicArgs::default() }.validate();
         assert!(payload(1200).is_ok() && payload(1472).is_ok());
         assert!(payload(1199).unwrap_err().0.contains("use 1200, which QUIC needs, to 65507"));
         assert!(payload(65_508).is_err() && payload(1 << 40).is_err());
         assert!(window(256 << 10).is_ok() && window(1 << 30).is_ok());
         assert!(window(1).unwrap_err().0.contains("--kv-window-bytes is 1: use 256KiB"));
         assert!(window((1 << 30) + 1).is_err());
+    }
+
+    #[test]
+    fn fixed_window_has_to_be_said() {
+        let fixed = |kv_window_bytes| {
+            let kv_congestion_control = CongestionControl::Fixed;
+            KvQuicArgs { kv_congestion_control, kv_window_bytes, ..KvQuicArgs::default() }.validate()
+        };
+        assert!(fixed(None).unwrap_err().0.contains("fixed needs --kv-window-bytes"));
+        assert!(fixed(Some(1 << 20)).is_ok());
+        assert_eq!(KvQuicArgs::default().window_bytes(), 16 << 20);
     }
 
     #[test]

@@ -1,14 +1,28 @@
 //! How much KV may be on the way: the congestion controllers of bulk connections.
 //!
-//! quinn brings Cubic and BBR. A fixed window is for links that carry nothing else: the receiver's flow control
+//! Cubic is quinn's. BBR is our own ([`bbr`]): that of quinn takes the largest rate between any two acknowledgements for
+//! the path's, and fills any queue. A fixed window is for links that carry nothing else: the receiver's flow control
 //! alone bounds what is on the way, and what is lost is sent again at the same speed.
+
+mod bbr;
+#[cfg(test)]
+mod cubic_model;
+mod delivery;
+#[cfg(test)]
+mod link;
+mod losses;
+mod min_rtt;
+mod windowed_max;
 
 use std::any::Any;
 use std::sync::Arc;
 use std::time::Instant;
 
 use common::config::CongestionControl;
-use quinn::congestion::{BbrConfig, Controller, ControllerFactory, CubicConfig};
+use quinn::congestion::{Controller, ControllerFactory, CubicConfig};
+use quinn_proto::RttEstimator;
+
+use self::bbr::Bbr;
 
 /// Ten datagrams of the size that every path carries: what RFC 9002 has a sender begin with.
 const INITIAL_WINDOW_BYTES: u64 = 12_000;
@@ -27,12 +41,58 @@ pub(crate) fn factory(chosen: CongestionControl, is_loopback: bool) -> Arc<dyn C
             config.initial_window(initial_window);
             Arc::new(config)
         }
-        CongestionControl::Bbr => {
-            let mut config = BbrConfig::default();
-            config.initial_window(initial_window);
-            Arc::new(config)
-        }
+        CongestionControl::Bbr => Arc::new(BbrFactory { initial_window }),
         CongestionControl::Fixed => Arc::new(FixedWindow),
+    }
+}
+
+/// Makes controllers of [`bbr`].
+#[derive(Debug, Clone, Copy)]
+struct BbrFactory {
+    initial_window: u64,
+}
+
+impl ControllerFactory for BbrFactory {
+    fn build(self: Arc<Self>, now: Instant, current_mtu: u16) -> Box<dyn Controller> {
+        Box::new(Bbr::new(now, self.initial_window, current_mtu.into()))
+    }
+}
+
+impl Controller for Bbr {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        Bbr::on_sent(self, now, bytes);
+    }
+
+    fn on_ack(&mut self, _now: Instant, sent: Instant, bytes: u64, _app_limited: bool, _rtt: &RttEstimator) {
+        Bbr::on_ack(self, sent, bytes);
+    }
+
+    fn on_end_acks(&mut self, now: Instant, in_flight: u64, app_limited: bool, _largest: Option<u64>) {
+        Bbr::on_end_acks(self, now, in_flight, app_limited);
+    }
+
+    fn on_congestion_event(&mut self, now: Instant, sent: Instant, is_persistent: bool, lost_bytes: u64) {
+        self.on_congestion(now, sent, lost_bytes, is_persistent);
+    }
+
+    fn on_mtu_update(&mut self, new_mtu: u16) {
+        self.on_datagram_size(new_mtu.into());
+    }
+
+    fn window(&self) -> u64 {
+        self.window_bytes()
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(self.clone())
+    }
+
+    fn initial_window(&self) -> u64 {
+        self.initial_window_bytes()
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
     }
 }
 
