@@ -141,10 +141,13 @@ fn quantized(bench: &Bench<'_>, name: &str, format: Format, k: usize, n: usize) 
     if rows.is_empty() {
         return;
     }
-    let w = QuantizedMatrix::pack(&[&format.weights(k, n)]).expect("a format with a kernel");
+    let order = bench.ctx.isa.order();
+    let w = QuantizedMatrix::pack(order, &[&format.weights(k, n)]).expect("a format with a kernel");
+    // What is multiplied as bf16 is held against that.
+    let arithmetic = if w.computes_bf16() { Arithmetic::Bf16 } else { Arithmetic::Int8 };
     for m in rows {
         let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
-        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic: Arithmetic::Int8 };
+        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic };
         bench.line(&format!("{name} x {m}"), &work, || {
             matmul_quantized(&bench.ctx, &x, m, &w, None, false, &mut out);
         });

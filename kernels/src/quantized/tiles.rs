@@ -97,6 +97,7 @@ unsafe fn compute_unit<S: Tile>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
             PackedFormat::Int4Min => compute_panels::<S, Int4Min>(job, panels, tiles),
             PackedFormat::Int6 => compute_panels::<S, Int6>(job, panels, tiles),
             PackedFormat::Int8Row => compute_panels::<S, Int8Row>(job, panels, tiles),
+            PackedFormat::Int8Pairs => unreachable!("opened weights are multiplied in tiles of the processor"),
         }
     }
 }
