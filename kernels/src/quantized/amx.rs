@@ -18,12 +18,12 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activations::{BLOCK_EXTRA_LANES, BLOCK_GROUPS, BLOCK_LANES, GROUP_LANES};
+use super::blocks::{Block, BlockProduct, multiply_blocks};
 use super::opening::open_int8;
 use super::packed::{INT8_BYTES, PackedFormat, QUAD_BYTES, QuantizedMatrix};
 use super::panels::{Int4, Int4Min, Opened, Panel};
 use super::product::Job;
 use super::simd::{IntSimd, Vnni};
-use super::tiles::{BLOCK_K, Block};
 use crate::amx::{ConfiguredByRows, TILE_ROWS, dot_group, group_shapes};
 use crate::numerics::{LANES, TILE_STEPS};
 use crate::packed_matrix::PANEL;
@@ -56,7 +56,7 @@ pub(super) fn tile_rows(format: PackedFormat) -> usize {
 }
 
 thread_local! {
-    /// A block taken apart, and the sums of a unit.
+    /// Of a unit in blocks of lanes: a part that is opened, and sums.
     static SCRATCH: Kept = const { Cell::new(None) };
 }
 
@@ -66,22 +66,23 @@ thread_local! {
 /// The machine has tiles, and the operand is packed for them.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    let format = job.w.format();
     // SAFETY: as required of the caller; the panel type is that of the format.
     unsafe {
-        match job.w.format() {
-            PackedFormat::Int8Row => multiply_blocks::<RowPanels>(job, panels, tiles),
-            PackedFormat::Int8Pairs => multiply_blocks::<OpenedPanels>(job, panels, tiles),
-            PackedFormat::Int4 => multiply_groups::<Int4>(job, panels, tiles),
-            PackedFormat::Int4Min => multiply_groups::<Int4Min>(job, panels, tiles),
+        match format {
+            PackedFormat::Int8Row => multiply_panels::<RowPanels>(job, panels, tiles),
+            PackedFormat::Int8Pairs => multiply_panels::<OpenedPanels>(job, panels, tiles),
+            PackedFormat::Int4 => multiply_blocks::<Int4>(job, panels, tiles, GroupTiles::new::<Int4>(format)),
+            PackedFormat::Int4Min => multiply_blocks::<Int4Min>(job, panels, tiles, GroupTiles::new::<Int4Min>(format)),
             PackedFormat::Int8 | PackedFormat::Int6 => {
-                unreachable!("no operand is packed for tiles of {:?}", job.w.format())
+                unreachable!("no operand is packed for tiles of {format:?}")
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn multiply_blocks<P: TilePanels<Matrix = QuantizedMatrix>>(
+unsafe fn multiply_panels<P: TilePanels<Matrix = QuantizedMatrix>>(
     job: &Job<'_>,
     panels: Range<usize>,
     tiles: Range<usize>,
@@ -167,56 +168,51 @@ impl TilePanels for RowPanels {
     }
 }
 
-#[inline(always)]
-unsafe fn multiply_groups<P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    #[inline(never)]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, zero: u8, into: *mut u8) {
-        // SAFETY: as required of the caller.
-        unsafe { Opened::<P>::fill::<Vnni>(panel, groups, zero, into) }
-    }
-    let num_groups = job.w.cols() / (4 * P::QUADS);
-    let groups_per_block = BLOCK_K / (4 * P::QUADS);
-    let opened_len = groups_per_block * Opened::<P>::GROUP_BYTES;
-    let zero = job.w.format().offset() as u8;
-    let first_row = job.tiles.rows(tiles.start).start;
-    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
-    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |opened| {
-        let mut configured = ConfiguredByRows::new(|num_rows| group_shapes(num_rows, 4 * P::QUADS));
-        // SAFETY: the scratch has room for both; panels and tiles are of this job; as required of the caller.
-        unsafe {
-            let sums = opened.add(opened_len).cast::<f32>();
-            for panel_index in panels {
-                let panel = job.w.panel(panel_index).as_ptr();
-                for start in (0..num_groups).step_by(groups_per_block) {
-                    let groups = start..(start + groups_per_block).min(num_groups);
-                    open::<P>(panel, groups.clone(), zero, opened);
-                    let block = Block { panel_index, codes: opened, groups, sums, first_row };
-                    for tile in tiles.clone() {
-                        let rows = job.tiles.rows(tile);
-                        configured.set(rows.len());
-                        compute_tile::<P>(job, &block, rows);
-                    }
-                }
-            }
-        }
-    });
+/// Blocks of groups with scales, codes less what stands for zero.
+struct GroupTiles {
+    configured: ConfiguredByRows,
+    zero: u8,
 }
 
-#[inline(always)]
-unsafe fn compute_tile<P: Panel>(job: &Job<'_>, block: &Block, rows: Range<usize>) {
-    let first = rows.start;
-    // SAFETY: as required of the caller.
-    unsafe {
-        match rows.len() {
-            8 => multiply_group_rows::<P, 8>(job, block, first),
-            9 => multiply_group_rows::<P, 9>(job, block, first),
-            10 => multiply_group_rows::<P, 10>(job, block, first),
-            11 => multiply_group_rows::<P, 11>(job, block, first),
-            12 => multiply_group_rows::<P, 12>(job, block, first),
-            13 => multiply_group_rows::<P, 13>(job, block, first),
-            14 => multiply_group_rows::<P, 14>(job, block, first),
-            rows => unreachable!("16 rows or more make tiles of 8 to 14, and not {rows}"),
+impl GroupTiles {
+    fn new<P: Panel>(format: PackedFormat) -> GroupTiles {
+        let configured = ConfiguredByRows::new(|num_rows| group_shapes(num_rows, 4 * P::QUADS));
+        GroupTiles { configured, zero: format.offset() as u8 }
+    }
+}
+
+impl<P: Panel> BlockProduct<P> for GroupTiles {
+    #[inline(always)]
+    unsafe fn open(&self, panel: *const u8, groups: Range<usize>, into: *mut u8) {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, zero: u8, into: *mut u8) {
+            // SAFETY: as required of the caller.
+            unsafe { Opened::<P>::fill::<Vnni>(panel, groups, zero, into) }
+        }
+        // SAFETY: as required of the caller.
+        unsafe { open::<P>(panel, groups, self.zero, into) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(&mut self, job: &Job<'_>, block: &Block, tiles: Range<usize>) {
+        for tile in tiles {
+            let rows = job.tiles.rows(tile);
+            let first = rows.start;
+            // SAFETY: as required of the caller; no other configuration is alive.
+            unsafe {
+                self.configured.set(rows.len());
+                match rows.len() {
+                    8 => multiply_group_rows::<P, 8>(job, block, first),
+                    9 => multiply_group_rows::<P, 9>(job, block, first),
+                    10 => multiply_group_rows::<P, 10>(job, block, first),
+                    11 => multiply_group_rows::<P, 11>(job, block, first),
+                    12 => multiply_group_rows::<P, 12>(job, block, first),
+                    13 => multiply_group_rows::<P, 13>(job, block, first),
+                    14 => multiply_group_rows::<P, 14>(job, block, first),
+                    rows => unreachable!("16 rows or more make tiles of 8 to 14, and not {rows}"),
+                }
+            }
         }
     }
 }

@@ -15,11 +15,14 @@
 //!
 //! - `weights`: the logical form. `packed`: panels, one layout for every batch size.
 //! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `tiles`: its fast version; `panels`: how that
-//!   reads each layout; `simd`: its instructions; `amx`: the same in tile registers; `opening`: weights to bf16.
+//!   reads each layout; `blocks`: what is taken apart once for many tiles; `simd`: its instructions; `amx`: the same in
+//!   tile registers; `opening`: weights to bf16.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod blocks;
 #[cfg(target_arch = "x86_64")]
 mod opening;
 mod packed;
