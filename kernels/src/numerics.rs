@@ -1,8 +1,9 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
 //! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-2` in blocks of
-//! pairs, as processors with tile registers do. Two machines whose nodes announce the same family compute the same
-//! bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to nearest
+//! pairs, as processors with tile registers do, and in what is bf16: there weights of 8 bits with a scale for 32 are, too.
+//! Two machines whose nodes announce the same family compute the same bits; what has no bf16 operands is `cpu-fold-2`
+//! everywhere. All values are f32 under IEEE 754 rounding to nearest
 //! even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
@@ -14,6 +15,7 @@
 //! | the same, `cpu-tiles-2` | blocks of 16 pairs in ascending order, the last one filled up with zeros: `e` = fold over the even elements of the block, `o` = fold over the odd ones; `acc = acc + (e + o)` |
 //! | `matmul_quantized` activations | per token and 32 consecutive k (per token where a weight scale covers a whole row): `m` = largest magnitude, below 1e-30 zero; `s = m / 127`; `q = round_even(x * (127 / m))` |
 //! | `matmul_quantized` | groups of weights that share a scale in ascending order: `dot` of integers, exact; `acc = fma(f32(dot), s * scale, acc)`; with minima then `acc = fma(-(s * f32(sum of q)), min, acc)` |
+//! | the same of 8 bits and a scale for 32, `cpu-tiles-2` | as `matmul` bf16 of the weights `scale * code` |
 //! | `matmul` end | `y = acc`; with bias `y = y + bias`; with add `out = out + y` |
 //! | `rms_norm` | 16 lanes, lane i folds `x[i + 16 j]^2` over j; [`tree_sum`]; `s = 1 / sqrt(sum / dim + eps)`; `out = (x * s) * weight` |
 //! | `rope` | `(a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))` |
