@@ -443,7 +443,10 @@ impl Cut {
                 Priority::Prefill => FAST_UNIT_MADDS / madds_per_tile,
                 Priority::Decode => usize::MAX,
             };
-            return Cut::of_tiles(num_panels, tiles, packing.lanes_per_row(cols) * 4, tiles_max, ctx.pool.threads());
+            // Opening a panel takes as long as three tiles with it.
+            let is_opened = matches!(matrix, MatrixRef::Quantized(w) if w.computes_bf16());
+            let row_bytes = packing.lanes_per_row(cols) * 4;
+            return Cut::of_tiles(num_panels, tiles, row_bytes, is_opened, tiles_max, ctx.pool.threads());
         }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
         // As equal as possible: a unit of a single tile would take weights apart for that alone.
@@ -469,11 +472,20 @@ impl Cut {
 
     /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of
     /// either side serves many of the other, and of `tiles_max` products of a tile with a panel at most.
-    fn of_tiles(num_panels: usize, tiles: &Tiles, row_bytes: usize, tiles_max: usize, threads: usize) -> Cut {
+    fn of_tiles(
+        num_panels: usize,
+        tiles: &Tiles,
+        row_bytes: usize,
+        is_opened: bool,
+        tiles_max: usize,
+        threads: usize,
+    ) -> Cut {
         let num_tiles = tiles.count;
-        // Rows that fit the second-level cache, or else twice as many, for each of which weights then move half as often.
+        // Rows that fit the second-level cache. If they do not, twice as many, for each of which weights then move half as
+        // often; or half as often are opened.
         let fits = FAST_ROWS_BYTES / (row_bytes * tiles.rows_max());
-        let row_units = num_tiles.div_ceil(if fits < TILES_PER_UNIT { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
+        let is_doubled = is_opened || fits < TILES_PER_UNIT;
+        let row_units = num_tiles.div_ceil(if is_doubled { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
         let tiles_per_unit = num_tiles.div_ceil(row_units);
         let panels_per_unit =
             (num_panels * row_units / (FAST_UNITS_PER_THREAD * threads)).min(tiles_max / tiles_per_unit);
