@@ -27,6 +27,9 @@ const PART_BLOCKS: usize = 8;
 /// for neither.
 const OPENED_PART_BLOCKS: usize = 4;
 
+/// How many such parts lie between the one that is opened and the one that comes nearer meanwhile, itself included.
+const OPENED_PARTS_AHEAD: usize = 3;
+
 /// Lanes of a block of a panel.
 pub(crate) const BLOCK_LANES: usize = TILE_STEPS * PANEL;
 
@@ -90,7 +93,8 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
         // SAFETY: as required of the caller, for rows and panels of the unit.
         unsafe { sums.add(((panel - panels.start) * rows.len() + row - rows.start) * PANEL) }
     };
-    let part_blocks = if P::OPENS && tiles.len() == 1 { OPENED_PART_BLOCKS } else { PART_BLOCKS };
+    let (part_blocks, parts_ahead) =
+        if P::OPENS && tiles.len() == 1 { (OPENED_PART_BLOCKS, OPENED_PARTS_AHEAD) } else { (PART_BLOCKS, 1) };
     let num_parts = num_blocks.div_ceil(part_blocks);
     // A part of all panels before the next part, or where rows are few and stay near anyway, panel after panel.
     let place = |step: usize| match tiles.len() {
@@ -104,7 +108,11 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
     for step in 0..num_steps {
         let (panel, part) = place(step);
         let blocks = part * part_blocks..((part + 1) * part_blocks).min(num_blocks);
-        let next = if step + 1 < num_steps { address(place(step + 1)) } else { job.next.cast() };
+        let next = match (step + parts_ahead).checked_sub(num_steps) {
+            None => address(place(step + parts_ahead)),
+            Some(_) if job.next.is_null() => std::ptr::null(),
+            Some(beyond) => job.next.cast::<u8>().wrapping_add(beyond * part_blocks * P::BLOCK_BYTES),
+        };
         let mut b = address((panel, part)).cast::<u32>();
         let mut lines_ahead = if next.is_null() { 0 } else { (P::BLOCK_BYTES / LINE).div_ceil(tiles.len()) };
         if P::OPENS {
