@@ -11,9 +11,9 @@ use common::tokens::Token;
 use kernels::cuda::DeviceError;
 use kernels::kv_layout::KvLayout;
 use kernels::{
-    AttentionParams, Columns, Ctx, Isa, MatrixRef, Operand, PackedMatrix, Priority, Product, Qkv, QuantizedMatrix,
-    QuantizedWeights, QueryBatch, QuerySpan, RopeTable, SECTIONS_MAX, SampleParams, TokenCount, WeightDtype,
-    WorkerPool,
+    AttentionParams, Columns, Ctx, Isa, MatrixRef, Operand, Order, PackedMatrix, Priority, Product, Qkv,
+    QuantizedMatrix, QuantizedWeights, QueryBatch, QuerySpan, RopeTable, SECTIONS_MAX, SampleParams, TokenCount,
+    WeightDtype, WorkerPool,
 };
 
 use crate::backend::{Backend, HeadRange, MatrixPart, QkvHeads};
@@ -55,7 +55,7 @@ enum Section {
 }
 
 impl CpuMatrix {
-    fn pack(dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
+    fn pack(dtype: ComputeDtype, order: Order, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
         // All that a packed format is chosen by: q4_0 and q4_K differ in nothing but the offset, the block and minima.
         let format =
             |w: &QuantizedWeights| (w.bits, w.offset, w.group, w.block, w.group_scales.is_some(), w.mins.is_some());
@@ -66,7 +66,7 @@ impl CpuMatrix {
         };
         let mut matrix = Self { rows: 0, cols, sections: Vec::new() };
         for parts in parts.chunk_by(is_alike) {
-            let section = Section::pack(dtype, cols, parts);
+            let section = Section::pack(dtype, order, cols, parts);
             matrix.rows += section.rows();
             matrix.sections.push(section);
         }
@@ -102,10 +102,10 @@ impl CpuMatrix {
 
 impl Section {
     /// Of numbers alone, or of integers with scales alone.
-    fn pack(dtype: ComputeDtype, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
+    fn pack(dtype: ComputeDtype, order: Order, cols: usize, parts: &[MatrixPart<'_>]) -> Self {
         let quantized: Vec<&QuantizedWeights> = parts.iter().filter_map(MatrixPart::quantized).collect();
         if !quantized.is_empty() {
-            let packed = QuantizedMatrix::pack(&quantized);
+            let packed = QuantizedMatrix::pack(order, &quantized);
             return Self::Quantized(packed.expect("loaders make only formats that have a kernel"));
         }
         let numbers: Vec<kernels::Weights<'_>> = parts.iter().filter_map(MatrixPart::numbers).collect();
@@ -208,7 +208,7 @@ impl Backend for CpuBackend {
     type Drawn = Vec<SampledToken>;
 
     fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CpuMatrix, DeviceError> {
-        Ok(CpuMatrix::pack(dtype, cols, &parts))
+        Ok(CpuMatrix::pack(dtype, self.isa.order(), cols, &parts))
     }
 
     fn vector(&self, values: Vec<f32>) -> Result<Vec<f32>, DeviceError> {

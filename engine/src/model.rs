@@ -270,8 +270,10 @@ impl Model {
         };
         let backend = CpuBackend::new(workers, options.isa);
         let cache_folder = options.cache_folder.as_deref();
-        // Orders differ in products of bf16 alone.
-        let families = Families { f32: Order::Pairs.family(), rest: options.isa.order().family() };
+        // Orders differ in products of bf16 alone, which those with weights in q8_0 are in tiles.
+        let order = options.isa.order();
+        let opens = opened.checkpoint.quantized_formats().contains("q8_0");
+        let families = Families { f32: if opens { order } else { Order::Pairs }.family(), rest: order.family() };
         let model = opened.load(backend, families, workers.threads(), cache_folder)?;
         tracing::info!(isa = options.isa.name(), threads = workers.threads(), "the model runs on the CPU");
         Ok(model)

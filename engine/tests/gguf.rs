@@ -173,6 +173,14 @@ fn the_numerics_id_names_the_weights_and_identity_tells_formats_apart() {
     let family = Isa::detect().order().family();
     let of_weights = ["bf16", "bf16+q8_0", "bf16+q4_0"].map(|weights| format!("{family}/tp1/{weights}/kv-bf16"));
     assert_eq!(numerics[..3], of_weights);
+    // In tiles q8_0 is multiplied as bf16, whatever the rest is; 4 bits are integers anywhere.
+    for (ty, family) in [(GgufType::Q8_0, "cpu-tiles-2"), (GgufType::Q4_0, "cpu-fold-2")] {
+        let path = folder.gguf("models/demo", ty);
+        let numerics = |isa| load_path(&path, Dtype::Float32, isa).numerics().0;
+        let weights = if ty == GgufType::Q8_0 { "f32+q8_0" } else { "f32+q4_0" };
+        assert_eq!(numerics(Isa::PORTABLE_TILES), format!("{family}/tp1/{weights}/kv-f32"));
+        assert_eq!(numerics(Isa::PORTABLE), format!("cpu-fold-2/tp1/{weights}/kv-f32"));
+    }
     for (i, a) in infos.iter().enumerate() {
         // Rows of 128 are no blocks of 256: this model has the same weights in q4_k_m and in q8_0.
         let others =

@@ -28,10 +28,7 @@ use crate::pages::{Kept, lend};
 use crate::product::{MatrixRef, Product, multiply};
 use crate::simd::{Simd, fold_tile, with_simd};
 #[cfg(target_arch = "x86_64")]
-use crate::{
-    simd::Avx512,
-    tile_product::{TilePanels, multiply_tiles},
-};
+use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_bytes};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
@@ -50,20 +47,21 @@ type Job<'a> = crate::product::Job<'a, PackedMatrix>;
 
 /// A unit of a product: `panels` for the rows of `tiles`.
 pub(crate) fn compute(isa: Isa, job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    let rows_max = job.tiles.rows_max() * tiles.len();
-    let num_sums = if multiplies_tiles(isa, job.w.dtype()) { rows_max * panels.len() } else { rows_max };
-    lend(&SUMS, (num_sums * PANEL * 4).max(2 << 20), |sums| {
-        let sums = sums.cast::<f32>();
-        #[cfg(target_arch = "x86_64")]
-        if multiplies_tiles(isa, job.w.dtype()) {
-            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
-            unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32) {
-                // SAFETY: as required of the caller.
-                unsafe { multiply_tiles(job, panels, tiles, sums.cast()) }
-            }
-            // SAFETY: an `Isa` exists only for instruction sets of this machine; `sums` has 32 for each row and panel.
-            return unsafe { amx(job, panels, tiles, sums) };
+    let num_rows = job.tiles.rows_max() * tiles.len();
+    #[cfg(target_arch = "x86_64")]
+    if multiplies_tiles(isa, job.w.dtype()) {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+        unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, scratch: *mut u32) {
+            // SAFETY: as required of the caller.
+            unsafe { multiply_tiles::<FloatPanels>(job, panels, tiles, scratch) }
         }
+        return lend(&SUMS, scratch_bytes(num_rows, panels.len()).max(2 << 20), |scratch| {
+            // SAFETY: an `Isa` exists only for instruction sets of this machine; the scratch is that of the unit.
+            unsafe { amx(job, panels, tiles, scratch.cast()) }
+        });
+    }
+    lend(&SUMS, (num_rows * PANEL * 4).max(2 << 20), |sums| {
+        let sums = sums.cast::<f32>();
         with_simd!(
             isa,
             compute_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut f32),
@@ -149,7 +147,7 @@ macro_rules! by_rows {
 }
 
 thread_local! {
-    /// Sums of a unit's rows with one panel, or in tile registers with all of its panels: `[panel][rows][32]`.
+    /// Sums of a unit's rows with one panel `[rows][32]`; what tile registers need.
     static SUMS: Kept = const { Cell::new(None) };
 }
 
@@ -268,27 +266,27 @@ unsafe fn compute_columns<S: Simd, const MR: usize, const NR: usize, const PAIRS
     }
 }
 
+/// Of bf16.
 #[cfg(target_arch = "x86_64")]
-impl TilePanels for PackedMatrix {
+struct FloatPanels;
+
+#[cfg(target_arch = "x86_64")]
+impl TilePanels for FloatPanels {
+    type Matrix = PackedMatrix;
     const BYTES: bool = false;
 
-    fn num_blocks(&self) -> usize {
-        self.depth().div_ceil(TILE_STEPS)
+    fn num_blocks(w: &PackedMatrix) -> usize {
+        w.depth().div_ceil(TILE_STEPS)
     }
 
-    fn tile_panel(&self, panel: usize) -> *const u32 {
-        self.panel(panel).as_ptr()
+    fn panel(w: &PackedMatrix, panel: usize) -> *const u8 {
+        w.panel(panel).as_ptr().cast()
     }
 
     #[inline(always)]
     unsafe fn finish(job: &Job<'_>, panel: usize, _: &Range<usize>, row: usize, sums: *const u32) {
-        for column in [0, LANES] {
-            // SAFETY: as required of the caller.
-            unsafe {
-                let y = Avx512::load(sums.cast::<f32>().add(column));
-                job.out.put_lanes::<Avx512>(row, panel * PANEL + column, y);
-            }
-        }
+        // SAFETY: as required of the caller.
+        unsafe { finish_floats(job, panel, row, sums) }
     }
 }
 

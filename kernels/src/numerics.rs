@@ -1,8 +1,9 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
-//! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-1` in blocks of
-//! pairs, as processors with tile registers do. Two machines whose nodes announce the same family compute the same
-//! bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to nearest
+//! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-2` in blocks of
+//! pairs, as processors with tile registers do, and in what is bf16: there weights of 8 bits with a scale for 32 are, too.
+//! Two machines whose nodes announce the same family compute the same bits; what has no bf16 operands is `cpu-fold-2`
+//! everywhere. All values are f32 under IEEE 754 rounding to nearest
 //! even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
@@ -11,16 +12,17 @@
 //! | `embed` | the row as `matmul` has it: bf16 weights through [`round_bf16`], f32 ones as they are, quantized ones `fma(scale, code, -min)` |
 //! | `matmul` f32 | fold over k |
 //! | `matmul` bf16 | operands through [`round_bf16`]; fold over k pairs (2i, 2i+1), inside a pair the odd element first: `acc = fma(x[2i], w[2i], fma(x[2i+1], w[2i+1], acc))`; an odd k ends with a zero element |
-//! | the same, `cpu-tiles-1` | blocks of 16 pairs in ascending order, the last one filled up with zeros: `e` = fold over the even elements of the block, `o` = fold over the odd ones; `acc = acc + (e + o)` |
+//! | the same, `cpu-tiles-2` | blocks of 16 pairs in ascending order, the last one filled up with zeros: `e` = fold over the even elements of the block, `o` = fold over the odd ones; `acc = acc + (e + o)` |
 //! | `matmul_quantized` activations | per token and 32 consecutive k (per token where a weight scale covers a whole row): `m` = largest magnitude, below 1e-30 zero; `s = m / 127`; `q = round_even(x * (127 / m))` |
 //! | `matmul_quantized` | groups of weights that share a scale in ascending order: `dot` of integers, exact; `acc = fma(f32(dot), s * scale, acc)`; with minima then `acc = fma(-(s * f32(sum of q)), min, acc)` |
+//! | the same of 8 bits and a scale for 32, `cpu-tiles-2` | as `matmul` bf16 of the weights `scale * code` |
 //! | `matmul` end | `y = acc`; with bias `y = y + bias`; with add `out = out + y` |
 //! | `rms_norm` | 16 lanes, lane i folds `x[i + 16 j]^2` over j; [`tree_sum`]; `s = 1 / sqrt(sum / dim + eps)`; `out = (x * s) * weight` |
 //! | `rope` | `(a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))` |
 //! | `silu_mul` | `(g / (1 + exp(-g))) * u` |
 //! | attention scores | fold over head_dim (bf16: pairs as in `matmul`, q through `round_bf16`), then `* scale`, then softcap `c * tanh(s / c)` |
 //! | attention softmax | per part of 512 positions, tiles of 64 counted from position 0, only those with a visible key: `m' = max(m, scores)`, `a = exp(m - m')`, `p = exp(s - m')`, masked p = 0; 16 lanes, lane i adds `p[i], p[i+16], p[i+32], p[i+48]`, tree_sum; `l = fma(l, a, sum)` |
-//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)`; in `cpu-tiles-1` a block is 8 pairs, the 16 positions of a granule |
+//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)`; in `cpu-tiles-2` a block is 8 pairs, the 16 positions of a granule |
 //! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)` |
 //! | `sample` | see there: weights by [`exp`] in f32, sums in f64 in ascending id |
 //!
@@ -45,7 +47,7 @@ impl Order {
     pub fn family(self) -> &'static str {
         match self {
             Order::Pairs => "cpu-fold-2",
-            Order::Tiles => "cpu-tiles-1",
+            Order::Tiles => "cpu-tiles-2",
         }
     }
 

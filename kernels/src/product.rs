@@ -100,6 +100,7 @@ impl MatrixRef<'_> {
         match self {
             _ if isa.is_reference() => Packing::Rows,
             MatrixRef::Float(w) if matmul::multiplies_tiles(isa, w.dtype()) => Packing::Blocks,
+            MatrixRef::Quantized(w) if w.format().is_opened() => Packing::Blocks,
             MatrixRef::Float(w) => Packing::Float(w.dtype(), matmul::pair_lanes(isa)),
             MatrixRef::Quantized(w) if quantized::multiplies_tiles(isa, w.format(), num_rows) => {
                 Packing::QuantizedBlocks(w.format())
@@ -378,7 +379,7 @@ impl Running<'_> {
             }
             MatrixRef::Quantized(w) => {
                 let job = Job { a, lanes_per_row, tiles, w, out, next };
-                let in_tiles = matches!(part.packing, Packing::QuantizedBlocks(_));
+                let in_tiles = matches!(part.packing, Packing::Blocks | Packing::QuantizedBlocks(_));
                 quantized::compute(self.isa, &job, in_tiles, panels.clone(), num_tiles);
             }
         }
@@ -442,7 +443,10 @@ impl Cut {
                 Priority::Prefill => FAST_UNIT_MADDS / madds_per_tile,
                 Priority::Decode => usize::MAX,
             };
-            return Cut::of_tiles(num_panels, tiles, packing.lanes_per_row(cols) * 4, tiles_max, ctx.pool.threads());
+            // Opening a panel takes as long as three tiles with it.
+            let is_opened = matches!(matrix, MatrixRef::Quantized(w) if w.computes_bf16());
+            let row_bytes = packing.lanes_per_row(cols) * 4;
+            return Cut::of_tiles(num_panels, tiles, row_bytes, is_opened, tiles_max, ctx.pool.threads());
         }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
         // As equal as possible: a unit of a single tile would take weights apart for that alone.
@@ -468,11 +472,20 @@ impl Cut {
 
     /// Where tile registers multiply so fast that operands hardly come in time: units large enough that each line of
     /// either side serves many of the other, and of `tiles_max` products of a tile with a panel at most.
-    fn of_tiles(num_panels: usize, tiles: &Tiles, row_bytes: usize, tiles_max: usize, threads: usize) -> Cut {
+    fn of_tiles(
+        num_panels: usize,
+        tiles: &Tiles,
+        row_bytes: usize,
+        is_opened: bool,
+        tiles_max: usize,
+        threads: usize,
+    ) -> Cut {
         let num_tiles = tiles.count;
-        // Rows that fit the second-level cache, or else twice as many, for each of which weights then move half as often.
+        // Rows that fit the second-level cache. If they do not, twice as many, for each of which weights then move half as
+        // often; or half as often are opened.
         let fits = FAST_ROWS_BYTES / (row_bytes * tiles.rows_max());
-        let row_units = num_tiles.div_ceil(if fits < TILES_PER_UNIT { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
+        let is_doubled = is_opened || fits < TILES_PER_UNIT;
+        let row_units = num_tiles.div_ceil(if is_doubled { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });
         let tiles_per_unit = num_tiles.div_ceil(row_units);
         let panels_per_unit =
             (num_panels * row_units / (FAST_UNITS_PER_THREAD * threads)).min(tiles_max / tiles_per_unit);
@@ -615,6 +628,7 @@ impl Tiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::numerics::Order;
     use crate::packed_matrix::{WeightDtype, Weights};
     use crate::quantized::QuantizedWeights;
     use crate::workers::WorkerPool;
@@ -629,7 +643,7 @@ mod tests {
     }
 
     /// 8 bits, a scale for 32, or for a whole row.
-    fn eight_bits(rows: usize, cols: usize, group: usize) -> QuantizedMatrix {
+    fn eight_bits(order: Order, rows: usize, cols: usize, group: usize) -> QuantizedMatrix {
         let codes = (0..rows * cols).map(|i| (crate::uniform(7, 0, i as u32) * 256.0) as u8).collect();
         let scales =
             (0..rows * cols / group).map(|i| half::f16::from_f32(0.001 * (i % 9 + 1) as f32).to_f32()).collect();
@@ -645,13 +659,13 @@ mod tests {
             group_scales: None,
             mins: None,
         };
-        QuantizedMatrix::pack(&[&weights]).unwrap()
+        QuantizedMatrix::pack(order, &[&weights]).unwrap()
     }
 
     /// Numbers, 8 bits in groups, 8 bits in rows, with this many rows each.
-    fn matrices(rows: [usize; 3], cols: usize) -> (PackedMatrix, QuantizedMatrix, QuantizedMatrix) {
+    fn matrices(order: Order, rows: [usize; 3], cols: usize) -> (PackedMatrix, QuantizedMatrix, QuantizedMatrix) {
         let float = PackedMatrix::pack(WeightDtype::Bf16, cols, &[Weights::F32(&noise(rows[0] * cols, 4))]);
-        (float, eight_bits(rows[1], cols, 32), eight_bits(rows[2], cols, cols))
+        (float, eight_bits(order, rows[1], cols, 32), eight_bits(order, rows[2], cols, cols))
     }
 
     #[test]
@@ -659,9 +673,10 @@ mod tests {
         // Of one piece and of several; with one tile and with several.
         for (m, k) in [(1, 64), (13, 96), (8, 4192), (40, 2080)] {
             let rows = [70, 40, 33];
-            let (float, int8, int8_row) = &matrices(rows, k);
+            let of_order = [Order::Pairs, Order::Tiles].map(|order| matrices(order, rows, k));
             let (x, norm, gate_up, bias) = (noise(m * k, 1), noise(k, 2), noise(m * 2 * k, 3), noise(143, 5));
             for &isa in Isa::available() {
+                let (float, int8, int8_row) = &of_order[usize::from(isa.order() == Order::Tiles)];
                 for threads in [1, 3] {
                     let pool = WorkerPool::new(threads);
                     let ctx = &Ctx { pool: &pool, isa, priority: Priority::Prefill };

@@ -148,7 +148,7 @@ mod tests {
             for (i, (ours, expected)) in ours.dequantize().iter().zip(&expected).enumerate() {
                 assert!((ours - expected).abs() <= 1e-6, "{ty:?} value {i}: {ours}, {expected}");
             }
-            kernels::QuantizedMatrix::pack(&[&ours]).unwrap();
+            kernels::QuantizedMatrix::pack(kernels::Order::Pairs, &[&ours]).unwrap();
             let reversed = quantized(ty, &stored.data().unwrap(), rows, cols, |row| rows - 1 - row).unwrap();
             assert_eq!(reversed.dequantize()[..cols], ours.dequantize()[(rows - 1) * cols..]);
         }

@@ -31,6 +31,7 @@ pub(crate) fn run(bench: &Bench<'_>) {
     }
     step(bench);
     for format in [Format::Q8_0, Format::Q4_0, Format::Q4K, Format::Q6K, Format::W8A8] {
+        quantized_step(bench, format);
         for &(name, k, n) in shapes.iter().filter(|(_, k, _)| k % format.block(*k) == 0) {
             let name = format!("matmul {format:?} {name}").to_lowercase();
             quantized(bench, &name, format, k, n);
@@ -90,6 +91,35 @@ fn step(bench: &Bench<'_>) {
     }
 }
 
+/// The same of M in a quantized format: larger than every cache, as the weights of a model are.
+fn quantized_step(bench: &Bench<'_>, format: Format) {
+    const PRODUCTS: [(usize, usize); 4] = [(2048, 3072), (2048, 2048), (2048, 16384), (8192, 2048)];
+    let name = |m: usize| format!("matmul {format:?} all of M x {m}").to_lowercase();
+    let rows: Vec<usize> = ROWS.into_iter().filter(|m| bench.is_measuring() && bench.wants(&name(*m))).collect();
+    if rows.is_empty() {
+        return;
+    }
+    let of_layer = PRODUCTS.map(|(k, n)| format.weights(k, n));
+    let matrix = |weights| QuantizedMatrix::pack(bench.ctx.isa.order(), &[weights]).expect("a format with a kernel");
+    let weights: Vec<QuantizedMatrix> = (0..16).flat_map(|_| of_layer.each_ref().map(matrix)).collect();
+    let num_weights: usize = weights.iter().map(|w| w.rows() * w.cols()).sum();
+    let bytes = weights.iter().map(QuantizedMatrix::size_bytes).sum();
+    for m in rows {
+        let (x, mut out) = (noise(m * 8192), vec![0.0; m * 16384]);
+        let work = Work { bytes, ops: 2.0 * (m * num_weights) as f64, arithmetic: arithmetic(&weights[0]) };
+        bench.line(&name(m), &work, || {
+            for w in &weights {
+                matmul_quantized(&bench.ctx, &x[..m * w.cols()], m, w, None, false, &mut out[..m * w.rows()]);
+            }
+        });
+    }
+}
+
+/// What its products are held against.
+fn arithmetic(w: &QuantizedMatrix) -> Arithmetic {
+    if w.computes_bf16() { Arithmetic::Bf16 } else { Arithmetic::Int8 }
+}
+
 /// What checkpoints quantize to.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Format {
@@ -141,10 +171,11 @@ fn quantized(bench: &Bench<'_>, name: &str, format: Format, k: usize, n: usize) 
     if rows.is_empty() {
         return;
     }
-    let w = QuantizedMatrix::pack(&[&format.weights(k, n)]).expect("a format with a kernel");
+    let order = bench.ctx.isa.order();
+    let w = QuantizedMatrix::pack(order, &[&format.weights(k, n)]).expect("a format with a kernel");
     for m in rows {
         let (x, mut out) = (noise(m * k), vec![0.0; m * n]);
-        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic: Arithmetic::Int8 };
+        let work = Work { bytes: w.size_bytes(), ops: 2.0 * (m * n * k) as f64, arithmetic: arithmetic(&w) };
         bench.line(&format!("{name} x {m}"), &work, || {
             matmul_quantized(&bench.ctx, &x, m, &w, None, false, &mut out);
         });

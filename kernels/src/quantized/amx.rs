@@ -18,17 +18,18 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::activations::{BLOCK_EXTRA_LANES, BLOCK_GROUPS, BLOCK_LANES, GROUP_LANES};
-use super::packed::{PackedFormat, QUAD_BYTES, QuantizedMatrix};
+use super::blocks::{Block, BlockProduct, multiply_blocks};
+use super::opening::open_int8;
+use super::packed::{INT8_BYTES, PackedFormat, QUAD_BYTES, QuantizedMatrix};
 use super::panels::{Int4, Int4Min, Opened, Panel};
 use super::product::Job;
 use super::simd::{IntSimd, Vnni};
-use super::tiles::{BLOCK_K, Block};
 use crate::amx::{ConfiguredByRows, TILE_ROWS, dot_group, group_shapes};
-use crate::numerics::LANES;
+use crate::numerics::{LANES, TILE_STEPS};
 use crate::packed_matrix::PANEL;
 use crate::pages::{Kept, lend};
 use crate::simd::{Avx512Bf16 as Floats, Simd};
-use crate::tile_product::{TilePanels, multiply_tiles};
+use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_bytes};
 
 /// Rows of a tile at most where groups have scales: 28 sums, two scales and what is on its way fill 32 registers.
 const GROUP_ROWS: usize = 14;
@@ -40,18 +41,22 @@ pub(super) fn rows_min(format: PackedFormat) -> Option<usize> {
     match format {
         // Up to 6 rows are one tile of VNNI, which waits for memory.
         PackedFormat::Int8Row => Some(7),
+        PackedFormat::Int8Pairs => Some(1),
         PackedFormat::Int4 | PackedFormat::Int4Min => Some(GROUP_ROWS + 2),
-        PackedFormat::Int8 | PackedFormat::Int6 => None,
+        PackedFormat::Int6 | PackedFormat::Int8 => None,
     }
 }
 
 /// Rows of a tile at most.
 pub(super) fn tile_rows(format: PackedFormat) -> usize {
-    if format == PackedFormat::Int8Row { 2 * TILE_ROWS } else { GROUP_ROWS }
+    match format {
+        PackedFormat::Int8Row | PackedFormat::Int8Pairs => 2 * TILE_ROWS,
+        _ => GROUP_ROWS,
+    }
 }
 
 thread_local! {
-    /// A block taken apart, and the sums of a unit.
+    /// Of a unit in blocks of lanes: a part that is opened, and sums.
     static SCRATCH: Kept = const { Cell::new(None) };
 }
 
@@ -61,43 +66,87 @@ thread_local! {
 /// The machine has tiles, and the operand is packed for them.
 #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
 pub(super) unsafe fn amx(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
+    let format = job.w.format();
     // SAFETY: as required of the caller; the panel type is that of the format.
     unsafe {
-        match job.w.format() {
-            PackedFormat::Int8Row => multiply_rows(job, panels, tiles),
-            PackedFormat::Int4 => multiply_groups::<Int4>(job, panels, tiles),
-            PackedFormat::Int4Min => multiply_groups::<Int4Min>(job, panels, tiles),
+        match format {
+            PackedFormat::Int8Row => multiply_panels::<RowPanels>(job, panels, tiles),
+            PackedFormat::Int8Pairs => multiply_panels::<OpenedPanels>(job, panels, tiles),
+            PackedFormat::Int4 => multiply_blocks::<Int4>(job, panels, tiles, GroupTiles::new::<Int4>(format)),
+            PackedFormat::Int4Min => multiply_blocks::<Int4Min>(job, panels, tiles, GroupTiles::new::<Int4Min>(format)),
             PackedFormat::Int8 | PackedFormat::Int6 => {
-                unreachable!("no operand is packed for tiles of {:?}", job.w.format())
+                unreachable!("no operand is packed for tiles of {format:?}")
             }
         }
     }
 }
 
 #[inline(always)]
-unsafe fn multiply_rows(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    lend(&SCRATCH, job.tiles.rows_max() * tiles.len() * panels.len() * PANEL * 4, |sums| {
+unsafe fn multiply_panels<P: TilePanels<Matrix = QuantizedMatrix>>(
+    job: &Job<'_>,
+    panels: Range<usize>,
+    tiles: Range<usize>,
+) {
+    lend(&SCRATCH, scratch_bytes(job.tiles.rows_max() * tiles.len(), panels.len()), |scratch| {
         #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-        unsafe fn in_tiles(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, sums: *mut u32) {
+        unsafe fn in_tiles<P: TilePanels<Matrix = QuantizedMatrix>>(
+            job: &Job<'_>,
+            panels: Range<usize>,
+            tiles: Range<usize>,
+            scratch: *mut u32,
+        ) {
             // SAFETY: as required of the caller.
-            unsafe { multiply_tiles(job, panels, tiles, sums) }
+            unsafe { multiply_tiles::<P>(job, panels, tiles, scratch) }
         }
-        // SAFETY: as required of the caller; 32 sums for each row and panel.
-        unsafe { in_tiles(job, panels, tiles, sums.cast()) }
+        // SAFETY: as required of the caller; the scratch is that of the unit.
+        unsafe { in_tiles::<P>(job, panels, tiles, scratch.cast()) }
     });
+}
+
+/// Of [`PackedFormat::Int8Pairs`].
+struct OpenedPanels;
+
+impl TilePanels for OpenedPanels {
+    type Matrix = QuantizedMatrix;
+    const BYTES: bool = false;
+    const BLOCK_BYTES: usize = INT8_BYTES;
+    const OPENS: bool = true;
+
+    fn num_blocks(w: &QuantizedMatrix) -> usize {
+        w.cols() / (2 * TILE_STEPS)
+    }
+
+    fn panel(w: &QuantizedMatrix, panel: usize) -> *const u8 {
+        w.panel(panel).as_ptr()
+    }
+
+    #[inline(always)]
+    unsafe fn open(from: *const u8, num_blocks: usize, into: *mut u32, ahead: *const u8) {
+        // SAFETY: as required of the caller.
+        unsafe { open_int8(from, num_blocks, into, ahead) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish(job: &Job<'_>, panel: usize, _: &Range<usize>, row: usize, sums: *const u32) {
+        // SAFETY: as required of the caller.
+        unsafe { finish_floats(job, panel, row, sums) }
+    }
 }
 
 /// Of [`PackedFormat::Int8Row`]. Where k is no multiple of 64 the last block has bytes of the scales and zeros in it,
 /// which meet activations that are 0.
-impl TilePanels for QuantizedMatrix {
+struct RowPanels;
+
+impl TilePanels for RowPanels {
+    type Matrix = QuantizedMatrix;
     const BYTES: bool = true;
 
-    fn num_blocks(&self) -> usize {
-        self.cols().div_ceil(64)
+    fn num_blocks(w: &QuantizedMatrix) -> usize {
+        w.cols().div_ceil(64)
     }
 
-    fn tile_panel(&self, panel: usize) -> *const u32 {
-        self.panel(panel).as_ptr().cast()
+    fn panel(w: &QuantizedMatrix, panel: usize) -> *const u8 {
+        w.panel(panel).as_ptr()
     }
 
     #[inline(always)]
@@ -105,7 +154,7 @@ impl TilePanels for QuantizedMatrix {
         // SAFETY: as required of the caller; scales lie behind the quads of the panel and the blocks of the tile.
         unsafe {
             let scales = job.w.panel(panel).as_ptr().add(job.w.cols().div_ceil(4) * QUAD_BYTES).cast::<f32>();
-            let extras = job.a.add(rows.start * job.lanes_per_row + job.w.num_blocks() * 16 * rows.len());
+            let extras = job.a.add(rows.start * job.lanes_per_row + RowPanels::num_blocks(job.w) * 16 * rows.len());
             let extras = extras.add(row - rows.start);
             let (scale, start) = (f32::from_bits(*extras), *extras.add(rows.len()));
             for column in [0, LANES] {
@@ -119,56 +168,51 @@ impl TilePanels for QuantizedMatrix {
     }
 }
 
-#[inline(always)]
-unsafe fn multiply_groups<P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
-    #[inline(never)]
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-    unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, zero: u8, into: *mut u8) {
-        // SAFETY: as required of the caller.
-        unsafe { Opened::<P>::fill::<Vnni>(panel, groups, zero, into) }
-    }
-    let num_groups = job.w.cols() / (4 * P::QUADS);
-    let groups_per_block = BLOCK_K / (4 * P::QUADS);
-    let opened_len = groups_per_block * Opened::<P>::GROUP_BYTES;
-    let zero = job.w.format().offset() as u8;
-    let first_row = job.tiles.rows(tiles.start).start;
-    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
-    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |opened| {
-        let mut configured = ConfiguredByRows::new(|num_rows| group_shapes(num_rows, 4 * P::QUADS));
-        // SAFETY: the scratch has room for both; panels and tiles are of this job; as required of the caller.
-        unsafe {
-            let sums = opened.add(opened_len).cast::<f32>();
-            for panel_index in panels {
-                let panel = job.w.panel(panel_index).as_ptr();
-                for start in (0..num_groups).step_by(groups_per_block) {
-                    let groups = start..(start + groups_per_block).min(num_groups);
-                    open::<P>(panel, groups.clone(), zero, opened);
-                    let block = Block { panel_index, codes: opened, groups, sums, first_row };
-                    for tile in tiles.clone() {
-                        let rows = job.tiles.rows(tile);
-                        configured.set(rows.len());
-                        compute_tile::<P>(job, &block, rows);
-                    }
-                }
-            }
-        }
-    });
+/// Blocks of groups with scales, codes less what stands for zero.
+struct GroupTiles {
+    configured: ConfiguredByRows,
+    zero: u8,
 }
 
-#[inline(always)]
-unsafe fn compute_tile<P: Panel>(job: &Job<'_>, block: &Block, rows: Range<usize>) {
-    let first = rows.start;
-    // SAFETY: as required of the caller.
-    unsafe {
-        match rows.len() {
-            8 => multiply_group_rows::<P, 8>(job, block, first),
-            9 => multiply_group_rows::<P, 9>(job, block, first),
-            10 => multiply_group_rows::<P, 10>(job, block, first),
-            11 => multiply_group_rows::<P, 11>(job, block, first),
-            12 => multiply_group_rows::<P, 12>(job, block, first),
-            13 => multiply_group_rows::<P, 13>(job, block, first),
-            14 => multiply_group_rows::<P, 14>(job, block, first),
-            rows => unreachable!("16 rows or more make tiles of 8 to 14, and not {rows}"),
+impl GroupTiles {
+    fn new<P: Panel>(format: PackedFormat) -> GroupTiles {
+        let configured = ConfiguredByRows::new(|num_rows| group_shapes(num_rows, 4 * P::QUADS));
+        GroupTiles { configured, zero: format.offset() as u8 }
+    }
+}
+
+impl<P: Panel> BlockProduct<P> for GroupTiles {
+    #[inline(always)]
+    unsafe fn open(&self, panel: *const u8, groups: Range<usize>, into: *mut u8) {
+        #[inline(never)]
+        #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+        unsafe fn open<P: Panel>(panel: *const u8, groups: Range<usize>, zero: u8, into: *mut u8) {
+            // SAFETY: as required of the caller.
+            unsafe { Opened::<P>::fill::<Vnni>(panel, groups, zero, into) }
+        }
+        // SAFETY: as required of the caller.
+        unsafe { open::<P>(panel, groups, self.zero, into) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(&mut self, job: &Job<'_>, block: &Block, tiles: Range<usize>) {
+        for tile in tiles {
+            let rows = job.tiles.rows(tile);
+            let first = rows.start;
+            // SAFETY: as required of the caller; no other configuration is alive.
+            unsafe {
+                self.configured.set(rows.len());
+                match rows.len() {
+                    8 => multiply_group_rows::<P, 8>(job, block, first),
+                    9 => multiply_group_rows::<P, 9>(job, block, first),
+                    10 => multiply_group_rows::<P, 10>(job, block, first),
+                    11 => multiply_group_rows::<P, 11>(job, block, first),
+                    12 => multiply_group_rows::<P, 12>(job, block, first),
+                    13 => multiply_group_rows::<P, 13>(job, block, first),
+                    14 => multiply_group_rows::<P, 14>(job, block, first),
+                    rows => unreachable!("16 rows or more make tiles of 8 to 14, and not {rows}"),
+                }
+            }
         }
     }
 }

@@ -8,15 +8,23 @@
 //! A weight is `scale * (code - offset) - min`, a code being a small unsigned integer, a scale shared by a
 //! group of consecutive k. Activations are quantized to 8 bits per token and 32 k, so the products inside a
 //! group are integers and their sum is exact in whatever order an instruction set adds; only the scales are
-//! f32, and their order is in [`numerics`](crate::numerics). So all instruction sets give the same bits.
+//! f32, and their order is in [`numerics`](crate::numerics). So all instruction sets of one order give the same bits.
+//!
+//! Where the processor has tile registers, weights of 8 bits with a scale for 32 are opened to bf16 instead, and
+//! multiplied as such: sums of a group would have to leave the tile for their scale.
 //!
 //! - `weights`: the logical form. `packed`: panels, one layout for every batch size.
 //! - `activations`: f32 rows to 8 bits. `product`: the matrix product; `tiles`: its fast version; `panels`: how that
-//!   reads each layout; `simd`: its instructions; `amx`: the same in tile registers.
+//!   reads each layout; `blocks`: what is taken apart once for many tiles; `simd`: its instructions; `amx`: the same in
+//!   tile registers; `opening`: weights to bf16.
 
 mod activations;
 #[cfg(target_arch = "x86_64")]
 mod amx;
+#[cfg(target_arch = "x86_64")]
+mod blocks;
+#[cfg(target_arch = "x86_64")]
+mod opening;
 mod packed;
 #[cfg(target_arch = "x86_64")]
 mod panels;

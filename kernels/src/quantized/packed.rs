@@ -4,6 +4,7 @@
 //!
 //! ```text
 //! Int8     per 32 k:   [8 quads][32] lanes of 4 bytes | f16 scale [32]                               8.5 bits
+//! Int8Pairs            [16 pairs][32] of 2 bytes | f16 scale [32]
 //! Int4     per 32 k:   [4][32] lanes: quad q in the low nibbles, q + 4 in the high | f16 scale [32]  4.5 bits
 //! Int4Min  per 256 k:  f16 d [32] | f16 dmin [32] | 8 times: as Int4 with u8 scale [32], u8 min [32] 4.63 bits
 //! Int6     per 256 k:  f16 d [32] | 8 times: [4][32] low nibbles as Int4 |
@@ -13,13 +14,14 @@
 //! ```
 //!
 //! Codes are unsigned; what stands for zero (128, 8, 0, 32, 128) is subtracted through the sum of the
-//! activations, which costs nothing here and no bytes. Rows beyond n have scale 0; k beyond the row's end
+//! activations, which costs nothing here and no bytes. Where codes are opened instead (`Int8Pairs`), they are signed. Rows beyond n have scale 0; k beyond the row's end
 //! (`Int8Row` alone) meet activations that are 0.
 #![allow(unsafe_code)]
 
 use half::f16;
 
 use super::weights::{PackError, QuantizedWeights};
+use crate::numerics::Order;
 use crate::packed_matrix::PANEL;
 use crate::pages::Pages;
 
@@ -31,6 +33,8 @@ pub(super) const QUAD_BYTES: usize = PANEL * 4;
 pub enum PackedFormat {
     /// 8 bits, an f16 scale for 32 (GGUF's q8_0).
     Int8,
+    /// The same for [`Order::Tiles`], multiplied as bf16.
+    Int8Pairs,
     /// 4 bits, an f16 scale for 32 (q4_0).
     Int4,
     /// 4 bits, scales and minima for 32 in two levels (q4_K).
@@ -42,13 +46,16 @@ pub enum PackedFormat {
 }
 
 impl PackedFormat {
-    /// The format that holds such weights exactly.
-    fn of(weights: &QuantizedWeights) -> Option<Self> {
+    /// The format that holds such weights exactly, for instruction sets of this order.
+    fn of(weights: &QuantizedWeights, order: Order) -> Option<Self> {
         let QuantizedWeights { bits, offset, group, block, cols, .. } = *weights;
         let levels = (weights.group_scales.is_some(), weights.mins.is_some());
         match (bits, offset, group, block, levels) {
             // Of a row of 32 the one scale may be of a whole row, which is an f32.
-            (8, 128, 32, 32, (false, false)) if cols > 32 => Some(Self::Int8),
+            (8, 128, 32, 32, (false, false)) if cols > 32 => Some(match order {
+                Order::Pairs => Self::Int8,
+                Order::Tiles => Self::Int8Pairs,
+            }),
             (4, 8, 32, 32, (false, false)) => Some(Self::Int4),
             (4, 0, 32, 256, (true, true)) => Some(Self::Int4Min),
             (6, 32, 16, 256, (true, false)) => Some(Self::Int6),
@@ -58,21 +65,26 @@ impl PackedFormat {
         }
     }
 
-    /// As the numerics id names it.
-    pub fn as_str(self) -> &'static str {
+    /// Whether instruction sets of this order multiply it.
+    pub(crate) fn is_of(self, order: Order) -> bool {
         match self {
-            Self::Int8 => "i8g32",
-            Self::Int4 => "i4g32",
-            Self::Int4Min => "i4g32m",
-            Self::Int6 => "i6g16",
-            Self::Int8Row => "i8row",
+            Self::Int8 => order == Order::Pairs,
+            Self::Int8Pairs => order == Order::Tiles,
+            Self::Int4 | Self::Int4Min | Self::Int6 | Self::Int8Row => true,
         }
+    }
+
+    /// Whether its weights are opened to bf16 and multiplied as such, and not as integers.
+    pub(crate) fn is_opened(self) -> bool {
+        self == Self::Int8Pairs
     }
 
     /// The code that stands for zero.
     pub(super) fn offset(self) -> i32 {
         match self {
             Self::Int8 | Self::Int8Row => 128,
+            // Signed bytes.
+            Self::Int8Pairs => 0,
             Self::Int4 => 8,
             Self::Int4Min => 0,
             Self::Int6 => 32,
@@ -82,7 +94,7 @@ impl PackedFormat {
     /// Weights that share a scale, of a row of `cols`.
     pub(super) fn group(self, cols: usize) -> usize {
         match self {
-            Self::Int8 | Self::Int4 | Self::Int4Min => 32,
+            Self::Int8 | Self::Int8Pairs | Self::Int4 | Self::Int4Min => 32,
             Self::Int6 => 16,
             Self::Int8Row => cols.next_multiple_of(4),
         }
@@ -99,7 +111,7 @@ impl PackedFormat {
     /// Bytes of a panel of `cols` input features.
     pub(crate) fn panel_bytes(self, cols: usize) -> usize {
         match self {
-            Self::Int8 => cols / 32 * INT8_BYTES,
+            Self::Int8 | Self::Int8Pairs => cols / 32 * INT8_BYTES,
             Self::Int4 => cols / 32 * INT4_BYTES,
             Self::Int4Min => cols / 256 * INT4_MIN_BYTES,
             Self::Int6 => cols / 256 * INT6_BYTES,
@@ -124,16 +136,17 @@ pub struct QuantizedMatrix {
 }
 
 impl QuantizedMatrix {
-    /// Packs `parts` of equal `cols` and format, stacked in order into one matrix.
+    /// Packs `parts` of equal `cols` and format, stacked in order into one matrix for instruction sets of this order.
     ///
     /// # Errors
     /// [`PackError`] if no panel format holds the weights exactly, or the parts are of different formats.
-    pub fn pack(parts: &[&QuantizedWeights]) -> Result<Self, PackError> {
+    pub fn pack(order: Order, parts: &[&QuantizedWeights]) -> Result<Self, PackError> {
         let first = parts.first().ok_or_else(|| PackError { found: "no weights".to_string() })?;
         let unknown = |part: &QuantizedWeights| PackError { found: part.description() };
-        let format = PackedFormat::of(first).ok_or_else(|| unknown(first))?;
+        let format = PackedFormat::of(first, order).ok_or_else(|| unknown(first))?;
         let cols = first.cols;
-        if let Some(other) = parts.iter().find(|part| part.cols != cols || PackedFormat::of(part) != Some(format)) {
+        let is_other = |part: &&&QuantizedWeights| part.cols != cols || PackedFormat::of(part, order) != Some(format);
+        if let Some(other) = parts.iter().find(is_other) {
             return Err(PackError { found: format!("{} stacked on {}", other.description(), first.description()) });
         }
         let rows = parts.iter().map(|part| part.rows).sum::<usize>();
@@ -163,6 +176,11 @@ impl QuantizedMatrix {
     /// How the weights lie.
     pub fn format(&self) -> PackedFormat {
         self.format
+    }
+
+    /// Whether weights are rounded to bf16 and multiplied as such, and not as integers.
+    pub fn computes_bf16(&self) -> bool {
+        self.format.is_opened()
     }
 
     /// Bytes held, padding included.
@@ -197,6 +215,7 @@ impl QuantizedMatrix {
         let nibble = |start: usize| byte(start, quad % 4) >> shift & 15;
         let code = match self.format {
             PackedFormat::Int8 => byte(k / 32 * INT8_BYTES, quad),
+            PackedFormat::Int8Pairs => i32::from(panel[int8_pairs_byte(k, lane)] as i8),
             PackedFormat::Int4 => nibble(k / 32 * INT4_BYTES),
             PackedFormat::Int4Min => nibble(int4_min_group(k / 32)),
             PackedFormat::Int6 => {
@@ -214,7 +233,7 @@ impl QuantizedMatrix {
         let (panel, lane) = (self.panel(row / PANEL), row % PANEL);
         let half = |start: usize| f16::from_le_bytes([panel[start + lane * 2], panel[start + lane * 2 + 1]]).to_f32();
         match self.format {
-            PackedFormat::Int8 => half(group * INT8_BYTES + 8 * QUAD_BYTES),
+            PackedFormat::Int8 | PackedFormat::Int8Pairs => half(group * INT8_BYTES + 8 * QUAD_BYTES),
             PackedFormat::Int4 => half(group * INT4_BYTES + 4 * QUAD_BYTES),
             PackedFormat::Int4Min => {
                 let small = panel[int4_min_group(group) + 4 * QUAD_BYTES + lane];
@@ -249,6 +268,12 @@ impl std::fmt::Debug for QuantizedMatrix {
     }
 }
 
+/// Where a code of `Int8Pairs` is.
+#[inline(always)]
+fn int8_pairs_byte(k: usize, lane: usize) -> usize {
+    k / 32 * INT8_BYTES + (k % 32 / 2 * PANEL + lane) * 2 + k % 2
+}
+
 /// Where the 32 k of an `Int4Min` group begin.
 #[inline(always)]
 pub(super) fn int4_min_group(group: usize) -> usize {
@@ -272,8 +297,8 @@ fn pack_row(format: PackedFormat, weights: &QuantizedWeights, row: usize, panel:
     let block_scale = |scales: &[f32], block: usize| half(scales[row * (cols / weights.block) + block]);
     let mut put = |start: usize, bytes: [u8; 2]| panel[start + lane * 2..][..2].copy_from_slice(&bytes);
     match format {
-        PackedFormat::Int8 | PackedFormat::Int4 => {
-            let (bytes, quads) = if format == PackedFormat::Int8 { (INT8_BYTES, 8) } else { (INT4_BYTES, 4) };
+        PackedFormat::Int8 | PackedFormat::Int8Pairs | PackedFormat::Int4 => {
+            let (bytes, quads) = if format == PackedFormat::Int4 { (INT4_BYTES, 4) } else { (INT8_BYTES, 8) };
             for group in 0..cols / 32 {
                 put(group * bytes + quads * QUAD_BYTES, block_scale(&weights.scales, group)?);
             }
@@ -299,12 +324,18 @@ fn pack_row(format: PackedFormat, weights: &QuantizedWeights, row: usize, panel:
             return Some(());
         }
     }
+    if format == PackedFormat::Int8Pairs {
+        for (k, code) in codes.iter().enumerate() {
+            panel[int8_pairs_byte(k, lane)] = code.wrapping_sub(128);
+        }
+        return Some(());
+    }
     for (part, codes) in codes.chunks_exact(32).enumerate() {
         let start = match format {
             PackedFormat::Int8 => part * INT8_BYTES,
             PackedFormat::Int4 => part * INT4_BYTES,
             PackedFormat::Int4Min => int4_min_group(part),
-            PackedFormat::Int6 | PackedFormat::Int8Row => int6_part(part),
+            PackedFormat::Int6 | PackedFormat::Int8Pairs | PackedFormat::Int8Row => int6_part(part),
         };
         let (first, second) = codes.split_at(16);
         let at = |quad: usize, k: usize| start + quad * QUAD_BYTES + lane * 4 + k % 4;

@@ -16,6 +16,7 @@ use super::activations::Group;
 use super::packed::{PackedFormat, QuantizedMatrix};
 use crate::ctx::Ctx;
 use crate::isa::{Isa, Kind};
+use crate::numerics::{Order, TILE_STEPS, bf16_pair};
 use crate::operand::Operand;
 use crate::packed_matrix::PANEL;
 use crate::product::{MatrixRef, Product, multiply};
@@ -23,8 +24,10 @@ use crate::product::{MatrixRef, Product, multiply};
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
 /// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32; `x` is rounded to 8 bits in groups of 32 (of a
-/// whole row if the weights have one scale per row). Each row's bits depend on that row alone. Order: see
-/// [`numerics`](crate::numerics).
+/// whole row if the weights have one scale per row; to bf16 if the weights are opened to that). Each row's bits depend on
+/// that row alone. Order: see [`numerics`](crate::numerics).
+///
+/// Panics if the weights are packed for instruction sets of another order.
 pub fn matmul_quantized(
     ctx: &Ctx<'_>,
     x: &[f32],
@@ -44,6 +47,12 @@ pub(super) type Job<'a> = crate::product::Job<'a, QuantizedMatrix>;
 /// The specification: one output before bias and residual, from one row of f32.
 fn reference(x: &[f32], w: &QuantizedMatrix, column: usize) -> f32 {
     let format = w.format();
+    if format.is_opened() {
+        let opened = |k: usize| w.scale(column, k / format.group(x.len())) * w.weight(column, k) as f32;
+        let weights = (0..x.len()).step_by(2).map(|k| bf16_pair(opened(k), opened(k + 1)));
+        let pairs = x.as_chunks::<2>().0.iter().map(|pair| bf16_pair(pair[0], pair[1]));
+        return Order::Tiles.fold(0.0, TILE_STEPS, pairs.zip(weights));
+    }
     let (group, activation_group) = (format.group(x.len()), format.activation_group(x.len()));
     let mut y = 0.0f32;
     for (index, values) in x.chunks(activation_group).enumerate() {
@@ -96,13 +105,15 @@ fn reference_unit(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
 }
 
 #[cfg(not(target_arch = "x86_64"))]
-pub(crate) fn compute(_isa: Isa, job: &Job<'_>, _in_tiles: bool, panels: Range<usize>, tiles: Range<usize>) {
+pub(crate) fn compute(isa: Isa, job: &Job<'_>, _in_tiles: bool, panels: Range<usize>, tiles: Range<usize>) {
+    assert!(job.w.format().is_of(isa.order()), "{:?} on {isa:?}: packed for another order", job.w);
     reference_unit(job, panels, tiles);
 }
 
 /// A unit of a product: `panels` for the rows of `tiles`; in tiles of the processor if the operand is packed for these.
 #[cfg(target_arch = "x86_64")]
 pub(crate) fn compute(isa: Isa, job: &Job<'_>, in_tiles: bool, panels: Range<usize>, tiles: Range<usize>) {
+    assert!(job.w.format().is_of(isa.order()), "{:?} on {isa:?}: packed for another order", job.w);
     use super::tiles::{avx2, avx512, vnni};
     // SAFETY: an `Isa` exists only for instruction sets of this machine.
     unsafe {

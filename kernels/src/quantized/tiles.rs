@@ -2,29 +2,24 @@
 //!
 //! ```text
 //! most     each tile reads the whole panel as it lies in memory, its sums in registers all the while
-//! 6 bits   from three tiles on, 512 k of a panel are taken apart once, into the first-level cache; all tiles of the
-//!          unit pass over them, and their sums wait in the second-level cache for the next 512 k
+//! 6 bits   from three tiles on, 512 k of a panel are taken apart once, and all tiles of the unit pass over them, see
+//!          `blocks`
 //! ```
-//!
-//! Neither changes the order in which anything is added.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
-use std::cell::Cell;
+use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::activations::EXTRA_LANES;
+use super::blocks::{Block, BlockProduct, multiply_blocks};
 use super::packed::PackedFormat;
 use super::panels::{Int4, Int4Min, Int6, Int8, Int8Row, Opened, Panel};
 use super::product::Job;
 use super::simd::{IntSimd, Vnni};
 use crate::numerics::LANES;
 use crate::packed_matrix::PANEL;
-use crate::pages::{Kept, lend};
 use crate::simd::{Avx2, Avx512, Simd};
-
-/// Input features of a block: taken apart it has 20 KiB, less than half of a first-level cache.
-pub(super) const BLOCK_K: usize = 512;
 
 /// From so many tiles on a block is taken apart once instead of by each of them.
 const OPEN_TILES: usize = 3;
@@ -76,17 +71,6 @@ instruction_set!(avx2, Avx2, "avx2,fma,f16c");
 instruction_set!(avx512, Avx512, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl");
 instruction_set!(vnni, Vnni, "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni");
 
-/// Some groups of one panel, and where sums wait between them.
-pub(super) struct Block {
-    pub(super) panel_index: usize,
-    /// The panel, or these groups of it taken apart.
-    pub(super) codes: *const u8,
-    pub(super) groups: Range<usize>,
-    /// Only of groups taken apart: sums of the unit's rows `[rows][32]`, row 0 being `first_row`.
-    pub(super) sums: *mut f32,
-    pub(super) first_row: usize,
-}
-
 #[inline(always)]
 unsafe fn compute_unit<S: Tile>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>) {
     // SAFETY: as required of the caller; the panel type is that of the format.
@@ -97,13 +81,9 @@ unsafe fn compute_unit<S: Tile>(job: &Job<'_>, panels: Range<usize>, tiles: Rang
             PackedFormat::Int4Min => compute_panels::<S, Int4Min>(job, panels, tiles),
             PackedFormat::Int6 => compute_panels::<S, Int6>(job, panels, tiles),
             PackedFormat::Int8Row => compute_panels::<S, Int8Row>(job, panels, tiles),
+            PackedFormat::Int8Pairs => unreachable!("opened weights are multiplied in tiles of the processor"),
         }
     }
-}
-
-thread_local! {
-    /// A block taken apart, and the sums of a unit.
-    static SCRATCH: Kept = const { Cell::new(None) };
 }
 
 #[inline(always)]
@@ -112,8 +92,7 @@ unsafe fn compute_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>,
     // A constant first: functions for what it rules out are not even compiled.
     if P::OPENS && tiles.len() >= OPEN_TILES {
         // SAFETY: as required of the caller.
-        unsafe { open_panels::<S, P>(job, panels, tiles, num_groups) };
-        return;
+        return unsafe { multiply_blocks::<P>(job, panels, tiles, OpenedTiles::<S>(PhantomData)) };
     }
     for panel_index in panels {
         let codes = job.w.panel(panel_index).as_ptr();
@@ -123,27 +102,21 @@ unsafe fn compute_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>,
     }
 }
 
-#[inline(always)]
-unsafe fn open_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>, tiles: Range<usize>, num_groups: usize) {
-    let groups_per_block = BLOCK_K / (4 * P::QUADS);
-    let opened_len = groups_per_block * Opened::<P>::GROUP_BYTES;
-    let first_row = job.tiles.rows(tiles.start).start;
-    let num_rows = job.tiles.rows(tiles.end - 1).end - first_row;
-    lend(&SCRATCH, opened_len + num_rows * PANEL * 4, |opened| {
-        // SAFETY: the scratch has room for both; the caller has the instruction set; panels and tiles are of this job.
-        unsafe {
-            let sums = opened.add(opened_len).cast::<f32>();
-            for panel_index in panels {
-                let panel = job.w.panel(panel_index).as_ptr();
-                for start in (0..num_groups).step_by(groups_per_block) {
-                    let groups = start..(start + groups_per_block).min(num_groups);
-                    S::open::<P>(panel, groups.clone(), opened);
-                    let block = Block { panel_index, codes: opened, groups, sums, first_row };
-                    compute_tiles::<S, Opened<P>>(job, &block, tiles.clone());
-                }
-            }
-        }
-    });
+/// Blocks taken apart with the tiles of an instruction set.
+struct OpenedTiles<S>(PhantomData<S>);
+
+impl<S: Tile, P: Panel> BlockProduct<P> for OpenedTiles<S> {
+    #[inline(always)]
+    unsafe fn open(&self, panel: *const u8, groups: Range<usize>, into: *mut u8) {
+        // SAFETY: as required of the caller.
+        unsafe { S::open::<P>(panel, groups, into) }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(&mut self, job: &Job<'_>, block: &Block, tiles: Range<usize>) {
+        // SAFETY: as required of the caller.
+        unsafe { compute_tiles::<S, Opened<P>>(job, block, tiles) }
+    }
 }
 
 #[inline(always)]
