@@ -313,7 +313,7 @@ mod tests {
         let numerics = NumericsId::new("cpu-fold-2/tp1/f32", KvDtype::Bf16);
         assert_eq!(numerics.0, "cpu-fold-2/tp1/f32/kv-bf16");
         assert_eq!(numerics.arithmetic(), "cpu-fold-2/tp1/f32");
-        let other = NumericsId::with_attention("cpu-fold-2/tp1/f32", KvDtype::Bf16, "cpu-tiles-1");
+        let other = NumericsId::with_attention("cpu-fold-2/tp1/f32", KvDtype::Bf16, "cpu-tiles-2");
         assert_eq!((other.arithmetic(), other == numerics), (numerics.arithmetic(), false));
         let tag = |exchange| Representation::new(KvDtype::Bf16, &numerics, exchange).0;
         assert_eq!(tag(KvExchange::Same), "bf16/cpu-fold-2/tp1/f32/kv-bf16");

@@ -210,9 +210,9 @@ fn the_order_of_tiles_is_announced_where_something_is_bf16() {
     };
     let (pairs, tiles) = (Isa::PORTABLE, Isa::PORTABLE_TILES);
     assert_eq!(numerics(pairs, Dtype::Auto, None), "cpu-fold-2/tp1/bf16/kv-bf16");
-    assert_eq!(numerics(tiles, Dtype::Auto, None), "cpu-tiles-1/tp1/bf16/kv-bf16");
+    assert_eq!(numerics(tiles, Dtype::Auto, None), "cpu-tiles-2/tp1/bf16/kv-bf16");
     assert_eq!(numerics(tiles, Dtype::Float32, None), "cpu-fold-2/tp1/f32/kv-f32");
-    assert_eq!(numerics(tiles, Dtype::Float32, Some(KvDtype::Bf16)), "cpu-fold-2/tp1/f32/kv-bf16-by-cpu-tiles-1");
+    assert_eq!(numerics(tiles, Dtype::Float32, Some(KvDtype::Bf16)), "cpu-fold-2/tp1/f32/kv-bf16-by-cpu-tiles-2");
     assert_eq!(numerics(pairs, Dtype::Float32, Some(KvDtype::Bf16)), "cpu-fold-2/tp1/f32/kv-bf16");
-    assert_eq!(numerics(tiles, Dtype::Bfloat16, Some(KvDtype::F32)), "cpu-tiles-1/tp1/bf16/kv-f32");
+    assert_eq!(numerics(tiles, Dtype::Bfloat16, Some(KvDtype::F32)), "cpu-tiles-2/tp1/bf16/kv-f32");
 }

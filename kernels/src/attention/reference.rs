@@ -23,8 +23,7 @@ pub(super) fn attend(q: &[f32], position: usize, keys: &Keys<'_>, params: &Atten
         total = Some(match total {
             None => partial,
             Some(mut t) => {
-                (t.max, t.sum) =
-                    softmax.merge((t.max, t.sum), &mut t.acc, (partial.max, partial.sum), &partial.acc);
+                (t.max, t.sum) = softmax.merge((t.max, t.sum), &mut t.acc, (partial.max, partial.sum), &partial.acc);
                 t
             }
         });

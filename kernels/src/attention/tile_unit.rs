@@ -7,8 +7,8 @@
 //! values    p [32][128 pairs]              x  V [8 blocks][16 pairs][2 of its vectors]    for all of its vectors
 //! ```
 //!
-//! Keys are multiplied where they lie, unless heads are no whole blocks. Values are copied once for all subtiles: a block
-//! takes two granules, which lie apart, and positions that no row sees must be zero.
+//! Keys are multiplied where they lie, if heads are whole blocks. Values are copied once for all subtiles: a block takes
+//! two granules, which lie apart, and positions that no row sees must be zero.
 #![allow(clippy::needless_range_loop)]
 
 use std::cell::Cell;
@@ -18,10 +18,10 @@ use super::Job;
 use super::softmax::{Softmax, add_weighted};
 use super::tile::Lines;
 use super::units::{Partials, Unit, clip};
-use super::wide_softmax::{Factors, Rows, join_rows, weigh_rows};
+use super::wide_softmax::{Factors, Rows, SCORES_ROW, join_rows, weigh_rows};
 use crate::amx::{Blocks, Configured, TILE_ROWS, fold_blocks, panel_shapes};
 use crate::kv_layout::GRANULE_TOKENS;
-use crate::numerics::{ATTENTION_PART, ATTENTION_WIDE_TILE, LANES, Order, TILE_STEPS, bf16_pair};
+use crate::numerics::{ATTENTION_PART, ATTENTION_WIDE_TILE, LANES, Order, TILE_STEPS};
 use crate::simd::{Avx512Bf16, Simd, prefetch};
 
 /// Rows of a subtile at most.
@@ -29,6 +29,9 @@ const SUBTILE_ROWS: usize = 2 * TILE_ROWS;
 
 /// Positions of a block of weighted values, and of a step of scores.
 const BLOCK_POSITIONS: usize = 2 * TILE_STEPS;
+
+/// Lanes of values that are multiplied at once.
+const VALUE_LANES: usize = 2 * LANES;
 
 const NUM_BLOCKS: usize = ATTENTION_WIDE_TILE / BLOCK_POSITIONS;
 const NUM_GRANULES: usize = ATTENTION_WIDE_TILE / GRANULE_TOKENS;
@@ -58,13 +61,13 @@ struct Scratch {
     q: Lines<u32>,
     part: States,
     total: States,
-    /// K of a tile where heads are no whole blocks: `[granule][width / 2][16]`.
+    /// K of a tile: `[2 granules][width / 32][2][16][16]`.
     keys: Lines<u32>,
-    /// V of a tile: `[block][16][width]`.
+    /// V of a tile: `[width / 32][block][16][32]`.
     values: Lines<u32>,
     /// The positions each row of the unit sees.
     visible: Vec<Range<usize>>,
-    /// `[32][256]`, then the weights.
+    /// `[32][SCORES_ROW]`, then the weights.
     scores: Lines<f32>,
     /// Weighted values of a tile: `[32][width]`.
     sums: Lines<f32>,
@@ -122,15 +125,11 @@ fn blocks(start: usize, positions: &Range<usize>) -> Range<usize> {
 
 /// Copies the values of the blocks that hold some of these positions, zeros in place of other positions and behind heads
 /// that are not as wide.
+///
+/// # Safety
+/// The machine has the instruction set.
 #[inline(always)]
-fn copy_values(
-    job: &Job<'_>,
-    granules: &Granules,
-    start: usize,
-    positions: &Range<usize>,
-    width: usize,
-    copies: &mut [u32],
-) {
+unsafe fn copy_values(job: &Job<'_>, granules: &Granules, start: usize, positions: &Range<usize>, copies: &mut [u32]) {
     const STEPS: usize = GRANULE_TOKENS / 2;
     let head_dim = job.layout.head_dim;
     let blocks = blocks(start, positions);
@@ -139,44 +138,68 @@ fn copy_values(
         // SAFETY: a head of V has as many pairs; it is 4-byte aligned and initialised; nobody writes positions that a query
         // sees, and others are only read as bits (the arena's invariant).
         let from = unsafe { std::slice::from_raw_parts(granules.v[g], STEPS * head_dim) };
-        let into = &mut copies[g * STEPS * width..][..STEPS * width];
-        if width == head_dim && positions.start <= first && first + GRANULE_TOKENS <= positions.end {
-            into.copy_from_slice(from);
-            continue;
-        }
-        for (step, (into, from)) in into.chunks_exact_mut(width).zip(from.chunks_exact(head_dim)).enumerate() {
-            let token = first + 2 * step;
-            let mask = (u32::from(positions.contains(&token)) * 0xffff)
-                | (u32::from(positions.contains(&(token + 1))) * 0xffff_0000);
-            into.iter_mut().zip(from).for_each(|(into, from)| *into = from & mask);
-            into[head_dim..].fill(0);
+        let is_whole = positions.start <= first && first + GRANULE_TOKENS <= positions.end;
+        for (i, feature) in (0..head_dim).step_by(VALUE_LANES).enumerate() {
+            let into = &mut copies[(i * NUM_BLOCKS * TILE_STEPS + g * STEPS) * VALUE_LANES..][..STEPS * VALUE_LANES];
+            if is_whole && feature + VALUE_LANES <= head_dim {
+                for step in 0..STEPS {
+                    let from = from[step * head_dim + feature..].as_ptr();
+                    let into = into[step * VALUE_LANES..].as_mut_ptr();
+                    // SAFETY: the instruction set is the caller's promise; both have two vectors.
+                    unsafe {
+                        let (first, second) = (Avx512Bf16::load(from.cast()), Avx512Bf16::load(from.add(LANES).cast()));
+                        Avx512Bf16::store(into.cast(), first);
+                        Avx512Bf16::store(into.add(LANES).cast(), second);
+                    }
+                }
+                continue;
+            }
+            into.fill(0);
+            let len = VALUE_LANES.min(head_dim - feature);
+            for (step, into) in into.chunks_exact_mut(VALUE_LANES).enumerate() {
+                let token = first + 2 * step;
+                let mask = (u32::from(positions.contains(&token)) * 0xffff)
+                    | (u32::from(positions.contains(&(token + 1))) * 0xffff_0000);
+                let from = &from[step * head_dim + feature..][..len];
+                into.iter_mut().zip(from).for_each(|(into, from)| *into = from & mask);
+            }
         }
     }
 }
 
-/// Copies all granules of K, with zeros in place of the features that would make heads whole blocks.
+/// Copies the keys of these blocks in the order in which they are multiplied, zeros behind heads that are no whole blocks.
 #[inline(always)]
-fn pad_keys(job: &Job<'_>, granules: &mut Granules, width: usize, copies: &mut Lines<u32>) {
-    let [len, padded_len] = [job.layout.head_dim, width].map(|dim| dim / 2 * GRANULE_TOKENS);
-    copies.resize(NUM_GRANULES * padded_len);
-    for (k, copy) in granules.k.iter_mut().zip(copies.chunks_exact_mut(padded_len)) {
+fn copy_keys(job: &Job<'_>, granules: &Granules, blocks: Range<usize>, width: usize, copies: &mut [u32]) {
+    const LEN: usize = TILE_STEPS * GRANULE_TOKENS;
+    let num_k = width / (2 * TILE_STEPS);
+    for g in 2 * blocks.start..2 * blocks.end {
         // SAFETY: a head of K, as of V in `copy_values`.
-        copy[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(*k, len) });
-        copy[len..].fill(0);
-        *k = copy.as_ptr();
+        let from = unsafe { std::slice::from_raw_parts(granules.k[g], job.layout.head_dim / 2 * GRANULE_TOKENS) };
+        for (k, from) in from.chunks(LEN).enumerate() {
+            let into = &mut copies[((g / 2 * num_k + k) * 2 + g % 2) * LEN..][..LEN];
+            into[..from.len()].copy_from_slice(from);
+            into[from.len()..].fill(0);
+        }
     }
 }
 
 /// `[block][rows of the subtile][16 pairs]`, zeros after the last pair.
+///
+/// # Safety
+/// The machine has the instruction set.
 #[inline(always)]
-fn pack_query(q: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
+unsafe fn pack_query(q: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
     for (block, q) in q.chunks(2 * TILE_STEPS).enumerate() {
         let into = &mut into[(block * num_rows + r) * TILE_STEPS..][..TILE_STEPS];
-        let pairs = q.as_chunks::<2>().0;
-        for i in 0..pairs.len() {
-            into[i] = bf16_pair(pairs[i][0], pairs[i][1]);
-        }
-        into[pairs.len()..].fill(0);
+        let mut last = [0.0; 2 * TILE_STEPS];
+        let from = if q.len() == last.len() {
+            q.as_ptr()
+        } else {
+            last[..q.len()].copy_from_slice(q);
+            last.as_ptr()
+        };
+        // SAFETY: 16 pairs of 32 values; the instruction set is the caller's promise.
+        unsafe { Avx512Bf16::store_pairs(into.as_mut_ptr(), from) };
     }
 }
 
@@ -187,37 +210,48 @@ struct Step<'a> {
     /// Features of a head in whole blocks.
     width: usize,
     q: *const u32,
+    /// Where they lie, and their copies, if there are any.
     granules: &'a Granules,
+    keys: Option<*const u32>,
     values: *const u32,
     /// Blocks that some row sees something of.
     blocks: Range<usize>,
 }
 
 impl Step<'_> {
-    /// Products with the keys into `scores` `[num_rows][256]`; of `ahead`, whose heads have so many lanes, the blocks in
-    /// step with `turn` come nearer meanwhile.
+    /// Products with the keys into `scores` `[num_rows][SCORES_ROW]`; what is `ahead`, whose heads have so many lanes,
+    /// comes nearer meanwhile.
     ///
     /// # Safety
     /// Tiles are configured; the pointers are valid for what is said.
     #[inline(always)]
-    unsafe fn score(&self, scores: *mut f32, (ahead, head_lanes): (&Granules, usize), turn: (usize, usize)) {
+    unsafe fn score(&self, scores: *mut f32, ahead: Option<(&Granules, usize)>) {
         for block in 0..NUM_BLOCKS {
-            if block % turn.1 == turn.0 {
-                ahead.prefetch(block, head_lanes);
+            if let Some((granules, head_lanes)) = ahead {
+                granules.prefetch(block, head_lanes);
             }
             if !self.blocks.contains(&block) {
                 continue;
             }
+            let num_k = self.width / (2 * TILE_STEPS);
+            const LEN: usize = TILE_STEPS * GRANULE_TOKENS;
+            let (b, b_block) = match self.keys {
+                Some(keys) => {
+                    let first = keys.wrapping_add(block * num_k * 2 * LEN);
+                    ([first, first.wrapping_add(LEN)], 2 * LEN * 4)
+                }
+                None => ([self.granules.k[2 * block], self.granules.k[2 * block + 1]], LEN * 4),
+            };
             let fold = Blocks {
                 a: self.q,
                 a_row: TILE_STEPS * 4,
                 a_block: self.num_rows * TILE_STEPS * 4,
-                b: [self.granules.k[2 * block], self.granules.k[2 * block + 1]],
+                b,
                 b_row: GRANULE_TOKENS * 4,
-                b_block: TILE_STEPS * GRANULE_TOKENS * 4,
+                b_block,
                 into: scores.wrapping_add(block * BLOCK_POSITIONS),
-                into_row: ATTENTION_WIDE_TILE * 4,
-                num_blocks: self.width / (2 * TILE_STEPS),
+                into_row: SCORES_ROW * 4,
+                num_blocks: num_k,
                 is_two: self.num_rows > TILE_ROWS,
             };
             // SAFETY: as required of the caller.
@@ -231,15 +265,16 @@ impl Step<'_> {
     /// As of [`score`](Self::score).
     #[inline(always)]
     unsafe fn weigh_values(&self, weights: *const u32, sums: *mut f32) {
-        for feature in (0..self.width).step_by(2 * LANES) {
-            let values = self.values.wrapping_add(self.blocks.start * TILE_STEPS * self.width + feature);
+        for feature in (0..self.width).step_by(VALUE_LANES) {
+            let first = feature / VALUE_LANES * NUM_BLOCKS + self.blocks.start;
+            let values = self.values.wrapping_add(first * TILE_STEPS * VALUE_LANES);
             let fold = Blocks {
                 a: weights.wrapping_add(self.blocks.start * TILE_STEPS),
-                a_row: ATTENTION_WIDE_TILE * 4,
+                a_row: SCORES_ROW * 4,
                 a_block: TILE_STEPS * 4,
                 b: [values, values.wrapping_add(LANES)],
-                b_row: self.width * 4,
-                b_block: TILE_STEPS * self.width * 4,
+                b_row: VALUE_LANES * 4,
+                b_block: TILE_STEPS * VALUE_LANES * 4,
                 into: sums.wrapping_add(feature),
                 into_row: self.width * 4,
                 num_blocks: self.blocks.len(),
@@ -274,7 +309,8 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
     for first in (0..num_rows).step_by(SUBTILE_ROWS) {
         let into = &mut scratch.q[first * width / 2..][..SUBTILE_ROWS * width / 2];
         for row in first..num_rows.min(first + SUBTILE_ROWS) {
-            pack_query(job.query_of(unit, row), (row - first, packed_rows(first, num_rows)), into);
+            // SAFETY: the caller has the instruction set.
+            unsafe { pack_query(job.query_of(unit, row), (row - first, packed_rows(first, num_rows)), into) };
         }
     }
     let positions = job.positions(unit);
@@ -282,22 +318,29 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
     for row in 0..num_rows {
         scratch.visible.push(job.visible(unit, row));
     }
-    scratch.scores.resize(SUBTILE_ROWS * ATTENTION_WIDE_TILE);
+    scratch.scores.resize(SUBTILE_ROWS * SCORES_ROW);
     scratch.sums.resize(SUBTILE_ROWS * width);
     scratch.values.resize(ATTENTION_WIDE_TILE / 2 * width);
     let unit_end = positions.end.min(unit.parts.end * ATTENTION_PART);
     let num_subtiles = num_rows.div_ceil(SUBTILE_ROWS);
+    let pads_keys = width != head_dim;
+    if pads_keys {
+        scratch.keys.resize(ATTENTION_WIDE_TILE / 2 * width);
+    }
     for part in unit.parts.clone() {
         scratch.part.reset(all_rows, width);
         let end = positions.end.min((part + 1) * ATTENTION_PART);
         let first_start = positions.start.max(part * ATTENTION_PART) / ATTENTION_WIDE_TILE * ATTENTION_WIDE_TILE;
         for start in (first_start..end).step_by(ATTENTION_WIDE_TILE) {
-            let mut granules = Granules::locate(job, unit, start, &positions);
-            let next = if start + ATTENTION_WIDE_TILE < unit_end { start + ATTENTION_WIDE_TILE } else { start };
-            let next = Granules::locate(job, unit, next, &positions);
-            copy_values(job, &granules, start, &positions, width, &mut scratch.values);
-            if width != head_dim {
-                pad_keys(job, &mut granules, width, &mut scratch.keys);
+            let granules = Granules::locate(job, unit, start, &positions);
+            // Where more rows pass over it, asking for it was measured to take longer than waiting.
+            let has_next = num_subtiles == 1 && start + ATTENTION_WIDE_TILE < unit_end;
+            let ahead = has_next.then(|| Granules::locate(job, unit, start + ATTENTION_WIDE_TILE, &positions));
+            let ahead = ahead.as_ref().map(|granules| (granules, head_dim / 2 * GRANULE_TOKENS));
+            // SAFETY: the caller has the instruction set.
+            unsafe { copy_values(job, &granules, start, &positions, &mut scratch.values) };
+            if pads_keys {
+                copy_keys(job, &granules, blocks(start, &positions), width, &mut scratch.keys);
             }
             for subtile in 0..num_subtiles {
                 let first = subtile * SUBTILE_ROWS;
@@ -312,6 +355,7 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                     width,
                     q: scratch.q[first * width / 2..].as_ptr(),
                     granules: &granules,
+                    keys: pads_keys.then_some(scratch.keys.as_ptr()),
                     values: scratch.values.as_ptr(),
                     blocks: blocks(start, &seen),
                 };
@@ -321,9 +365,10 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                 // SAFETY: the caller has the instruction set; tiles are configured for these rows; scratch is as large as
                 // said, for whole subtiles.
                 unsafe {
-                    step.score(scores, (&next, head_dim * 8), (subtile, num_subtiles.min(NUM_BLOCKS)));
+                    step.score(scores, ahead);
                     let mut factors = [Factors::default(); 2];
-                    for (half, half_rows) in [first..first + TILE_ROWS, first + TILE_ROWS..rows.end].into_iter().enumerate()
+                    for (half, half_rows) in
+                        [first..first + TILE_ROWS, first + TILE_ROWS..rows.end].into_iter().enumerate()
                     {
                         let half_rows = half_rows.start..half_rows.end.min(rows.end);
                         if half_rows.is_empty() {
@@ -331,7 +376,7 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                         }
                         let (max, sum) = (&mut scratch.part.max, &mut scratch.part.sum);
                         let mut rows = Rows {
-                            scores: scores.add(half * TILE_ROWS * ATTENTION_WIDE_TILE),
+                            scores: scores.add(half * TILE_ROWS * SCORES_ROW),
                             visible: &scratch.visible[half_rows.clone()],
                             tile: tile.clone(),
                             blocks: step.blocks.clone(),

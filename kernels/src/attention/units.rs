@@ -252,7 +252,6 @@ pub(super) fn clip(range: &Range<usize>, bounds: Range<usize>) -> Range<usize> {
     range.start.max(bounds.start)..range.end.min(bounds.end)
 }
 
-
 /// Merges the parts `[part][row][padded_dim + 2]` of a split group and writes its output.
 #[inline(always)]
 fn merge_group(job: &Job<'_>, group: &Unit, softmax: Softmax, partials: &mut [f32]) {

@@ -6,9 +6,7 @@ use std::ops::Range;
 
 use super::Job;
 use super::softmax::Softmax;
-use super::tile::{
-    Aligned, Lines, QUERY_ROWS_MAX, Scores, Seen, Weights, granules, locate, mask_values, softmax_rows,
-};
+use super::tile::{Aligned, Lines, QUERY_ROWS_MAX, Scores, Seen, Weights, granules, locate, mask_values, softmax_rows};
 use super::units::{Partials, Unit, clip};
 use super::vectors::Vectors;
 use crate::kv_layout::KvDtype;
@@ -119,8 +117,7 @@ pub(super) unsafe fn compute_in_vectors<S: Simd>(job: &Job<'_>, unit: &Unit, par
                 // lead to heads of its layout.
                 unsafe {
                     products.score((&tile, granules.clone()), ahead, (q, num), scores);
-                    let corrections =
-                        softmax_rows::<S>(scores, job.params, num, &seen_of_rows, pairs, states, weights);
+                    let corrections = softmax_rows::<S>(scores, job.params, num, &seen_of_rows, pairs, states, weights);
                     let of_rows = (&seen_of_rows, &corrections);
                     products.add_values((&tile, granules), ahead, weights, of_rows, (acc, num));
                 }

@@ -11,6 +11,9 @@ use super::units::clip;
 use crate::numerics::{ATTENTION_WIDE_TILE, LANES, tanh};
 use crate::simd::{Avx512Bf16, Simd};
 
+/// Lanes from one row of scores to the next: lines of one column of rows would be equal sets of the first-level cache.
+pub(super) const SCORES_ROW: usize = ATTENTION_WIDE_TILE + LANES;
+
 /// One number for each row.
 pub(super) type Factors = Aligned<[f32; LANES]>;
 
@@ -22,7 +25,7 @@ impl Default for Factors {
 
 /// Rows of scores with a tile, and their states.
 pub(super) struct Rows<'a> {
-    /// `[rows][256]`.
+    /// `[rows][SCORES_ROW]`.
     pub(super) scores: *mut f32,
     /// The positions each row sees.
     pub(super) visible: &'a [Range<usize>],
@@ -66,7 +69,7 @@ pub(super) unsafe fn weigh_rows(rows: &mut Rows<'_>, factor: f32, cap: Option<(f
             if seen.is_empty() {
                 continue;
             }
-            let scores = rows.scores.add(row * ATTENTION_WIDE_TILE);
+            let scores = rows.scores.add(row * SCORES_ROW);
             if let Some((scale, cap)) = cap {
                 for i in seen.clone() {
                     *scores.add(i) = cap * tanh(*scores.add(i) * scale / cap);
@@ -95,7 +98,7 @@ pub(super) unsafe fn weigh_rows(rows: &mut Rows<'_>, factor: f32, cap: Option<(f
 
         for row in 0..num_rows {
             let seen = &seen[row];
-            let scores = rows.scores.add(row * ATTENTION_WIDE_TILE);
+            let scores = rows.scores.add(row * SCORES_ROW);
             let weights = scores.cast::<u32>();
             let offset = _mm512_set1_ps(offsets.0[row]);
             let mut sum = _mm512_setzero_ps();
