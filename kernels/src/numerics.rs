@@ -21,7 +21,7 @@
 //! | attention scores | fold over head_dim (bf16: pairs as in `matmul`, q through `round_bf16`), then `* scale`, then softcap `c * tanh(s / c)` |
 //! | attention softmax | per part of 512 positions, tiles of 64 counted from position 0, only those with a visible key: `m' = max(m, scores)`, `a = exp(m - m')`, `p = exp(s - m')`, masked p = 0; 16 lanes, lane i adds `p[i], p[i+16], p[i+32], p[i+48]`, tree_sum; `l = fma(l, a, sum)` |
 //! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)` |
-//! | attention softmax and values, bf16 KV in `cpu-tiles-2` | tiles of 256 positions, without `* scale` before; `c = scale * log2(e)` (`log2(e)` behind a softcap, which is of `s * scale`); `m'` as above, `a = 2^((m - m') * c)`, `p = 2^fma(s, c, -(m' * c))` by [`exp2_weight`], masked p = 0; sums and values as above, 16 vectors of lanes instead of 4, blocks of 16 pairs counted from the tile's first position |
+//! | attention softmax and values, bf16 KV in `cpu-tiles-2` | tiles of 256 positions, without `* scale` before; `c = scale * log2(e)` (`log2(e)` behind a softcap, which is of `s * scale`); `m'` as above, `a = 2^((m - m') * c)`, `p = 2^fma(s, c, -(m' * c))` by `exp2_weight`, masked p = 0; sums and values as above, 16 vectors of lanes instead of 4, blocks of 16 pairs counted from the tile's first position |
 //! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)`; `a` and `b` as in the softmax |
 //! | `sample` | see there: weights by [`exp`] in f32, sums in f64 in ascending id |
 //!

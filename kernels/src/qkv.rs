@@ -131,8 +131,8 @@ fn finish_head<const GRANULES: bool>(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
                 #[cfg(target_arch = "x86_64")]
                 _ => {
                     let mut values = [&[][..]; GRANULE_TOKENS];
-                    for i in 0..GRANULE_TOKENS {
-                        values[i] = head.read(first + i);
+                    for (i, values) in values.iter_mut().enumerate() {
+                        *values = head.read(first + i);
                     }
                     // SAFETY: the machine has the instruction set where granules are written at once.
                     #[allow(unsafe_code)]

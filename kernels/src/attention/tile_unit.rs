@@ -123,16 +123,21 @@ fn blocks(start: usize, positions: &Range<usize>) -> Range<usize> {
     seen.start / BLOCK_POSITIONS..seen.end.div_ceil(BLOCK_POSITIONS)
 }
 
-/// Copies the values of the blocks that hold some of these positions, zeros in place of other positions and behind heads
+/// Copies the values of these blocks of the tile at `start`, zeros in place of other than these positions and behind heads
 /// that are not as wide.
 ///
 /// # Safety
 /// The machine has the instruction set.
 #[inline(always)]
-unsafe fn copy_values(job: &Job<'_>, granules: &Granules, start: usize, positions: &Range<usize>, copies: &mut [u32]) {
+unsafe fn copy_values(
+    job: &Job<'_>,
+    granules: &Granules,
+    (start, positions): (usize, &Range<usize>),
+    blocks: Range<usize>,
+    copies: &mut [u32],
+) {
     const STEPS: usize = GRANULE_TOKENS / 2;
     let head_dim = job.layout.head_dim;
-    let blocks = blocks(start, positions);
     for g in 2 * blocks.start..2 * blocks.end {
         let first = start + g * GRANULE_TOKENS;
         // SAFETY: a head of V has as many pairs; it is 4-byte aligned and initialised; nobody writes positions that a query
@@ -203,6 +208,19 @@ unsafe fn pack_query(q: &[f32], (r, num_rows): (usize, usize), into: &mut [u32])
     }
 }
 
+/// Blocks from that which is read to that which is asked for.
+const BLOCKS_AHEAD: usize = 2;
+
+/// What is read once.
+struct Stream<'a> {
+    job: &'a Job<'a>,
+    /// Where the tile begins, and all positions that some row sees.
+    place: (usize, &'a Range<usize>),
+    next: Option<&'a Granules>,
+    /// Of a head of K or V.
+    head_lanes: usize,
+}
+
 /// One subtile at one tile.
 struct Step<'a> {
     /// Packed rows: as many as the tiles have.
@@ -213,25 +231,37 @@ struct Step<'a> {
     /// Where they lie, and their copies, if there are any.
     granules: &'a Granules,
     keys: Option<*const u32>,
-    values: *const u32,
+    values: *mut u32,
     /// Blocks that some row sees something of.
     blocks: Range<usize>,
 }
 
 impl Step<'_> {
-    /// Products with the keys into `scores` `[num_rows][SCORES_ROW]`; what is `ahead`, whose heads have so many lanes,
-    /// comes nearer meanwhile.
+    /// Products with the keys into `scores` `[num_rows][SCORES_ROW]`. Where these rows are all that pass over them, keys
+    /// and values come nearer two blocks before, and values are copied on the way.
     ///
     /// # Safety
     /// Tiles are configured; the pointers are valid for what is said.
     #[inline(always)]
-    unsafe fn score(&self, scores: *mut f32, ahead: Option<(&Granules, usize)>) {
+    unsafe fn score(&self, scores: *mut f32, stream: Option<&Stream<'_>>) {
         for block in 0..NUM_BLOCKS {
-            if let Some((granules, head_lanes)) = ahead {
-                granules.prefetch(block, head_lanes);
+            if let Some(stream) = stream {
+                let later = block + BLOCKS_AHEAD;
+                if later < NUM_BLOCKS {
+                    self.granules.prefetch(later, stream.head_lanes);
+                } else if let Some(next) = stream.next {
+                    next.prefetch(later - NUM_BLOCKS, stream.head_lanes);
+                }
             }
             if !self.blocks.contains(&block) {
                 continue;
+            }
+            if let Some(&Stream { job, place, .. }) = stream {
+                // SAFETY: as required of the caller; nobody else is at the copies, which have room for all blocks.
+                unsafe {
+                    let values = std::slice::from_raw_parts_mut(self.values, NUM_BLOCKS * TILE_STEPS * self.width);
+                    copy_values(job, self.granules, place, block..block + 1, values);
+                }
             }
             let num_k = self.width / (2 * TILE_STEPS);
             const LEN: usize = TILE_STEPS * GRANULE_TOKENS;
@@ -333,12 +363,17 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
         let first_start = positions.start.max(part * ATTENTION_PART) / ATTENTION_WIDE_TILE * ATTENTION_WIDE_TILE;
         for start in (first_start..end).step_by(ATTENTION_WIDE_TILE) {
             let granules = Granules::locate(job, unit, start, &positions);
-            // Where more rows pass over it, asking for it was measured to take longer than waiting.
-            let has_next = num_subtiles == 1 && start + ATTENTION_WIDE_TILE < unit_end;
-            let ahead = has_next.then(|| Granules::locate(job, unit, start + ATTENTION_WIDE_TILE, &positions));
-            let ahead = ahead.as_ref().map(|granules| (granules, head_dim / 2 * GRANULE_TOKENS));
-            // SAFETY: the caller has the instruction set.
-            unsafe { copy_values(job, &granules, start, &positions, &mut scratch.values) };
+            let next = (start + ATTENTION_WIDE_TILE < unit_end)
+                .then(|| Granules::locate(job, unit, start + ATTENTION_WIDE_TILE, &positions));
+            let head_lanes = head_dim / 2 * GRANULE_TOKENS;
+            // Where more rows pass over them, asking for keys and values was measured to take longer than waiting.
+            if num_subtiles > 1 {
+                let (place, seen) = ((start, &positions), blocks(start, &positions));
+                // SAFETY: the caller has the instruction set.
+                unsafe { copy_values(job, &granules, place, seen, &mut scratch.values) };
+            } else if start == first_start && part == unit.parts.start {
+                (0..BLOCKS_AHEAD).for_each(|block| granules.prefetch(block, head_lanes));
+            }
             if pads_keys {
                 copy_keys(job, &granules, blocks(start, &positions), width, &mut scratch.keys);
             }
@@ -356,7 +391,7 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                     q: scratch.q[first * width / 2..].as_ptr(),
                     granules: &granules,
                     keys: pads_keys.then_some(scratch.keys.as_ptr()),
-                    values: scratch.values.as_ptr(),
+                    values: scratch.values.as_mut_ptr(),
                     blocks: blocks(start, &seen),
                 };
                 let scores = scratch.scores.as_mut_ptr();
@@ -365,7 +400,13 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                 // SAFETY: the caller has the instruction set; tiles are configured for these rows; scratch is as large as
                 // said, for whole subtiles.
                 unsafe {
-                    step.score(scores, ahead);
+                    let stream = (num_subtiles == 1).then_some(Stream {
+                        job,
+                        place: (start, &positions),
+                        next: next.as_ref(),
+                        head_lanes,
+                    });
+                    step.score(scores, stream.as_ref());
                     let mut factors = [Factors::default(); 2];
                     for (half, half_rows) in
                         [first..first + TILE_ROWS, first + TILE_ROWS..rows.end].into_iter().enumerate()

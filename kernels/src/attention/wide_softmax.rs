@@ -3,6 +3,8 @@
 //! In three steps over all rows, of which the middle one has a row in each lane: what a row waits for (its highest score,
 //! its factor, its sum) others use the time of.
 
+#![allow(clippy::needless_range_loop)] // row r, vector v
+
 use std::arch::x86_64::*;
 use std::ops::Range;
 
