@@ -17,7 +17,6 @@ use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::marker::PhantomData;
 use std::mem::offset_of;
-use std::ops::Range;
 
 use crate::numerics::{TILE_STEPS, bf16_pair, fold_block};
 use crate::packed_matrix::PANEL;
@@ -136,7 +135,7 @@ impl ConfiguredByRows {
     }
 }
 
-/// Shapes for [`multiply_panel`] with so many rows, up to 32.
+/// Shapes for [`multiply_panel`] and [`fold_blocks`] with so many rows, up to 32.
 pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
     let first = (num_rows.min(TILE_ROWS), ROW_BYTES);
     let second = (num_rows.saturating_sub(TILE_ROWS).max(1), ROW_BYTES);
@@ -296,159 +295,35 @@ pub(crate) unsafe fn dot_group(a: *const u8, b: *const u8, dots: *mut i32) {
     }
 }
 
-/// Prefetches of lines at such offsets from a register.
-macro_rules! prefetches {
-    ($register:literal, $($offset:literal)*) => {
-        concat!($("prefetcht1 [{", $register, "} + ", $offset, "]\n"),*)
-    };
+/// Some blocks of 32 k of up to 32 rows with two times 16 columns, which lie anywhere.
+#[repr(C)]
+pub(crate) struct Blocks {
+    /// Rows of 16 pairs, so many bytes apart, and so many to the next block.
+    pub(crate) a: *const u32,
+    pub(crate) a_row: usize,
+    pub(crate) a_block: usize,
+    /// 16 rows of 16 pairs for each 16 columns, likewise.
+    pub(crate) b: [*const u32; 2],
+    pub(crate) b_row: usize,
+    pub(crate) b_block: usize,
+    /// Rows of 32, so many bytes apart.
+    pub(crate) into: *mut f32,
+    pub(crate) into_row: usize,
+    /// One at least.
+    pub(crate) num_blocks: usize,
+    /// Whether there are more than 16 rows.
+    pub(crate) is_two: bool,
 }
 
-/// Shapes for [`fold_keys`] and [`fold_values`] with so many rows, up to 16: sums; whole blocks of 16 pairs; and half
-/// ones, which those of values are, too.
-pub(crate) fn attention_shapes(num_rows: usize) -> [(usize, usize); 8] {
-    let sums = (num_rows, ROW_BYTES);
-    let [whole, half] = [TILE_STEPS, TILE_STEPS / 2].map(|pairs| [(num_rows, pairs * 4), (pairs, ROW_BYTES)]);
-    [sums, sums, sums, sums, whole[0], whole[1], half[0], half[1]]
-}
-
-/// Some queries and 64 keys.
-pub(crate) struct KeyBlocks<'a> {
-    /// `[dim/32][rows][16]` pairs, the last block filled up.
-    pub(crate) q: *const u32,
-    pub(crate) num_rows: usize,
-    /// `[dim/2][16]` pairs each.
-    pub(crate) keys: &'a [*const u32; 4],
-    /// A multiple of 16.
-    pub(crate) dim: usize,
-    /// `[rows][64]`.
-    pub(crate) scores: *mut f32,
-    /// What is to come nearer meanwhile, laid out as `keys`; nothing where it is null.
-    pub(crate) ahead: &'a [*const u32; 4],
-}
-
-/// `scores = fold of blocks` for each query and key.
+/// `into = fold of blocks` for each row and column.
 ///
 /// # Safety
-/// Tiles are configured by [`attention_shapes`] of as many rows; the pointers but `ahead` are valid for what is said.
+/// Tiles are configured by [`panel_shapes`]; the pointers are valid for as many rows, for 16 more where there are two
+/// tiles of them.
 #[inline(always)]
-pub(crate) unsafe fn fold_keys(blocks: &KeyBlocks<'_>) {
-    macro_rules! granule {
-        ($sums:literal, $a:literal, $b:literal, $index:literal) => {
-            concat!(
-                "mov {at}, [{keys} + ",
-                $index,
-                "]\n",
-                "add {at}, {offset}\n",
-                "tileloadd ",
-                $b,
-                ", [{at} + {line}]\n",
-                "tdpbf16ps ",
-                $sums,
-                ", ",
-                $a,
-                ", ",
-                $b,
-                "\n",
-            )
-        };
-    }
-    macro_rules! ahead {
-        ($index:literal) => {
-            concat!(
-                "mov {at}, [{ahead} + ", $index, "]\n",
-                "test {at}, {at}\n",
-                "jz 3f\n",
-                "add {at}, {offset}\n",
-                prefetches!("at", 0 64 128 192 256 320 384 448 512 576 640 704 768 832 896 960),
-                "3:\n",
-            )
-        };
-    }
-    // SAFETY: reads and writes what the caller vouches for; prefetches of anything are allowed.
-    unsafe {
-        asm!(
-            "tilezero tmm0",
-            "tilezero tmm1",
-            "tilezero tmm2",
-            "tilezero tmm3",
-            "xor {offset:e}, {offset:e}",
-            "cmp {offset}, {whole}",
-            "je 4f",
-            "2:",
-            "tileloadd tmm4, [{q} + {line}]",
-            granule!("tmm0", "tmm4", "tmm5", 0),
-            granule!("tmm1", "tmm4", "tmm5", 8),
-            granule!("tmm2", "tmm4", "tmm5", 16),
-            granule!("tmm3", "tmm4", "tmm5", 24),
-            ahead!(0),
-            ahead!(8),
-            ahead!(16),
-            ahead!(24),
-            "add {q}, {q_block}",
-            "add {offset}, 1024",
-            "cmp {offset}, {whole}",
-            "jne 2b",
-            "4:",
-            "cmp {offset}, {end}",
-            "je 5f",
-            "tileloadd tmm6, [{q} + {line}]",
-            granule!("tmm0", "tmm6", "tmm7", 0),
-            granule!("tmm1", "tmm6", "tmm7", 8),
-            granule!("tmm2", "tmm6", "tmm7", 16),
-            granule!("tmm3", "tmm6", "tmm7", 24),
-            "5:",
-            "tilestored [{scores} + {row}], tmm0",
-            "tilestored [{scores} + {row} + 64], tmm1",
-            "tilestored [{scores} + {row} + 128], tmm2",
-            "tilestored [{scores} + {row} + 192], tmm3",
-            q = inout(reg) blocks.q => _,
-            q_block = in(reg) blocks.num_rows * ROW_BYTES,
-            keys = in(reg) blocks.keys,
-            ahead = in(reg) blocks.ahead,
-            offset = out(reg) _,
-            at = out(reg) _,
-            // Bytes of 16 keys.
-            whole = in(reg) blocks.dim / 32 * 1024,
-            end = in(reg) blocks.dim * 32,
-            scores = in(reg) blocks.scores,
-            line = in(reg) ROW_BYTES,
-            row = in(reg) 4 * ROW_BYTES,
-            out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
-            out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
-            options(nostack),
-        );
-    }
-}
-
-/// The weights of up to 64 positions and some features of their values.
-pub(crate) struct ValueBlocks<'a> {
-    /// 8 pairs for each granule, 32 pairs further those of the next row.
-    pub(crate) weights: *const u32,
-    /// `[8][stride]` pairs each, one at least.
-    pub(crate) values: &'a [*const u32],
-    pub(crate) stride: usize,
-    /// Up to 4 vectors of 16 features.
-    pub(crate) vectors: Range<usize>,
-    /// `[rows][64]`, of which the first 16 are those of the first of these vectors, and so on.
-    pub(crate) sums: *mut f32,
-    /// What is to come nearer meanwhile, as many as there are values; nothing where it is null.
-    pub(crate) ahead: &'a [*const u32],
-}
-
-/// `sums = fold of blocks`, one of each granule, for each row of weights and each feature.
-///
-/// # Safety
-/// Tiles are configured by [`attention_shapes`] of as many rows; the pointers but `ahead` are valid for what is said.
-#[inline(always)]
-pub(crate) unsafe fn fold_values(blocks: &ValueBlocks<'_>) {
-    debug_assert!(!blocks.values.is_empty() && blocks.ahead.len() == blocks.values.len());
-    debug_assert!((1..=4).contains(&blocks.vectors.len()));
-    macro_rules! column {
-        ($sums:literal, $offset:literal) => {
-            concat!("tileloadd tmm7, [{at} + {stride} + ", $offset, "]\n", "tdpbf16ps ", $sums, ", tmm6, tmm7\n",)
-        };
-    }
-    // SAFETY: reads and writes what the caller vouches for; prefetches of anything are allowed.
+pub(crate) unsafe fn fold_blocks(blocks: &Blocks) {
+    debug_assert!(blocks.num_blocks > 0);
+    // SAFETY: reads and writes what the caller vouches for.
     unsafe {
         asm!(
             "tilezero tmm0",
@@ -456,59 +331,46 @@ pub(crate) unsafe fn fold_values(blocks: &ValueBlocks<'_>) {
             "tilezero tmm2",
             "tilezero tmm3",
             "2:",
-            "tileloadd tmm6, [{weights} + {row}]",
-            "mov {at}, [{values}]",
-            "add {at}, {first}",
-            column!("tmm0", 0),
-            "cmp {count:e}, 2",
-            "jb 3f",
-            column!("tmm1", 64),
-            "je 3f",
-            column!("tmm2", 128),
-            "cmp {count:e}, 4",
-            "jb 3f",
-            column!("tmm3", 192),
+            "tileloadd tmm6, [{b0} + {b_row}]",
+            "tileloadd tmm4, [{a} + {a_row}]",
+            "tdpbf16ps tmm0, tmm4, tmm6",
+            "tileloadd tmm7, [{b1} + {b_row}]",
+            "tdpbf16ps tmm1, tmm4, tmm7",
+            "test {is_two:e}, {is_two:e}",
+            "jz 3f",
+            "tileloadd tmm5, [{more} + {a_row}]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7",
+            "add {more}, [{blocks} + {a_block}]",
             "3:",
-            // A granule's head lies in one piece, of which a column's share is 8 lines.
-            "mov {at}, [{ahead}]",
-            "test {at}, {at}",
-            "jz 4f",
-            "lea {at}, [{at} + 8 * {first}]",
-            prefetches!("at", 0 64 128 192 256 320 384 448),
-            "cmp {count:e}, 2",
-            "jb 4f",
-            prefetches!("at", 512 576 640 704 768 832 896 960),
-            "je 4f",
-            prefetches!("at", 1024 1088 1152 1216 1280 1344 1408 1472),
-            "cmp {count:e}, 4",
-            "jb 4f",
-            prefetches!("at", 1536 1600 1664 1728 1792 1856 1920 1984),
-            "4:",
-            "add {ahead}, 8",
-            "add {values}, 8",
-            "add {weights}, 32",
-            "dec {granules:e}",
+            "add {a}, [{blocks} + {a_block}]",
+            "add {b0}, [{blocks} + {b_block}]",
+            "add {b1}, [{blocks} + {b_block}]",
+            "dec {count}",
             "jnz 2b",
-            "tilestored [{sums} + {row}], tmm0",
-            "cmp {count:e}, 2",
-            "jb 5f",
-            "tilestored [{sums} + {row} + 64], tmm1",
-            "je 5f",
-            "tilestored [{sums} + {row} + 128], tmm2",
-            "cmp {count:e}, 4",
-            "jb 5f",
-            "tilestored [{sums} + {row} + 192], tmm3",
-            "5:",
-            weights = inout(reg) blocks.weights => _,
-            values = inout(reg) blocks.values.as_ptr() => _,
-            stride = in(reg) blocks.stride * 4,
-            first = in(reg) blocks.vectors.start * ROW_BYTES,
-            count = in(reg) blocks.vectors.len(),
-            granules = inout(reg) blocks.values.len() => _,
-            ahead = inout(reg) blocks.ahead.as_ptr() => _,
-            at = out(reg) _,
-            sums = in(reg) blocks.sums,
-            row = in(reg) 4 * ROW_BYTES,
+            "tilestored [{into} + {into_row}], tmm0",
+            "tilestored [{into} + {into_row} + 64], tmm1",
+            "test {is_two:e}, {is_two:e}",
+            "jz 4f",
+            "mov {more}, {into_row}",
+            "shl {more}, 4",
+            "add {into}, {more}",
+            "tilestored [{into} + {into_row}], tmm2",
+            "tilestored [{into} + {into_row} + 64], tmm3",
+            "4:",
+            blocks = in(reg) blocks,
+            a = inout(reg) blocks.a => _,
+            more = inout(reg) blocks.a.wrapping_byte_add(TILE_ROWS * blocks.a_row) => _,
+            a_row = in(reg) blocks.a_row,
+            b0 = inout(reg) blocks.b[0] => _,
+            b1 = inout(reg) blocks.b[1] => _,
+            b_row = in(reg) blocks.b_row,
+            into = inout(reg) blocks.into => _,
+            into_row = in(reg) blocks.into_row,
+            count = inout(reg) blocks.num_blocks => _,
+            is_two = in(reg) u32::from(blocks.is_two),
+            a_block = const offset_of!(Blocks, a_block),
+            b_block = const offset_of!(Blocks, b_block),
             out("tmm0") _, out("tmm1") _, out("tmm2") _, out("tmm3") _,
             out("tmm4") _, out("tmm5") _, out("tmm6") _, out("tmm7") _,
             options(nostack),

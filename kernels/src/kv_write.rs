@@ -1,11 +1,18 @@
 //! New keys and values into the pool.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use std::arch::x86_64::*;
+
 use crate::arena::KvArena;
 use crate::ctx::{Columns, Ctx};
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
+#[cfg(target_arch = "x86_64")]
+use crate::numerics::LANES;
 use crate::numerics::round_bf16;
 use crate::simd::vectorised;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::{Avx512Bf16, Simd};
 
 /// Rows of one tile of work.
 const TILE_ROWS: usize = 64;
@@ -99,6 +106,74 @@ impl<'a> Target<'a> {
         }
     }
 
+    /// Stores the keys of one head of all tokens of a granule, of which this is the first: bf16, heads of whole blocks of 32.
+    ///
+    /// # Safety
+    /// The machine has AVX-512 and its bf16.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) unsafe fn write_keys(self, head: usize, k: &[&[f32]; GRANULE_TOKENS]) {
+        let head_dim = self.check_whole(head, k);
+        // SAFETY: as in `write_key`, for all tokens; rows have `head_dim` values.
+        unsafe {
+            let into = self.granule.add(head * self.layout.head_bytes()).cast::<u32>();
+            for feature in (0..head_dim).step_by(2 * LANES) {
+                let mut pairs = [_mm512_setzero_si512(); GRANULE_TOKENS];
+                for token in 0..GRANULE_TOKENS {
+                    let from = k[token].as_ptr().add(feature);
+                    pairs[token] = Avx512Bf16::round(Avx512Bf16::load(from), Avx512Bf16::load(from.add(LANES)));
+                }
+                let into = into.add(feature / 2 * GRANULE_TOKENS);
+                for (pair, tokens) in transposed(pairs).into_iter().enumerate() {
+                    _mm512_storeu_si512(into.add(pair * GRANULE_TOKENS).cast(), tokens);
+                }
+            }
+        }
+    }
+
+    /// Stores the values of one head likewise.
+    ///
+    /// # Safety
+    /// As of [`write_keys`](Self::write_keys).
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    pub(crate) unsafe fn write_values(self, head: usize, v: &[&[f32]; GRANULE_TOKENS]) {
+        let head_dim = self.check_whole(head, v);
+        // Lane i takes halves i and 16 + i.
+        const INTERLEAVED: [u16; 2 * LANES] = {
+            let mut halves = [0; 2 * LANES];
+            let mut i = 0;
+            while i < 2 * LANES {
+                halves[i] = (i / 2 + i % 2 * LANES) as u16;
+                i += 1;
+            }
+            halves
+        };
+        // SAFETY: as in `write_keys`, in the plane behind that of the keys.
+        unsafe {
+            let into = self.granule.add(self.layout.plane_bytes() + head * self.layout.head_bytes()).cast::<u32>();
+            let interleaved = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+            for step in 0..GRANULE_TOKENS / 2 {
+                for feature in (0..head_dim).step_by(LANES) {
+                    let even = Avx512Bf16::load(v[2 * step].as_ptr().add(feature));
+                    let odd = Avx512Bf16::load(v[2 * step + 1].as_ptr().add(feature));
+                    let pairs = _mm512_permutexvar_epi16(interleaved, Avx512Bf16::round(even, odd));
+                    _mm512_storeu_si512(into.add(step * head_dim + feature).cast(), pairs);
+                }
+            }
+        }
+    }
+
+    /// The head's features, after a look at whether a granule can be written whole.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn check_whole(&self, head: usize, rows: &[&[f32]; GRANULE_TOKENS]) -> usize {
+        let head_dim = self.layout.head_dim;
+        assert!(self.token == 0 && self.layout.dtype == KvDtype::Bf16 && head_dim.is_multiple_of(2 * LANES));
+        assert!(head < self.layout.num_kv_heads && rows.iter().all(|row| row.len() == head_dim), "rows of head {head}");
+        head_dim
+    }
+
     /// Stores the value of one head.
     #[inline(always)]
     pub(crate) fn write_value(self, head: usize, v: &[f32]) {
@@ -126,6 +201,45 @@ impl<'a> Target<'a> {
                 }
             }
         }
+    }
+}
+
+/// Rows as columns.
+///
+/// # Safety
+/// The machine has AVX-512.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn transposed(rows: [__m512i; LANES]) -> [__m512i; LANES] {
+    // SAFETY: the instruction set is the caller's promise.
+    unsafe {
+        let (mut twos, mut fours, mut eights, mut columns) = (rows, rows, rows, rows);
+        for i in (0..LANES).step_by(2) {
+            twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+        }
+        // Piece p of vector 4 g + c: column 4 p + c of rows 4 g to 4 g + 3.
+        for i in (0..LANES).step_by(4) {
+            fours[i] = _mm512_unpacklo_epi64(twos[i], twos[i + 2]);
+            fours[i + 1] = _mm512_unpackhi_epi64(twos[i], twos[i + 2]);
+            fours[i + 2] = _mm512_unpacklo_epi64(twos[i + 1], twos[i + 3]);
+            fours[i + 3] = _mm512_unpackhi_epi64(twos[i + 1], twos[i + 3]);
+        }
+        // Pieces of rows 0 to 7, then 8 to 15: columns c and 8 + c, then 4 + c and 12 + c.
+        for c in 0..4 {
+            for half in 0..2 {
+                let (a, b) = (fours[8 * half + c], fours[8 * half + 4 + c]);
+                eights[4 * half + c] = _mm512_shuffle_i32x4::<0x88>(a, b);
+                eights[8 + 4 * half + c] = _mm512_shuffle_i32x4::<0xdd>(a, b);
+            }
+        }
+        for c in 0..4 {
+            columns[c] = _mm512_shuffle_i32x4::<0x88>(eights[c], eights[4 + c]);
+            columns[8 + c] = _mm512_shuffle_i32x4::<0xdd>(eights[c], eights[4 + c]);
+            columns[4 + c] = _mm512_shuffle_i32x4::<0x88>(eights[8 + c], eights[12 + c]);
+            columns[12 + c] = _mm512_shuffle_i32x4::<0xdd>(eights[8 + c], eights[12 + c]);
+        }
+        columns
     }
 }
 

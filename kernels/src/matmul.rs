@@ -26,6 +26,8 @@ use crate::operand::Operand;
 use crate::packed_matrix::{PANEL, PackedMatrix, WeightDtype};
 use crate::pages::{Kept, lend};
 use crate::product::{MatrixRef, Product, multiply};
+#[cfg(target_arch = "x86_64")]
+use crate::simd::Avx512Bf16;
 use crate::simd::{Simd, fold_tile, with_simd};
 #[cfg(target_arch = "x86_64")]
 use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_bytes};
@@ -98,7 +100,7 @@ pub(crate) fn tile_rows(isa: Isa, dtype: WeightDtype) -> usize {
         #[cfg(target_arch = "x86_64")]
         Kind::Amx if multiplies_tiles(isa, dtype) => 2 * crate::amx::TILE_ROWS,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512Bf16 | Kind::Amx => crate::simd::Avx512Bf16::TILE_ROWS,
+        Kind::Avx512Bf16 | Kind::Amx => Avx512Bf16::TILE_ROWS,
     }
 }
 
@@ -111,7 +113,7 @@ pub(crate) fn pair_lanes(isa: Isa) -> usize {
         #[cfg(target_arch = "x86_64")]
         Kind::Avx512 | Kind::Avx512Vnni => crate::simd::Avx512::PAIR_LANES,
         #[cfg(target_arch = "x86_64")]
-        Kind::Avx512Bf16 | Kind::Amx => crate::simd::Avx512Bf16::PAIR_LANES,
+        Kind::Avx512Bf16 | Kind::Amx => Avx512Bf16::PAIR_LANES,
     }
 }
 
@@ -292,24 +294,24 @@ impl TilePanels for FloatPanels {
 
 /// Packs columns of row `r` of a tile of `num_rows` into blocks of 16 pairs `[block][num_rows][16]`, the last one filled up
 /// with zeros.
+///
+/// # Safety
+/// The machine has AVX-512 and its bf16.
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
-pub(crate) fn pack_row_in_blocks(row: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
+pub(crate) unsafe fn pack_row_in_blocks(row: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
     let (blocks, rest) = row.as_chunks::<{ 2 * TILE_STEPS }>();
-    let mut into = into.as_chunks_mut::<TILE_STEPS>().0[r..].iter_mut().step_by(num_rows);
-    for (values, into) in blocks.iter().zip(&mut into) {
-        pack_block(values, into);
+    let into = into.as_chunks_mut::<TILE_STEPS>().0;
+    for (block, values) in blocks.iter().enumerate() {
+        let into = into[block * num_rows + r].as_mut_ptr();
+        // SAFETY: 16 pairs of 32 values; the instruction set is the caller's promise.
+        unsafe { Avx512Bf16::store_pairs(into, values.as_ptr()) };
     }
-    if let (false, Some(into)) = (rest.is_empty(), into.next()) {
+    if !rest.is_empty() {
         let mut last = [0.0; 2 * TILE_STEPS];
         last[..rest.len()].copy_from_slice(rest);
-        pack_block(&last, into);
-    }
-}
-
-#[inline(always)]
-fn pack_block(values: &[f32; 2 * TILE_STEPS], into: &mut [u32; TILE_STEPS]) {
-    for (lane, pair) in into.iter_mut().zip(values.as_chunks::<2>().0) {
-        *lane = bf16_pair(pair[0], pair[1]);
+        // SAFETY: as above.
+        unsafe { Avx512Bf16::store_pairs(into[blocks.len() * num_rows + r].as_mut_ptr(), last.as_ptr()) };
     }
 }
 

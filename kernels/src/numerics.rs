@@ -1,10 +1,10 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
 //! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-2` in blocks of
-//! pairs, as processors with tile registers do, and in what is bf16: there weights of 8 bits with a scale for 32 are, too.
-//! Two machines whose nodes announce the same family compute the same bits; what has no bf16 operands is `cpu-fold-2`
-//! everywhere. All values are f32 under IEEE 754 rounding to nearest
-//! even, `fma` is one rounding, nothing is contracted or
+//! pairs, as processors with tile registers do, in the softmax over bf16 KV, which those have less time for, and in what
+//! is bf16: there weights of 8 bits with a scale for 32 are, too. Two machines whose nodes announce the same family compute
+//! the same bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to
+//! nearest even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
 //! | operation | order |
@@ -22,8 +22,9 @@
 //! | `silu_mul` | `(g / (1 + exp(-g))) * u` |
 //! | attention scores | fold over head_dim (bf16: pairs as in `matmul`, q through `round_bf16`), then `* scale`, then softcap `c * tanh(s / c)` |
 //! | attention softmax | per part of 512 positions, tiles of 64 counted from position 0, only those with a visible key: `m' = max(m, scores)`, `a = exp(m - m')`, `p = exp(s - m')`, masked p = 0; 16 lanes, lane i adds `p[i], p[i+16], p[i+32], p[i+48]`, tree_sum; `l = fma(l, a, sum)` |
-//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)`; in `cpu-tiles-2` a block is 8 pairs, the 16 positions of a granule |
-//! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)` |
+//! | attention values | per tile a fold from zero over its positions (bf16: pairs as in `matmul`, p through `round_bf16`), then `acc = fma(acc, a, fold)` |
+//! | attention softmax and values, bf16 KV in `cpu-tiles-2` | tiles of 256 positions, without `* scale` before; `c = scale * log2(e)` (`log2(e)` behind a softcap, which is of `s * scale`); `m'` as above, `a = 2^((m - m') * c)`, `p = 2^fma(s, c, -(m' * c))` by `exp2_weight`, masked p = 0; sums and values as above, 16 vectors of lanes instead of 4, blocks of 16 pairs counted from the tile's first position |
+//! | attention parts | ascending: `m' = max(m, mp)`, `a = exp(m - m')`, `b = exp(mp - m')`, `l = fma(lp, b, l * a)`, `acc = fma(accp, b, acc * a)`; at the end `out = acc * (1 / l)`; `a` and `b` as in the softmax |
 //! | `sample` | see there: weights by [`exp`] in f32, sums in f64 in ascending id |
 //!
 //! Why bf16 operands below 2^-56 become zero ([`round_bf16`]): every product of two others is a multiple of
@@ -67,7 +68,7 @@ impl Order {
     }
 }
 
-/// Pairs of a block of [`Order::Tiles`] in a product of matrices and in scores.
+/// Pairs of a block of [`Order::Tiles`].
 pub(crate) const TILE_STEPS: usize = 16;
 
 /// Values of one SIMD lane group, whatever the width of the machine's registers.
@@ -78,6 +79,9 @@ pub const ATTENTION_PART: usize = 512;
 
 /// Positions of one softmax tile.
 pub const ATTENTION_TILE: usize = 64;
+
+/// Positions of one softmax tile where bf16 KV is multiplied in tile registers.
+pub const ATTENTION_WIDE_TILE: usize = 256;
 
 /// Magnitudes below this (2^-56) are zero as bf16 operands.
 pub const BF16_TINY: f32 = f32::from_bits((127 - 56) << 23);
@@ -201,6 +205,29 @@ pub(crate) fn exp_not_positive(x: f32) -> f32 {
     if x < EXP_LEAST { 0.0 } else { scaled }
 }
 
+/// What [`exp2_weight`] takes lower exponents for: no weight is below [`BF16_TINY`], so none is flushed in rounding.
+pub(crate) const EXP2_LEAST: f32 = -56.0;
+
+/// Factors of the polynomial of [`exp2_weight`], the highest power first.
+pub(crate) const EXP2_POLYNOMIAL: [f32; 5] = [0.013_426_851, 0.052_242_205, 0.241_280_33, 0.693_044_84, 1.0];
+
+/// `2^max(x, -56)` within 3e-6 of it, for what is rounded to bf16; exactly 1 at 0. Numbers are not above 1.
+#[inline(always)]
+pub(crate) fn exp2_weight(x: f32) -> f32 {
+    let x = if x < EXP2_LEAST { EXP2_LEAST } else { x };
+    let n = x.floor();
+    let mut r = x - n;
+    // Rounded down where it is not exact, just below a whole number, as the instruction does that takes the floor away.
+    if r + n > x {
+        r = r.next_down();
+    }
+    let mut p = EXP2_POLYNOMIAL[0];
+    for factor in &EXP2_POLYNOMIAL[1..] {
+        p = p.mul_add(r, *factor);
+    }
+    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+}
+
 /// `tanh(x)` through [`exp`]: `1 - 2 / (exp(2x) + 1)`.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
@@ -255,6 +282,24 @@ mod tests {
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(100.0), f32::INFINITY);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn weights_to_base_2_are_close_and_never_tiny() {
+        let mut worst = 0.0f64;
+        let mut x = EXP2_LEAST;
+        while x <= 0.0 {
+            let want = f64::from(x).exp2();
+            worst = worst.max(((f64::from(exp2_weight(x)) - want) / want).abs());
+            x += 0.000_37;
+        }
+        assert!(worst < 3.1e-6, "worst relative error {worst:e}");
+        assert_eq!(exp2_weight(0.0), 1.0);
+        assert_eq!(exp2_weight(-0.0), 1.0);
+        for x in [EXP2_LEAST, -57.0, f32::MIN, f32::NEG_INFINITY] {
+            assert_eq!(exp2_weight(x), BF16_TINY);
+        }
+        assert!(exp2_weight(f32::NAN).is_nan());
     }
 
     #[test]

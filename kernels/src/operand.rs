@@ -16,7 +16,9 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::thread;
 
 use crate::isa::Isa;
-use crate::matmul::{pack_row as pack_float_row, pack_row_in_blocks};
+use crate::matmul::pack_row as pack_float_row;
+#[cfg(target_arch = "x86_64")]
+use crate::matmul::pack_row_in_blocks;
 use crate::numerics::TILE_STEPS;
 use crate::packed_matrix::WeightDtype;
 use crate::pages::{Kept, lend};
@@ -209,6 +211,16 @@ impl PackedOperand<'_> {
                 (scratch, std::slice::from_raw_parts_mut(self.packed.add(start), num_lanes))
             };
             let piece = &Piece { operand: self.operand, cols, rows, columns, packing: self.packing };
+            #[cfg(target_arch = "x86_64")]
+            if self.packing == Packing::Blocks {
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+                unsafe fn amx(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
+                    // SAFETY: as required of the caller.
+                    unsafe { pack_piece_in_blocks(piece, scratch, into) }
+                }
+                // SAFETY: only instruction sets with tiles, which have these vectors, pack blocks.
+                return unsafe { amx(piece, scratch, into) };
+            }
             vectorised!(isa, pack_piece(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]));
         });
     }
@@ -248,10 +260,22 @@ fn pack_piece(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
         match piece.packing {
             Packing::Rows => into[r * cols..][..cols].iter_mut().zip(values).for_each(|(into, x)| *into = x.to_bits()),
             Packing::Float(dtype, pair_lanes) => pack_float_row(values, dtype, pair_lanes, (r, num_rows), into),
-            Packing::Blocks => pack_row_in_blocks(values, (r, num_rows), into),
+            Packing::Blocks => unreachable!("blocks of pairs have a function of their own"),
             Packing::Quantized(format) => pack_quantized_row(values, cols, format, (r, num_rows), into),
             Packing::QuantizedBlocks(format) => pack_quantized_row_in_blocks(values, cols, format, (r, num_rows), into),
         }
+    }
+}
+
+/// # Safety
+/// The machine has AVX-512 and its bf16.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+unsafe fn pack_piece_in_blocks(piece: &Piece<'_>, scratch: &mut [f32], into: &mut [u32]) {
+    for (r, row) in piece.rows.clone().enumerate() {
+        let values = piece.operand.columns(row, piece.cols, piece.columns.clone(), scratch);
+        // SAFETY: as required of the caller.
+        unsafe { pack_row_in_blocks(values, (r, piece.rows.len()), into) };
     }
 }
 

@@ -165,6 +165,13 @@ impl Finished<'_> {
         self.group
     }
 
+    /// The group's columns of a row, to read.
+    pub(crate) fn read(&self, row: usize) -> &[f32] {
+        assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
+        // SAFETY: as in `row`; whoever holds that cannot call this.
+        unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride + self.group * self.width), self.width) }
+    }
+
     /// The group's columns of a row.
     pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);

@@ -13,8 +13,14 @@
 
 use crate::arena::KvArena;
 use crate::ctx::Ctx;
-use crate::kv_layout::KvLayout;
+#[cfg(target_arch = "x86_64")]
+use crate::isa::{Isa, Kind};
+#[cfg(target_arch = "x86_64")]
+use crate::kv_layout::KvDtype;
+use crate::kv_layout::{GRANULE_TOKENS, KvLayout};
 use crate::kv_write::Target;
+#[cfg(target_arch = "x86_64")]
+use crate::numerics::LANES;
 use crate::product::{Finished, Groups, Product, multiply_then};
 use crate::rms_norm::norm_heads;
 use crate::rope::{RopeTable, rotate_heads};
@@ -59,30 +65,90 @@ pub fn qkv_rope_write(ctx: &Ctx<'_>, qkv: &Qkv<'_>, out: &mut [f32]) {
     let isa = ctx.isa;
     let finish = |mut head: Finished<'_>| {
         let head = &mut head;
-        vectorised!(isa, finish_head(qkv: &Qkv<'_>, head: &mut Finished<'_>));
+        #[cfg(target_arch = "x86_64")]
+        if qkv.writes_granules(isa) {
+            #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+            fn avx512bf16(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
+                finish_head::<true>(qkv, head);
+            }
+            // SAFETY: an `Isa` exists only for instruction sets of this machine.
+            #[allow(unsafe_code)]
+            return unsafe { avx512bf16(qkv, head) };
+        }
+        vectorised!(isa, finish_rows(qkv: &Qkv<'_>, head: &mut Finished<'_>));
     };
     multiply_then(ctx, &qkv.product, out, Some(&Groups { width: head_dim, finish: &finish }));
 }
 
+impl Qkv<'_> {
+    /// Whether the keys and values of 16 rows that are a granule are written at once.
+    #[cfg(target_arch = "x86_64")]
+    fn writes_granules(&self, isa: Isa) -> bool {
+        let is_whole = self.layout.dtype == KvDtype::Bf16 && self.layout.head_dim.is_multiple_of(2 * LANES);
+        is_whole && matches!(isa.0, Kind::Avx512Bf16 | Kind::Amx)
+    }
+}
+
+/// Rows from the first of these slots on that are finished at once: those of a granule, if it begins here, or one.
 #[inline(always)]
-fn finish_head(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
+fn rows_at_once(slots: &[u32]) -> usize {
+    let is_granule = slots.len() >= GRANULE_TOKENS
+        && slots[0].is_multiple_of(GRANULE_TOKENS as u32)
+        && (1..GRANULE_TOKENS).all(|i| slots[i] == slots[0] + i as u32);
+    if is_granule { GRANULE_TOKENS } else { 1 }
+}
+
+#[inline(always)]
+fn finish_rows(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
+    finish_head::<false>(qkv, head);
+}
+
+/// With `GRANULES` only where these are written at once.
+#[inline(always)]
+fn finish_head<const GRANULES: bool>(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
     let (num_heads, num_kv_heads) = (qkv.num_heads, qkv.layout.num_kv_heads);
     let index = head.group();
-    for row in head.rows() {
-        let values = head.row(row);
-        let target = || Target::of(qkv.arena, qkv.layout, qkv.layer, qkv.slots[row]);
-        if index >= num_heads + num_kv_heads {
-            target().write_value(index - num_heads - num_kv_heads, values);
-            continue;
+    let (is_query, is_value) = (index < num_heads, index >= num_heads + num_kv_heads);
+    let rows = head.rows();
+    let mut first = rows.start;
+    while first < rows.end {
+        let count = if GRANULES && !is_query { rows_at_once(&qkv.slots[first..rows.end]) } else { 1 };
+        let rotated = if is_value { first..first } else { first..first + count };
+        for row in rotated {
+            let values = head.row(row);
+            if let Some((q_norm, k_norm, eps)) = qkv.head_norms {
+                norm_heads(values, if is_query { q_norm } else { k_norm }, eps);
+            }
+            let (cos, sin) = qkv.rope.angles(qkv.positions[row]);
+            rotate_heads(values, qkv.layout.head_dim, cos, sin);
         }
-        if let Some((q_norm, k_norm, eps)) = qkv.head_norms {
-            norm_heads(values, if index < num_heads { q_norm } else { k_norm }, eps);
+        if !is_query {
+            let target = Target::of(qkv.arena, qkv.layout, qkv.layer, qkv.slots[first]);
+            let kv_head = (index - num_heads) % num_kv_heads;
+            match (count, is_value) {
+                (1, false) => target.write_key(kv_head, head.read(first)),
+                (1, true) => target.write_value(kv_head, head.read(first)),
+                #[cfg(target_arch = "x86_64")]
+                _ => {
+                    let mut values = [&[][..]; GRANULE_TOKENS];
+                    for (i, values) in values.iter_mut().enumerate() {
+                        *values = head.read(first + i);
+                    }
+                    // SAFETY: the machine has the instruction set where granules are written at once.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        if is_value {
+                            target.write_values(kv_head, &values)
+                        } else {
+                            target.write_keys(kv_head, &values)
+                        }
+                    }
+                }
+                #[cfg(not(target_arch = "x86_64"))]
+                _ => unreachable!("rows are written one by one"),
+            }
         }
-        let (cos, sin) = qkv.rope.angles(qkv.positions[row]);
-        rotate_heads(values, qkv.layout.head_dim, cos, sin);
-        if index >= num_heads {
-            target().write_key(index - num_heads, values);
-        }
+        first += count;
     }
 }
 
@@ -90,8 +156,6 @@ fn finish_head(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
 mod tests {
     use super::*;
     use crate::ctx::Columns;
-    use crate::isa::Isa;
-    use crate::kv_layout::KvDtype;
     use crate::numerics::Order;
     use crate::operand::Operand;
     use crate::packed_matrix::{PackedMatrix, WeightDtype, Weights};

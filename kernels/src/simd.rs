@@ -11,7 +11,7 @@
 use std::arch::x86_64::*;
 
 #[cfg(target_arch = "x86_64")]
-use crate::numerics::{BF16_TINY, EXP_LEAST, EXP_MAGIC, EXP_POLYNOMIAL, LN_2};
+use crate::numerics::{BF16_TINY, EXP_LEAST, EXP_MAGIC, EXP_POLYNOMIAL, EXP2_LEAST, EXP2_POLYNOMIAL, LN_2};
 use crate::numerics::{LANES, exp, round_bf16, widen_bf16};
 
 /// Vectors of 16 f32 (`V`) and of 16 bf16 pairs prepared for folding (`P`).
@@ -449,6 +449,69 @@ avx512!(
     }
 );
 
+#[cfg(target_arch = "x86_64")]
+impl Avx512Bf16 {
+    /// [`exp2_weight`](crate::numerics::exp2_weight).
+    ///
+    /// # Safety
+    /// As of [`Simd`].
+    #[inline(always)]
+    pub(crate) unsafe fn exp2_weight(x: __m512) -> __m512 {
+        const MINUS_FLOOR: i32 = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+        // SAFETY: AVX-512DQ is there.
+        unsafe {
+            // The second operand if it is a NaN.
+            let x = _mm512_max_ps(_mm512_set1_ps(EXP2_LEAST), x);
+            let r = _mm512_reduce_ps::<MINUS_FLOOR>(x);
+            let mut p = _mm512_set1_ps(EXP2_POLYNOMIAL[0]);
+            for factor in &EXP2_POLYNOMIAL[1..] {
+                p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*factor));
+            }
+            // By 2^floor(x).
+            _mm512_scalef_ps(p, x)
+        }
+    }
+
+    /// Two vectors through [`round_bf16`](crate::numerics::round_bf16), one behind the other.
+    ///
+    /// # Safety
+    /// As of [`Simd`].
+    #[inline(always)]
+    pub(crate) unsafe fn round(first: __m512, second: __m512) -> __m512i {
+        const LEAST: i16 = (BF16_TINY.to_bits() >> 16) as i16;
+        // SAFETY: AVX-512BW and AVX-512-BF16 are there; both types are 64 bytes.
+        unsafe {
+            let rounded = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            let magnitudes = _mm512_and_si512(rounded, _mm512_set1_epi16(0x7fff));
+            let counts = _mm512_cmp_epi16_mask::<_MM_CMPINT_NLT>(magnitudes, _mm512_set1_epi16(LEAST));
+            _mm512_maskz_mov_epi16(counts, rounded)
+        }
+    }
+
+    /// 32 values through [`round_bf16`](crate::numerics::round_bf16): 16 pairs of neighbours.
+    ///
+    /// # Safety
+    /// As of [`Simd`], for two vectors of values and one of pairs.
+    #[inline(always)]
+    pub(crate) unsafe fn store_pairs(into: *mut u32, from: *const f32) {
+        // SAFETY: as required of the caller.
+        unsafe { _mm512_storeu_si512(into.cast(), Self::round(Self::load(from), Self::load(from.add(LANES)))) }
+    }
+
+    /// Two vectors of weights that are zero or not tiny, rounded to bf16: 16 pairs of neighbours.
+    ///
+    /// # Safety
+    /// As of [`Simd`].
+    #[inline(always)]
+    pub(crate) unsafe fn store_weights(into: *mut u32, [first, second]: [__m512; 2]) {
+        // SAFETY: AVX-512-BF16 is there, and 16 lanes are valid (the trait's contract); both types are 64 bytes.
+        unsafe {
+            let rounded = _mm512_cvtne2ps_pbh(second, first);
+            _mm512_storeu_si512(into.cast(), std::mem::transmute::<__m512bh, __m512i>(rounded));
+        }
+    }
+}
+
 /// Values that instructions are tried with: the state of their generator.
 #[cfg(target_arch = "x86_64")]
 pub(crate) struct Values(pub(crate) u64);
@@ -619,6 +682,60 @@ mod tests {
                 assert_eq!(powers.map(f32::to_bits), x.map(|x| exp(x).to_bits()), "{isa:?} {x:?}");
                 assert_eq!(*halves, magnitudes.map(round_bf16), "{isa:?} {x:?}");
                 assert_eq!(rounded.map(f32::to_bits), halves.map(|half| u32::from(half) << 16), "{isa:?} {x:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn pairs_of_vectors_have_the_bits_of_scalar_rounding() {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+        unsafe fn pairs_of(x: &[f32; 2 * LANES], halves: &mut [u16; 2 * LANES]) {
+            // SAFETY: the caller has the instruction set; the arrays hold as many lanes.
+            unsafe { Avx512Bf16::store_pairs(halves.as_mut_ptr().cast(), x.as_ptr()) }
+        }
+        if !Isa::available().iter().any(|isa| matches!(isa.0, crate::isa::Kind::Avx512Bf16 | crate::isa::Kind::Amx)) {
+            return;
+        }
+        let tiny = BF16_TINY.to_bits();
+        let ends = [0, tiny - 0x8000, tiny, 0x0080_0000, 0x7f7f_8000, 0x7f80_0000, 0x3f80_8000, 0x3f81_8000];
+        let ends = ends.into_iter().flat_map(|bits: u32| bits.saturating_sub(100)..bits + 100);
+        let all = ends.flat_map(|bits| [bits, bits | 0x8000_0000]).chain((0..=u32::MAX).step_by(50_021));
+        let all: Vec<f32> = all.map(f32::from_bits).collect();
+        for x in all.as_chunks::<{ 2 * LANES }>().0 {
+            let halves = &mut [0; 2 * LANES];
+            // SAFETY: the machine has the instruction set.
+            unsafe { pairs_of(x, halves) };
+            assert_eq!(*halves, x.map(round_bf16), "{x:?}");
+        }
+    }
+
+    #[test]
+    fn weights_to_base_2_of_vectors_have_the_bits_of_the_scalar_ones() {
+        #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+        unsafe fn weights_of(x: &[[f32; LANES]; 2], weights: &mut [[f32; LANES]; 2], halves: &mut [u16; 2 * LANES]) {
+            // SAFETY: the caller has the instruction set; the arrays hold 16 lanes.
+            unsafe {
+                let first = Avx512Bf16::exp2_weight(Avx512Bf16::load(x[0].as_ptr()));
+                let second = Avx512Bf16::exp2_weight(Avx512Bf16::load(x[1].as_ptr()));
+                Avx512Bf16::store(weights[0].as_mut_ptr(), first);
+                Avx512Bf16::store(weights[1].as_mut_ptr(), second);
+                Avx512Bf16::store_weights(halves.as_mut_ptr().cast(), [first, second]);
+            }
+        }
+        if !Isa::available().iter().any(|isa| matches!(isa.0, crate::isa::Kind::Avx512Bf16 | crate::isa::Kind::Amx)) {
+            return;
+        }
+        // From 1e-6, which rounding may leave, and -0 to -infinity; every number around whole ones.
+        let whole = (1..60).map(|n| (-n as f32).to_bits()).flat_map(|bits| bits - 40..bits + 40);
+        let all = (0x8000_0000..=0xff80_0000u32).step_by(3001).chain((0..0x3586_37bd).step_by(100_003)).chain(whole);
+        let all: Vec<f32> = all.map(f32::from_bits).collect();
+        for x in all.as_chunks::<LANES>().0.as_chunks::<2>().0 {
+            let (weights, halves) = (&mut [[0.0; LANES]; 2], &mut [0; 2 * LANES]);
+            // SAFETY: the machine has the instruction set.
+            unsafe { weights_of(x, weights, halves) };
+            for (i, (&x, weight)) in x.as_flattened().iter().zip(weights.as_flattened()).enumerate() {
+                let want = crate::numerics::exp2_weight(x);
+                assert_eq!((weight.to_bits(), halves[i]), (want.to_bits(), round_bf16(want)), "{x}");
             }
         }
     }

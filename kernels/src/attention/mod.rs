@@ -1,7 +1,8 @@
 //! Paged attention: queries of ragged spans against keys and values of the pool.
 //!
-//! `reference` is the specification, `units` with `tile` the fast version. Both walk a row's visible positions in
-//! parts of 512, each in tiles of 64, counted from position 0 of the sequence whatever the span:
+//! `reference` is the specification, `units` the fast version, with `vector_unit` or `tile_unit`. Both walk a row's visible
+//! positions in parts of 512, each in tiles of 64 (256 where the tiles of the processor multiply), counted from position
+//! 0 of the sequence whatever the span:
 //!
 //! ```text
 //! positions  0        64       128  ...  512              1024         p
@@ -15,11 +16,15 @@
 #![allow(unsafe_code)]
 
 mod reference;
+mod softmax;
 mod tile;
 #[cfg(target_arch = "x86_64")]
-mod tiles;
+mod tile_unit;
 mod units;
+mod vector_unit;
 mod vectors;
+#[cfg(target_arch = "x86_64")]
+mod wide_softmax;
 
 use std::cell::Cell;
 use std::ops::Range;
@@ -57,7 +62,7 @@ pub struct QuerySpan {
 pub struct AttentionParams {
     /// Query heads: a multiple of the layout's KV heads.
     pub num_heads: usize,
-    /// Factor on the scores, usually `1 / sqrt(head_dim)`.
+    /// Factor on the scores, positive, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
     /// A query at p sees the keys of positions `p - window + 1 ..= p`, all up to p without a window.
     pub window: Option<usize>,
@@ -93,6 +98,7 @@ pub fn attention(
         params.num_heads,
         layout.num_kv_heads
     );
+    assert!(params.scale > 0.0, "a scale of {}", params.scale);
     assert!(params.window != Some(0), "a window shows at least the query's own position");
     assert!(arena.len() >= layout.total_bytes(), "an arena of {} bytes", layout.total_bytes());
     TAKEN.set(check_spans(TAKEN.take(), layout, q, q_columns, batch, width, out.len() / width.max(1)));

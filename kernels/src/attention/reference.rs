@@ -1,9 +1,10 @@
 //! The specification of attention: one query head at one position, value by value.
 
+use super::softmax::{Softmax, normalise};
 use super::{AttentionParams, first_visible};
 use crate::arena::KvArena;
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
-use crate::numerics::{ATTENTION_PART, ATTENTION_TILE, LANES, Order, TILE_STEPS, bf16_pair, exp, tanh, tree_sum};
+use crate::numerics::{ATTENTION_PART, LANES, Order, TILE_STEPS, bf16_pair, tree_sum};
 
 /// Running state of an online softmax: maximum, sum, weighted values.
 struct Partial {
@@ -15,57 +16,40 @@ struct Partial {
 /// The specification: one query head at one position.
 pub(super) fn attend(q: &[f32], position: usize, keys: &Keys<'_>, params: &AttentionParams, out: &mut [f32]) {
     let first = first_visible(position, params);
+    let softmax = Softmax::of(params, keys.layout.dtype, keys.order);
     let mut total: Option<Partial> = None;
     for part in first / ATTENTION_PART..=position / ATTENTION_PART {
-        let partial = attend_part(q, part, first, position, keys, params);
+        let partial = attend_part(q, part, first, position, keys, softmax);
         total = Some(match total {
             None => partial,
-            Some(t) => {
-                let max = t.max.max(partial.max);
-                let (a, b) = (exp(t.max - max), exp(partial.max - max));
-                Partial {
-                    max,
-                    sum: partial.sum.mul_add(b, t.sum * a),
-                    acc: t.acc.iter().zip(&partial.acc).map(|(&t, &p)| p.mul_add(b, t * a)).collect(),
-                }
+            Some(mut t) => {
+                (t.max, t.sum) = softmax.merge((t.max, t.sum), &mut t.acc, (partial.max, partial.sum), &partial.acc);
+                t
             }
         });
     }
     let total = total.expect("a query sees at least itself");
-    let inverse = 1.0 / total.sum;
-    for (out, acc) in out.iter_mut().zip(&total.acc) {
-        *out = acc * inverse;
-    }
+    normalise(&total.acc, total.sum, out);
 }
 
-fn attend_part(
-    q: &[f32],
-    part: usize,
-    first: usize,
-    last: usize,
-    keys: &Keys<'_>,
-    params: &AttentionParams,
-) -> Partial {
+fn attend_part(q: &[f32], part: usize, first: usize, last: usize, keys: &Keys<'_>, softmax: Softmax) -> Partial {
     let mut state = Partial { max: f32::MIN, sum: 0.0, acc: vec![0.0; q.len()] };
-    for tile in 0..ATTENTION_PART / ATTENTION_TILE {
-        let start = part * ATTENTION_PART + tile * ATTENTION_TILE;
+    for start in (part * ATTENTION_PART..(part + 1) * ATTENTION_PART).step_by(softmax.tile()) {
+        let positions = 0..softmax.tile();
         let visible = |i: usize| (first..=last).contains(&(start + i));
-        if !(0..ATTENTION_TILE).any(visible) {
+        if !positions.clone().any(visible) {
             continue;
         }
-        let mut scores = [f32::MIN; ATTENTION_TILE];
-        for (i, score) in scores.iter_mut().enumerate().filter(|(i, _)| visible(*i)) {
-            *score = keys.score(q, start + i) * params.scale;
-            if let Some(cap) = params.softcap {
-                *score = cap * tanh(*score / cap);
-            }
+        let mut scores = vec![f32::MIN; positions.len()];
+        for i in positions.clone().filter(|&i| visible(i)) {
+            scores[i] = softmax.score(keys.product(q, start + i));
         }
         let max = scores.iter().fold(state.max, |max, &score| max.max(score));
-        let correction = exp(state.max - max);
-        let mut weights = [0.0f32; ATTENTION_TILE];
+        let (_, correction, _) = softmax.join(state.max, max);
+        let mut weights = vec![0.0f32; positions.len()];
         let mut lanes = [0.0f32; LANES];
-        for i in (0..ATTENTION_TILE).filter(|&i| visible(i)) {
-            weights[i] = exp(scores[i] - max);
+        for i in positions.filter(|&i| visible(i)) {
+            weights[i] = softmax.weight(scores[i], max);
             lanes[i % LANES] += weights[i];
         }
         state.max = max;
@@ -100,7 +84,8 @@ impl Keys<'_> {
         u32::from_le_bytes(bytes)
     }
 
-    fn score(&self, q: &[f32], position: usize) -> f32 {
+    /// Of a query with the key of a position.
+    fn product(&self, q: &[f32], position: usize) -> f32 {
         let (head, token) = (self.head(position), position % GRANULE_TOKENS);
         match self.layout.dtype {
             KvDtype::F32 => (0..q.len()).fold(0.0, |acc, dim| {
@@ -116,30 +101,24 @@ impl Keys<'_> {
     }
 
     /// Fold of `weights` with feature `dim` of the visible values of a tile.
-    fn weighted(
-        &self,
-        weights: &[f32; ATTENTION_TILE],
-        start: usize,
-        dim: usize,
-        visible: impl Fn(usize) -> bool,
-    ) -> f32 {
+    fn weighted(&self, weights: &[f32], start: usize, dim: usize, visible: impl Fn(usize) -> bool) -> f32 {
         let at = |i: usize| {
             let position = start + i;
             self.head(position) + self.layout.plane_bytes() + self.layout.v_offset(position % GRANULE_TOKENS, dim)
         };
         match self.layout.dtype {
-            KvDtype::F32 => (0..ATTENTION_TILE)
+            KvDtype::F32 => (0..weights.len())
                 .filter(|&i| visible(i))
                 .fold(0.0, |acc, i| weights[i].mul_add(f32::from_bits(self.load(at(i))), acc)),
             KvDtype::Bf16 => {
-                // A granule at a time: a block of tiles is counted from its first position, seen or not.
-                (0..ATTENTION_TILE).step_by(GRANULE_TOKENS).fold(0.0, |acc, granule| {
-                    let steps = (granule..granule + GRANULE_TOKENS).step_by(2);
+                // A block at a time: it is counted from its first position, seen or not.
+                (0..weights.len()).step_by(2 * TILE_STEPS).fold(0.0, |acc, block| {
+                    let steps = (block..block + 2 * TILE_STEPS).step_by(2);
                     let pairs = steps.filter(|&i| visible(i) || visible(i + 1)).map(|i| {
                         let mask = (u32::from(visible(i)) * 0xffff) | (u32::from(visible(i + 1)) * 0xffff_0000);
                         (bf16_pair(weights[i], weights[i + 1]), self.load(at(i)) & mask)
                     });
-                    self.order.fold(acc, GRANULE_TOKENS / 2, pairs)
+                    self.order.fold(acc, TILE_STEPS, pairs)
                 })
             }
         }

@@ -12,7 +12,7 @@ use crate::simd::Simd;
 pub(super) const TILE_GRANULES: usize = ATTENTION_TILE / GRANULE_TOKENS;
 
 /// Rows of a subtile at most, on any instruction set.
-pub(super) const QUERY_ROWS_MAX: usize = 16;
+pub(super) const QUERY_ROWS_MAX: usize = 12;
 
 /// What begins with a cache line.
 #[derive(Clone, Copy)]
@@ -137,19 +137,6 @@ pub(super) fn mask_values(
             into[layout.head_dim..].fill(0);
         }
         tile.v[g] = copy.as_ptr();
-    }
-}
-
-/// Copies all granules of K, with zeros in place of the features that would make heads whole vectors.
-#[inline(always)]
-pub(super) fn pad_keys(job: &Job<'_>, tile: &mut Tile, copies: &mut Lines<u32>) {
-    let [len, padded_len] = [job.layout.head_dim, job.padded_dim()].map(|dim| dim / 2 * GRANULE_TOKENS);
-    copies.resize(TILE_GRANULES * padded_len);
-    for (k, copy) in tile.k.iter_mut().zip(copies.chunks_exact_mut(padded_len)) {
-        // SAFETY: a head of K, as of V in `mask_values`.
-        copy[..len].copy_from_slice(unsafe { std::slice::from_raw_parts(*k, len) });
-        copy[len..].fill(0);
-        *k = copy.as_ptr();
     }
 }
 

@@ -13,7 +13,6 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::tile::{OfRows, Scores, Seen, Tile, Weights};
-use super::units::{Ahead, Products};
 use crate::kv_layout::{GRANULE_TOKENS, KvDtype, KvLayout};
 use crate::numerics::{ATTENTION_TILE, LANES, bf16_pair, round_bf16};
 use crate::simd::{Simd, fold_tile};
@@ -52,20 +51,17 @@ pub(super) struct Vectors<S> {
     instruction_set: PhantomData<S>,
 }
 
-impl<S: Simd> Products for Vectors<S> {
-    type Simd = S;
-    const PADS_KEYS: bool = false;
-
+impl<S: Simd> Vectors<S> {
     #[inline(always)]
-    unsafe fn new(layout: &KvLayout, _num_rows: usize) -> Self {
+    pub(super) fn new(layout: &KvLayout) -> Self {
         let pairs = layout.dtype == KvDtype::Bf16;
         let depth = if pairs { layout.head_dim / 2 } else { layout.head_dim };
         Vectors { pairs, depth, step_lanes: if pairs { S::PAIR_LANES } else { 1 }, instruction_set: PhantomData }
     }
 
-    /// As many as fit while there are so many, then one or two of nearly equal size with up to 6.
+    /// The rows of subtile `index` of so many, if there is one: as many as fit while there are so many, then one or two of nearly equal size with up to 6.
     #[inline(always)]
-    fn subtile(&self, index: usize, num_rows: usize) -> Option<Range<usize>> {
+    pub(super) fn subtile(&self, index: usize, num_rows: usize) -> Option<Range<usize>> {
         let num_full = num_rows / S::QUERY_ROWS;
         if index < num_full {
             return Some(index * S::QUERY_ROWS..(index + 1) * S::QUERY_ROWS);
@@ -75,19 +71,16 @@ impl<S: Simd> Products for Vectors<S> {
         (index < count).then(|| first + index * left / count..first + (index + 1) * left / count)
     }
 
+    /// Lanes of a packed query.
     #[inline(always)]
-    fn lanes_per_row(&self) -> usize {
+    pub(super) fn lanes_per_row(&self) -> usize {
         self.depth * self.step_lanes
     }
 
+    /// Packs the query of row `r` of a subtile of `num_rows`: `[depth][rows of the subtile]`, each step in the lanes it
+    /// takes.
     #[inline(always)]
-    fn packed_rows(&self, num_rows: usize) -> usize {
-        num_rows
-    }
-
-    /// `[depth][rows of the subtile]`, each step in the lanes it takes.
-    #[inline(always)]
-    fn pack(&self, q: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
+    pub(super) fn pack(&self, q: &[f32], (r, num_rows): (usize, usize), into: &mut [u32]) {
         for step in 0..self.depth {
             let at = (step * num_rows + r) * self.step_lanes;
             match (self.pairs, self.step_lanes) {
@@ -101,31 +94,38 @@ impl<S: Simd> Products for Vectors<S> {
         }
     }
 
+    /// Products of a subtile's packed queries with the keys of these granules of a tile, at least; `next` comes nearer
+    /// meanwhile.
+    ///
+    /// # Safety
+    /// The machine has the instruction set, the tile points to valid granules, the queries are packed ones of so many rows.
     #[inline(always)]
-    unsafe fn score(
+    pub(super) unsafe fn score(
         &self,
         (tile, granules): (&Tile, Range<usize>),
-        ahead: &Ahead<'_>,
+        next: &Tile,
         (q, num_rows): (*const u32, usize),
         scores: &mut Scores,
     ) {
-        let (pairs, depth, next) = (self.pairs, self.depth, if ahead.turn == 0 { ahead.next } else { tile });
+        let (pairs, depth) = (self.pairs, self.depth);
         // SAFETY: as required of the caller.
         unsafe { by_rows!(num_rows, score_tile::<S, pairs>(tile, next, granules, depth, q, scores)) }
     }
 
+    /// Adds the weighted values of these granules of a tile to those of so many rows of `acc` that see something of it.
+    ///
+    /// # Safety
+    /// The machine has the instruction set, the tile points to valid granules.
     #[inline(always)]
-    unsafe fn add_values(
+    pub(super) unsafe fn add_values(
         &self,
         (tile, granules): (&Tile, Range<usize>),
-        ahead: &Ahead<'_>,
+        next: &Tile,
         weights: &Weights,
-        (seen, corrections): (&Seen, &OfRows),
+        rows: (&Seen, &OfRows),
         (acc, num_rows): (&mut [f32], usize),
-        _: &mut Scores,
     ) {
-        let (pairs, next) = (self.pairs, if ahead.turn == 0 { ahead.next } else { tile });
-        let rows = (seen, corrections);
+        let pairs = self.pairs;
         // SAFETY: as required of the caller.
         unsafe { by_rows!(num_rows, value_tile::<S, pairs>(tile, next, granules, weights, rows, acc)) }
     }
