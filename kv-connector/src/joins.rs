@@ -21,8 +21,8 @@ use crate::transfer::LandingZone;
 use crate::transfer::bulk::{self, PeerTransport};
 use crate::transfer::stripes::Stripes;
 
-/// Longest pause between two tries.
-const PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Longest pause between two tries: KV goes over the others meanwhile.
+const PAUSE_MAX: Duration = Duration::from_secs(30);
 
 /// What is needed to dial one more. It does not keep the fabric alive.
 pub(crate) struct Joins {
@@ -58,7 +58,8 @@ impl Joins {
                 continue;
             };
             let is_news = !redial.has_failed();
-            let pause = redial.on_failed(Instant::now(), error.is_worth_a_retry(), rand::random());
+            // A refusal too: a peer that has not noticed a loss yet counts the connection that is gone.
+            let pause = redial.on_failed(Instant::now(), true, rand::random());
             if is_news {
                 let num_wanted = self.stripes.group().num_connections;
                 tracing::info!(

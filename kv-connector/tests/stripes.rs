@@ -152,7 +152,7 @@ async fn lose_one(fault: WayFault, is_in_place: bool) {
     assert!(!pair.bulk.is_closed() && !pair.sender.is_closed());
     // Nothing more is lost with it, while it is away and when another has taken its place.
     hand_over(&pair.sender, &pair.decode.landing_zone(), 2, is_in_place).await;
-    assert!(pair.bulk.num_connections() < NUM_CONNECTIONS);
+    eventually("the loss is noticed", || pair.bulk.num_connections() < NUM_CONNECTIONS).await;
     pair.relay.set_fault(1, None);
     all_are_there(&pair.bulk).await;
     hand_over(&pair.sender, &pair.decode.landing_zone(), 3, is_in_place).await;
@@ -187,13 +187,16 @@ async fn with_the_last_connection_the_pair_is_lost_as_ever() {
     for number in 0..NUM_CONNECTIONS {
         pair.relay.set_fault(number, Some(WayFault { after_bytes: 0, size_max_to: 0, size_max_from: 0 }));
     }
-    let (header, payload) = job.sealed(job.extent(0, 0, 64));
+    let pool = FilePool::new(job.blocks.len());
+    let source = pool.source(&job, (0..job.blocks.len() as u32).map(BlockId).collect());
+    let (header, payload) = source.seal(&job.tokens, job.extent(0, 0, 64));
+    // Once for each of the connections, and in place until the last is lost.
     assert!(soon("a send ends", pair.sender.send_extent(&header, payload)).await.is_err());
     soon("the receiver hears of it", pair.bulk.closed()).await;
     assert!(pair.sender.is_closed() && pair.bulk.is_closed());
     assert!(pair.prefill.bulk_to(&node("d0"), Epoch(11)).is_none());
     assert!(!pair.link.is_closed(), "messages go another way");
-    drop(landing);
+    drop((landing, source));
     pair.close().await;
 }
 
