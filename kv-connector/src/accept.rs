@@ -141,7 +141,9 @@ async fn serve_control(
     stranger: OwnedSemaphorePermit,
     waiting: mpsc::Sender<IncomingStream>,
 ) {
-    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _, _| Ok(None)).await else { return };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _, _| Ok(None)).await else {
+        return;
+    };
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);

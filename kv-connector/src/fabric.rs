@@ -45,9 +45,9 @@ use crate::socket::{self, BulkPath, Port, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
-use crate::transfer::stripes::Stripes;
 use crate::transfer::pull::Puller;
 use crate::transfer::shm::Registrar;
+use crate::transfer::stripes::Stripes;
 use crate::transfer::{BulkSender, CudaIpc, LandingZone, Nixl, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
@@ -123,7 +123,8 @@ impl FabricConfig {
         self.limits.bulk_window_bytes = u32::try_from(args.kv_window_bytes).unwrap_or(u32::MAX);
         // What nobody has asked for gives way to a small window.
         let num_fitting = u16::try_from(args.kv_window_bytes / WINDOW_BYTES_MIN).unwrap_or(u16::MAX).max(1);
-        self.num_bulk_connections = args.kv_connections.unwrap_or_else(|| kv_threads::num_connections().min(num_fitting));
+        self.num_bulk_connections =
+            args.kv_connections.unwrap_or_else(|| kv_threads::num_connections().min(num_fitting));
     }
 }
 

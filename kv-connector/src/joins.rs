@@ -12,7 +12,7 @@ use common::wire::BulkGroup;
 use futures::future::join_all;
 
 use crate::accounting::Kind;
-use crate::dial::{Dialled, DialError};
+use crate::dial::{DialError, Dialled};
 use crate::fabric::Shared;
 use crate::link::CLOSE_DONE;
 use crate::redial::Redial;

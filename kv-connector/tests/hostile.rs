@@ -168,7 +168,7 @@ async fn server_of_another_protocol_is_told_apart_from_one_of_another_version() 
     let serving = tokio::spawn(async move { endpoint.accept().await.unwrap().await.is_err() });
     let proxy = cluster.start("x0", Role::Proxy);
     let error = soon("dial", proxy.dial(addr, Role::DecodeNode, None)).await.unwrap_err();
-    assert!(error.to_string().contains("speaks no version of this protocol (this node speaks 1)"), "{error}");
+    assert!(error.to_string().contains("speaks no version of this protocol (this node speaks 2 and 1)"), "{error}");
     assert!(soon("server", serving).await.unwrap());
     assert_nothing_left([proxy]).await;
 }

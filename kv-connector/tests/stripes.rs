@@ -292,8 +292,8 @@ async fn pool_that_is_read_where_it_lies_needs_one_connection() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn connections_of_a_pair_share_one_share_of_the_receive_memory() {
     let cluster = Cluster::new();
-    let prefills = ["p0", "p1", "p2"]
-        .map(|name| Fabric::bind(striped(cluster.config(name, Role::PrefillNode))).unwrap());
+    let prefills =
+        ["p0", "p1", "p2"].map(|name| Fabric::bind(striped(cluster.config(name, Role::PrefillNode))).unwrap());
     let mut config = striped(cluster.config("d0", Role::DecodeNode));
     config.limits.receive_bytes_max = 2 * config.limits.bulk_window_bytes as usize;
     let decode = Fabric::bind(config).unwrap();

@@ -28,8 +28,8 @@ use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
 use crate::transfer::stripes::Stripes;
 use crate::transfer::{
-    Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, Transport,
-    TransportLayer, UnsealedExtent, payload::PoolExtent,
+    Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, Transport, TransportLayer,
+    UnsealedExtent, payload::PoolExtent,
 };
 
 /// Sends extents to one life of one node. Cheap to clone.
@@ -119,7 +119,6 @@ struct Entry {
     /// Whether what comes over the connections is read.
     is_receiving: bool,
 }
-
 
 impl BulkSenders {
     pub(crate) fn new(layer: Option<TransportLayer>, shared_memory: Option<Arc<dyn KvMemory>>) -> Self {
@@ -298,14 +297,6 @@ pub(crate) struct ReceiveContext {
     pub(crate) stripes: Arc<Stripes>,
 }
 
-/// An extent that is not refused.
-pub(super) enum Admitted {
-    /// Where its bytes go, and how many they are.
-    Wanted(Arriving, usize),
-    /// So many bytes that came before, over another connection.
-    IsThere(usize),
-}
-
 impl ReceiveContext {
     /// Whether extents may come again, over another connection.
     pub(super) fn is_of_several(&self) -> bool {
@@ -317,14 +308,17 @@ impl ReceiveContext {
         self.stripes.has_others(&self.connection)
     }
 
-    /// As [`admit`](Self::admit), where an extent may come again.
-    pub(super) async fn admit_settled(&self, header: &[u8; EXTENT_HEADER_BYTES]) -> Result<Admitted, RefusedExtent> {
+    /// As [`admit`](Self::admit), where an extent may come again: `None` if all of it came before, over another
+    /// connection.
+    pub(super) async fn admit_settled(
+        &self,
+        header: &[u8; EXTENT_HEADER_BYTES],
+    ) -> Result<(Option<Arriving>, usize), RefusedExtent> {
         let header = ExtentHeader::decode(header).map_err(|_| RefusedExtent::Malformed);
         let header = header.inspect_err(|refused| self.zone.count_refused(*refused))?;
         let num_bytes = header.num_payload_bytes as usize;
         match self.zone.admit_settled(&header, self.deadline).await {
-            Ok(Some(arriving)) => Ok(Admitted::Wanted(arriving, num_bytes)),
-            Ok(None) => Ok(Admitted::IsThere(num_bytes)),
+            Ok(arriving) => Ok((arriving, num_bytes)),
             Err(refused) => {
                 self.zone.tell_refused(&header, refused);
                 Err(refused)

@@ -11,7 +11,7 @@ use quinn::{Connection, ReadError, ReadExactError, RecvStream};
 use crate::accounting::{Carrier, Kind, Ledger};
 use crate::socket::Traffic;
 use crate::stream::StreamCode;
-use crate::transfer::bulk::{Admitted, ReceiveContext};
+use crate::transfer::bulk::ReceiveContext;
 use crate::transfer::extent_stream::ExtentStream;
 use crate::transfer::payload::Pieces;
 use crate::transfer::{Arriving, ExtentEnd, Payload, RefusedExtent, SendExtentError};
@@ -71,10 +71,8 @@ pub(super) async fn receive_extent(context: &ReceiveContext, mut stream: RecvStr
 }
 
 async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(), RefusedExtent> {
-    let (mut arriving, num_bytes) = match admit(context, stream).await? {
-        Admitted::Wanted(arriving, num_bytes) => (arriving, num_bytes),
-        Admitted::IsThere(num_bytes) => return pass_over(context.deadline, stream, num_bytes).await,
-    };
+    let (arriving, num_bytes) = admit(context, stream).await?;
+    let Some(mut arriving) = arriving else { return pass_over(context.deadline, stream, num_bytes).await };
     match read_payload(context.deadline, stream, &mut arriving).await {
         Ok(()) => arriving.finish()?,
         // Its sender sends it again over another connection.
@@ -91,15 +89,15 @@ async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Resul
     Ok(())
 }
 
-/// Reads a header and claims its range; a refusal has been counted and told.
-async fn admit(context: &ReceiveContext, stream: &mut RecvStream) -> Result<Admitted, RefusedExtent> {
+/// Reads a header and claims its range, unless all of it is there; a refusal has been counted and told.
+async fn admit(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(Option<Arriving>, usize), RefusedExtent> {
     let mut bytes = [0; EXTENT_HEADER_BYTES];
     let read = read_exact(context.deadline, stream, &mut bytes).await;
     read.inspect_err(|refused| context.zone.count_refused(*refused))?;
     if context.is_of_several() {
         return context.admit_settled(&bytes).await;
     }
-    context.admit(&bytes).map(|(arriving, num_bytes)| Admitted::Wanted(arriving, num_bytes))
+    context.admit(&bytes).map(|(arriving, num_bytes)| (Some(arriving), num_bytes))
 }
 
 /// Reads a payload that is there already, so that its sender learns that it has arrived.

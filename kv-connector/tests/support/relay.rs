@@ -60,7 +60,8 @@ type Ways = Arc<Mutex<Vec<Way>>>;
 fn carries(ways: &Ways, number: usize, num_bytes: usize, is_to_dialler: bool) -> bool {
     let way = &mut ways.lock().unwrap()[number];
     let fault = way.fault.filter(|fault| way.num_bytes >= fault.after_bytes);
-    let size_max = fault.map_or(usize::MAX, |fault| if is_to_dialler { fault.size_max_to } else { fault.size_max_from });
+    let size_max =
+        fault.map_or(usize::MAX, |fault| if is_to_dialler { fault.size_max_to } else { fault.size_max_from });
     let carries = num_bytes <= size_max;
     way.num_bytes += if carries && is_to_dialler { num_bytes } else { 0 };
     carries
