@@ -6,13 +6,15 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use common::config::KV_CONNECTIONS_MAX;
 use common::ids::Role;
-use common::wire::{Hello, Open, Registration};
+use common::wire::{BulkGroup, Hello, Open, Registration};
 use quinn::{Connection, Incoming, ServerConfig, Side, VarInt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::accounting::Kind;
 use crate::fabric::Shared;
+use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
@@ -56,10 +58,27 @@ pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
     }
 }
 
+/// Connections of one kind of traffic that may be here at a time, over whatever socket they came. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Places {
+    all: Arc<Semaphore>,
+    /// Of those that have not said hello yet.
+    strangers: Arc<Semaphore>,
+}
+
+impl Places {
+    pub(crate) fn new(limits: &FabricLimits) -> Self {
+        let [all, strangers] = [(); 2].map(|()| Arc::new(Semaphore::new(limits.num_connections_max)));
+        Self { all, strangers }
+    }
+}
+
 /// Accepts connections until the endpoint is closed.
-pub(crate) async fn connections(shared: Arc<Shared>, socket: Socket, waiting: mpsc::Sender<IncomingStream>) {
-    let places = Arc::new(Semaphore::new(shared.limits.num_connections_max));
-    let strangers = Arc::new(Semaphore::new(shared.limits.num_connections_max));
+pub(crate) async fn connections(
+    shared: Arc<Shared>,
+    (socket, Places { all: places, strangers }): (Socket, Places),
+    waiting: mpsc::Sender<IncomingStream>,
+) {
     while let Some(incoming) = socket.endpoint.accept().await {
         let num_strangers = shared.limits.num_connections_max - strangers.available_permits();
         if num_strangers >= NUM_UNPROVEN_MAX && incoming.may_retry() {
@@ -122,7 +141,9 @@ async fn serve_control(
     stranger: OwnedSemaphorePermit,
     waiting: mpsc::Sender<IncomingStream>,
 ) {
-    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _| None).await else { return };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _, _| Ok(None)).await else {
+        return;
+    };
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);
@@ -178,37 +199,50 @@ async fn serve_stream(
 }
 
 async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
-    // Both valid as long as the connection.
-    let (mut window, mut open_registration, mut sending) = (None, None, None);
-    let register = |connection: &Connection, peer: &Hello| {
+    // The registration is valid as long as the connection.
+    let (mut open_registration, mut joined) = (None, None);
+    let register = |connection: &Connection, peer: &Hello, group: BulkGroup| {
+        let (senders, with) = (&shared.bulk_senders, (&shared.ledger, &shared.tasks));
+        if group.joins {
+            joined = Some((senders.join(peer, group, connection, with)?, None));
+            return Ok(None);
+        }
         // Without a share KV can still be sent to the peer; it is not asked for any.
-        window = shared.receive_windows.clone().try_acquire_owned().ok();
-        let transport = shared.bulk_senders.insert(peer, connection, &shared.ledger, &shared.tasks, window.is_some());
-        sending = Some(transport.clone());
-        let (registration, open) = shared.registrar.as_ref()?.register(transport);
-        open_registration = Some(open);
-        Some(registration)
+        let window = shared.receive_windows.clone().try_acquire_owned().ok();
+        let (stripes, transport) = senders.insert(peer, group, connection, window, with)?;
+        joined = Some((stripes, Some(transport.clone())));
+        Ok(shared.registrar.as_ref().map(|registrar| {
+            let (registration, open) = registrar.register(transport);
+            open_registration = Some(open);
+            registration
+        }))
     };
     let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
+    let Some((stripes, first)) = joined else { return };
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
     shared.tell_path(&peer.node, &connection);
-    let (is_receiving, remote) = (window.is_some(), connection.remote_address());
-    tracing::debug!(peer = %peer.node, version, %remote, is_receiving, "accepted a bulk connection");
-    if let Some(transport) = sending {
+    let (is_receiving, remote) = (stripes.has_window(), connection.remote_address());
+    connection.set_receive_window(socket.receive_window(&shared.limits, remote, stripes.group().num_connections));
+    let num_open = stripes.num_open();
+    tracing::debug!(peer = %peer.node, version, %remote, is_receiving, num_open, "accepted a bulk connection");
+    // Whoever fetches has one connection.
+    if let Some(transport) = first {
         let (asking, deadline) = (connection.clone(), shared.limits.attach_deadline);
         let attached = move |puller: &_| transport.pulled().on_attached(puller);
         shared.spawn(pull::serve(asking, shared.pullers.clone(), attached, deadline));
     }
     let reason = if is_receiving {
-        bulk::receive(&connection, &Arc::new(shared.receive_context(&shared.zone)), &shared.tasks).await
+        let context = shared.receive_context(&shared.zone, &connection, &stripes);
+        bulk::receive(&Arc::new(context), &shared.tasks).await
     } else {
         connection.closed().await.into()
     };
     drop(open_registration);
-    shared.bulk_senders.remove(&peer, &connection);
+    stripes.on_ended(&connection, &reason);
+    shared.bulk_senders.remove_ended(&peer, &stripes);
     bulk::tell_end(&connection, &reason);
-    drop((held, window));
+    drop(held);
 }
 
 /// Logs a refused connection, if one was not logged a moment ago.
@@ -225,7 +259,7 @@ async fn welcome(
     shared: &Shared,
     socket: &Socket,
     incoming: Incoming,
-    register: impl FnOnce(&Connection, &Hello) -> Option<Registration>,
+    register: impl FnOnce(&Connection, &Hello, BulkGroup) -> Result<Option<Registration>, String>,
 ) -> Option<(Connection, u16, Hello)> {
     let remote = incoming.remote_address();
     let refused = |reason: String| {
@@ -234,7 +268,9 @@ async fn welcome(
     };
     let deadline = tokio::time::Instant::now() + shared.limits.hello_deadline;
     let mut config = ServerConfig::with_crypto(shared.servers[socket.traffic as usize].clone());
-    config.transport_config(socket.transport(&shared.limits, remote, Side::Server)).migration(false);
+    // Until the hello has said how many share the window.
+    let transport = socket.transport(&shared.limits, remote, Side::Server, KV_CONNECTIONS_MAX);
+    config.transport_config(transport).migration(false);
     let connecting = match incoming.accept_with(Arc::new(config)) {
         Ok(connecting) => connecting,
         Err(error) => {
@@ -263,7 +299,7 @@ async fn welcome(
         return None;
     };
     let greeter = shared.greeter(socket.traffic);
-    let welcoming = greeter.welcome(&connection, |peer| register(&connection, peer));
+    let welcoming = greeter.welcome(&connection, |peer, group| register(&connection, peer, group));
     match tokio::time::timeout_at(deadline, welcoming).await {
         Ok(Ok(peer)) => Some((connection, version, peer)),
         Ok(Err(failure)) => {

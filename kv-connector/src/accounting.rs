@@ -169,6 +169,11 @@ impl Ledger {
         metrics::counter!(REFUSED_EXTENTS, self.with_reason(reason)).increment(1);
     }
 
+    /// One went over another connection, since its own was lost.
+    pub(crate) fn count_resent_extent(&self) {
+        metrics::counter!(RESENT_EXTENTS, self.labels.clone()).increment(1);
+    }
+
     pub(crate) fn count_refused_stream(&self, reason: &'static str) {
         metrics::counter!(REFUSED_STREAMS, self.with_reason(reason)).increment(1);
     }
@@ -218,6 +223,7 @@ const EXTENTS: &str = "tandem_fabric_extents_total";
 const EXTENT_BYTES: &str = "tandem_fabric_extent_bytes_total";
 const CONVERTED_BYTES: &str = "tandem_fabric_converted_bytes_total";
 const REFUSED_EXTENTS: &str = "tandem_refused_extents_total";
+const RESENT_EXTENTS: &str = "tandem_fabric_resent_extents_total";
 const REFUSED_STREAMS: &str = "tandem_refused_streams_total";
 const REFUSED_CONNECTIONS: &str = "tandem_refused_connections_total";
 
@@ -235,6 +241,11 @@ fn describe() {
         "KV payload verified on arrival that is kept in another form"
     );
     metrics::describe_counter!(REFUSED_EXTENTS, Unit::Count, "Extents that were not taken, by reason");
+    metrics::describe_counter!(
+        RESENT_EXTENTS,
+        Unit::Count,
+        "Extents sent again over another bulk connection to their peer"
+    );
     metrics::describe_counter!(REFUSED_STREAMS, Unit::Count, "Control streams that were not taken, by reason");
     metrics::describe_counter!(REFUSED_CONNECTIONS, Unit::Count, "Connections that were not taken, by reason");
 }

@@ -1,10 +1,10 @@
 //! Dialling: a link to a node, and the bulk connection beside it.
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 
 use common::ids::{Epoch, NodeId, Role};
-use common::wire::{Hello, Registration};
+use common::wire::{BULK_GROUPS_SINCE, BulkGroup, Hello, Registration};
 use quinn::{ClientConfig, Connection, Side};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
@@ -12,14 +12,16 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::accounting::Kind;
 use crate::certs::role_name;
-use crate::fabric::Fabric;
+use crate::fabric::{Fabric, Shared};
 use crate::hello::HelloFailure;
+use crate::joins::Joins;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
-use crate::socket::{self, Socket, Traffic};
+use crate::socket::{self, Port, Socket, Traffic};
 use crate::transfer::LandingZone;
-use crate::transfer::bulk::BulkReceiver;
-use crate::transfer::pull::{self, AttachError};
+use crate::transfer::bulk::{BulkReceiver, PeerTransport};
+use crate::transfer::pull::{self, AttachError, PulledPool, Puller};
 use crate::transfer::shm::Attached;
+use crate::transfer::stripes::Stripes;
 use crate::versions;
 
 /// A link that could not be made.
@@ -110,6 +112,14 @@ impl DialError {
     }
 }
 
+/// A connection whose both ends have said who they are.
+pub(crate) struct Dialled {
+    pub(crate) connection: Connection,
+    version: u16,
+    pub(crate) peer: Hello,
+    registration: Option<Registration>,
+}
+
 impl Fabric {
     /// Makes a link to the node at `addr`. TLS checks that it has the role, the hello that it is `node` (if
     /// one is expected), and both ends' checks that they can work together.
@@ -117,7 +127,8 @@ impl Fabric {
     /// # Errors
     /// [`DialError`]; given up after the hello deadline.
     pub async fn dial(&self, addr: SocketAddr, role: Role, node: Option<&NodeId>) -> Result<Link, DialError> {
-        let (connection, version, peer, _) = self.connect(&self.shared.control, addr, role).await?;
+        let dialled = self.shared.connect(&self.shared.control, addr, role, None).await?;
+        let Dialled { connection, version, peer, .. } = dialled;
         if let Some(expected) = node.filter(|expected| **expected != peer.node) {
             let found = peer.node;
             connection.close(CLOSE_DONE, format!("expected node \"{expected}\" here").as_bytes());
@@ -128,7 +139,7 @@ impl Fabric {
 
     /// Dials the bulk port of a linked node, which from then on can send KV here: its extents land where
     /// `zone` has a landing for them. [`BulkReceiver::sender`] is the way back. The connection lives as long as
-    /// the answer.
+    /// the answer, and with it the further ones that are made beside it where KV comes over `quic`.
     ///
     /// # Errors
     /// [`DialError`].
@@ -155,8 +166,11 @@ impl Fabric {
                     / self.shared.limits.bulk_window_bytes.max(1) as usize,
             })?;
         let addr = SocketAddr::new(link.remote().ip(), port);
-        let socket = self.bulk_dialler(addr)?;
-        let (connection, _version, peer, registration) = self.connect(socket, addr, role).await?;
+        let num_wanted = self.shared.bulk_diallers.len() as u16;
+        let group = BulkGroup { id: rand::random(), num_connections: num_wanted, joins: false };
+        let socket = self.shared.bulk_dialler(0, addr)?;
+        let dialled = self.shared.connect(socket, addr, role, Some(group)).await?;
+        let Dialled { connection, version, peer, registration } = dialled;
         if peer.node != node {
             connection.close(CLOSE_DONE, b"another node was expected here");
             return Err(DialError::WrongNode { addr, expected: node, found: peer.node });
@@ -169,18 +183,34 @@ impl Fabric {
             Some(registration) => self.attach(&node, &registration).await,
             None => None,
         };
-        let pulling = self.attach_puller((node.clone(), epoch), &connection, zone).await;
+        let pulling = self.attach_puller((node.clone(), epoch), &connection).await;
+        // An earlier version has no word for more than one, and KV that does not come as bytes needs no more.
+        let is_alone = version < BULK_GROUPS_SINCE || attached.is_some() || pulling.is_some();
+        let num_connections = if is_alone { 1 } else { num_wanted };
+        if num_connections < num_wanted {
+            connection.set_receive_window(socket.receive_window(&self.shared.limits, addr, num_connections));
+        }
+        let stripes = Stripes::new(group, usize::from(num_connections), Some(window), &self.shared.ledger);
+        let transport = PeerTransport::new(&connection, &self.shared.ledger, None);
+        stripes.add(Some(0), transport, &self.shared.tasks).expect("a new group has room for its first connection");
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));
         self.shared.tell_path(&node, &connection);
-        let sender = self.shared.bulk_senders.over(&connection, &self.shared.ledger, &self.shared.tasks);
-        let context = self.shared.receive_context(zone);
-        let mut receiver =
-            BulkReceiver::start(connection, sender, context, attached, (held, window), &self.shared.tasks);
-        if let Some(receiving) = pulling {
-            receiver = receiver.with_pulling(receiving.puller.method().carrier());
+        let context = || self.shared.receive_context(zone, &connection, &stripes);
+        let sender = self.shared.bulk_senders.over(&stripes);
+        let mut receiver = BulkReceiver::start(sender, context(), attached, held, &self.shared.tasks);
+        if let Some((puller, peer)) = pulling {
+            receiver = receiver.with_pulling(puller.method().carrier());
+            let (life, context, connection) = ((node.clone(), epoch), context(), connection.clone());
+            let places = Arc::new(Semaphore::new(pull::NUM_PULLS_OF_PEER_MAX));
+            let receiving = pull::Receiving { life, peer, puller, context, connection, places };
             self.shared.tasks.spawn(pull::receive(receiving, self.shared.tasks.clone()));
         }
-        tracing::info!(peer = %node, transport = receiver.transport_name(), "KV of this node can arrive");
+        let transport = receiver.transport_name();
+        tracing::info!(peer = %node, transport, num_connections, "KV of this node can arrive");
+        if num_connections > 1 {
+            let (shared, zone, life) = (self.shared.clone(), zone.clone(), (node, epoch));
+            self.shared.tasks.spawn(Joins { shared, stripes, addr, role, life, zone }.keep());
+        }
         Ok(receiver)
     }
 
@@ -195,19 +225,14 @@ impl Fabric {
         &self,
         life: (NodeId, Epoch),
         connection: &Connection,
-        zone: &LandingZone,
-    ) -> Option<pull::Receiving> {
+    ) -> Option<(Arc<Puller>, Arc<dyn PulledPool>)> {
         for puller in &self.shared.pullers {
             let attached = match puller.has_failed(&life) {
                 true => Err(AttachError::HasFailed),
                 false => pull::attach(connection, puller, self.shared.limits.attach_deadline).await,
             };
             match attached {
-                Ok(peer) => {
-                    let (context, connection) = (self.shared.receive_context(zone), connection.clone());
-                    let places = Arc::new(Semaphore::new(pull::NUM_PULLS_OF_PEER_MAX));
-                    return Some(pull::Receiving { life, peer, puller: puller.clone(), context, connection, places });
-                }
+                Ok(peer) => return Some((puller.clone(), peer)),
                 Err(reason) => {
                     let transport = puller.method().carrier().as_str();
                     tracing::info!(peer = %life.0, transport, %reason, "KV does not come over this transport");
@@ -216,35 +241,41 @@ impl Fabric {
         }
         None
     }
+}
 
-    /// The socket that bulk connections are dialled from, bound at the first.
-    fn bulk_dialler(&self, remote: SocketAddr) -> Result<&Socket, DialError> {
-        if let Some(socket) = self.shared.bulk_dialler.get() {
+impl Shared {
+    /// The socket that connections number `slot` to peers are dialled from, bound at the first. To be called on the
+    /// threads of KV.
+    pub(crate) fn bulk_dialler(&self, slot: usize, remote: SocketAddr) -> Result<&Socket, DialError> {
+        let place = &self.bulk_diallers[slot];
+        if let Some(socket) = place.get() {
             return Ok(socket);
         }
-        let addr = SocketAddr::new(self.local_addr().ip(), 0);
-        let threads = Handle::current();
-        let activity = self.shared.activity.as_ref();
-        let bound = socket::bind(addr, Traffic::Bulk, self.shared.bulk_path, None, activity, &threads);
+        let own = self.control.endpoint.local_addr().map_or(Ipv4Addr::UNSPECIFIED.into(), |addr| addr.ip());
+        let addr = SocketAddr::new(own, 0);
+        let (threads, activity) = (Handle::current(), self.activity.as_ref());
+        let bound = socket::bind((addr, Port::Own), Traffic::Bulk, self.bulk_path, None, activity, &threads);
         let socket = bound.map_err(|error| DialError::Unreachable {
             addr: remote,
             role: Role::PrefillNode,
             reason: format!("no UDP socket on {addr}: {error}"),
         })?;
-        let socket = self.shared.bulk_dialler.get_or_init(|| socket);
-        if let Ok(threads) = self.shared.kv_threads() {
+        let socket = place.get_or_init(|| socket);
+        if let Ok(threads) = self.kv_threads() {
             threads.linger_for(&socket.endpoint);
         }
         Ok(socket)
     }
 
-    async fn connect(
+    /// Dials and says hello; `group` is what a bulk connection belongs to, for a peer that knows of groups.
+    pub(crate) async fn connect(
         &self,
         socket: &Socket,
         addr: SocketAddr,
         role: Role,
-    ) -> Result<(Connection, u16, Hello, Option<Registration>), DialError> {
-        let ours = &self.shared.versions;
+        group: Option<BulkGroup>,
+    ) -> Result<Dialled, DialError> {
+        let ours = &self.versions;
         let unreachable = |reason: String| DialError::Unreachable { addr, role, reason };
         let lost = |reason: CloseReason| match reason {
             CloseReason::NotTrusted { reason } => DialError::NotTrusted { addr, role, reason },
@@ -256,8 +287,9 @@ impl Fabric {
             other => unreachable(other.to_string()),
         };
         let connecting = async {
-            let mut config = ClientConfig::new(self.shared.clients[socket.traffic as usize].clone());
-            config.transport_config(socket.transport(&self.shared.limits, addr, Side::Client));
+            let mut config = ClientConfig::new(self.clients[socket.traffic as usize].clone());
+            let num_connections = group.map_or(1, |group| group.num_connections);
+            config.transport_config(socket.transport(&self.limits, addr, Side::Client, num_connections));
             let connecting = socket.endpoint.connect_with(config, addr, &role_name(role));
             let connection = connecting.map_err(|error| unreachable(error.to_string()))?.await;
             let connection = connection.map_err(|error| lost(error.into()))?;
@@ -267,16 +299,17 @@ impl Fabric {
                     other => lost(other),
                 });
             };
+            let group = group.filter(|_| version >= BULK_GROUPS_SINCE);
             let (peer, registration) =
-                self.shared.greeter(socket.traffic).greet(&connection).await.map_err(|failure| match failure {
+                self.greeter(socket.traffic).greet(&connection, group).await.map_err(|failure| match failure {
                     HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
                     HelloFailure::RefusedHere(reason) => DialError::RefusedHere { addr, reason },
                     HelloFailure::Lost(reason) => lost(reason),
                     HelloFailure::Broken(reason) => unreachable(reason),
                 })?;
-            Ok((connection, version, peer, registration))
+            Ok(Dialled { connection, version, peer, registration })
         };
-        let deadline = self.shared.limits.hello_deadline;
+        let deadline = self.limits.hello_deadline;
         let connected = tokio::time::timeout(deadline, connecting).await;
         connected.unwrap_or_else(|_| Err(unreachable(format!("no answer within {deadline:?}"))))
     }

@@ -2,9 +2,13 @@
 //!
 //! ```text
 //! listen         control socket    dials and accepts links           streams of messages
-//! bulk_listen    bulk socket       accepts bulk connections          exchanges KV with whoever dialled
-//! (any port)     bulk socket       dials bulk connections            exchanges KV with whom it dialled
+//! bulk_listen    bulk sockets      accept bulk connections           exchange KV with whoever dialled
+//! (any port)     bulk sockets      dial bulk connections             exchange KV with whom it dialled
 //! ```
+//!
+//! Of the bulk sockets there are as many as this node makes connections to one peer. Those that listen share a port,
+//! where the kernel divides peers and their connections among them; of those that dial, each of a peer's connections
+//! has another one.
 //!
 //! A bulk connection carries extents both ways, so a node that is only dialled out from (a decode node behind
 //! its own firewall) can still be asked for KV it holds. Each end reads what arrives only while it has a share
@@ -17,7 +21,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-use common::config::KvQuicArgs;
+use common::config::{KV_CONNECTIONS_MAX, KvQuicArgs, WINDOW_BYTES_MIN};
 use common::device_pool::DevicePool;
 use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, PROTOCOL_VERSIONS};
@@ -27,22 +31,23 @@ use tokio::runtime::Handle;
 use tokio::sync::{Mutex, Semaphore, mpsc};
 use tokio_util::task::TaskTracker;
 
-use crate::accept::{self, IncomingStream};
+use crate::accept::{self, IncomingStream, Places};
 use crate::accounting::{FabricAccounting, Ledger};
 use crate::busy_poll::{Activity, BusyPolling};
 use crate::certs::Identity;
 use crate::hello::{Greeter, HelloCheck, compatible_models};
-use crate::kv_threads::KvThreads;
+use crate::kv_threads::{self, KvThreads};
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
 use crate::path_metrics::PeerPaths;
 use crate::quiet::Quiet;
-use crate::socket::{self, BulkPath, Socket, Traffic};
+use crate::socket::{self, BulkPath, Port, Socket, Traffic};
 use crate::stream::FrameBudget;
 use crate::tls::{self, TlsError};
 use crate::transfer::bulk::{BulkSenders, ReceiveContext};
 use crate::transfer::pull::Puller;
 use crate::transfer::shm::Registrar;
+use crate::transfer::stripes::Stripes;
 use crate::transfer::{BulkSender, CudaIpc, LandingZone, Nixl, SharedPool, TransportLayer};
 use crate::versions::alpn_ids;
 
@@ -64,6 +69,8 @@ pub struct FabricConfig {
     pub limits: FabricLimits,
     /// How KV travels over QUIC.
     pub bulk_path: BulkPath,
+    /// Connections to one peer for KV over QUIC, and sockets that listen for those of peers.
+    pub num_bulk_connections: u16,
     /// Whether its threads look for datagrams a little longer before they sleep.
     pub busy_polling: Option<BusyPolling>,
     /// Versions of the protocol that are spoken, newest first; never empty.
@@ -83,7 +90,7 @@ pub struct FabricConfig {
 }
 
 impl FabricConfig {
-    /// No bulk listener, default limits, no busy polling, the versions of this build, no shared memory, and every peer
+    /// No bulk listener, default limits, one bulk connection to a peer, no busy polling, the versions of this build, no shared memory, and every peer
     /// taken whose model fits.
     pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
         let check = compatible_models(&hello);
@@ -96,6 +103,7 @@ impl FabricConfig {
             check,
             limits,
             bulk_path: BulkPath::default(),
+            num_bulk_connections: 1,
             busy_polling: None,
             versions: PROTOCOL_VERSIONS.to_vec(),
             shared_pool: None,
@@ -113,6 +121,10 @@ impl FabricConfig {
             max_udp_payload_bytes: u16::try_from(args.kv_max_udp_payload_size).unwrap_or(u16::MAX),
         };
         self.limits.bulk_window_bytes = u32::try_from(args.window_bytes()).unwrap_or(u32::MAX);
+        // What nobody has asked for gives way to a small window.
+        let num_fitting = u16::try_from(args.window_bytes() / WINDOW_BYTES_MIN).unwrap_or(u16::MAX).max(1);
+        self.num_bulk_connections =
+            args.kv_connections.unwrap_or_else(|| kv_threads::num_connections().min(num_fitting));
     }
 }
 
@@ -198,8 +210,10 @@ pub(crate) struct Shared {
     pub(crate) clients: [Arc<QuicClientConfig>; 2],
     pub(crate) control: Socket,
     kv_threads: OnceLock<KvThreads>,
-    bulk_listener: Option<Socket>,
-    pub(crate) bulk_dialler: OnceLock<Socket>,
+    /// On one port.
+    bulk_listeners: Vec<Socket>,
+    /// For each connection to a peer one, bound when it is first used.
+    pub(crate) bulk_diallers: Vec<OnceLock<Socket>>,
     pub(crate) receive_windows: Arc<Semaphore>,
     pub(crate) tasks: TaskTracker,
 }
@@ -226,6 +240,7 @@ impl Fabric {
             check,
             limits,
             bulk_path,
+            num_bulk_connections,
             busy_polling,
             versions,
             shared_pool,
@@ -234,34 +249,36 @@ impl Fabric {
             nixl,
             transport_layer,
         } = config;
+        let num_bulk_connections = num_bulk_connections.clamp(1, KV_CONNECTIONS_MAX);
         check_holder(&identity, hello.role, &hello.node)?;
         let server = |traffic: Traffic| tls::server(&identity, alpn_ids(traffic, &versions));
         let client = |traffic: Traffic| tls::client(&identity, alpn_ids(traffic, &versions));
         let servers = [server(Traffic::Control)?, server(Traffic::Bulk)?];
         let clients = [client(Traffic::Control)?, client(Traffic::Bulk)?];
         let activity = busy_polling.map(Activity::new);
-        let listener = |addr: SocketAddr, traffic: Traffic, threads: &Handle| {
+        let listener = |(addr, port): (SocketAddr, Port), traffic: Traffic, threads: &Handle| {
             // Replaced for every connection that is accepted.
             let server = ServerConfig::with_crypto(servers[traffic as usize].clone());
-            let bound = socket::bind(addr, traffic, bulk_path, Some(server), activity.as_ref(), threads);
+            let bound = socket::bind((addr, port), traffic, bulk_path, Some(server), activity.as_ref(), threads);
             bound.map_err(|source| BindError::Socket { addr, source })
         };
-        let control = listener(listen, Traffic::Control, &Handle::current())?;
+        let control = listener((listen, Port::Own), Traffic::Control, &Handle::current())?;
         let ledger = Ledger::new(hello.role, hello.node.as_str());
         let kv_threads = OnceLock::new();
-        let bulk_listener = match bulk_listen {
-            Some(addr) => {
-                let threads = started(&kv_threads, &ledger).map_err(BindError::Threads)?;
-                let socket = listener(addr, Traffic::Bulk, threads.handle())?;
-                threads.linger_for(&socket.endpoint);
-                Some(socket)
+        let mut bulk_listeners = Vec::<Socket>::new();
+        if let Some(addr) = bulk_listen {
+            let threads = started(&kv_threads, &ledger).map_err(BindError::Threads)?;
+            let first = if num_bulk_connections > 1 { Port::First } else { Port::Own };
+            bulk_listeners.push(listener((addr, first), Traffic::Bulk, threads.handle())?);
+            let found = bulk_listeners[0].endpoint.local_addr().map_err(|source| BindError::Socket { addr, source })?;
+            for _ in 1..num_bulk_connections {
+                bulk_listeners.push(listener((found, Port::Joins), Traffic::Bulk, threads.handle())?);
             }
-            None => None,
-        };
-        hello.bulk_port =
-            bulk_listener.as_ref().and_then(|socket| socket.endpoint.local_addr().ok()).map(|addr| addr.port());
+            bulk_listeners.iter().for_each(|socket| threads.linger_for(&socket.endpoint));
+            hello.bulk_port = Some(found.port());
+        }
 
-        let registrar = shared_pool.filter(|_| bulk_listener.is_some()).and_then(|pool| {
+        let registrar = shared_pool.filter(|_| !bulk_listeners.is_empty()).and_then(|pool| {
             let _on_them = kv_threads.get().map(|threads| threads.handle().enter());
             let bound = Registrar::bind(pool, ledger.clone(), activity.clone());
             bound
@@ -295,14 +312,19 @@ impl Fabric {
             clients,
             control,
             kv_threads,
-            bulk_listener,
-            bulk_dialler: OnceLock::new(),
+            bulk_listeners,
+            bulk_diallers: (0..num_bulk_connections).map(|_| OnceLock::new()).collect(),
             receive_windows: Arc::new(Semaphore::new(num_windows)),
             tasks: TaskTracker::new(),
         });
-        shared.tasks.spawn(accept::connections(shared.clone(), shared.control.clone(), waiting.clone()));
-        if let Some((threads, socket)) = shared.kv_threads.get().zip(shared.bulk_listener.clone()) {
-            shared.tasks.spawn_on(accept::connections(shared.clone(), socket, waiting), threads.handle());
+        let control = (shared.control.clone(), Places::new(&shared.limits));
+        shared.tasks.spawn(accept::connections(shared.clone(), control, waiting.clone()));
+        if let Some(threads) = shared.kv_threads.get() {
+            let places = Places::new(&shared.limits);
+            for socket in &shared.bulk_listeners {
+                let (socket, waiting) = ((socket.clone(), places.clone()), waiting.clone());
+                shared.tasks.spawn_on(accept::connections(shared.clone(), socket, waiting), threads.handle());
+            }
             if let Some((registrar, listener)) = shared.registrar.clone().zip(registrations) {
                 let (deadline, tasks) = (shared.limits.attach_deadline, shared.tasks.clone());
                 shared.tasks.spawn_on(registrar.serve(listener, deadline, tasks), threads.handle());
@@ -323,8 +345,13 @@ impl Fabric {
 
     /// Where bulk connections are accepted, if they are.
     pub fn bulk_addr(&self) -> Option<SocketAddr> {
-        let socket = self.shared.bulk_listener.as_ref()?;
+        let socket = self.shared.bulk_listeners.first()?;
         Some(socket.endpoint.local_addr().expect("a bound UDP socket knows its address"))
+    }
+
+    /// Sockets that listen there.
+    pub fn num_bulk_listeners(&self) -> usize {
+        self.shared.bulk_listeners.len()
     }
 
     /// Where to send KV for a node that has dialled this one's bulk port in its life `epoch`.
@@ -377,8 +404,15 @@ impl Shared {
         Link::new(connection, version, peer, self.ledger.clone(), self.budget.clone())
     }
 
-    pub(crate) fn receive_context(&self, zone: &LandingZone) -> ReceiveContext {
+    pub(crate) fn receive_context(
+        &self,
+        zone: &LandingZone,
+        connection: &Connection,
+        stripes: &Arc<Stripes>,
+    ) -> ReceiveContext {
         ReceiveContext {
+            connection: connection.clone(),
+            stripes: stripes.clone(),
             zone: zone.clone(),
             ledger: self.ledger.clone(),
             num_extents_max: self.limits.num_extents_max,
@@ -403,7 +437,8 @@ impl Shared {
     }
 
     fn sockets(&self) -> impl Iterator<Item = &Socket> {
-        [Some(&self.control), self.bulk_listener.as_ref(), self.bulk_dialler.get()].into_iter().flatten()
+        let diallers = self.bulk_diallers.iter().filter_map(OnceLock::get);
+        std::iter::once(&self.control).chain(&self.bulk_listeners).chain(diallers)
     }
 
     fn close(&self) {

@@ -1,14 +1,14 @@
 //! The first stream of every connection: each end says who it is, and is held to its certificate.
 //!
 //! ```text
-//! dialler   Open::Hello(hello)  ------------------------>  names = certificate? role allowed? check
+//! dialler   Open::Hello(hello) | Open::HelloBulk(hello, group) ->  names = certificate? role allowed? check
 //!           names = certificate? expected node? check  <--  Welcome { hello, registration } | Refused { reason }
 //! ```
 
 use std::sync::Arc;
 
 use common::ids::Role;
-use common::wire::{Hello, HelloReply, Open, Registration};
+use common::wire::{BulkGroup, Hello, HelloBulk, HelloReply, Open, Registration};
 use quinn::Connection;
 use rustls::pki_types::CertificateDer;
 
@@ -54,10 +54,17 @@ pub(crate) struct Greeter<'a> {
 
 impl Greeter<'_> {
     /// The dialler's part: who answers, and the memory it lets read on the same host.
-    pub(crate) async fn greet(&self, connection: &Connection) -> Result<(Hello, Option<Registration>), HelloFailure> {
+    pub(crate) async fn greet(
+        &self,
+        connection: &Connection,
+        group: Option<BulkGroup>,
+    ) -> Result<(Hello, Option<Registration>), HelloFailure> {
         let halves = connection.open_bi().await.map_err(|error| HelloFailure::Lost(error.into()))?;
         let (mut sender, mut receiver) = self.stream(halves);
-        let hello = Open::Hello(self.ours.clone());
+        let hello = match group {
+            Some(group) => Open::HelloBulk(Box::new(HelloBulk { hello: self.ours.clone(), group })),
+            None => Open::Hello(self.ours.clone()),
+        };
         sender.send(&hello).await.map_err(|error| lost(connection, error.to_string()))?;
         sender.finish();
         match receive(connection, &mut receiver).await? {
@@ -72,23 +79,28 @@ impl Greeter<'_> {
         }
     }
 
-    /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns.
+    /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns: memory it
+    /// may read, or a sentence that refuses it. A bulk connection whose dialler names no group is alone.
     pub(crate) async fn welcome(
         &self,
         connection: &Connection,
-        register: impl FnOnce(&Hello) -> Option<Registration>,
+        register: impl FnOnce(&Hello, BulkGroup) -> Result<Option<Registration>, String>,
     ) -> Result<Hello, HelloFailure> {
         let halves = connection.accept_bi().await.map_err(|error| HelloFailure::Lost(error.into()))?;
         let (mut sender, mut receiver) = self.stream(halves);
-        let Open::Hello(peer) = receive(connection, &mut receiver).await? else {
-            let reason = "a connection begins with a hello".to_string();
-            connection.close(CLOSE_REFUSED, reason.as_bytes());
-            return Err(HelloFailure::Broken(reason));
+        let (peer, group) = match receive(connection, &mut receiver).await? {
+            Open::Hello(peer) => (peer, BulkGroup { id: 0, num_connections: 1, joins: false }),
+            Open::HelloBulk(hello) if self.traffic == Traffic::Bulk => (hello.hello, hello.group),
+            _ => {
+                let reason = "a connection begins with a hello".to_string();
+                connection.close(CLOSE_REFUSED, reason.as_bytes());
+                return Err(HelloFailure::Broken(reason));
+            }
         };
-        let verdict = self.judge(connection, &peer);
-        let reply = match &verdict {
-            Ok(()) => HelloReply::Welcome { registration: register(&peer), hello: Box::new(self.ours.clone()) },
-            Err(reason) => HelloReply::Refused { reason: reason.clone() },
+        let registered = self.judge(connection, &peer).and_then(|()| register(&peer, group));
+        let (reply, verdict) = match registered {
+            Ok(registration) => (HelloReply::Welcome { registration, hello: Box::new(self.ours.clone()) }, Ok(())),
+            Err(reason) => (HelloReply::Refused { reason: reason.clone() }, Err(reason)),
         };
         sender.send(&reply).await.map_err(|error| lost(connection, error.to_string()))?;
         sender.finish();

@@ -17,7 +17,7 @@
 //! Reading order:
 //!
 //! 1. [`certs`], `tls`: who may speak.
-//! 2. [`fabric`], `dial`, `versions`, `hello`, `accept`: bind, dial, accept.
+//! 2. [`fabric`], `dial`, `joins`, `versions`, `hello`, `accept`: bind, dial, accept.
 //! 3. [`link`], [`stream`]: messages, and ends that mean something; [`peers`], `redial`: links that are kept for the
 //!    next use, and when to try again.
 //! 4. [`transfer`]: extents, landings, transports (QUIC, and shared memory on one host) and their faults.
@@ -39,6 +39,7 @@ mod dial;
 pub mod fabric;
 pub mod fencing;
 mod hello;
+mod joins;
 mod kv_threads;
 mod kv_time;
 pub mod limits;

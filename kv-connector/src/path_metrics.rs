@@ -35,14 +35,17 @@ impl PeerPaths {
         let label = self.count(peer.as_str());
         let labels = ledger.with(Label::new("peer", label.clone()));
         let counter = |name: &'static str| (metrics::counter!(name, labels.clone()), 0);
-        PathMetrics {
+        let path = PathMetrics {
             num_sent: counter(SENT),
             num_lost: counter(LOST),
             num_congested: counter(CONGESTED),
+            num_connections: metrics::gauge!(CONNECTIONS, labels.clone()),
             datagram_bytes: metrics::gauge!(DATAGRAM_BYTES, labels),
             paths: self.clone(),
             label,
-        }
+        };
+        path.num_connections.increment(1.0);
+        path
     }
 
     /// One connection more; answers its label.
@@ -72,6 +75,7 @@ impl PeerPaths {
 
 /// The metrics of one connection's path, and what was told of it before.
 pub(crate) struct PathMetrics {
+    num_connections: Gauge,
     datagram_bytes: Gauge,
     num_sent: (Counter, u64),
     num_lost: (Counter, u64),
@@ -108,17 +112,20 @@ impl PathMetrics {
 
 impl Drop for PathMetrics {
     fn drop(&mut self) {
+        self.num_connections.decrement(1.0);
         // No path any more.
         self.paths.uncount(&self.label, || self.datagram_bytes.set(0.0));
     }
 }
 
+const CONNECTIONS: &str = "tandem_fabric_peer_connections";
 const DATAGRAM_BYTES: &str = "tandem_fabric_datagram_bytes";
 const SENT: &str = "tandem_fabric_packets_total";
 const LOST: &str = "tandem_fabric_lost_packets_total";
 const CONGESTED: &str = "tandem_fabric_congestion_events_total";
 
 fn describe() {
+    metrics::describe_gauge!(CONNECTIONS, Unit::Count, "Bulk connections that are open, by peer");
     metrics::describe_gauge!(DATAGRAM_BYTES, Unit::Bytes, "Largest UDP payload of KV that the path to a peer carries");
     metrics::describe_counter!(SENT, Unit::Count, "QUIC packets sent on bulk connections, by peer");
     metrics::describe_counter!(LOST, Unit::Count, "QUIC packets sent on bulk connections and lost, by peer");

@@ -82,10 +82,22 @@ pub(crate) struct Socket {
     buffer_bytes: usize,
 }
 
+/// Who else may receive on the port of a socket. The kernel divides peers among those that share one, by both ends'
+/// addresses and ports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Port {
+    /// Nobody.
+    Own,
+    /// It had none when it was bound, and further sockets of this user may join.
+    First,
+    /// A further one.
+    Joins,
+}
+
 /// Binds an endpoint. With `server` it also accepts; `path` is that of KV; with `activity` it is looked at a little
 /// longer before its thread sleeps. All that it does by itself, it does on `threads`.
 pub(crate) fn bind(
-    addr: SocketAddr,
+    (addr, port): (SocketAddr, Port),
     traffic: Traffic,
     path: BulkPath,
     server: Option<ServerConfig>,
@@ -102,7 +114,10 @@ pub(crate) fn bind(
     let _ = socket.set_recv_buffer_size(num_bytes);
     let _ = socket.set_send_buffer_size(num_bytes);
     let buffer_bytes = socket.recv_buffer_size()?;
+    // Set before, the first would share the port with whoever has it, be it another node.
+    socket.set_reuse_port(port == Port::Joins)?;
     socket.bind(&addr.into())?;
+    socket.set_reuse_port(port != Port::Own)?;
     let mut config = EndpointConfig::default();
     config.max_udp_payload_size(max_payload).map_err(io::Error::other)?;
     let socket = UdpSocket::from(socket);
@@ -116,21 +131,39 @@ pub(crate) fn bind(
 }
 
 impl Socket {
-    /// Transport parameters of a connection with `remote`, on which this end is `side`.
-    pub(crate) fn transport(&self, limits: &FabricLimits, remote: SocketAddr, side: Side) -> Arc<TransportConfig> {
+    /// Transport parameters of a connection with `remote`, on which this end is `side`; one of `num_connections` for KV.
+    pub(crate) fn transport(
+        &self,
+        limits: &FabricLimits,
+        remote: SocketAddr,
+        side: Side,
+        num_connections: u16,
+    ) -> Arc<TransportConfig> {
         Arc::new(match self.traffic {
             Traffic::Control => control_transport(limits, side),
-            Traffic::Bulk => self.bulk_transport(limits, remote.ip().to_canonical().is_loopback()),
+            Traffic::Bulk => self.bulk_transport(limits, remote, num_connections),
         })
     }
 
-    fn bulk_transport(&self, limits: &FabricLimits, is_loopback: bool) -> TransportConfig {
+    /// KV that one of `num_connections` with `remote` may have unread here.
+    pub(crate) fn receive_window(&self, limits: &FabricLimits, remote: SocketAddr, num_connections: u16) -> VarInt {
+        let part = limits.bulk_window_bytes / u32::from(num_connections.max(1));
+        VarInt::from_u32(self.window_of_a_stream(limits, remote).min(part.max(2 * u32::from(DATAGRAM_BYTES_MAX))))
+    }
+
+    fn window_of_a_stream(&self, limits: &FabricLimits, remote: SocketAddr) -> u32 {
+        if !is_loopback(remote) {
+            return limits.bulk_window_bytes;
+        }
+        let buffered = u32::try_from(self.buffer_bytes / 2).unwrap_or(u32::MAX);
+        limits.bulk_window_bytes.min(buffered.max(2 * u32::from(DATAGRAM_BYTES_MAX)))
+    }
+
+    fn bulk_transport(&self, limits: &FabricLimits, remote: SocketAddr, num_connections: u16) -> TransportConfig {
         let BulkPath { congestion_control, max_udp_payload_bytes } = self.path;
         let mut config = common(limits, max_udp_payload_bytes);
-        let mut window_bytes = limits.bulk_window_bytes;
+        let is_loopback = is_loopback(remote);
         if is_loopback {
-            let buffered = u32::try_from(self.buffer_bytes / 2).unwrap_or(u32::MAX);
-            window_bytes = window_bytes.min(buffered.max(2 * u32::from(DATAGRAM_BYTES_MAX)));
             // No two of the datagrams that are soon found would fit one send.
             config.enable_segmentation_offload(2 * usize::from(max_udp_payload_bytes) <= SEND_BYTES_MAX);
         }
@@ -139,14 +172,18 @@ impl Socket {
             // it does.
             .max_concurrent_bidi_streams(VarInt::from_u32(1))
             .max_concurrent_uni_streams(VarInt::from_u32(limits.num_extents_max))
-            .stream_receive_window(VarInt::from_u32(window_bytes))
-            .receive_window(VarInt::from_u32(window_bytes))
+            .stream_receive_window(VarInt::from_u32(self.window_of_a_stream(limits, remote)))
+            .receive_window(self.receive_window(limits, remote, num_connections))
             .send_window(u64::from(limits.bulk_window_bytes))
             // Whole extents one after another: the first is complete, and of use, as early as can be.
             .send_fairness(false)
             .congestion_controller_factory(congestion::factory(congestion_control, is_loopback));
         config
     }
+}
+
+fn is_loopback(remote: SocketAddr) -> bool {
+    remote.ip().to_canonical().is_loopback()
 }
 
 fn control_transport(limits: &FabricLimits, side: Side) -> TransportConfig {
@@ -198,13 +235,13 @@ mod tests {
         let alpn = || vec![b"test".to_vec()];
         let mut server = ServerConfig::with_crypto(tls::server(&identity, alpn()).unwrap());
         let bound = |server: Option<ServerConfig>| {
-            bind(LOOPBACK, Traffic::Bulk, path, server, None, &Handle::current()).unwrap()
+            bind((LOOPBACK, Port::Own), Traffic::Bulk, path, server, None, &Handle::current()).unwrap()
         };
         let (receiver, sender) = (bound(None), bound(Some(server.clone())));
         let addr = sender.endpoint.local_addr().unwrap();
-        server.transport_config(sender.transport(&limits, LOOPBACK, Side::Server));
+        server.transport_config(sender.transport(&limits, LOOPBACK, Side::Server, 1));
         let mut client = quinn::ClientConfig::new(tls::client(&identity, alpn()).unwrap());
-        client.transport_config(receiver.transport(&limits, addr, Side::Client));
+        client.transport_config(receiver.transport(&limits, addr, Side::Client, 1));
         let accepting = async {
             let incoming = sender.endpoint.accept().await.unwrap();
             incoming.accept_with(Arc::new(server)).unwrap().await.unwrap()

@@ -42,7 +42,9 @@ const BLOCKS_PER_JOB: u32 = 40;
 /// The transports that there are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Over {
-    Quic,
+    Quic {
+        num_connections: u16,
+    },
     Shm,
     CudaIpc,
     /// Between pools of either kind.
@@ -57,16 +59,24 @@ fn all() -> impl Iterator<Item = Over> {
     let ends = [(false, false), (true, true), (true, false), (false, true)];
     let nixl = ends.map(|(from_device, to_device)| Over::Nixl { from_device, to_device });
     let nixl = nixl.into_iter().filter(|_| library().is_some());
-    [Over::Quic, Over::Shm, Over::CudaIpc].into_iter().chain(nixl)
+    let quic = [1, 3].map(|num_connections| Over::Quic { num_connections });
+    quic.into_iter().chain([Over::Shm, Over::CudaIpc]).chain(nixl)
 }
 
 impl Over {
     fn name(self) -> &'static str {
         match self {
-            Over::Quic => "quic",
+            Over::Quic { .. } => "quic",
             Over::Shm => "shm",
             Over::CudaIpc => "cuda-ipc",
             Over::Nixl { .. } => "nixl",
+        }
+    }
+
+    fn num_connections(self) -> u16 {
+        match self {
+            Over::Quic { num_connections } => num_connections,
+            _ => 1,
         }
     }
 
@@ -92,6 +102,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let cluster = Cluster::new();
     let injector: Arc<Mutex<Option<Arc<FaultyTransport>>>> = Arc::default();
     let mut config = cluster.config("p0", Role::PrefillNode);
+    config.num_bulk_connections = over.num_connections();
     let pool = FilePool::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
     config.shared_pool = (over == Over::Shm).then(|| pool.shared());
     let exported = OnDevice::exported(&pool);
@@ -111,6 +122,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     config.limits.attach_deadline = SOON;
     let prefill = Fabric::bind(config).unwrap();
     let mut config = cluster.config("d0", Role::DecodeNode);
+    config.num_bulk_connections = over.num_connections();
     config.limits.attach_deadline = SOON;
     config.is_reading_shared_pools = over == Over::Shm;
     let memory = TestMemory::new((NUM_JOBS * BLOCKS_PER_JOB) as usize);
@@ -123,6 +135,7 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
     let link = soon("dial", decode.dial(prefill.local_addr(), Role::PrefillNode, None)).await.unwrap();
     let zone = decode.landing_zone();
     let bulk = soon("bulk", decode.connect_bulk(&link, &zone)).await.unwrap();
+    eventually("all connections", || bulk.num_connections() == usize::from(over.num_connections())).await;
     let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
     let name = over.name();
     assert_eq!(bulk.transport_name(), name);
@@ -177,24 +190,25 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
         (now.open_bulk_streams, now.pinned_receive_bytes) == (0, 0)
     })
     .await;
-    // The last streams may not have been accepted yet: a marker behind them has been, once it counts.
+    // The last streams may not have been accepted yet: a marker behind them on the same connection has been, once it counts.
+    // Those that are sent at once go over different ones.
     let marker = Job::new(99, GRANULE_TOKENS, 0, 0);
     let elsewhere = TestMemory::new(1);
-    let (marked, mut marks) = zone.open(marker.plan(&elsewhere));
-    soon("the marker", async {
-        loop {
-            for extent in marker.extents(GRANULE_TOKENS) {
-                let (header, payload) = marker.sealed(extent);
-                let _ = sender.send_extent(&header, payload).await;
+    for _ in 0..over.num_connections() {
+        let (marked, mut marks) = zone.open(marker.plan(&elsewhere));
+        soon("the marker", async {
+            loop {
+                let sealed = marker.extents(GRANULE_TOKENS).into_iter().map(|extent| marker.sealed(extent));
+                let sends = sealed.map(async |(header, payload)| drop(sender.send_extent(&header, payload).await));
+                futures::future::join_all(sends).await;
+                let _ = tokio::time::timeout(Duration::from_millis(50), marks.recv()).await;
+                if marked.is_complete() {
+                    return;
+                }
             }
-            let _ = tokio::time::timeout(Duration::from_millis(50), marks.recv()).await;
-            if marked.is_complete() {
-                return;
-            }
-        }
-    })
-    .await;
-    drop(marked);
+        })
+        .await;
+    }
     eventually("everything is settled", || decode.accounting().open_bulk_streams == 0).await;
 
     for ((job, extents), (landing, events)) in jobs.iter().zip(&mut landings) {

@@ -69,7 +69,13 @@ pub struct TransferBenchArgs {
     /// Who decides how much may be on the way over quic. A row each.
     #[arg(long, value_enum, value_name = "ALGORITHMS", value_delimiter = ',', default_values_t = [CongestionControl::Cubic])]
     pub congestion_control: Vec<CongestionControl>,
-    /// KV that a quic connection may have on the way.
+    /// Connections that KV over quic is divided among, as --kv-connections of the nodes. A row each.
+    ///
+    /// More than one is of use only where both ends have cores for them: give each end more than one, or none of its
+    /// own, with --cores.
+    #[arg(long, value_name = "CONNECTIONS", value_delimiter = ',', default_value = "1")]
+    pub connections: Vec<u16>,
+    /// KV that may be on the way over quic.
     #[arg(long, value_name = "BYTES", default_value_t = 16 << 20)]
     pub window_bytes: u64,
     /// How long both ends look for datagrams before they sleep, as nodes do whose engine is idle.
@@ -86,10 +92,16 @@ pub struct TransferBenchArgs {
 
 impl TransferBenchArgs {
     /// What the nodes of one row are set to.
-    fn kv_quic(&self, max_udp_payload_size: u64, kv_congestion_control: CongestionControl) -> KvQuicArgs {
+    fn kv_quic(
+        &self,
+        max_udp_payload_size: u64,
+        kv_congestion_control: CongestionControl,
+        connections: u16,
+    ) -> KvQuicArgs {
         KvQuicArgs {
             kv_congestion_control,
             kv_window_bytes: Some(self.window_bytes),
+            kv_connections: Some(connections),
             kv_max_udp_payload_size: max_udp_payload_size,
         }
     }
@@ -98,7 +110,10 @@ impl TransferBenchArgs {
     /// about them mean nothing to shared memory, and shared memory nothing to a link.
     fn rows(&self) -> Vec<(Transport, KvQuicArgs, usize)> {
         let quic = self.max_udp_payload_size.iter().flat_map(|size| {
-            self.congestion_control.iter().map(move |algorithm| (Transport::Quic, self.kv_quic(*size, *algorithm)))
+            self.congestion_control.iter().flat_map(move |algorithm| {
+                let of = move |number: &u16| (Transport::Quic, self.kv_quic(*size, *algorithm, *number));
+                self.connections.iter().map(of)
+            })
         });
         let is_linked = self.link.rtt.is_some();
         let paths = self.transports.iter().flat_map(|transport| match transport {
@@ -121,6 +136,9 @@ impl TransferBenchArgs {
         }
         if transport == Transport::Quic && self.congestion_control.len() > 1 {
             name += &format!(" {}", kv_quic.kv_congestion_control);
+        }
+        if transport == Transport::Quic && self.connections.len() > 1 {
+            name += &format!(" x{}", kv_quic.kv_connections.unwrap_or(1));
         }
         name + &format!(", {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024)
     }

@@ -119,6 +119,9 @@ async fn measure_in(
         let bulk = fabric.connect_bulk(&link, &fabric.landing_zone()).await?;
         let (found, expected) = (bulk.transport_name(), transport.as_str());
         ensure!(found == expected, "KV comes over {found}, expected {expected}: the two processes did not agree on it");
+        if let Some(number) = kv_quic.kv_connections.filter(|_| transport == Transport::Quic) {
+            all_connections(&bulk, number.into()).await?;
+        }
         listens_at = Some(tcp_addr);
         let mut row = Row::new(args.row_name(transport, &kv_quic, extent_tokens));
         if running_link.is_none() {
@@ -191,6 +194,17 @@ async fn measure_in(
     Ok(report)
 }
 
+/// Resolves when as many are there as were asked for: they come one by one.
+async fn all_connections(bulk: &BulkReceiver, number: usize) -> anyhow::Result<()> {
+    let came = async {
+        while bulk.num_connections() < number {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    let came = tokio::time::timeout(workload::DEADLINE, came).await;
+    came.with_context(|| format!("{} of {number} connections came", bulk.num_connections()))
+}
+
 /// The rows of what transfers are made of: for each size of datagrams, and for each of extents.
 fn made_of(
     args: &TransferBenchArgs,
@@ -247,6 +261,9 @@ fn start_sender(
     command.arg("--busy-poll").arg(format!("{}us", args.busy_poll.as_micros()));
     command.arg("--kv-congestion-control").arg(kv_quic.kv_congestion_control.to_string());
     command.arg("--kv-window-bytes").arg(kv_quic.window_bytes().to_string());
+    if let Some(number) = kv_quic.kv_connections {
+        command.arg("--kv-connections").arg(number.to_string());
+    }
     command.arg("--kv-max-udp-payload-size").arg(kv_quic.kv_max_udp_payload_size.to_string());
     if transport == Transport::Shm {
         command.arg("--is-shared");

@@ -201,14 +201,27 @@ pub struct KvQuicArgs {
     #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub kv_congestion_control: CongestionControl,
 
-    /// KV that one connection may have on the way: unread, or unacknowledged.
+    /// KV that may be on the way from one node: unread, or unacknowledged.
     ///
     /// It bounds the speed to this many bytes per round trip, so a fast or long link needs bandwidth times round trip:
-    /// 16MiB, the default, carry 100 Gbit/s over 1.3 ms. Each connection to a node takes it from the 1GiB of receive
-    /// memory. With --kv-congestion-control fixed it has no default: what is beyond bandwidth times round trip and the
-    /// link's queue, or beyond the kernel's receive buffer (net.core.rmem_max), is lost and sent again.
+    /// 16MiB, the default, carry 100 Gbit/s over 1.3 ms. Each node takes it from the 1GiB of receive memory; where KV
+    /// comes over several connections (--kv-connections), each of them has its part. With --kv-congestion-control fixed
+    /// it has no default: what is beyond bandwidth times round trip and the link's queue, or beyond the kernel's receive
+    /// buffer (net.core.rmem_max), is lost and sent again.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes_above_zero)]
     pub kv_window_bytes: Option<u64>,
+
+    /// Connections that this node makes to one peer for KV over quic, from 1 to 16. Default: by the number of cores.
+    ///
+    /// One connection is driven by one thread at a time, which carries some 1 to 2 GB/s. By default there is one on up to 3
+    /// cores, then one for every two cores, up to 4. Set it where the network is faster than that and cores are idle; 1
+    /// where KV shares a full link with others, from whom every connection takes a share like TCP's. Extents are divided
+    /// among the connections, --kv-window-bytes is too, and if one is lost, its extents go over the others. The node that
+    /// dials decides: decode nodes, and prefill nodes that fetch prefixes; a node that is dialled listens with as many
+    /// sockets, on the one port. Peers of an earlier version get one connection, and so do peers that KV goes to in
+    /// another way.
+    #[arg(long, value_name = "CONNECTIONS")]
+    pub kv_connections: Option<u16>,
 
     /// Largest UDP payload of KV over quic, sent or received.
     ///
@@ -225,30 +238,33 @@ const UDP_PAYLOAD_BYTES_MAX: u64 = 65_507;
 /// Unless it is said.
 const WINDOW_BYTES: u64 = 16 << 20;
 /// Less holds no two of the largest datagrams.
-const WINDOW_BYTES_MIN: u64 = 256 << 10;
+pub const WINDOW_BYTES_MIN: u64 = 256 << 10;
 /// A node's receive memory.
 const WINDOW_BYTES_MAX: u64 = 1 << 30;
+/// Connections for KV between two nodes, at most.
+pub const KV_CONNECTIONS_MAX: u16 = 16;
 
 impl Default for KvQuicArgs {
     fn default() -> Self {
         Self {
             kv_congestion_control: CongestionControl::Cubic,
             kv_window_bytes: None,
+            kv_connections: None,
             kv_max_udp_payload_size: UDP_PAYLOAD_BYTES_MAX,
         }
     }
 }
 
 impl KvQuicArgs {
-    /// KV that one connection may have on the way.
+    /// KV that may be on the way from one node.
     pub fn window_bytes(&self) -> u64 {
         self.kv_window_bytes.unwrap_or(WINDOW_BYTES)
     }
 
-    /// Checks the sizes.
+    /// Checks the numbers.
     ///
     /// # Errors
-    /// [`InvalidSettings`] if one cannot be, or is missing.
+    /// [`InvalidSettings`] if one cannot be, is missing, or two not together.
     pub fn validate(&self) -> Result<(), InvalidSettings> {
         let (window, payload) = (self.window_bytes(), self.kv_max_udp_payload_size);
         if self.kv_congestion_control == CongestionControl::Fixed && self.kv_window_bytes.is_none() {
@@ -268,6 +284,26 @@ impl KvQuicArgs {
             return Err(InvalidSettings(format!(
                 "--kv-window-bytes is {window}: use 256KiB, below which large datagrams do not fit, to 1GiB, which is \
                  all receive memory of a node"
+            )));
+        }
+        if let Some(connections) = self.kv_connections.filter(|number| !(1..=KV_CONNECTIONS_MAX).contains(number)) {
+            return Err(InvalidSettings(format!(
+                "--kv-connections is {connections}: use 1 to {KV_CONNECTIONS_MAX}, or leave it out to have it chosen by the \
+                 number of cores"
+            )));
+        }
+        self.check_parts()
+    }
+
+    /// Whether each of that many connections can have a part of the window that holds two of the largest datagrams.
+    fn check_parts(&self) -> Result<(), InvalidSettings> {
+        let Some(connections) = self.kv_connections.filter(|number| *number > 1) else { return Ok(()) };
+        let needed = u64::from(connections) * WINDOW_BYTES_MIN;
+        if self.kv_window_bytes < needed {
+            return Err(InvalidSettings(format!(
+                "--kv-window-bytes is {} and divided among --kv-connections {connections}: use {needed} or more, or fewer \
+                 connections",
+                self.kv_window_bytes
             )));
         }
         Ok(())
@@ -307,6 +343,15 @@ mod tests {
         assert!(window(256 << 10).is_ok() && window(1 << 30).is_ok());
         assert!(window(1).unwrap_err().0.contains("--kv-window-bytes is 1: use 256KiB"));
         assert!(window((1 << 30) + 1).is_err());
+        let connections = |number, bytes| {
+            let args =
+                KvQuicArgs { kv_connections: Some(number), kv_window_bytes: Some(bytes), ..KvQuicArgs::default() };
+            args.validate()
+        };
+        assert!(connections(1, 256 << 10).is_ok() && connections(16, 4 << 20).is_ok());
+        assert!(connections(0, 16 << 20).unwrap_err().0.contains("--kv-connections is 0: use 1 to 16"));
+        assert!(connections(17, 16 << 20).is_err());
+        assert!(connections(3, 512 << 10).unwrap_err().0.contains("use 786432 or more, or fewer connections"));
     }
 
     #[test]

@@ -22,7 +22,27 @@ pub struct Hello {
     pub bulk_port: Option<u16>,
 }
 
-/// Answer to [`Hello`].
+/// First message of a bulk connection from version 2 of the protocol on, where version 1 has a bare [`Hello`].
+#[derive(Debug, Clone, PartialEq, Encode, Decode)]
+pub struct HelloBulk {
+    /// Who is calling.
+    pub hello: Hello,
+    /// Which connections this one belongs to.
+    pub group: BulkGroup,
+}
+
+/// The bulk connections between two nodes that carry KV as one: extents go over any of them, each over one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Encode, Decode)]
+pub struct BulkGroup {
+    /// Names the group among those of one life of the dialler.
+    pub id: u64,
+    /// How many connections it is to have. Each end lets each of them have that part of its window.
+    pub num_connections: u16,
+    /// Whether this is a further connection of a group that is there; if not, it begins one, in place of any before it.
+    pub joins: bool,
+}
+
+/// Answer to [`Hello`] and [`HelloBulk`].
 #[derive(Debug, Clone, PartialEq, Encode, Decode)]
 pub enum HelloReply {
     /// Accepted.

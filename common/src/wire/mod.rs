@@ -5,6 +5,7 @@
 //!
 //! ```text
 //! Open::Hello      dialler: Hello            accepter: HelloReply            first stream of a connection
+//! Open::HelloBulk  dialler: HelloBulk        accepter: HelloReply            the same, bulk, from version 2 on
 //! Open::Watch      proxy:   Directory ...    node:     NodeStatus ...        for the life of the connection
 //! Open::Generate   proxy:   (nothing)        decode:   GenerateEvent ...     one request; reset = cancel
 //! Open::Prefill    decode:  PrefillControl   prefill:  PrefillEvent ...      one hand-over; reset = cancel
@@ -36,7 +37,8 @@ pub use bulk::{ExtentHeader, ExtentId};
 pub use extent_digest::{ExtentBinding, ExtentDigest, ExtentHasher};
 pub use fetch::{FetchPrefix, FetchPrefixControl, FetchPrefixEvent, PrefixPeer};
 pub use generate::{Generate, GenerateEvent, NodeError};
-pub use hello::{Directory, Hello, HelloReply, NodeLoad, NodeState, NodeStatus, Peer, Register, Registration, Watch};
+pub use hello::{BulkGroup, Directory, Hello, HelloBulk, HelloReply, NodeLoad, NodeState, NodeStatus, Peer};
+pub use hello::{Register, Registration, Watch};
 pub use prefill::{Prefill, PrefillControl, PrefillEvent};
 pub use runs::PoolRun;
 
@@ -47,7 +49,10 @@ pub use runs::PoolRun;
 /// release, so that a cluster can be upgraded node by node. Whoever sends asks the link for its version and
 /// writes what that version knows; a field or message of N+1 is never sent over a link that speaks N. The
 /// hello's own encoding changes like any other message: it is sent after the version is known.
-pub const PROTOCOL_VERSIONS: &[u16] = &[1];
+pub const PROTOCOL_VERSIONS: &[u16] = &[2, 1];
+
+/// The version from which bulk connections begin with [`HelloBulk`] and may be several to a peer.
+pub const BULK_GROUPS_SINCE: u16 = 2;
 
 /// Largest frame in bytes: a prompt of one million tokens with room to spare. Nothing larger is
 /// allocated, whatever a length prefix claims.
@@ -76,6 +81,8 @@ pub enum Open {
     WatchBlocks(WatchBlocks),
     /// Send KV that is in the pool (prefill node to prefill node).
     FetchPrefix(Box<FetchPrefix>),
+    /// Who is calling, on a bulk connection; from version 2 on.
+    HelloBulk(Box<HelloBulk>),
 }
 
 /// A frame that could not be written or read.
@@ -134,7 +141,7 @@ mod tests {
     use super::*;
     use crate::block_events::Medium;
     use crate::content::{ContentKey, hex};
-    use crate::ids::{Attempt, ChoiceIndex, Epoch, Generation, NodeId, RequestId};
+    use crate::ids::{Attempt, ChoiceIndex, Epoch, Generation, NodeId, RequestId, Role};
     use crate::sampling::SamplingParams;
     use std::time::Duration;
 
@@ -194,6 +201,9 @@ mod tests {
         let removed = blocks::BlockEvent::Removed { medium: Medium::Disk, key: ContentKey(2) };
         let cleared = blocks::BlockEvent::Cleared { medium: Medium::Host };
         let news = BlockNews { is_restart: true, events: vec![stored, removed, cleared], resume_at: Some(cursor) };
+        let (node, role) = (NodeId::new("d0").unwrap(), Role::DecodeNode);
+        let hello = Hello { node, role, epoch: Epoch(9), model: None, bulk_port: None };
+        let hello_bulk = HelloBulk { hello, group: BulkGroup { id: 300, num_connections: 4, joins: true } };
         let got = [
             hex(&encode(&Open::Generate(Box::new(generate()))).unwrap()),
             hex(&encode(&Open::Prefill(Box::new(prefill))).unwrap()),
@@ -204,6 +214,7 @@ mod tests {
             hex(&encode(&Open::FetchPrefix(Box::new(fetch_prefix))).unwrap()),
             hex(&encode(&FetchPrefixControl::Credit { bytes: 1 << 20 }).unwrap()),
             hex(&encode(&FetchPrefixEvent::Held { num_tokens: 320 }).unwrap()),
+            hex(&encode(&Open::HelloBulk(Box::new(hello_bulk))).unwrap()),
         ];
         let expected = include_str!("vectors.txt").lines().collect::<Vec<_>>();
         assert_eq!(got.iter().map(String::as_str).collect::<Vec<_>>(), expected);

@@ -177,6 +177,11 @@ impl Arriving {
         state.tell_refused(reason);
     }
 
+    /// Gives the extent up, of which its owner hears nothing: it will come again.
+    pub(super) fn refuse_untold(self, reason: RefusedExtent) {
+        self.ledger.count_refused_extent(reason.as_str());
+    }
+
     /// Resolves when the landing is closed.
     pub(crate) fn closed(&self) -> impl Future<Output = ()> + Send + 'static {
         self.state.closed.clone().cancelled_owned()
@@ -237,5 +242,6 @@ impl Drop for Arriving {
         if !self.is_verified {
             self.state.coverage().release(self.place, self.granules.clone());
         }
+        self.state.settled.notify_waiters();
     }
 }

@@ -6,11 +6,12 @@ use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
+use common::config::KV_CONNECTIONS_MAX;
 use common::ids::{Epoch, NodeId};
 use common::kv_memory::KvMemory;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
 use common::wire::runs::NUM_RUNS_MAX;
-use common::wire::{ExtentHeader, Hello, PoolRun};
+use common::wire::{BulkGroup, ExtentHeader, Hello, PoolRun};
 use dashmap::DashMap;
 use quinn::Connection;
 use tokio::net::UnixStream;
@@ -20,15 +21,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::accounting::{Carrier, Held, Kind, Ledger};
 use crate::busy_poll::Activity;
-use crate::link::{CLOSE_DONE, CloseReason};
+use crate::link::CloseReason;
 use crate::socket::Traffic;
-use crate::transfer::bulk_end::BulkEnd;
 use crate::transfer::pull::{self, Posted};
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
+use crate::transfer::stripes::Stripes;
 use crate::transfer::{
-    Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, SendFuture, Transport,
-    TransportLayer, UnsealedExtent, payload::PoolExtent,
+    Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, Transport, TransportLayer,
+    UnsealedExtent, payload::PoolExtent,
 };
 
 /// Sends extents to one life of one node. Cheap to clone.
@@ -37,6 +38,7 @@ pub struct BulkSender {
     transport: Arc<dyn Transport>,
     /// Where extents are sealed and sent.
     threads: Handle,
+    /// One for each connection.
     sealing: Arc<Semaphore>,
 }
 
@@ -49,6 +51,13 @@ impl BulkSender {
         Self { transport, threads: Handle::current(), sealing: Arc::new(Semaphore::new(1)) }
     }
 
+    /// Sends over `stripes`, through what the tests have put around them.
+    fn over(stripes: &Arc<Stripes>, layer: Option<&TransportLayer>) -> Self {
+        let transport: Arc<dyn Transport> = stripes.clone();
+        let transport = layer.map_or(transport.clone(), |layer| layer(transport));
+        Self { transport, threads: Handle::current(), sealing: stripes.sealing().clone() }
+    }
+
     /// Begins to hash and send one extent on the threads of KV, behind those that were begun before. `sends` says in the
     /// end whether it left; until it does, even if it is given up, the extent's blocks must stay pinned.
     pub fn begin(&self, sends: &mut ExtentSends, extent: UnsealedExtent) {
@@ -57,7 +66,8 @@ impl BulkSender {
     }
 
     async fn seal_and_send(&self, extent: UnsealedExtent) -> Result<(), SendExtentError> {
-        // One at a time up to its first wait, so that what was hashed leaves while a cache has it, and in order.
+        // One of a connection at a time up to its first wait, so that what was hashed leaves while a cache has it, and in
+        // order.
         let sealing = self.sealing.acquire().await.expect("the semaphore of the sealing is never closed");
         let (header, payload) = extent.seal();
         let mut sending = pin!(self.send_extent(&header, payload));
@@ -78,13 +88,13 @@ impl BulkSender {
         self.transport.send(header, payload.into(), ExtentEnd::Finished).await
     }
 
-    /// Whether the connection is gone.
+    /// Whether the last of the connections is gone.
     pub fn is_closed(&self) -> bool {
         self.transport.is_closed()
     }
 
-    /// Bytes of the largest UDP payload that KV is sent in now: what was found that the path carries. `None` where it
-    /// does not travel in datagrams.
+    /// Bytes of the largest UDP payload that KV is sent in now, on one of the connections: what was found that the path
+    /// carries. `None` where it does not travel in datagrams.
     pub fn datagram_bytes(&self) -> Option<u16> {
         self.transport.datagram_bytes()
     }
@@ -104,9 +114,9 @@ pub(crate) struct BulkSenders {
 }
 
 struct Entry {
-    connection: usize,
+    stripes: Arc<Stripes>,
     sender: BulkSender,
-    /// Whether what comes over the connection is read.
+    /// Whether what comes over the connections is read.
     is_receiving: bool,
 }
 
@@ -115,40 +125,55 @@ impl BulkSenders {
         Self { layer, shared_memory, senders: DashMap::new() }
     }
 
-    /// Sends over a connection that this node has dialled: the way back, which is always `quic`.
-    pub(crate) fn over(&self, connection: &Connection, ledger: &Arc<Ledger>, tasks: &TaskTracker) -> BulkSender {
-        self.sender(PeerTransport::new(connection, ledger, tasks, None))
+    /// Sends over connections that this node has dialled: the way back, which is always `quic`.
+    pub(crate) fn over(&self, stripes: &Arc<Stripes>) -> BulkSender {
+        BulkSender::over(stripes, self.layer.as_ref())
     }
 
-    /// Through what the tests have put around it.
-    fn sender(&self, transport: Arc<dyn Transport>) -> BulkSender {
-        BulkSender::new(match &self.layer {
-            Some(layer) => layer(transport),
-            None => transport,
-        })
-    }
-
-    /// A newer connection of the same life takes the place of an older one.
+    /// A connection begins a group, which takes the place of an older one of the same life. What arrives over it is read
+    /// if there is a `window` for it.
     pub(crate) fn insert(
         &self,
         peer: &Hello,
+        group: BulkGroup,
         connection: &Connection,
-        ledger: &Arc<Ledger>,
-        tasks: &TaskTracker,
-        is_receiving: bool,
-    ) -> Arc<PeerTransport> {
+        window: Option<OwnedSemaphorePermit>,
+        (ledger, tasks): (&Arc<Ledger>, &TaskTracker),
+    ) -> Result<(Arc<Stripes>, Arc<PeerTransport>), String> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let transport = PeerTransport::new(connection, ledger, tasks, self.shared_memory.clone());
-        let sender = self.sender(transport.clone());
-        let entry = Entry { connection: connection.stable_id(), sender, is_receiving };
+        let is_receiving = window.is_some();
+        let num_max = group.num_connections.clamp(1, KV_CONNECTIONS_MAX);
+        let stripes = Stripes::new(group, usize::from(num_max), window, ledger);
+        let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
+        stripes.add(None, transport.clone(), tasks)?;
+        let entry = Entry { stripes: stripes.clone(), sender: self.over(&stripes), is_receiving };
         self.senders.insert((peer.node.clone(), peer.epoch), entry);
-        transport
+        Ok((stripes, transport))
     }
 
-    pub(crate) fn remove(&self, peer: &Hello, connection: &Connection) {
+    /// A connection becomes part of the group that it names.
+    ///
+    /// # Errors
+    /// A sentence: there is no such group, or it has as many as it may.
+    pub(crate) fn join(
+        &self,
+        peer: &Hello,
+        group: BulkGroup,
+        connection: &Connection,
+        (ledger, tasks): (&Arc<Ledger>, &TaskTracker),
+    ) -> Result<Arc<Stripes>, String> {
+        let entry = self.senders.get(&(peer.node.clone(), peer.epoch));
+        let stripes = entry.filter(|entry| entry.stripes.group().id == group.id).map(|entry| entry.stripes.clone());
+        let stripes = stripes.ok_or("the bulk connections it belongs to have ended, or others took their place")?;
+        stripes.add(None, PeerTransport::new(connection, ledger, None), tasks)?;
+        Ok(stripes)
+    }
+
+    /// Forgets a group whose last connection has ended.
+    pub(crate) fn remove_ended(&self, peer: &Hello, stripes: &Arc<Stripes>) {
         let key = (peer.node.clone(), peer.epoch);
-        self.senders.remove_if(&key, |_, entry| entry.connection == connection.stable_id());
+        self.senders.remove_if(&key, |_, entry| Arc::ptr_eq(&entry.stripes, stripes) && stripes.num_open() == 0);
     }
 
     pub(crate) fn find(&self, node: &NodeId, epoch: Epoch) -> Option<BulkSender> {
@@ -166,22 +191,23 @@ impl BulkSenders {
 /// fetches what lies in a pool that it has opened, or takes by `shm` what lies in one that it has mapped.
 pub(crate) struct PeerTransport {
     quic: QuicTransport,
-    end: Arc<BulkEnd>,
     shared_memory: Option<Arc<dyn KvMemory>>,
     outbox: OnceLock<Arc<Outbox>>,
     pulled: pull::Sending,
 }
 
 impl PeerTransport {
-    fn new(
+    pub(crate) fn new(
         connection: &Connection,
         ledger: &Arc<Ledger>,
-        tasks: &TaskTracker,
         shared_memory: Option<Arc<dyn KvMemory>>,
     ) -> Arc<Self> {
         let quic = QuicTransport { connection: connection.clone(), ledger: ledger.clone() };
-        let end = BulkEnd::of(connection, tasks);
-        Arc::new(Self { quic, end, shared_memory, outbox: OnceLock::new(), pulled: pull::Sending::default() })
+        Arc::new(Self { quic, shared_memory, outbox: OnceLock::new(), pulled: pull::Sending::default() })
+    }
+
+    pub(super) fn connection(&self) -> &Connection {
+        &self.quic.connection
     }
 
     /// The sender's part where the receiver fetches.
@@ -209,41 +235,43 @@ impl PeerTransport {
     }
 }
 
-impl Transport for PeerTransport {
-    fn name(&self) -> &'static str {
+impl PeerTransport {
+    /// What carries the extents now.
+    pub(super) fn carrier(&self) -> Carrier {
         let mapped = || self.outbox.get().map(|_| Carrier::Shm);
-        self.pulled.carrier().or_else(mapped).unwrap_or(Carrier::Quic).as_str()
+        self.pulled.carrier().or_else(mapped).unwrap_or(Carrier::Quic)
     }
 
-    fn send<'a>(&'a self, header: &'a ExtentHeader, payload: Payload, end: ExtentEnd) -> SendFuture<'a> {
-        Box::pin(async move {
-            if let Some((carrier, runs)) = self.pulled.runs(&payload) {
-                match pull::send(&self.quic.connection, &self.quic.ledger, header, (carrier, &runs), end).await? {
-                    Posted::Taken => return Ok(()),
-                    Posted::Busy => return self.quic.send(header, payload, end).await,
-                }
+    /// Sends one extent, as [`Transport::send`]. What `must_arrive` has arrived when this resolves.
+    pub(super) async fn send(
+        &self,
+        header: &ExtentHeader,
+        payload: Payload,
+        end: ExtentEnd,
+        must_arrive: bool,
+    ) -> Result<(), SendExtentError> {
+        if let Some((carrier, runs)) = self.pulled.runs(&payload) {
+            match pull::send(&self.quic.connection, &self.quic.ledger, header, (carrier, &runs), end).await? {
+                Posted::Taken => return Ok(()),
+                Posted::Busy => return self.quic.send(header, payload, end, must_arrive).await,
             }
-            match self.shared_runs(&payload) {
-                Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,
-                // What is given up behind its places is what was given up behind some of its bytes.
-                _ => self.quic.send(header, payload, end).await,
-            }
-        })
+        }
+        match self.shared_runs(&payload) {
+            Some((outbox, runs)) if end == ExtentEnd::Finished => outbox.send(header, &runs).await,
+            // What is given up behind its places is what was given up behind some of its bytes.
+            _ => self.quic.send(header, payload, end, must_arrive).await,
+        }
     }
 
-    fn is_closed(&self) -> bool {
-        self.end.has_come()
-    }
-
-    fn datagram_bytes(&self) -> Option<u16> {
-        (self.name() == Carrier::Quic.as_str()).then(|| self.quic.connection.stats().path.current_mtu)
+    /// Bytes of the largest UDP payload, if it sends any.
+    pub(super) fn datagram_bytes(&self) -> Option<u16> {
+        (self.carrier() == Carrier::Quic).then(|| self.quic.connection.stats().path.current_mtu)
     }
 }
 
-/// Receives extents from one node for as long as it lives; dropping it closes the bulk connection.
+/// Receives extents from one node for as long as it lives; dropping it closes the bulk connections.
 pub struct BulkReceiver {
-    connection: Connection,
-    end: Arc<BulkEnd>,
+    stripes: Arc<Stripes>,
     threads: Handle,
     carrier: Carrier,
     sender: BulkSender,
@@ -251,9 +279,9 @@ pub struct BulkReceiver {
 
 impl Drop for BulkReceiver {
     fn drop(&mut self) {
-        let connection = self.connection.clone();
-        // Where its lock is waited for by nobody else.
-        self.threads.spawn(async move { connection.close(CLOSE_DONE, b"no longer needed") });
+        let stripes = self.stripes.clone();
+        // Where their locks are waited for by nobody else.
+        self.threads.spawn(async move { stripes.close(b"no longer needed") });
     }
 }
 
@@ -264,9 +292,40 @@ pub(crate) struct ReceiveContext {
     pub(crate) num_extents_max: u32,
     pub(crate) deadline: Duration,
     pub(crate) activity: Option<Arc<Activity>>,
+    /// The connection, and those it is one of.
+    pub(crate) connection: Connection,
+    pub(crate) stripes: Arc<Stripes>,
 }
 
 impl ReceiveContext {
+    /// Whether extents may come again, over another connection.
+    pub(super) fn is_of_several(&self) -> bool {
+        self.stripes.is_several()
+    }
+
+    /// Whether what is lost with this connection will come again.
+    pub(super) fn has_other_connections(&self) -> bool {
+        self.stripes.has_others(&self.connection)
+    }
+
+    /// As [`admit`](Self::admit), where an extent may come again: `None` if all of it came before, over another
+    /// connection.
+    pub(super) async fn admit_settled(
+        &self,
+        header: &[u8; EXTENT_HEADER_BYTES],
+    ) -> Result<(Option<Arriving>, usize), RefusedExtent> {
+        let header = ExtentHeader::decode(header).map_err(|_| RefusedExtent::Malformed);
+        let header = header.inspect_err(|refused| self.zone.count_refused(*refused))?;
+        let num_bytes = header.num_payload_bytes as usize;
+        match self.zone.admit_settled(&header, self.deadline).await {
+            Ok(arriving) => Ok((arriving, num_bytes)),
+            Err(refused) => {
+                self.zone.tell_refused(&header, refused);
+                Err(refused)
+            }
+        }
+    }
+
     /// Decides on an extent by its header and claims its range: with it, the bytes of its payload. A refusal has been
     /// counted and told.
     pub(super) fn admit(&self, header: &[u8; EXTENT_HEADER_BYTES]) -> Result<(Arriving, usize), RefusedExtent> {
@@ -279,27 +338,21 @@ impl ReceiveContext {
 }
 
 impl BulkReceiver {
-    /// To be called on the threads of KV.
+    /// From the first connection of a group; others may join it. To be called on the threads of KV.
     pub(crate) fn start(
-        connection: Connection,
         sender: BulkSender,
         context: ReceiveContext,
         attached: Option<Attached>,
-        held: (Held, OwnedSemaphorePermit),
+        held: Held,
         tasks: &TaskTracker,
     ) -> Self {
-        let (end, threads) = (BulkEnd::of(&connection, tasks), Handle::current());
         let carrier = if attached.is_some() { Carrier::Shm } else { Carrier::Quic };
-        let (context, tracker, accepting) = (Arc::new(context), tasks.clone(), connection.clone());
+        let (stripes, context) = (context.stripes.clone(), Arc::new(context));
         if let Some(attached) = attached {
-            tasks.spawn(shm::receive(attached, context.clone(), connection.clone(), tasks.clone()));
+            tasks.spawn(shm::receive(attached, context.clone(), context.connection.clone(), tasks.clone()));
         }
-        tasks.spawn(async move {
-            let reason = receive(&accepting, &context, &tracker).await;
-            tell_end(&accepting, &reason);
-            drop(held);
-        });
-        Self { connection, end, threads, sender, carrier }
+        tasks.spawn(receive_until_the_end(context, held, tasks.clone()));
+        Self { stripes, threads: Handle::current(), sender, carrier }
     }
 
     /// KV is fetched too, and by preference.
@@ -313,20 +366,32 @@ impl BulkReceiver {
         self.carrier.as_str()
     }
 
-    /// The way back: extents for the node at the other end, over the same connection.
+    /// The way back: extents for the node at the other end, over the same connections.
     pub fn sender(&self) -> &BulkSender {
         &self.sender
     }
 
-    /// Whether the connection is gone.
-    pub fn is_closed(&self) -> bool {
-        self.end.has_come()
+    /// Connections that KV goes over now. More may come, up to those that were asked for, and may be lost.
+    pub fn num_connections(&self) -> usize {
+        self.stripes.num_open()
     }
 
-    /// Resolves when the connection is gone, with the reason.
-    pub async fn closed(&self) -> CloseReason {
-        self.end.come().await
+    /// Whether the last of the connections is gone.
+    pub fn is_closed(&self) -> bool {
+        self.stripes.end().has_come()
     }
+
+    /// Resolves when the last of the connections is gone, with the reason.
+    pub async fn closed(&self) -> CloseReason {
+        self.stripes.end().come().await
+    }
+}
+
+/// Takes in what comes over a connection that this node has dialled.
+pub(crate) async fn receive_until_the_end(context: Arc<ReceiveContext>, held: Held, tasks: TaskTracker) {
+    let reason = receive(&context, &tasks).await;
+    tell_end(&context.connection, &reason);
+    drop(held);
 }
 
 /// Logs what a connection was like from here: the size of the datagrams sent at its end, how many were lost, and how
@@ -345,15 +410,11 @@ pub(crate) fn tell_end(connection: &Connection, reason: &CloseReason) {
 }
 
 /// Takes in what comes over a bulk connection until it ends; says how it ended.
-pub(crate) async fn receive(
-    connection: &Connection,
-    context: &Arc<ReceiveContext>,
-    tasks: &TaskTracker,
-) -> CloseReason {
+pub(crate) async fn receive(context: &Arc<ReceiveContext>, tasks: &TaskTracker) -> CloseReason {
     let places = Arc::new(Semaphore::new(context.num_extents_max as usize));
     loop {
         let place = places.clone().acquire_owned().await.expect("the semaphore of the extents is never closed");
-        let stream = match connection.accept_uni().await {
+        let stream = match context.connection.accept_uni().await {
             Ok(stream) => stream,
             Err(error) => return error.into(),
         };

@@ -35,6 +35,17 @@ impl Coverage {
         true
     }
 
+    /// Whether an extent has claimed any of it and has not landed.
+    pub(crate) fn is_landing(&self, layer: usize, granules: Range<usize>) -> bool {
+        let Layer { claimed, verified, .. } = &self.layers[layer];
+        granules.into_iter().any(|granule| is_set(claimed, granule) && !is_set(verified, granule))
+    }
+
+    /// Whether all of it has landed.
+    pub(crate) fn has_landed(&self, layer: usize, mut granules: Range<usize>) -> bool {
+        granules.all(|granule| is_set(&self.layers[layer].verified, granule))
+    }
+
     /// Gives back what an extent claimed and did not fill.
     pub(crate) fn release(&mut self, layer: usize, granules: Range<usize>) {
         let claimed = &mut self.layers[layer].claimed;
@@ -93,6 +104,22 @@ mod tests {
         assert!(coverage.claim(0, 5..6), "a refused claim leaves no mark");
         coverage.release(0, 2..5);
         assert!(coverage.claim(0, 4..5));
+    }
+
+    #[test]
+    fn range_is_landing_from_its_claim_to_its_verdict() {
+        let mut coverage = Coverage::new(1, 8);
+        let seen = |coverage: &Coverage| (coverage.is_landing(0, 0..4), coverage.has_landed(0, 0..4));
+        assert_eq!(seen(&coverage), (false, false));
+        assert!(coverage.claim(0, 1..3));
+        assert_eq!(seen(&coverage), (true, false));
+        coverage.verify(0, 1..3);
+        assert_eq!(seen(&coverage), (false, false), "the rest of it is missing");
+        assert!(coverage.has_landed(0, 1..3));
+        assert!(coverage.claim(0, 3..5));
+        assert_eq!(seen(&coverage), (true, false));
+        coverage.release(0, 3..5);
+        assert_eq!(seen(&coverage), (false, false));
     }
 
     #[test]

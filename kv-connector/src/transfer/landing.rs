@@ -15,6 +15,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use common::content::{ContentChain, GRANULE_TOKENS};
 use common::ids::{Attempt, BlockId, Epoch, Generation, RequestId};
@@ -23,6 +24,7 @@ use common::kv_spec::{KvExtentKind, KvSpec};
 use common::tokens::Token;
 use common::wire::{ExtentHeader, ExtentId};
 use dashmap::DashMap;
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::accounting::{Held, Kind, Ledger};
@@ -155,6 +157,42 @@ impl LandingZone {
         admitted.inspect_err(|refused| self.count_refused(*refused))
     }
 
+    /// As [`admit`](Self::admit), for what may come again over another connection than the one it was lost with: while
+    /// its range is claimed by what is still landing, it waits until that has landed or was given up, or for `deadline`.
+    /// `None` if all of it is there.
+    pub(crate) async fn admit_settled(
+        &self,
+        header: &ExtentHeader,
+        deadline: Duration,
+    ) -> Result<Option<Arriving>, RefusedExtent> {
+        let settling = async {
+            loop {
+                let state = self.find(header)?;
+                let settled = state.settled.notified();
+                tokio::pin!(settled);
+                // From here on, so that what is settled before it is awaited is not missed.
+                settled.as_mut().enable();
+                match Arriving::claim(state.clone(), header, &self.ledger) {
+                    Err(RefusedExtent::Duplicate) if state.is_landing(header) => tokio::select! {
+                        () = settled => {}
+                        () = state.closed.cancelled() => return Err(RefusedExtent::Closed),
+                    },
+                    decided => return decided,
+                }
+            }
+        };
+        let admitted = tokio::time::timeout(deadline, settling).await.unwrap_or(Err(RefusedExtent::Duplicate));
+        match admitted {
+            Ok(arriving) => Ok(Some(arriving)),
+            Err(refused) => {
+                self.count_refused(refused);
+                let is_there = refused == RefusedExtent::Duplicate
+                    && self.find(header).is_ok_and(|state| state.has_landed(header));
+                if is_there { Ok(None) } else { Err(refused) }
+            }
+        }
+    }
+
     pub(crate) fn count_refused(&self, refused: RefusedExtent) {
         self.ledger.count_refused_extent(refused.as_str());
     }
@@ -229,6 +267,8 @@ pub(super) struct State {
     is_open: RwLock<bool>,
     coverage: Mutex<Coverage>,
     pub(super) closed: CancellationToken,
+    /// An extent has landed or was given up.
+    pub(super) settled: Notify,
     /// Has room for every event there can be.
     pub(super) events: Notices<LandingEvent>,
     num_refusals_told: AtomicUsize,
@@ -265,6 +305,7 @@ impl State {
             num_granules,
             is_open: RwLock::new(true),
             closed: CancellationToken::new(),
+            settled: Notify::new(),
             events,
             num_refusals_told: AtomicUsize::new(0),
             held: Mutex::new(Some(held)),
@@ -320,6 +361,14 @@ impl State {
         }
         debug_assert!(end_granule <= self.num_granules);
         Ok((place, first_granule..end_granule))
+    }
+
+    fn is_landing(&self, header: &ExtentHeader) -> bool {
+        self.place(header).is_ok_and(|(place, granules)| self.coverage().is_landing(place, granules))
+    }
+
+    fn has_landed(&self, header: &ExtentHeader) -> bool {
+        self.place(header).is_ok_and(|(place, granules)| self.coverage().has_landed(place, granules))
     }
 
     pub(super) fn tell_refused(&self, reason: RefusedExtent) {

@@ -55,6 +55,7 @@ mod refused;
 mod sends;
 pub(crate) mod shm;
 mod source;
+pub(crate) mod stripes;
 
 pub use arriving::Arriving;
 pub use bulk::{BulkReceiver, BulkSender};

@@ -27,13 +27,14 @@ pub(super) struct QuicTransport {
 }
 
 impl QuicTransport {
-    /// Resolves when the connection has taken a copy of all of it, or where it reads the payload in the pool, when all
-    /// of it has arrived. Dropped before, it is given up, and the pool no longer read.
+    /// Resolves when the connection has taken a copy of all of it, or where it reads the payload in the pool or is told
+    /// that it `must_arrive`, when all of it has arrived. Dropped before, it is given up, and the pool no longer read.
     pub(super) async fn send(
         &self,
         header: &ExtentHeader,
         payload: Payload,
         end: ExtentEnd,
+        must_arrive: bool,
     ) -> Result<(), SendExtentError> {
         let _held = self.ledger.hold(Kind::Stream(Traffic::Bulk));
         let num_bytes = payload.len();
@@ -52,6 +53,7 @@ impl QuicTransport {
                 drop(bytes);
                 in_use.ended().await;
             }
+            None if must_arrive => extent.finish_and_arrive().await?,
             None => extent.finish()?,
         }
         self.ledger.count_sent(Carrier::Quic, num_bytes);
@@ -69,9 +71,15 @@ pub(super) async fn receive_extent(context: &ReceiveContext, mut stream: RecvStr
 }
 
 async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(), RefusedExtent> {
-    let (mut arriving, num_bytes) = admit(context, stream).await?;
+    let (arriving, num_bytes) = admit(context, stream).await?;
+    let Some(mut arriving) = arriving else { return pass_over(context.deadline, stream, num_bytes).await };
     match read_payload(context.deadline, stream, &mut arriving).await {
         Ok(()) => arriving.finish()?,
+        // Its sender sends it again over another connection.
+        Err(refused @ RefusedExtent::ConnectionLost) if context.has_other_connections() => {
+            arriving.refuse_untold(refused);
+            return Err(refused);
+        }
         Err(refused) => {
             arriving.refuse(refused);
             return Err(refused);
@@ -81,12 +89,31 @@ async fn land_extent(context: &ReceiveContext, stream: &mut RecvStream) -> Resul
     Ok(())
 }
 
-/// Reads a header and claims its range; a refusal has been counted and told.
-async fn admit(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(Arriving, usize), RefusedExtent> {
+/// Reads a header and claims its range, unless all of it is there; a refusal has been counted and told.
+async fn admit(context: &ReceiveContext, stream: &mut RecvStream) -> Result<(Option<Arriving>, usize), RefusedExtent> {
     let mut bytes = [0; EXTENT_HEADER_BYTES];
     let read = read_exact(context.deadline, stream, &mut bytes).await;
     read.inspect_err(|refused| context.zone.count_refused(*refused))?;
-    context.admit(&bytes)
+    if context.is_of_several() {
+        return context.admit_settled(&bytes).await;
+    }
+    context.admit(&bytes).map(|(arriving, num_bytes)| (Some(arriving), num_bytes))
+}
+
+/// Reads a payload that is there already, so that its sender learns that it has arrived.
+async fn pass_over(deadline: Duration, stream: &mut RecvStream, num_bytes: usize) -> Result<(), RefusedExtent> {
+    let mut num_read = 0;
+    loop {
+        match tokio::time::timeout(deadline, stream.read_chunk(usize::MAX, true)).await {
+            Ok(Ok(Some(chunk))) => num_read += chunk.bytes.len(),
+            Ok(Ok(None)) => return Ok(()),
+            Ok(Err(error)) => return Err(refused_by(&error)),
+            Err(_) => return Err(RefusedExtent::Stalled),
+        }
+        if num_read > num_bytes {
+            return Err(RefusedExtent::WrongSize);
+        }
+    }
 }
 
 async fn read_exact(deadline: Duration, stream: &mut RecvStream, into: &mut [u8]) -> Result<(), RefusedExtent> {

@@ -1,10 +1,11 @@
-//! A path between two nodes that carries datagrams of a limited size only, or loses some: between them on loopback, it
-//! forwards what gets through and drops the rest.
+//! A path between two nodes that carries datagrams of a limited size only, or loses some, or whose parts break: between
+//! them on loopback, it forwards what gets through and drops the rest.
 #![allow(dead_code, unreachable_pub, clippy::unwrap_used)]
 
+use std::collections::HashMap;
 use std::net::{Ipv4Addr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
 
 use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
@@ -35,26 +36,57 @@ impl Rule {
     }
 }
 
+/// What one connection's way has carried to the node that dialled it, and what it carries from some point on.
+#[derive(Default)]
+struct Way {
+    num_bytes: usize,
+    fault: Option<WayFault>,
+}
+
+/// A way that breaks.
+#[derive(Debug, Clone, Copy)]
+pub struct WayFault {
+    /// It breaks when it has carried so many bytes more to the node that dialled.
+    pub after_bytes: usize,
+    /// Largest datagrams to that node, from then on.
+    pub size_max_to: usize,
+    /// Largest datagrams from that node, from then on.
+    pub size_max_from: usize,
+}
+
+type Ways = Arc<Mutex<Vec<Way>>>;
+
+/// Whether datagrams of that size get through to the dialler, or from it.
+fn carries(ways: &Ways, number: usize, num_bytes: usize, is_to_dialler: bool) -> bool {
+    let way = &mut ways.lock().unwrap()[number];
+    let fault = way.fault.filter(|fault| way.num_bytes >= fault.after_bytes);
+    let size_max =
+        fault.map_or(usize::MAX, |fault| if is_to_dialler { fault.size_max_to } else { fault.size_max_from });
+    let carries = num_bytes <= size_max;
+    way.num_bytes += if carries && is_to_dialler { num_bytes } else { 0 };
+    carries
+}
+
 /// The path; gone when this is dropped.
 pub struct Relay {
     rule: Arc<Rule>,
     control: SocketAddr,
+    bulk: Ways,
     _tasks: JoinSet<()>,
 }
 
 impl Relay {
-    /// In front of both ports of `fabric`, for one node that dials it.
+    /// In front of both ports of `fabric`.
     pub async fn before(fabric: &Fabric, size_max: usize) -> Self {
         let rule = Arc::new(Rule { size_max: size_max.into(), ..Rule::default() });
         let control = SocketAddr::from((NEAR, fabric.local_addr().port()));
         let mut tasks = JoinSet::new();
-        for far in [fabric.local_addr(), fabric.bulk_addr().unwrap()] {
+        let bulk = Ways::default();
+        for (far, ways) in [(fabric.local_addr(), Ways::default()), (fabric.bulk_addr().unwrap(), bulk.clone())] {
             let near = bind(SocketAddr::from((NEAR, far.port())));
-            let onward = bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)));
-            onward.connect(far).await.unwrap();
-            tasks.spawn(forward(near, onward, rule.clone()));
+            tasks.spawn(forward(near.into(), far, rule.clone(), ways));
         }
-        Self { rule, control, _tasks: tasks }
+        Self { rule, control, bulk, _tasks: tasks }
     }
 
     /// What is to be dialled.
@@ -75,6 +107,17 @@ impl Relay {
     pub fn num_dropped(&self) -> usize {
         self.rule.num_dropped.load(Ordering::SeqCst)
     }
+
+    /// Bytes that each bulk connection's way has carried to the node that dialled.
+    pub fn bulk_bytes(&self) -> Vec<usize> {
+        self.bulk.lock().unwrap().iter().map(|way| way.num_bytes).collect()
+    }
+
+    /// Lets the way of a bulk connection, by the order in which they were dialled, break as from now; or mends it.
+    pub fn set_fault(&self, number: usize, fault: Option<WayFault>) {
+        let way = &mut self.bulk.lock().unwrap()[number];
+        way.fault = fault.map(|fault| WayFault { after_bytes: way.num_bytes + fault.after_bytes, ..fault });
+    }
 }
 
 fn bind(addr: SocketAddr) -> UdpSocket {
@@ -85,24 +128,39 @@ fn bind(addr: SocketAddr) -> UdpSocket {
     UdpSocket::from_std(socket.into()).unwrap()
 }
 
-async fn forward(near: UdpSocket, onward: UdpSocket, rule: Arc<Rule>) {
-    let (mut from_near, mut from_far) = (vec![0; 1 << 16], vec![0; 1 << 16]);
-    let mut dialler = None;
+/// Forwards for any number of diallers' sockets, each by a socket of its own.
+async fn forward(near: Arc<UdpSocket>, far: SocketAddr, rule: Arc<Rule>, ways: Ways) {
+    let mut onward: HashMap<SocketAddr, (usize, Arc<UdpSocket>)> = HashMap::new();
+    let (mut buffer, mut tasks) = (vec![0; 1 << 16], JoinSet::new());
     loop {
         // An error is that of an end that is gone, or of a datagram: a path does not tell.
-        tokio::select! {
-            Ok((len, addr)) = near.recv_from(&mut from_near) => {
-                dialler = Some(addr);
-                if rule.carries(len) {
-                    let _ = onward.send(&from_near[..len]).await;
-                }
-            }
-            Ok(len) = onward.recv(&mut from_far) => {
-                if let Some(dialler) = dialler.filter(|_| rule.carries(len)) {
-                    let _ = near.send_to(&from_far[..len], dialler).await;
-                }
-            }
-            else => {}
+        let Ok((len, dialler)) = near.recv_from(&mut buffer).await else { continue };
+        if !onward.contains_key(&dialler) {
+            let socket = Arc::new(bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
+            socket.connect(far).await.unwrap();
+            let number = onward.len();
+            ways.lock().unwrap().push(Way::default());
+            tasks.spawn(back((number, socket.clone()), (near.clone(), dialler), rule.clone(), ways.clone()));
+            onward.insert(dialler, (number, socket));
+        }
+        let (number, socket) = &onward[&dialler];
+        if carries(&ways, *number, len, false) && rule.carries(len) {
+            let _ = socket.send(&buffer[..len]).await;
+        }
+    }
+}
+
+async fn back(
+    (number, from): (usize, Arc<UdpSocket>),
+    (near, dialler): (Arc<UdpSocket>, SocketAddr),
+    rule: Arc<Rule>,
+    ways: Ways,
+) {
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        let Ok(len) = from.recv(&mut buffer).await else { continue };
+        if carries(&ways, number, len, true) && rule.carries(len) {
+            let _ = near.send_to(&buffer[..len], dialler).await;
         }
     }
 }
