@@ -9,7 +9,7 @@
 //!
 //! Some blocks of all panels at a time: what they are multiplied with stays in the second-level cache meanwhile, and of
 //! a panel as much as the first-level cache holds beside a tile of rows. Quantized weights are opened there, once for all
-//! tiles of the unit.
+//! tiles of the unit. One tile alone, as in decode, takes panel after panel: weights are one stream from memory.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -20,15 +20,19 @@ use crate::packed_matrix::PANEL;
 use crate::product::{Job, Output};
 use crate::simd::{Avx512, Simd};
 
-/// Blocks of a panel at a time: 16 KiB, beside as much of a tile of rows.
+/// Blocks of a panel at a time where several tiles are multiplied with them: 16 KiB, beside as much of a tile of rows.
 const PART_BLOCKS: usize = 8;
 
 /// The same of panels that are opened for one tile of rows: what tiles do waits for nothing else then, and memory waits
 /// for neither.
 const OPENED_PART_BLOCKS: usize = 4;
 
-/// How many such parts lie between the one that is opened and the one that comes nearer meanwhile, itself included.
-const OPENED_PARTS_AHEAD: usize = 3;
+/// How far ahead weights come nearer that one tile alone is multiplied with: 3.5 KiB. On Granite Rapids a decode step took as
+/// long with 2 to 4.5 KiB, a twelfth longer with 8 KiB.
+const AHEAD_BYTES: usize = 3584;
+
+/// The same of weights that are opened.
+const OPENED_AHEAD_BYTES: usize = 13_056;
 
 /// Lanes of a block of a panel.
 pub(crate) const BLOCK_LANES: usize = TILE_STEPS * PANEL;
@@ -93,65 +97,95 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
         // SAFETY: as required of the caller, for rows and panels of the unit.
         unsafe { sums.add(((panel - panels.start) * rows.len() + row - rows.start) * PANEL) }
     };
-    let (part_blocks, parts_ahead) =
-        if P::OPENS && tiles.len() == 1 { (OPENED_PART_BLOCKS, OPENED_PARTS_AHEAD) } else { (PART_BLOCKS, 1) };
-    let num_parts = num_blocks.div_ceil(part_blocks);
-    // A part of all panels before the next part, or where rows are few and stay near anyway, panel after panel.
-    let place = |step: usize| match tiles.len() {
-        1 => (panels.start + step / num_parts, step % num_parts),
-        _ => (panels.start + step % panels.len(), step / panels.len()),
-    };
-    let address =
-        |(panel, part): (usize, usize)| P::panel(job.w, panel).wrapping_add(part * part_blocks * P::BLOCK_BYTES);
     let mut configured = ConfiguredByRows::new(panel_shapes);
-    let num_steps = num_parts * panels.len();
-    for step in 0..num_steps {
-        let (panel, part) = place(step);
-        let blocks = part * part_blocks..((part + 1) * part_blocks).min(num_blocks);
-        let next = match (step + parts_ahead).checked_sub(num_steps) {
-            None => address(place(step + parts_ahead)),
-            Some(_) if job.next.is_null() => std::ptr::null(),
-            Some(beyond) => job.next.cast::<u8>().wrapping_add(beyond * part_blocks * P::BLOCK_BYTES),
-        };
-        let mut b = address((panel, part)).cast::<u32>();
-        let mut lines_ahead = if next.is_null() { 0 } else { (P::BLOCK_BYTES / LINE).div_ceil(tiles.len()) };
-        if P::OPENS {
-            // SAFETY: as required of the caller; blocks of this panel, and lanes of the scratch for all of a part.
-            unsafe { P::open(b.cast(), blocks.len(), opened, next) };
-            (b, lines_ahead) = (opened, 0);
-        }
-        for tile in tiles.clone() {
-            let tile_rows = job.tiles.rows(tile);
-            let num_rows = tile_rows.len();
-            // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for
-            // each.
+    let mut multiply =
+        |panel: usize, b: *const u8, blocks: Range<usize>, tile: usize, ahead: *const u8, lines_ahead: usize| {
+            let rows = job.tiles.rows(tile);
+            // SAFETY: the packed tile holds blocks of 16 lanes for each of its rows, the panel 16 * 32 lanes for each.
             unsafe {
-                let a = job.a.add(tile_rows.start * job.lanes_per_row);
-                let sums = sums_of(panel, tile_rows.start);
+                let a = job.a.add(rows.start * job.lanes_per_row);
+                let sums = sums_of(panel, rows.start);
                 // Sums that are the outputs go there at once.
                 let (into, into_row) = if blocks.end == num_blocks && job.is_plain::<P>(panel) {
-                    (job.out.start.add(tile_rows.start * job.out.stride + panel * PANEL).cast(), job.out.stride * 4)
+                    (job.out.start.add(rows.start * job.out.stride + panel * PANEL).cast(), job.out.stride * 4)
                 } else {
                     (sums, PANEL * 4)
                 };
                 let blocks_of_tile = PanelBlocks {
-                    a: a.add(blocks.start * num_rows * TILE_STEPS),
-                    b,
+                    a: a.add(blocks.start * rows.len() * TILE_STEPS),
+                    b: b.cast(),
                     sums,
                     into,
                     into_row,
-                    num_rows,
+                    num_rows: rows.len(),
                     num_blocks: blocks.len(),
                     is_first: blocks.start == 0,
-                    // Each tile takes a part of it.
-                    ahead: next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LINE).cast(),
-                    lines_ahead,
+                    ahead: ahead.cast(),
+                    lines_ahead: if ahead.is_null() { 0 } else { lines_ahead },
                 };
-                configured.set(num_rows);
+                configured.set(rows.len());
                 if P::BYTES {
                     multiply_panel::<true>(&blocks_of_tile);
                 } else {
                     multiply_panel::<false>(&blocks_of_tile);
+                }
+            }
+        };
+    let address = |panel: usize, block: usize| P::panel(job.w, panel).wrapping_add(block * P::BLOCK_BYTES);
+    let next_unit = job.next.cast::<u8>();
+    if tiles.len() == 1 && P::OPENS {
+        // What lies so far ahead, in the next unit behind the end of this one.
+        let end = address(panels.end - 1, num_blocks).addr();
+        let ahead_of = |from: *const u8| match (from.addr() + OPENED_AHEAD_BYTES).checked_sub(end) {
+            Some(beyond) if !next_unit.is_null() => next_unit.wrapping_add(beyond),
+            _ => from.wrapping_add(OPENED_AHEAD_BYTES),
+        };
+        for panel in panels.clone() {
+            for start in (0..num_blocks).step_by(OPENED_PART_BLOCKS) {
+                let blocks = start..(start + OPENED_PART_BLOCKS).min(num_blocks);
+                let from = address(panel, start);
+                // SAFETY: as required of the caller; blocks of this panel, and lanes of the scratch for all of them.
+                unsafe { P::open(from, blocks.len(), opened, ahead_of(from)) };
+                multiply(panel, opened.cast(), blocks, tiles.start, std::ptr::null(), 0);
+            }
+        }
+    } else if tiles.len() == 1 {
+        // Nobody else reads these weights: panels pass by as they lie in memory.
+        for panel in panels.clone() {
+            let ahead = address(panel, 0).wrapping_add(AHEAD_BYTES);
+            let num_last =
+                if panel + 1 == panels.end { num_blocks.min(AHEAD_BYTES.div_ceil(P::BLOCK_BYTES)) } else { 0 };
+            let cut = num_blocks - num_last;
+            if cut > 0 {
+                multiply(panel, address(panel, 0), 0..cut, tiles.start, ahead, P::BLOCK_BYTES / LINE);
+            }
+            if num_last > 0 {
+                multiply(panel, address(panel, cut), cut..num_blocks, tiles.start, next_unit, P::BLOCK_BYTES / LINE);
+            }
+        }
+    } else {
+        for start in (0..num_blocks).step_by(PART_BLOCKS) {
+            let blocks = start..(start + PART_BLOCKS).min(num_blocks);
+            for panel in panels.clone() {
+                // The same blocks of the next panel, or the next ones of the first.
+                let next = if panel + 1 < panels.end {
+                    address(panel + 1, blocks.start)
+                } else if blocks.end < num_blocks {
+                    address(panels.start, blocks.end)
+                } else {
+                    next_unit
+                };
+                let (mut b, mut lines_ahead) = (address(panel, start), (P::BLOCK_BYTES / LINE).div_ceil(tiles.len()));
+                if P::OPENS {
+                    // SAFETY: as required of the caller; blocks of this panel, and lanes of the scratch for all of them.
+                    unsafe { P::open(b, blocks.len(), opened, next) };
+                    (b, lines_ahead) = (opened.cast_const().cast(), 0);
+                }
+                for tile in tiles.clone() {
+                    // Each tile takes a part of it.
+                    let ahead = next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LINE);
+                    let ahead = if next.is_null() { next } else { ahead };
+                    multiply(panel, b, blocks.clone(), tile, ahead, lines_ahead);
                 }
             }
         }

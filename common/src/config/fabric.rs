@@ -299,11 +299,11 @@ impl KvQuicArgs {
     fn check_parts(&self) -> Result<(), InvalidSettings> {
         let Some(connections) = self.kv_connections.filter(|number| *number > 1) else { return Ok(()) };
         let needed = u64::from(connections) * WINDOW_BYTES_MIN;
-        if self.kv_window_bytes < needed {
+        if self.window_bytes() < needed {
             return Err(InvalidSettings(format!(
                 "--kv-window-bytes is {} and divided among --kv-connections {connections}: use {needed} or more, or fewer \
                  connections",
-                self.kv_window_bytes
+                self.window_bytes()
             )));
         }
         Ok(())

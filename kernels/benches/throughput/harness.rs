@@ -118,7 +118,7 @@ fn median_time(run: &mut impl FnMut()) -> f64 {
     median(&mut times)
 }
 
-fn median(values: &mut [f64]) -> f64 {
+pub(crate) fn median(values: &mut [f64]) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }

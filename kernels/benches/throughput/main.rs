@@ -18,6 +18,7 @@ mod attention;
 mod harness;
 mod products;
 mod rows;
+mod step;
 
 use clap::Parser;
 use kernels::{Ctx, Isa, Priority, WorkerPool};
@@ -56,6 +57,7 @@ fn main() -> Result<(), kernels::IsaError> {
         products::run(&bench);
         attention::run(&bench);
         rows::run(&bench);
+        step::run(&bench);
     }
     Ok(())
 }

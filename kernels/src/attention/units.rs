@@ -124,8 +124,12 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
         return;
     }
     if threads == 1 || groups.len() >= 3 * threads || groups.iter().all(|unit| unit.parts.len() == 1) {
-        ctx.pool.run(ctx.priority, groups.len(), &|unit| {
-            compute(ctx, job, &groups[unit], &Partials(std::ptr::null_mut()));
+        let num_neighbours = neighbours(job, groups.len(), threads);
+        ctx.pool.run(ctx.priority, groups.len().div_ceil(num_neighbours), &|index| {
+            let first = index * num_neighbours;
+            for group in &groups[first..groups.len().min(first + num_neighbours)] {
+                compute(ctx, job, group, &Partials(std::ptr::null_mut()));
+            }
         });
         return;
     }
@@ -154,6 +158,16 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
         vectorised!(isa, merge_group(job: &Job<'_>, group: &Unit, softmax: Softmax, partials: &mut [f32]));
         from += len;
     }
+}
+
+/// How many units a thread takes at once where there is one query of each sequence. Heads of a granule lie side by side,
+/// and what the machine fetches beyond the end of one is the next: another thread would fetch it again.
+fn neighbours(job: &Job<'_>, num_units: usize, threads: usize) -> usize {
+    const NEIGHBOURS_MAX: usize = 4;
+    // So many turns for each thread, lest one is left with a long one at the end.
+    const TURNS: usize = 8;
+    let is_decode = job.batch.spans.iter().all(|span| span.num_rows == 1);
+    if is_decode { (num_units / (TURNS * threads)).clamp(1, NEIGHBOURS_MAX) } else { 1 }
 }
 
 fn compute(ctx: &Ctx<'_>, job: &Job<'_>, unit: &Unit, partials: &Partials) {
