@@ -303,7 +303,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
     let scratch = Scratch::new();
     let nowhere = scratch.path().join("nowhere").display().to_string();
     let qwen = format!("{ROOT}/tests/checkpoints/tiny.json");
-    let cases: [(&[&str], &str); 24] = [
+    let cases: [(&[&str], &str); 25] = [
         (&["--retry-budget", "-1"], "\"-1\" is not a share from 0 to 10"),
         (&["--block-size", "17"], "multiple of 16"),
         (&["--kv-cache-memory-bytes", "a lot"], "512MiB"),
