@@ -13,6 +13,8 @@
 //! block, so the compiler need not know what is in them.
 #![allow(unsafe_code)]
 
+mod in_place;
+
 use std::arch::asm;
 use std::arch::x86_64::{__cpuid, __cpuid_count, _xgetbv};
 use std::marker::PhantomData;
@@ -21,6 +23,8 @@ use std::mem::offset_of;
 use crate::numerics::{TILE_STEPS, bf16_pair, fold_block};
 use crate::packed_matrix::PANEL;
 use crate::simd::Values;
+
+pub(crate) use in_place::{BlockCopy, KeyBlocks, ValueBlocks, fold_keys, fold_values};
 
 /// Rows of a tile at most, and columns.
 pub(crate) const TILE_ROWS: usize = 16;
@@ -135,10 +139,11 @@ impl ConfiguredByRows {
     }
 }
 
-/// Shapes for [`multiply_panel`] and [`fold_blocks`] with so many rows, up to 32.
+/// Shapes for [`multiply_panel`], [`fold_blocks`], [`fold_keys`] and [`fold_values`] with so many rows, up to 32; up to 16 are so many
+/// of all sums.
 pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
     let first = (num_rows.min(TILE_ROWS), ROW_BYTES);
-    let second = (num_rows.saturating_sub(TILE_ROWS).max(1), ROW_BYTES);
+    let second = if num_rows > TILE_ROWS { (num_rows - TILE_ROWS, ROW_BYTES) } else { first };
     let b = (TILE_STEPS, ROW_BYTES);
     [first, first, second, second, first, second, b, b]
 }

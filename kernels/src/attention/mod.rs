@@ -15,6 +15,8 @@
 //! after a resume elsewhere.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+mod granules;
 mod reference;
 mod softmax;
 mod tile;

@@ -8,21 +8,26 @@
 //! ```
 //!
 //! Keys are multiplied where they lie, if heads are whole blocks. Values are copied once for all subtiles: a block takes
-//! two granules, which lie apart, and positions that no row sees must be zero.
+//! two granules, which lie apart, and positions that no row sees must be zero. With up to 16 rows, single queries above
+//! all, such a copy of all blocks, through the second-level cache, is not worth its time: each block is copied within the
+//! first-level cache when it is multiplied.
 #![allow(clippy::needless_range_loop)]
 
 use std::cell::Cell;
 use std::ops::Range;
 
 use super::Job;
+use super::granules::{Granules, NUM_GRANULES, copy_keys, copy_values, mask_values, prefetch_heads};
 use super::softmax::{Softmax, add_weighted};
 use super::tile::Lines;
 use super::units::{Partials, Unit, clip};
 use super::wide_softmax::{Factors, Rows, SCORES_ROW, join_rows, weigh_rows};
-use crate::amx::{Blocks, Configured, TILE_ROWS, fold_blocks, panel_shapes};
+use crate::amx::{
+    BlockCopy, Blocks, Configured, KeyBlocks, TILE_ROWS, ValueBlocks, fold_blocks, fold_keys, fold_values, panel_shapes,
+};
 use crate::kv_layout::GRANULE_TOKENS;
 use crate::numerics::{ATTENTION_PART, ATTENTION_WIDE_TILE, LANES, Order, TILE_STEPS};
-use crate::simd::{Avx512Bf16, Simd, prefetch};
+use crate::simd::{Avx512Bf16, Simd};
 
 /// Rows of a subtile at most.
 const SUBTILE_ROWS: usize = 2 * TILE_ROWS;
@@ -31,10 +36,9 @@ const SUBTILE_ROWS: usize = 2 * TILE_ROWS;
 const BLOCK_POSITIONS: usize = 2 * TILE_STEPS;
 
 /// Lanes of values that are multiplied at once.
-const VALUE_LANES: usize = 2 * LANES;
+pub(super) const VALUE_LANES: usize = 2 * LANES;
 
-const NUM_BLOCKS: usize = ATTENTION_WIDE_TILE / BLOCK_POSITIONS;
-const NUM_GRANULES: usize = ATTENTION_WIDE_TILE / GRANULE_TOKENS;
+pub(super) const NUM_BLOCKS: usize = ATTENTION_WIDE_TILE / BLOCK_POSITIONS;
 
 /// Softmax states of a unit's rows: maximum, sum, and weighted values `[rows][width]`.
 #[derive(Default)]
@@ -65,6 +69,8 @@ struct Scratch {
     keys: Lines<u32>,
     /// V of a tile: `[width / 32][block][16][32]`.
     values: Lines<u32>,
+    /// Of a block of V, where it is not copied for others.
+    copy: BlockCopy,
     /// The positions each row of the unit sees.
     visible: Vec<Range<usize>>,
     /// `[32][SCORES_ROW]`, then the weights.
@@ -77,115 +83,11 @@ thread_local! {
     static SCRATCH: Cell<Option<Box<Scratch>>> = const { Cell::new(None) };
 }
 
-/// Where the keys and values of 256 positions lie; those of granules that nobody sees are others' instead.
-struct Granules {
-    k: [*const u32; NUM_GRANULES],
-    v: [*const u32; NUM_GRANULES],
-}
-
-impl Granules {
-    #[inline(always)]
-    fn locate(job: &Job<'_>, unit: &Unit, start: usize, positions: &Range<usize>) -> Granules {
-        let layout = job.layout;
-        let block_table = &job.batch.block_tables[job.batch.spans[unit.span].block_table.clone()];
-        let mut granules = Granules { k: [std::ptr::null(); NUM_GRANULES], v: [std::ptr::null(); NUM_GRANULES] };
-        for g in 0..NUM_GRANULES {
-            let position = (start + g * GRANULE_TOKENS).clamp(positions.start, positions.end - 1);
-            let block = block_table[position / layout.block_size];
-            let offset = layout.granule_offset(job.layer, block, position % layout.block_size / GRANULE_TOKENS);
-            let k = job.arena.bytes(offset, layout.granule_bytes()).cast_const();
-            // SAFETY: heads and planes lie within the granule.
-            unsafe {
-                let k = k.add(unit.kv_head * layout.head_bytes());
-                granules.k[g] = k.cast();
-                granules.v[g] = k.add(layout.plane_bytes()).cast::<u32>();
-            }
-        }
-        granules
-    }
-
-    /// Has K and V of a block come nearer: they lie in pieces of some lines, of which the machine foresees nothing.
-    #[inline(always)]
-    fn prefetch(&self, block: usize, head_lanes: usize) {
-        for g in 2 * block..2 * block + 2 {
-            for lane in (0..head_lanes).step_by(LANES) {
-                prefetch(self.k[g].wrapping_add(lane));
-                prefetch(self.v[g].wrapping_add(lane));
-            }
-        }
-    }
-}
-
 /// The blocks of the tile at `start` that hold some of these positions.
 #[inline(always)]
 fn blocks(start: usize, positions: &Range<usize>) -> Range<usize> {
     let seen = positions.start.max(start) - start..positions.end.min(start + ATTENTION_WIDE_TILE) - start;
     seen.start / BLOCK_POSITIONS..seen.end.div_ceil(BLOCK_POSITIONS)
-}
-
-/// Copies the values of these blocks of the tile at `start`, zeros in place of other than these positions and behind heads
-/// that are not as wide.
-///
-/// # Safety
-/// The machine has the instruction set.
-#[inline(always)]
-unsafe fn copy_values(
-    job: &Job<'_>,
-    granules: &Granules,
-    (start, positions): (usize, &Range<usize>),
-    blocks: Range<usize>,
-    copies: &mut [u32],
-) {
-    const STEPS: usize = GRANULE_TOKENS / 2;
-    let head_dim = job.layout.head_dim;
-    for g in 2 * blocks.start..2 * blocks.end {
-        let first = start + g * GRANULE_TOKENS;
-        // SAFETY: a head of V has as many pairs; it is 4-byte aligned and initialised; nobody writes positions that a query
-        // sees, and others are only read as bits (the arena's invariant).
-        let from = unsafe { std::slice::from_raw_parts(granules.v[g], STEPS * head_dim) };
-        let is_whole = positions.start <= first && first + GRANULE_TOKENS <= positions.end;
-        for (i, feature) in (0..head_dim).step_by(VALUE_LANES).enumerate() {
-            let into = &mut copies[(i * NUM_BLOCKS * TILE_STEPS + g * STEPS) * VALUE_LANES..][..STEPS * VALUE_LANES];
-            if is_whole && feature + VALUE_LANES <= head_dim {
-                for step in 0..STEPS {
-                    let from = from[step * head_dim + feature..].as_ptr();
-                    let into = into[step * VALUE_LANES..].as_mut_ptr();
-                    // SAFETY: the instruction set is the caller's promise; both have two vectors.
-                    unsafe {
-                        let (first, second) = (Avx512Bf16::load(from.cast()), Avx512Bf16::load(from.add(LANES).cast()));
-                        Avx512Bf16::store(into.cast(), first);
-                        Avx512Bf16::store(into.add(LANES).cast(), second);
-                    }
-                }
-                continue;
-            }
-            into.fill(0);
-            let len = VALUE_LANES.min(head_dim - feature);
-            for (step, into) in into.chunks_exact_mut(VALUE_LANES).enumerate() {
-                let token = first + 2 * step;
-                let mask = (u32::from(positions.contains(&token)) * 0xffff)
-                    | (u32::from(positions.contains(&(token + 1))) * 0xffff_0000);
-                let from = &from[step * head_dim + feature..][..len];
-                into.iter_mut().zip(from).for_each(|(into, from)| *into = from & mask);
-            }
-        }
-    }
-}
-
-/// Copies the keys of these blocks in the order in which they are multiplied, zeros behind heads that are no whole blocks.
-#[inline(always)]
-fn copy_keys(job: &Job<'_>, granules: &Granules, blocks: Range<usize>, width: usize, copies: &mut [u32]) {
-    const LEN: usize = TILE_STEPS * GRANULE_TOKENS;
-    let num_k = width / (2 * TILE_STEPS);
-    for g in 2 * blocks.start..2 * blocks.end {
-        // SAFETY: a head of K, as of V in `copy_values`.
-        let from = unsafe { std::slice::from_raw_parts(granules.k[g], job.layout.head_dim / 2 * GRANULE_TOKENS) };
-        for (k, from) in from.chunks(LEN).enumerate() {
-            let into = &mut copies[((g / 2 * num_k + k) * 2 + g % 2) * LEN..][..LEN];
-            into[..from.len()].copy_from_slice(from);
-            into[from.len()..].fill(0);
-        }
-    }
 }
 
 /// `[block][rows of the subtile][16 pairs]`, zeros after the last pair.
@@ -316,6 +218,67 @@ impl Step<'_> {
     }
 }
 
+/// From the head that is read to that which is asked for, where they are read in place: more of them do not stay in the
+/// first-level cache until their turn.
+const GRANULES_AHEAD: usize = 4;
+
+/// Heads in the order in which they are read: keys, values, the keys of the next tile (or any).
+type Heads = [*const u32; 3 * NUM_GRANULES];
+
+/// With up to 16 rows, and heads of whole blocks: nobody else reads these keys and values.
+impl Step<'_> {
+    /// As [`score`](Self::score).
+    ///
+    /// # Safety
+    /// As of [`score`](Self::score).
+    #[inline(always)]
+    unsafe fn score_in_place(&self, scores: *mut f32, order: &Heads) {
+        let keys = self.granules.k.as_chunks::<4>().0;
+        // Blocks that nobody sees are multiplied beside one that is seen: they lie where others do, and nobody looks.
+        for i in self.blocks.start / 2..self.blocks.end.div_ceil(2) {
+            let fold = KeyBlocks {
+                q: self.q,
+                num_rows: self.num_rows,
+                keys: &keys[i],
+                num_blocks: self.width / (2 * TILE_STEPS),
+                scores: scores.wrapping_add(2 * i * BLOCK_POSITIONS),
+                scores_row: SCORES_ROW * 4,
+                ahead: order[4 * i + GRANULES_AHEAD..].first_chunk().expect("values follow keys"),
+            };
+            // SAFETY: as required of the caller.
+            unsafe { fold_keys(&fold) }
+        }
+    }
+
+    /// As [`weigh_values`](Self::weigh_values), where they lie.
+    ///
+    /// # Safety
+    /// As of [`score`](Self::score); heads are whole blocks.
+    #[inline(always)]
+    unsafe fn weigh_values_in_place(&self, weights: *const u32, sums: *mut f32, copy: &mut BlockCopy, order: &Heads) {
+        let first_granule = 2 * self.blocks.start;
+        let values = self.granules.v[first_granule..].as_ptr();
+        for feature in (0..self.width).step_by(4 * LANES) {
+            let blocks = ValueBlocks {
+                weights: weights.wrapping_add(self.blocks.start * TILE_STEPS),
+                weights_row: SCORES_ROW * 4,
+                values,
+                values_row: self.width * 4,
+                first: feature * 4,
+                ahead: order[NUM_GRANULES + first_granule + GRANULES_AHEAD..].as_ptr(),
+                copy,
+                into: sums.wrapping_add(feature),
+                into_row: self.width * 4,
+                num_blocks: self.blocks.len(),
+            };
+            // SAFETY: as required of the caller.
+            unsafe {
+                if feature + 4 * LANES <= self.width { fold_values::<4>(&blocks) } else { fold_values::<2>(&blocks) }
+            }
+        }
+    }
+}
+
 /// Rows of tiles for the subtile that begins at a row of so many: all of its own, or whole tiles of them.
 #[inline(always)]
 fn packed_rows(first: usize, num_rows: usize) -> usize {
@@ -354,6 +317,7 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
     let unit_end = positions.end.min(unit.parts.end * ATTENTION_PART);
     let num_subtiles = num_rows.div_ceil(SUBTILE_ROWS);
     let pads_keys = width != head_dim;
+    let in_place = num_rows <= TILE_ROWS && !pads_keys;
     if pads_keys {
         scratch.keys.resize(ATTENTION_WIDE_TILE / 2 * width);
     }
@@ -362,7 +326,7 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
         let end = positions.end.min((part + 1) * ATTENTION_PART);
         let first_start = positions.start.max(part * ATTENTION_PART) / ATTENTION_WIDE_TILE * ATTENTION_WIDE_TILE;
         for start in (first_start..end).step_by(ATTENTION_WIDE_TILE) {
-            let granules = Granules::locate(job, unit, start, &positions);
+            let mut granules = Granules::locate(job, unit, start, &positions);
             let next = (start + ATTENTION_WIDE_TILE < unit_end)
                 .then(|| Granules::locate(job, unit, start + ATTENTION_WIDE_TILE, &positions));
             let head_lanes = head_dim / 2 * GRANULE_TOKENS;
@@ -372,11 +336,23 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                 // SAFETY: the caller has the instruction set.
                 unsafe { copy_values(job, &granules, place, seen, &mut scratch.values) };
             } else if start == first_start && part == unit.parts.start {
-                (0..BLOCKS_AHEAD).for_each(|block| granules.prefetch(block, head_lanes));
+                if in_place {
+                    prefetch_heads(&granules.k[..GRANULES_AHEAD], head_lanes);
+                } else {
+                    (0..BLOCKS_AHEAD).for_each(|block| granules.prefetch(block, head_lanes));
+                }
+            }
+            if in_place {
+                let (place, seen) = ((start, &positions), blocks(start, &positions));
+                mask_values(job, &mut granules, place, seen, &mut scratch.values);
             }
             if pads_keys {
                 copy_keys(job, &granules, blocks(start, &positions), width, &mut scratch.keys);
             }
+            let mut order: Heads = [std::ptr::null(); 3 * NUM_GRANULES];
+            order[..NUM_GRANULES].copy_from_slice(&granules.k);
+            order[NUM_GRANULES..2 * NUM_GRANULES].copy_from_slice(&granules.v);
+            order[2 * NUM_GRANULES..].copy_from_slice(&next.as_ref().unwrap_or(&granules).k);
             for subtile in 0..num_subtiles {
                 let first = subtile * SUBTILE_ROWS;
                 let rows = first..num_rows.min(first + SUBTILE_ROWS);
@@ -406,7 +382,11 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                         next: next.as_ref(),
                         head_lanes,
                     });
-                    step.score(scores, stream.as_ref());
+                    if in_place {
+                        step.score_in_place(scores, &order);
+                    } else {
+                        step.score(scores, stream.as_ref());
+                    }
                     let mut factors = [Factors::default(); 2];
                     for (half, half_rows) in
                         [first..first + TILE_ROWS, first + TILE_ROWS..rows.end].into_iter().enumerate()
@@ -426,11 +406,13 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                         };
                         factors[half] = weigh_rows(&mut rows, factor, cap);
                     }
-                    if is_first {
-                        step.weigh_values(scores.cast(), acc);
+                    let sums = if is_first { acc } else { scratch.sums.as_mut_ptr() };
+                    if in_place {
+                        step.weigh_values_in_place(scores.cast(), sums, &mut scratch.copy, &order);
                     } else {
-                        let sums = scratch.sums.as_mut_ptr();
                         step.weigh_values(scores.cast(), sums);
+                    }
+                    if !is_first {
                         for row in rows.clone() {
                             if clip(&scratch.visible[row], tile.clone()).is_empty() {
                                 continue;
