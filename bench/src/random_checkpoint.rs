@@ -87,8 +87,8 @@ impl TypeName {
 
 #[derive(Debug, Args)]
 struct RandomArgs {
-    /// Which shape: tiny (0.9 million parameters), s (28 million), m (1.1 billion); or 8b, 32b, 70b, whose KV is that of
-    /// Llama 3.1 8B (128 KiB per token in bf16), Qwen3 32B (256 KiB) and Llama 3.1 70B (320 KiB).
+    /// Which shape: tiny (0.9 million parameters), s (28 million), m (1.1 billion); or 8b, 32b, 70b, whose KV is that
+    /// of Llama 3.1 8B (128 KiB per token in bf16), Qwen3 32B (256 KiB) and Llama 3.1 70B (320 KiB).
     #[arg(value_enum)]
     shape: ShapeName,
     /// The folder; made if it is not there.

@@ -353,12 +353,13 @@ impl Checkpoint {
                 implied_by: if self.gguf_spec.is_some() { "the metadata" } else { "config.json" },
             });
         }
-        let rows = shape[0];
+        // One number has no shape.
+        let rows = shape.first().copied().unwrap_or(1);
         let tensor = CheckpointTensor {
             stored: place.stored,
             bytes: self.bytes(place),
             rows,
-            cols: shape[1..].iter().product(),
+            cols: shape.iter().skip(1).product(),
             interleaved: place.interleaved,
             row_scales: match place.stored {
                 Stored::Safetensors(Dtype::I8) => self.row_scales(name, rows),

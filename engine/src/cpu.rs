@@ -131,8 +131,8 @@ impl Section {
     }
 }
 
-/// Activations in host memory, on whole lines of the cache: vectors and tiles that lie across two are stored at half the
-/// speed.
+/// Activations in host memory, on whole lines of the cache: vectors and tiles that lie across two are stored at half
+/// the speed.
 #[derive(Debug, Default)]
 pub struct CpuTensor {
     memory: Vec<f32>,

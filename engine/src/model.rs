@@ -249,7 +249,8 @@ fn kv_dtype_of(dtype: ComputeDtype) -> KvDtype {
 }
 
 impl Model {
-    /// Loads the checkpoint in `folder`, or the GGUF file of that path, keeping the digest of its weights in the user's cache folder.
+    /// Loads the checkpoint in `folder`, or the GGUF file of that path, keeping the digest of its weights in the user's
+    /// cache folder.
     ///
     /// # Errors
     /// [`LoadError`] about the configuration or the weights.

@@ -360,6 +360,51 @@ fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
 }
 
 #[test]
+fn what_w8a8_has_no_scale_for_is_refused_and_what_no_model_asks_for_is_left_out() {
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+    let (folder, demo) = (Folder::new("w8a8-odd"), root().join("models/demo"));
+    let source = folder.0.join("source");
+    fs::create_dir_all(&source).unwrap();
+    fs::copy(demo.join("config.json"), source.join("config.json")).unwrap();
+    let bytes = fs::read(demo.join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    // A scalar, and one that no model asks for; a projection in f32 whose first weight is `weight`.
+    let projection = tensors.names().into_iter().find(|name| name.ends_with("down_proj.weight")).unwrap();
+    let write = |weight: f32| {
+        let shape = tensors.tensor(projection).unwrap().shape().to_vec();
+        let mut values = vec![0.0f32; shape.iter().product()];
+        values[0] = weight;
+        let values: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let mut views: Vec<(String, TensorView<'_>)> = tensors
+            .iter()
+            .filter(|(name, _)| *name != projection)
+            .map(|(name, view)| (name.to_string(), view))
+            .collect();
+        views.push((projection.to_string(), TensorView::new(Dtype::F32, shape, &values).unwrap()));
+        views.push(("some.scalar".into(), TensorView::new(Dtype::F32, vec![], &values[..4]).unwrap()));
+        views.push(("some.mask".into(), TensorView::new(Dtype::U8, vec![4], &values[..4]).unwrap()));
+        fs::write(source.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+    };
+    for weight in [f32::NAN, f32::INFINITY] {
+        write(weight);
+        let error = w8a8::convert(&source, &folder.0.join("refused")).unwrap_err().to_string();
+        assert!(error.contains(projection) && error.contains("infinite or no numbers"), "{error}");
+    }
+    assert!(!folder.0.join("refused").exists());
+    write(2.0);
+    let into = folder.0.join("into");
+    w8a8::convert(&source, &into).unwrap();
+    let bytes = fs::read(into.join("model.safetensors")).unwrap();
+    let written = SafeTensors::deserialize(&bytes).unwrap();
+    assert!(written.tensor("some.mask").is_err() && written.tensor("some.scalar").unwrap().shape().is_empty());
+    // The rows of zeros behind the first have zeros for scales and codes.
+    let codes = written.tensor(projection).unwrap();
+    assert_eq!((codes.dtype(), codes.data()[0], codes.data().iter().skip(1).max()), (Dtype::I8, 127, Some(&0)));
+    let scales = written.tensor(&format!("{projection}_scale")).unwrap();
+    assert_eq!(scales.data()[..8], [(2.0f32 / 127.0).to_le_bytes(), [0; 4]].concat());
+}
+
+#[test]
 fn a_w8a8_folder_is_the_model_of_its_dequantized_weights() {
     let folder = Folder::new("w8a8");
     let path = folder.0.join("w8a8");
@@ -367,8 +412,8 @@ fn a_w8a8_folder_is_the_model_of_its_dequantized_weights() {
     assert!(path.join("tokenizer.json").exists() && path.join("chat_template.jinja").exists());
     let again = w8a8::convert(&path, &folder.0.join("again")).unwrap_err().to_string();
     assert!(again.contains("has quantized weights"), "{again}");
-    let over = w8a8::convert(&root().join("models/demo"), &root().join("models/demo")).unwrap_err().to_string();
-    assert!(over.contains("name another folder"), "{over}");
+    let over = w8a8::convert(&root().join("models/demo"), &path).unwrap_err().to_string();
+    assert!(over.contains("is not empty: name a folder that is"), "{over}");
     let model = load_path(&path, Dtype::Float32, Isa::detect());
     assert_eq!(model.info_for(16, 1).numerics.0, "cpu-fold-2/tp1/f32+w8a8/kv-f32");
     let tokens = prompt(40, model.spec().vocab_size as u32, 5);

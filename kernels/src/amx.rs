@@ -139,8 +139,8 @@ impl ConfiguredByRows {
     }
 }
 
-/// Shapes for [`multiply_panel`], [`fold_blocks`], [`fold_keys`] and [`fold_values`] with so many rows, up to 32; up to 16 are so many
-/// of all sums.
+/// Shapes for [`multiply_panel`], [`fold_blocks`], [`fold_keys`] and [`fold_values`] with so many rows, up to 32; up to
+/// 16 are so many of all sums.
 pub(crate) fn panel_shapes(num_rows: usize) -> [(usize, usize); 8] {
     let first = (num_rows.min(TILE_ROWS), ROW_BYTES);
     let second = if num_rows > TILE_ROWS { (num_rows - TILE_ROWS, ROW_BYTES) } else { first };

@@ -106,7 +106,8 @@ impl<'a> Target<'a> {
         }
     }
 
-    /// Stores the keys of one head of all tokens of a granule, of which this is the first: bf16, heads of whole blocks of 32.
+    /// Stores the keys of one head of all tokens of a granule, of which this is the first: bf16, heads of whole blocks
+    /// of 32.
     ///
     /// # Safety
     /// The machine has AVX-512 and its bf16.

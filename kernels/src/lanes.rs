@@ -4,6 +4,7 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::*;
 
+#[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512, Avx512Bf16};
 
 /// # Safety
@@ -64,7 +65,8 @@ macro_rules! avx512 {
         impl Lanes for $name {
             #[inline(always)]
             unsafe fn above(numbers: &[f32; 32], than: f32) -> u32 {
-                // SAFETY: AVX-512F is there (the trait's contract), and 16 numbers from the first and the middle one on.
+                // SAFETY: AVX-512F is there (the trait's contract), and 16 numbers from the first and the middle one
+                // on.
                 unsafe {
                     let (low, high) = (_mm512_loadu_ps(numbers.as_ptr()), _mm512_loadu_ps(numbers.as_ptr().add(16)));
                     let than = _mm512_set1_ps(than);

@@ -1,8 +1,8 @@
 //! The arithmetic of Tandem on CPUs: one operation per file, nothing of models, requests or networks.
 //!
 //! Every operation is a trio. The scalar reference in its file is the specification, down to the order of
-//! additions; the fast versions (AVX-512 with and without `vdpbf16ps` and `vpdpbusd`, AVX2 with FMA) give the same bits;
-//! one parity test per operation compares them. Processors with tile registers add products of bf16 up in another
+//! additions; the fast versions (AVX-512 with and without `vdpbf16ps` and `vpdpbusd`, AVX2 with FMA) give the same
+//! bits; one parity test per operation compares them. Processors with tile registers add products of bf16 up in another
 //! order, which has a reference of its own. [`numerics`] states all orders on one page. An output row
 //! depends on its own inputs and its absolute position alone, never on the batch, the chunk, the number of
 //! threads or, within an order, the instruction set.
@@ -17,11 +17,13 @@
 //! - [`packed_matrix`], [`matmul`](mod@matmul): weights in panels and the product with them; [`quantized`]: the
 //!   same with weights of 4, 6 and 8 bits. [`product`], with [`operand`]: the job around both, from the rows that are
 //!   normed or gated on the way to what is done with finished columns; [`qkv`]: that with heads.
-//! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul), [`add`](mod@add): the row-wise operations.
-//! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and attention over it.
+//! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul),
+//! [`add`](mod@add): the row-wise operations.
+//! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and
+//! attention over it.
 //! - [`granule`]: KV of a pool of another order or type.
 //! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
-//! - [`uniform`](mod@uniform), [`sample`](mod@sample), with `draw`: from logits to a token.
+//! - [`uniform`](mod@uniform), [`sample`](mod@sample), with `draw` and `lanes`: from logits to a token.
 //! - [`limits`]: what the machine can do at most, which speeds are held against.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]

@@ -11,8 +11,8 @@
 //! the tiles stream past from the second-level cache; the sums wait in memory for the next block, which comes nearer
 //! meanwhile. So weights come from memory once. Units share outputs, never k.
 //!
-//! Where the processor has tile registers, bf16 is multiplied in these (`tile_product`): a tile is up to 32 rows then, of
-//! which `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
+//! Where the processor has tile registers, bf16 is multiplied in these (`tile_product`): a tile is up to 32 rows then,
+//! of which `a` has 16 pairs at a time, `[tile][depth/16][rows of the tile][16]`.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // row r, column c: the shapes of the drawing
 
@@ -292,8 +292,8 @@ impl TilePanels for FloatPanels {
     }
 }
 
-/// Packs columns of row `r` of a tile of `num_rows` into blocks of 16 pairs `[block][num_rows][16]`, the last one filled up
-/// with zeros.
+/// Packs columns of row `r` of a tile of `num_rows` into blocks of 16 pairs `[block][num_rows][16]`, the last one
+/// filled up with zeros.
 ///
 /// # Safety
 /// The machine has AVX-512 and its bf16.

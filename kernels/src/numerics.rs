@@ -1,10 +1,10 @@
 //! The arithmetic all operations share, and the order of every reduction on one page.
 //!
 //! Two families, which differ in how bf16 operands are added up: `cpu-fold-2` pair by pair, `cpu-tiles-2` in blocks of
-//! pairs, as processors with tile registers do, in the softmax over bf16 KV, which those have less time for, and in what
-//! is bf16: there weights of 8 bits with a scale for 32 are, too. Two machines whose nodes announce the same family compute
-//! the same bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE 754 rounding to
-//! nearest even, `fma` is one rounding, nothing is contracted or
+//! pairs, as processors with tile registers do, in the softmax over bf16 KV, which those have less time for, and in
+//! what is bf16: there weights of 8 bits with a scale for 32 are, too. Two machines whose nodes announce the same
+//! family compute the same bits; what has no bf16 operands is `cpu-fold-2` everywhere. All values are f32 under IEEE
+//! 754 rounding to nearest even, `fma` is one rounding, nothing is contracted or
 //! reassociated. "Fold" means: `acc = 0; for i ascending: acc = fma(a[i], b[i], acc)`.
 //!
 //! | operation | order |
@@ -33,8 +33,8 @@
 //!
 //! A NaN is a NaN: which of its bit patterns appears is not specified.
 
-/// How products of bf16 operands are added up: what an instruction set computes with. Part of the numerics id that
-/// nodes announce.
+/// How products of bf16 operands are added up, and what goes with it (the softmax over bf16 KV, whether weights of 8
+/// bits are opened): what an instruction set computes with. Part of the numerics id that nodes announce.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub enum Order {
     /// Pair after pair, as `vdpbf16ps` does.
@@ -129,8 +129,8 @@ pub(crate) fn fold_pair(acc: f32, a: u32, b: u32) -> f32 {
     f32::from_bits(a << 16).mul_add(f32::from_bits(b << 16), high)
 }
 
-/// One block of a bf16 fold: even and odd elements each on their own. Pairs of zeros at the end change nothing, since no
-/// sum that began with zero is a negative zero.
+/// One block of a bf16 fold: even and odd elements each on their own. Pairs of zeros at the end change nothing, since
+/// no sum that began with zero is a negative zero.
 #[inline(always)]
 pub(crate) fn fold_block(acc: f32, pairs: impl Iterator<Item = (u32, u32)>) -> f32 {
     let (even, odd) = pairs.fold((0.0f32, 0.0f32), |(even, odd), (a, b)| {
@@ -211,11 +211,12 @@ pub(crate) const EXP2_LEAST: f32 = -56.0;
 /// Factors of the polynomial of [`exp2_weight`], the highest power first.
 pub(crate) const EXP2_POLYNOMIAL: [f32; 5] = [0.013_426_851, 0.052_242_205, 0.241_280_33, 0.693_044_84, 1.0];
 
-/// `2^max(x, -56)` within 3e-6 of it, for what is rounded to bf16; exactly 1 at 0. Numbers are not above 1.
+/// `2^max(x, -56)` within 3e-6 of it, for what is rounded to bf16; exactly 1 at 0. Above 0, where
+/// rounding leaves `x` only if scores are beyond all sense, it is some number.
 #[inline(always)]
 pub(crate) fn exp2_weight(x: f32) -> f32 {
     let x = if x < EXP2_LEAST { EXP2_LEAST } else { x };
-    let n = x.floor();
+    let n = x.floor().min(127.0);
     let mut r = x - n;
     // Rounded down where it is not exact, just below a whole number, as the instruction does that takes the floor away.
     if r + n > x {

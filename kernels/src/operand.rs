@@ -6,8 +6,9 @@
 //! ```
 //!
 //! A thread that wants tiles makes those of their pieces that nobody has begun, and then waits for the ones that others
-//! are at. So an operand is shared work without a barrier behind it, and rows are normed or gated where they are packed.
-//! No order of additions depends on who makes what: a norm's sum is taken over its whole row by everyone who needs it.
+//! are at. So an operand is shared work without a barrier behind it, and rows are normed or gated where they are
+//! packed. No order of additions depends on who makes what: a norm's sum is taken over its whole row by everyone who
+//! needs it.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;

@@ -7,8 +7,8 @@
 //! v head                                          stays, and goes into the pool
 //! ```
 //!
-//! A head is finished by the thread that ended its last panel, for the rows of that unit, while it is in its cache. What
-//! is computed is that of [`rms_norm_heads`](crate::rms_norm_heads), [`rope`](crate::rope()) and
+//! A head is finished by the thread that ended its last panel, for the rows of that unit, while it is in its cache.
+//! What is computed is that of [`rms_norm_heads`](crate::rms_norm_heads), [`rope`](crate::rope()) and
 //! [`kv_write`](crate::kv_write()), one after the other.
 
 use crate::arena::KvArena;

@@ -598,8 +598,12 @@ macro_rules! with_simd {
                 }
             }
         }
+        // SAFETY: there is nothing that a machine could lack.
         #[cfg(not(target_arch = "x86_64"))]
-        $reference
+        #[allow(unused_unsafe)]
+        unsafe {
+            $reference
+        }
     }};
 }
 pub(crate) use with_simd;

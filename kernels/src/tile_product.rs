@@ -8,8 +8,8 @@
 //! ```
 //!
 //! Some blocks of all panels at a time: what they are multiplied with stays in the second-level cache meanwhile, and of
-//! a panel as much as the first-level cache holds beside a tile of rows. Quantized weights are opened there, once for all
-//! tiles of the unit. One tile alone, as in decode, takes panel after panel: weights are one stream from memory.
+//! a panel as much as the first-level cache holds beside a tile of rows. Quantized weights are opened there, once for
+//! all tiles of the unit. One tile alone, as in decode, takes panel after panel: weights are one stream from memory.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -27,8 +27,8 @@ const PART_BLOCKS: usize = 8;
 /// for neither.
 const OPENED_PART_BLOCKS: usize = 4;
 
-/// How far ahead weights come nearer that one tile alone is multiplied with: 3.5 KiB. On Granite Rapids a decode step took as
-/// long with 2 to 4.5 KiB, a twelfth longer with 8 KiB.
+/// How far ahead weights come nearer that one tile alone is multiplied with: 3.5 KiB. On Granite Rapids a decode step
+/// took as long with 2 to 4.5 KiB, a twelfth longer with 8 KiB.
 const AHEAD_BYTES: usize = 3584;
 
 /// The same of weights that are opened.
@@ -177,7 +177,8 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
                 };
                 let (mut b, mut lines_ahead) = (address(panel, start), (P::BLOCK_BYTES / LINE).div_ceil(tiles.len()));
                 if P::OPENS {
-                    // SAFETY: as required of the caller; blocks of this panel, and lanes of the scratch for all of them.
+                    // SAFETY: as required of the caller; blocks of this panel, and lanes of the scratch for all of
+                    // them.
                     unsafe { P::open(b, blocks.len(), opened, next) };
                     (b, lines_ahead) = (opened.cast_const().cast(), 0);
                 }

@@ -83,15 +83,16 @@ pub struct FabricConfig {
     /// This node's pool, if it is in a device's memory: for devices of peers on the same host to copy KV out of, and to
     /// copy theirs into. Without it `cuda-ipc` is off.
     pub device_pool: Option<Arc<dyn DevicePool>>,
-    /// What fetches KV out of peers' pools through NIXL, and may let them fetch out of this node's. Without it `nixl` is off.
+    /// What fetches KV out of peers' pools through NIXL, and may let them fetch out of this node's. Without it `nixl`
+    /// is off.
     pub nixl: Option<Nixl>,
     /// Put around every transport that extents are sent over; tests inject faults here.
     pub transport_layer: Option<TransportLayer>,
 }
 
 impl FabricConfig {
-    /// No bulk listener, default limits, one bulk connection to a peer, no busy polling, the versions of this build, no shared memory, and every peer
-    /// taken whose model fits.
+    /// No bulk listener, default limits, one bulk connection to a peer, no busy polling, the versions of this build, no
+    /// shared memory, and every peer taken whose model fits.
     pub fn new(listen: SocketAddr, identity: Identity, hello: Hello) -> Self {
         let check = compatible_models(&hello);
         let limits = FabricLimits::default();

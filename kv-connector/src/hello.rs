@@ -79,8 +79,8 @@ impl Greeter<'_> {
         }
     }
 
-    /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns: memory it
-    /// may read, or a sentence that refuses it. A bulk connection whose dialler names no group is alone.
+    /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns: memory
+    /// it may read, or a sentence that refuses it. A bulk connection whose dialler names no group is alone.
     pub(crate) async fn welcome(
         &self,
         connection: &Connection,

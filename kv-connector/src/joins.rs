@@ -1,7 +1,7 @@
 //! The further bulk connections to a peer: dialled beside the first, and again where one was lost.
 //!
-//! Nobody waits for them. KV goes over those that are there, and a peer that takes no more of them, or that a further one
-//! does not reach, is served over fewer.
+//! Nobody waits for them. KV goes over those that are there, and a peer that takes no more of them, or that a further
+//! one does not reach, is served over fewer.
 
 use std::net::SocketAddr;
 use std::sync::Arc;

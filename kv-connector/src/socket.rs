@@ -131,7 +131,8 @@ pub(crate) fn bind(
 }
 
 impl Socket {
-    /// Transport parameters of a connection with `remote`, on which this end is `side`; one of `num_connections` for KV.
+    /// Transport parameters of a connection with `remote`, on which this end is `side`; one of `num_connections` for
+    /// KV.
     pub(crate) fn transport(
         &self,
         limits: &FabricLimits,

@@ -1,8 +1,9 @@
-//! KV fetched through NIXL: where it is used, what is refused, and what is left when the other process is gone, or stands
-//! still.
+//! KV fetched through NIXL: where it is used, what is refused, and what is left when the other process is gone, or
+//! stands still.
 //!
 //! NIXL is not part of the workspace; `./test` installs its wheel. Its UCX finds out what connects two processes of one
-//! host by itself. A device's pool is one that the host sees by copies only; its memory is the host's and registered so.
+//! host by itself. A device's pool is one that the host sees by copies only; its memory is the host's and registered
+//! so.
 #![allow(clippy::unwrap_used)]
 
 mod support;

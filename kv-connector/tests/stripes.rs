@@ -1,4 +1,5 @@
-//! Several bulk connections between two nodes, which carry KV as one: what each of them carries, and what is lost with one.
+//! Several bulk connections between two nodes, which carry KV as one: what each of them carries, and what is lost with
+//! one.
 #![allow(clippy::unwrap_used)]
 
 mod support;
@@ -64,8 +65,8 @@ impl Pair {
     }
 }
 
-/// Hands a job over in extents of 128 tokens, all begun at once, and checks every byte of it: nothing is refused, nothing
-/// is missing. `is_in_place`: sent from where it lies in a pool, not copied first.
+/// Hands a job over in extents of 128 tokens, all begun at once, and checks every byte of it: nothing is refused,
+/// nothing is missing. `is_in_place`: sent from where it lies in a pool, not copied first.
 async fn hand_over(sender: &BulkSender, zone: &LandingZone, request: u128, is_in_place: bool) {
     let job = Job::new(request, 4096, 0, 0);
     let (pool, memory) = (FilePool::new(job.blocks.len()), TestMemory::new(job.blocks.len()));

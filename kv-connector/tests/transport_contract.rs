@@ -190,8 +190,8 @@ async fn run(over: Over, seed: u64, faults: Option<FaultPlan>) -> Outcome {
         (now.open_bulk_streams, now.pinned_receive_bytes) == (0, 0)
     })
     .await;
-    // The last streams may not have been accepted yet: a marker behind them on the same connection has been, once it counts.
-    // Those that are sent at once go over different ones.
+    // The last streams may not have been accepted yet: a marker behind them on the same connection has been, once it
+    // counts. Those that are sent at once go over different ones.
     let marker = Job::new(99, GRANULE_TOKENS, 0, 0);
     let elsewhere = TestMemory::new(1);
     for _ in 0..over.num_connections() {

@@ -108,14 +108,15 @@ pub struct FabricArgs {
     /// KV pool of the prefill node. The pool of a prefill node with shm is in huge pages only if
     /// /sys/kernel/mm/transparent_hugepage/shmem_enabled says advise. quic alone turns shm off.
     ///
-    /// cuda-ipc is the same between GPUs of one host: where both pools are in GPUs' memory, the decode node's GPU copies
-    /// KV out of the prefill node's, and the hosts see none of it. The log says why where it cannot be had.
+    /// cuda-ipc is the same between GPUs of one host: where both pools are in GPUs' memory, the decode node's GPU
+    /// copies KV out of the prefill node's, and the hosts see none of it. The log says why where it cannot be had.
     ///
-    /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory, or its GPU's, through NVIDIA's
-    /// NIXL library (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings (UCX_TLS and
-    /// others) are taken from the environment. NIXL authenticates nobody and encrypts nothing, and whoever reaches it can
-    /// write to the node's memory, too: only on a network that nobody else reaches. A node that lists it and cannot load
-    /// it does not start; where only its GPU cannot be used with it, the log says why, and KV takes another way.
+    /// With nixl at both ends, the decode node fetches KV out of the prefill node's memory, or its GPU's, through
+    /// NVIDIA's NIXL library (see --nixl-library): InfiniBand, RoCE, and what else its UCX can do; UCX's own settings
+    /// (UCX_TLS and others) are taken from the environment. NIXL authenticates nobody and encrypts nothing, and whoever
+    /// reaches it can write to the node's memory, too: only on a network that nobody else reaches. A node that lists it
+    /// and cannot load it does not start; where only its GPU cannot be used with it, the log says why, and KV takes
+    /// another way.
     #[arg(
         long,
         value_enum,
@@ -136,9 +137,9 @@ pub struct FabricArgs {
 
     /// How long a node looks for the next message or KV before its network threads sleep. Default: not at all.
     ///
-    /// Behind each datagram sent or received, and only while the node's engine has nothing to compute: 50us for example,
-    /// at most 1ms. To be woken takes 15 to 35us, so this can shorten what follows at once: small transfers, the last
-    /// part of a large one. It costs a core for that time, so only where the node has its cores for itself.
+    /// Behind each datagram sent or received, and only while the node's engine has nothing to compute: 50us for
+    /// example, at most 1ms. To be woken takes 15 to 35us, so this can shorten what follows at once: small transfers,
+    /// the last part of a large one. It costs a core for that time, so only where the node has its cores for itself.
     #[arg(long, value_name = "DURATION", default_value = "0s", value_parser = parse_busy_poll, help_heading = "Fabric")]
     pub busy_poll: Duration,
 
@@ -195,9 +196,9 @@ pub struct KvQuicArgs {
     ///
     /// cubic serves a data centre, and shares any network with others as TCP does. On a link that loses packets for
     /// other reasons than congestion, or of many milliseconds, bbr keeps its speed where cubic collapses: it finds out
-    /// what the path carries and puts up to twice that on the way. Beside others' TCP under cubic it takes more than its
-    /// share. fixed never slows down and is for links that carry nothing else: it takes from others whatever it can, and
-    /// needs a --kv-window-bytes of the link's.
+    /// what the path carries and puts up to twice that on the way. Beside others' TCP under cubic it takes more than
+    /// its share. fixed never slows down and is for links that carry nothing else: it takes from others whatever it
+    /// can, and needs a --kv-window-bytes of the link's.
     #[arg(long, value_enum, value_name = "ALGORITHM", default_value_t = CongestionControl::Cubic)]
     pub kv_congestion_control: CongestionControl,
 
@@ -206,20 +207,20 @@ pub struct KvQuicArgs {
     /// It bounds the speed to this many bytes per round trip, so a fast or long link needs bandwidth times round trip:
     /// 16MiB, the default, carry 100 Gbit/s over 1.3 ms. Each node takes it from the 1GiB of receive memory; where KV
     /// comes over several connections (--kv-connections), each of them has its part. With --kv-congestion-control fixed
-    /// it has no default: what is beyond bandwidth times round trip and the link's queue, or beyond the kernel's receive
-    /// buffer (net.core.rmem_max), is lost and sent again.
+    /// it has no default: what is beyond bandwidth times round trip and the link's queue, or beyond the kernel's
+    /// receive buffer (net.core.rmem_max), is lost and sent again.
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes_above_zero)]
     pub kv_window_bytes: Option<u64>,
 
     /// Connections that this node makes to one peer for KV over quic, from 1 to 16. Default: by the number of cores.
     ///
-    /// One connection is driven by one thread at a time, which carries some 1 to 2 GB/s. By default there is one on up to 3
-    /// cores, then one for every two cores, up to 4. Set it where the network is faster than that and cores are idle; 1
-    /// where KV shares a full link with others, from whom every connection takes a share like TCP's. Extents are divided
-    /// among the connections, --kv-window-bytes is too, and if one is lost, its extents go over the others. The node that
-    /// dials decides: decode nodes, and prefill nodes that fetch prefixes; a node that is dialled listens with as many
-    /// sockets, on the one port. Peers of an earlier version get one connection, and so do peers that KV goes to in
-    /// another way.
+    /// One connection is driven by one thread at a time, which carries some 1 to 2 GB/s. By default there is one on up
+    /// to 3 cores, then one for every two cores, up to 4. Set it where the network is faster than that and cores are
+    /// idle; 1 where KV shares a full link with others, from whom every connection takes a share like TCP's. Extents
+    /// are divided among the connections, --kv-window-bytes is too, and if one is lost, its extents go over the others.
+    /// The node that dials decides: decode nodes, and prefill nodes that fetch prefixes; a node that is dialled listens
+    /// with as many sockets, on the one port. Peers of an earlier version get one connection, and so do peers that KV
+    /// goes to in another way.
     #[arg(long, value_name = "CONNECTIONS")]
     pub kv_connections: Option<u16>,
 

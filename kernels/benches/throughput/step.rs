@@ -1,5 +1,5 @@
-//! A decode step: all layers, each with weights and KV of its own, which come from memory as in a model. Under its line, what
-//! share of its time each operation has.
+//! A decode step: all layers, each with weights and KV of its own, which come from memory as in a model. Under its
+//! line, what share of its time each operation has.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Mutex;

@@ -1,5 +1,5 @@
-//! Attention's products of up to 16 rows with keys and values where they lie in the pool. What is read later is asked for
-//! with each line that is read, since memory beyond the caches is slower than all else of them.
+//! Attention's products of up to 16 rows with keys and values where they lie in the pool. What is read later is asked
+//! for with each line that is read, since memory beyond the caches is slower than all else of them.
 
 use std::arch::asm;
 use std::mem::offset_of;
@@ -105,7 +105,8 @@ pub(crate) struct ValueBlocks {
     /// Rows so many bytes apart, 16 pairs for each block.
     pub(crate) weights: *const u32,
     pub(crate) weights_row: usize,
-    /// `[block][2]` granules of `[8 pairs][head]`, of whose rows of so many bytes these are multiplied, from so many on.
+    /// `[block][2]` granules of `[8 pairs][head]`, of whose rows of so many bytes these are multiplied, from so many
+    /// on.
     pub(crate) values: *const *const u32,
     pub(crate) values_row: usize,
     pub(crate) first: usize,

@@ -56,8 +56,8 @@ pub(super) fn prefetch_heads(heads: &[*const u32], head_lanes: usize) {
     }
 }
 
-/// Copies, within these blocks, the granules of V of which not all positions are seen, with zeros in place of the others,
-/// and has `granules` lead there: what nobody has written may be no number.
+/// Copies, within these blocks, the granules of V of which not all positions are seen, with zeros in place of the
+/// others, and has `granules` lead there: what nobody has written may be no number.
 #[inline(always)]
 pub(super) fn mask_values(
     job: &Job<'_>,
@@ -90,8 +90,8 @@ fn pair_mask(positions: &Range<usize>, token: usize) -> u32 {
     (u32::from(positions.contains(&token)) * 0xffff) | (u32::from(positions.contains(&(token + 1))) * 0xffff_0000)
 }
 
-/// Copies the values of these blocks of the tile at `start`, zeros in place of other than these positions and behind heads
-/// that are not as wide.
+/// Copies the values of these blocks of the tile at `start`, zeros in place of other than these positions and behind
+/// heads that are not as wide.
 ///
 /// # Safety
 /// The machine has the instruction set.
@@ -107,8 +107,8 @@ pub(super) unsafe fn copy_values(
     let head_dim = job.layout.head_dim;
     for g in 2 * blocks.start..2 * blocks.end {
         let first = start + g * GRANULE_TOKENS;
-        // SAFETY: a head of V has as many pairs; it is 4-byte aligned and initialised; nobody writes positions that a query
-        // sees, and others are only read as bits (the arena's invariant).
+        // SAFETY: a head of V has as many pairs; it is 4-byte aligned and initialised; nobody writes positions that a
+        // query sees, and others are only read as bits (the arena's invariant).
         let from = unsafe { std::slice::from_raw_parts(granules.v[g], STEPS * head_dim) };
         let is_whole = positions.start <= first && first + GRANULE_TOKENS <= positions.end;
         for (i, feature) in (0..head_dim).step_by(VALUE_LANES).enumerate() {
@@ -137,7 +137,8 @@ pub(super) unsafe fn copy_values(
     }
 }
 
-/// Copies the keys of these blocks in the order in which they are multiplied, zeros behind heads that are no whole blocks.
+/// Copies the keys of these blocks in the order in which they are multiplied, zeros behind heads that are no whole
+/// blocks.
 #[inline(always)]
 pub(super) fn copy_keys(job: &Job<'_>, granules: &Granules, blocks: Range<usize>, width: usize, copies: &mut [u32]) {
     const LEN: usize = TILE_STEPS * GRANULE_TOKENS;

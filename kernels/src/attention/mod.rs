@@ -1,8 +1,8 @@
 //! Paged attention: queries of ragged spans against keys and values of the pool.
 //!
-//! `reference` is the specification, `units` the fast version, with `vector_unit` or `tile_unit`. Both walk a row's visible
-//! positions in parts of 512, each in tiles of 64 (256 where the tiles of the processor multiply), counted from position
-//! 0 of the sequence whatever the span:
+//! `reference` is the specification, `units` the fast version, with `vector_unit` or `tile_unit`. Both walk a row's
+//! visible positions in parts of 512, each in tiles of 64 (256 where the tiles of the processor multiply), counted from
+//! position 0 of the sequence whatever the span:
 //!
 //! ```text
 //! positions  0        64       128  ...  512              1024         p
@@ -77,7 +77,8 @@ pub struct AttentionParams {
 /// `q` is `[rows, num_heads, head_dim]` in the given columns. Spans have distinct rows. K and V are read from
 /// the pool alone, also those of the span itself. A row's bits depend on its q, its position and the keys
 /// and values it sees: stored bytes at positions that it does not see never reach it, stale or NaN, except
-/// that later positions of the same span must hold finite values (they do: this step wrote them).
+/// that later positions of the same span must hold finite values (they do: this step wrote them), and so must earlier
+/// ones that rows beside it see and its own window does not.
 ///
 /// Panics when a shape or block table does not fit.
 #[allow(clippy::too_many_arguments)]

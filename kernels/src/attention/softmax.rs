@@ -65,7 +65,8 @@ impl Softmax {
         (max, self.decay(first, max), self.decay(second, max))
     }
 
-    /// Takes a later part's state (maximum, sum, weighted values) into the running one; returns the new maximum and sum.
+    /// Takes a later part's state (maximum, sum, weighted values) into the running one; returns the new maximum and
+    /// sum.
     #[inline(always)]
     pub(super) fn merge(self, total: (f32, f32), total_acc: &mut [f32], part: (f32, f32), acc: &[f32]) -> (f32, f32) {
         let (max, a, b) = self.join(total.0, part.0);

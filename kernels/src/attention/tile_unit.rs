@@ -7,10 +7,10 @@
 //! values    p [32][128 pairs]              x  V [8 blocks][16 pairs][2 of its vectors]    for all of its vectors
 //! ```
 //!
-//! Keys are multiplied where they lie, if heads are whole blocks. Values are copied once for all subtiles: a block takes
-//! two granules, which lie apart, and positions that no row sees must be zero. With up to 16 rows, single queries above
-//! all, such a copy of all blocks, through the second-level cache, is not worth its time: each block is copied within the
-//! first-level cache when it is multiplied.
+//! Keys are multiplied where they lie, if heads are whole blocks. Values are copied once for all subtiles: a block
+//! takes two granules, which lie apart, and positions that no row sees must be zero. With up to 16 rows, single queries
+//! above all, such a copy of all blocks, through the second-level cache, is not worth its time: each block is copied
+//! within the first-level cache when it is multiplied.
 #![allow(clippy::needless_range_loop)]
 
 use std::cell::Cell;
@@ -139,8 +139,8 @@ struct Step<'a> {
 }
 
 impl Step<'_> {
-    /// Products with the keys into `scores` `[num_rows][SCORES_ROW]`. Where these rows are all that pass over them, keys
-    /// and values come nearer two blocks before, and values are copied on the way.
+    /// Products with the keys into `scores` `[num_rows][SCORES_ROW]`. Where these rows are all that pass over them,
+    /// keys and values come nearer two blocks before, and values are copied on the way.
     ///
     /// # Safety
     /// Tiles are configured; the pointers are valid for what is said.
@@ -373,8 +373,8 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
                 let scores = scratch.scores.as_mut_ptr();
                 let acc = scratch.part.acc[first * width..][..SUBTILE_ROWS * width].as_mut_ptr();
                 let is_first = start == first_start;
-                // SAFETY: the caller has the instruction set; tiles are configured for these rows; scratch is as large as
-                // said, for whole subtiles.
+                // SAFETY: the caller has the instruction set; tiles are configured for these rows; scratch is as large
+                // as said, for whole subtiles.
                 unsafe {
                     let stream = (num_subtiles == 1).then_some(Stream {
                         job,

@@ -107,8 +107,8 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
         madds += rows * madds_per_row * job.layout.num_kv_heads;
         let unit_rows = size.madds_max / madds_per_row.max(1) / size.rows_step * size.rows_step;
         let unit_rows = unit_rows.clamp(size.rows_step, rows_max.max(size.rows_step));
-        // K and V of a head stay in a cache from unit to unit. Later rows see more keys: they go first, so that no thread
-        // is left with a long one at the end.
+        // K and V of a head stay in a cache from unit to unit. Later rows see more keys: they go first, so that no
+        // thread is left with a long one at the end.
         for kv_head in 0..job.layout.num_kv_heads {
             for group in (0..rows.div_ceil(unit_rows)).rev() {
                 let rows = group * unit_rows..rows.min((group + 1) * unit_rows);
@@ -160,8 +160,8 @@ fn run_with(ctx: &Ctx<'_>, job: &Job<'_>, scratch: &mut CallScratch) {
     }
 }
 
-/// How many units a thread takes at once where there is one query of each sequence. Heads of a granule lie side by side,
-/// and what the machine fetches beyond the end of one is the next: another thread would fetch it again.
+/// How many units a thread takes at once where there is one query of each sequence. Heads of a granule lie side by
+/// side, and what the machine fetches beyond the end of one is the next: another thread would fetch it again.
 fn neighbours(job: &Job<'_>, num_units: usize, threads: usize) -> usize {
     const NEIGHBOURS_MAX: usize = 4;
     // So many turns for each thread, lest one is left with a long one at the end.

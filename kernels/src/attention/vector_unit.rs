@@ -113,8 +113,8 @@ pub(super) unsafe fn compute_in_vectors<S: Simd>(job: &Job<'_>, unit: &Unit, par
                 let (scores, weights) = (&mut scratch.scores, &mut scratch.weights);
                 let states = (&mut scratch.part.max[rows.clone()], &mut scratch.part.sum[rows.clone()]);
                 let acc = &mut scratch.part.acc[rows.start * padded_dim..rows.end * padded_dim];
-                // SAFETY: the caller has the instruction set; q holds this subtile's packed queries, the tile's pointers
-                // lead to heads of its layout.
+                // SAFETY: the caller has the instruction set; q holds this subtile's packed queries, the tile's
+                // pointers lead to heads of its layout.
                 unsafe {
                     products.score((&tile, granules.clone()), ahead, (q, num), scores);
                     let corrections = softmax_rows::<S>(scores, job.params, num, &seen_of_rows, pairs, states, weights);

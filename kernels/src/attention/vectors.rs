@@ -59,7 +59,8 @@ impl<S: Simd> Vectors<S> {
         Vectors { pairs, depth, step_lanes: if pairs { S::PAIR_LANES } else { 1 }, instruction_set: PhantomData }
     }
 
-    /// The rows of subtile `index` of so many, if there is one: as many as fit while there are so many, then one or two of nearly equal size with up to 6.
+    /// The rows of subtile `index` of so many, if there is one: as many as fit while there are so many, then one or two
+    /// of nearly equal size with up to 6.
     #[inline(always)]
     pub(super) fn subtile(&self, index: usize, num_rows: usize) -> Option<Range<usize>> {
         let num_full = num_rows / S::QUERY_ROWS;
@@ -98,7 +99,8 @@ impl<S: Simd> Vectors<S> {
     /// meanwhile.
     ///
     /// # Safety
-    /// The machine has the instruction set, the tile points to valid granules, the queries are packed ones of so many rows.
+    /// The machine has the instruction set, the tile points to valid granules, the queries are packed ones of so many
+    /// rows.
     #[inline(always)]
     pub(super) unsafe fn score(
         &self,

@@ -1,7 +1,7 @@
 //! Softmax of up to 16 rows with 256 positions, in vectors: [`Softmax::Base2`](super::softmax::Softmax).
 //!
-//! In three steps over all rows, of which the middle one has a row in each lane: what a row waits for (its highest score,
-//! its factor, its sum) others use the time of.
+//! In three steps over all rows, of which the middle one has a row in each lane: what a row waits for (its highest
+//! score, its factor, its sum) others use the time of.
 
 #![allow(clippy::needless_range_loop)] // row r, vector v
 

@@ -19,7 +19,7 @@ const BANDS: [f32; 7] = [4.0, 6.0, 8.0, 12.0, 16.0, 32.0, f32::INFINITY];
 
 /// Down to here candidates are noted while all weights are added up, as long as they are not many: of most rows
 /// `top_p` keeps no other.
-const NOTED: f32 = 6.0;
+const NOTED: f32 = BANDS[1];
 const NOTED_MAX: usize = 8192;
 
 /// Candidates in ascending order, scaled logits and tokens, and how many; no more once they are too many.
@@ -202,9 +202,10 @@ impl<'a> Row<'a> {
         }
     }
 
-    /// How far two sums of the row's weights in different orders lie apart at most, times two or more. Each of fewer
-    /// than n additions is wrong by at most 2^-53 of the total, so a sum in lanes and one in order differ by less than
-    /// n 2^-52 of it; so do those that a target is a share of, and rounding the target is one more.
+    /// More than how far two sums of the row's weights in different orders lie apart. Each of fewer than n additions
+    /// (2n where sums of blocks are made of candidates by their weight) is wrong by at most 2^-53 of the total, so two
+    /// sums differ by less than 3n 2^-53 of it; so do those that a target is a share of, and rounding the target is one
+    /// more.
     pub(super) fn margin(&self, total: f64) -> f64 {
         self.logits.len() as f64 * f64::EPSILON * 4.0 * total
     }

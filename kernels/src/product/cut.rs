@@ -94,8 +94,8 @@ impl Cut {
         threads: usize,
     ) -> Cut {
         let num_tiles = tiles.count;
-        // Rows that fit the second-level cache. If they do not, twice as many, for each of which weights then move half as
-        // often; or half as often are opened.
+        // Rows that fit the second-level cache. If they do not, twice as many, for each of which weights then move half
+        // as often; or half as often are opened.
         let fits = FAST_ROWS_BYTES / (row_bytes * tiles.rows_max());
         let is_doubled = is_opened || fits < TILES_PER_UNIT;
         let row_units = num_tiles.div_ceil(if is_doubled { 2 * TILES_PER_UNIT } else { TILES_PER_UNIT });

@@ -89,8 +89,8 @@ fn run_with(
     });
     scratch.states.clear();
     scratch.states.resize_with(piece, || AtomicU8::new(UNTOUCHED));
-    // Prefill has pieces of its operand as units of their own, in front of all others: a unit that finds none would make as
-    // many as it needs, a million values at a time, before it gave way. Who computes decode needs them at once.
+    // Prefill has pieces of its operand as units of their own, in front of all others: a unit that finds none would
+    // make as many as it needs, a million values at a time, before it gave way. Who computes decode needs them at once.
     let piece_values = |part: &Part<'_>| part.tiles.rows_max() * part.packing.piece_columns(cols);
     let longest = parts.iter().flatten().map(piece_values).max().unwrap_or(1);
     let pieces_ahead = (VALUES_AHEAD / longest).max(1);
@@ -204,7 +204,8 @@ impl Running<'_> {
         let operand = self.operand(part);
         // SAFETY: the operand is this section's own.
         if !unsafe { operand.make(tiles.clone()) } {
-            // Whoever panicked over a piece of it was computing this job, which raises that panic when all units are over.
+            // Whoever panicked over a piece of it was computing this job, which raises that panic when all units are
+            // over.
             return;
         }
         let rows = part.tiles.rows(tiles.start).start..part.tiles.rows(tiles.end - 1).end;

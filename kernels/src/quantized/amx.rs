@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! Int8Row   sums of integers over all of k in tiles, as bf16 has them, see `tile_product`; then the scales
+//! Int8Pairs opened to bf16, and multiplied as that, see `opening`
 //! 4 bits    512 k of a panel are taken apart into the first-level cache, codes as signed bytes; all tiles of the unit
 //!           pass over them. Per group a product of up to 14 rows x 32 columns goes through memory into vectors, to be
 //!           scaled and added up in 28 registers, while tiles have the next group.
@@ -34,9 +35,9 @@ use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_byt
 /// Rows of a tile at most where groups have scales: 28 sums, two scales and what is on its way fill 32 registers.
 const GROUP_ROWS: usize = 14;
 
-/// From so many rows on tiles are faster than VNNI, if they are at all. The product of 512 rows with 2048 x 3072 weights
-/// takes 0.34 of the time in `Int8Row` and 0.75 to 0.9 of it in 4 bits. It took as long in `Int8`, and 1.1 times as long
-/// in `Int6`, which has a scale for 16 k.
+/// From so many rows on tiles are faster than VNNI, if they are at all. The product of 512 rows with 2048 x 3072
+/// weights takes 0.34 of the time in `Int8Row` and 0.75 to 0.9 of it in 4 bits. It took 1.1 times as long in `Int6`,
+/// which has a scale for 16 k; `Int8Pairs` has no other way.
 pub(super) fn rows_min(format: PackedFormat) -> Option<usize> {
     match format {
         // Up to 6 rows are one tile of VNNI, which waits for memory.

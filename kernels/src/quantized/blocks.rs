@@ -1,5 +1,5 @@
-//! Blocks of a panel that are taken apart once, into the first-level cache, for all tiles of a unit; their sums wait in the
-//! second-level cache for the next block. Neither changes the order in which anything is added.
+//! Blocks of a panel that are taken apart once, into the first-level cache, for all tiles of a unit; their sums wait in
+//! the second-level cache for the next block. Neither changes the order in which anything is added.
 #![allow(unsafe_code)]
 
 use std::cell::Cell;

@@ -14,8 +14,8 @@
 //! ```
 //!
 //! Codes are unsigned; what stands for zero (128, 8, 0, 32, 128) is subtracted through the sum of the
-//! activations, which costs nothing here and no bytes. Where codes are opened instead (`Int8Pairs`), they are signed. Rows beyond n have scale 0; k beyond the row's end
-//! (`Int8Row` alone) meet activations that are 0.
+//! activations, which costs nothing here and no bytes. Where codes are opened instead (`Int8Pairs`), they are signed.
+//! Rows beyond n have scale 0; k beyond the row's end (`Int8Row` alone) meet activations that are 0.
 #![allow(unsafe_code)]
 
 use half::f16;
@@ -335,7 +335,8 @@ fn pack_row(format: PackedFormat, weights: &QuantizedWeights, row: usize, panel:
             PackedFormat::Int8 => part * INT8_BYTES,
             PackedFormat::Int4 => part * INT4_BYTES,
             PackedFormat::Int4Min => int4_min_group(part),
-            PackedFormat::Int6 | PackedFormat::Int8Pairs | PackedFormat::Int8Row => int6_part(part),
+            PackedFormat::Int6 => int6_part(part),
+            PackedFormat::Int8Pairs | PackedFormat::Int8Row => unreachable!("written above"),
         };
         let (first, second) = codes.split_at(16);
         let at = |quad: usize, k: usize| start + quad * QUAD_BYTES + lane * 4 + k % 4;

@@ -24,8 +24,8 @@ use crate::product::{MatrixRef, Product, multiply};
 /// `out[m, n] = x[m, k] * w^T`, plus `bias[n]` where given, plus `out` itself where `add` (the residual).
 ///
 /// `x` is `[m, w.cols()]` and `out` `[m, w.rows()]`, row-major f32; `x` is rounded to 8 bits in groups of 32 (of a
-/// whole row if the weights have one scale per row; to bf16 if the weights are opened to that). Each row's bits depend on
-/// that row alone. Order: see [`numerics`](crate::numerics).
+/// whole row if the weights have one scale per row; to bf16 if the weights are opened to that). Each row's bits depend
+/// on that row alone. Order: see [`numerics`](crate::numerics).
 ///
 /// Panics if the weights are packed for instruction sets of another order.
 pub fn matmul_quantized(

@@ -9,8 +9,8 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-/// quinn tells of packets with nothing but acknowledgements, too, and never that they arrived. Less than this on the way
-/// is nothing else.
+/// quinn tells of packets with nothing but acknowledgements, too, and never that they arrived. Less than this on the
+/// way is nothing else.
 const ACKNOWLEDGEMENTS_BYTES: u64 = 600;
 /// Sends that are remembered. An end that only receives sends mostly acknowledgements, which clear nothing away.
 const NUM_SENT_MAX: usize = 4096;

@@ -82,7 +82,8 @@ impl Arriving {
     }
 
     /// Lets `read` fill the next `num_bytes` of the blocks, in ascending small pieces, and hashes each while it is in
-    /// the core's first-level cache: what is in the blocks is what the digest speaks of, though its source may change meanwhile.
+    /// the core's first-level cache: what is in the blocks is what the digest speaks of, though its source may change
+    /// meanwhile.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -115,8 +116,8 @@ impl Arriving {
         self.converting.is_none() && is_same(memory, &self.state.plan.memory)
     }
 
-    /// Lets `copy` put the next `num_bytes` into the blocks (layer, block table, first granule, bytes before them), behind
-    /// the host's back; behind the last of them all are hashed where they lie.
+    /// Lets `copy` put the next `num_bytes` into the blocks (layer, block table, first granule, bytes before them),
+    /// behind the host's back; behind the last of them all are hashed where they lie.
     ///
     /// # Errors
     /// [`RefusedExtent::WrongSize`] beyond the announced size, [`RefusedExtent::Closed`]; what `copy` says;

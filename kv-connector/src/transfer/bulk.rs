@@ -58,16 +58,16 @@ impl BulkSender {
         Self { transport, threads: Handle::current(), sealing: stripes.sealing().clone() }
     }
 
-    /// Begins to hash and send one extent on the threads of KV, behind those that were begun before. `sends` says in the
-    /// end whether it left; until it does, even if it is given up, the extent's blocks must stay pinned.
+    /// Begins to hash and send one extent on the threads of KV, behind those that were begun before. `sends` says in
+    /// the end whether it left; until it does, even if it is given up, the extent's blocks must stay pinned.
     pub fn begin(&self, sends: &mut ExtentSends, extent: UnsealedExtent) {
         let sender = self.clone();
         sends.spawn_on(&self.threads, async move { sender.seal_and_send(extent).await.is_ok() });
     }
 
     async fn seal_and_send(&self, extent: UnsealedExtent) -> Result<(), SendExtentError> {
-        // One of a connection at a time up to its first wait, so that what was hashed leaves while a cache has it, and in
-        // order.
+        // One of a connection at a time up to its first wait, so that what was hashed leaves while a cache has it, and
+        // in order.
         let sealing = self.sealing.acquire().await.expect("the semaphore of the sealing is never closed");
         let (header, payload) = extent.seal();
         let mut sending = pin!(self.send_extent(&header, payload));
@@ -130,8 +130,8 @@ impl BulkSenders {
         BulkSender::over(stripes, self.layer.as_ref())
     }
 
-    /// A connection begins a group, which takes the place of an older one of the same life. What arrives over it is read
-    /// if there is a `window` for it.
+    /// A connection begins a group, which takes the place of an older one of the same life. What arrives over it is
+    /// read if there is a `window` for it.
     pub(crate) fn insert(
         &self,
         peer: &Hello,

@@ -1,7 +1,7 @@
 //! The end of the bulk connections to a peer, for whoever must not ask them.
 //!
-//! Their own answer takes their lock, which a thread of KV holds for as long as it encrypts and sends, and may hold while
-//! it does not have the core: a message would wait for both.
+//! Their own answer takes their lock, which a thread of KV holds for as long as it encrypts and sends, and may hold
+//! while it does not have the core: a message would wait for both.
 
 use std::sync::OnceLock;
 

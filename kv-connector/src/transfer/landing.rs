@@ -158,8 +158,8 @@ impl LandingZone {
     }
 
     /// As [`admit`](Self::admit), for what may come again over another connection than the one it was lost with: while
-    /// its range is claimed by what is still landing, it waits until that has landed or was given up, or for `deadline`.
-    /// `None` if all of it is there.
+    /// its range is claimed by what is still landing, it waits until that has landed or was given up, or for
+    /// `deadline`. `None` if all of it is there.
     pub(crate) async fn admit_settled(
         &self,
         header: &ExtentHeader,

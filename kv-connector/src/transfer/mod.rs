@@ -22,9 +22,9 @@
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
 //! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is, `cuda-ipc` lets its device do
-//! so where both pools are in devices' memory, `nixl` fetches through that library, out of memory of either kind into memory of either. Only the owner of the destination
-//! moves bytes. Where a stop could not be proven, blocks would have to stay quarantined until the endpoint is torn down;
-//! why these need none is said in their modules.
+//! so where both pools are in devices' memory, `nixl` fetches through that library, out of memory of either kind into
+//! memory of either. Only the owner of the destination moves bytes. Where a stop could not be proven, blocks would have
+//! to stay quarantined until the endpoint is torn down; why these need none is said in their modules.
 
 use std::future::Future;
 use std::pin::Pin;

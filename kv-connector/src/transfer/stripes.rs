@@ -7,16 +7,16 @@
 //!     to the one with the fewest bytes on the way       claimed, verified and counted as from one connection
 //! ```
 //!
-//! One connection is driven by one thread at a time. An extent is on one stripe from its first byte to its last, so that
-//! nothing of what an extent is, its digest, its credit, its cancellation, knows of stripes. Extents of one landing may
-//! overtake each other, as streams of one connection may.
+//! One connection is driven by one thread at a time. An extent is on one stripe from its first byte to its last, so
+//! that nothing of what an extent is, its digest, its credit, its cancellation, knows of stripes. Extents of one
+//! landing may overtake each other, as streams of one connection may.
 //!
-//! **A stripe that is lost.** What had not arrived over it is sent again over another one, by the sender, whose blocks are
-//! pinned for as long. The receiver gives what it was writing back and tells nobody. Either end may notice first: an
-//! extent that comes again while its range is still claimed waits until that is settled
-//! ([`LandingZone`](super::LandingZone)), and is read to its end and forgotten if it turns out to be there. So a range is
-//! written by one extent at a time, as always. With the last stripe the group is lost, and what is on the way with it, as
-//! over a single connection.
+//! **A stripe that is lost.** What had not arrived over it is sent again over another one, by the sender, whose blocks
+//! are pinned for as long. The receiver gives what it was writing back and tells nobody. Either end may notice first:
+//! an extent that comes again while its range is still claimed waits until that is settled
+//! ([`LandingZone`](super::LandingZone)), and is read to its end and forgotten if it turns out to be there. So a range
+//! is written by one extent at a time, as always. With the last stripe the group is lost, and what is on the way with
+//! it, as over a single connection.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
