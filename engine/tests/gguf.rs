@@ -361,7 +361,7 @@ fn a_q4_k_m_file_mixes_formats_in_one_matrix() {
 
 #[test]
 fn what_w8a8_has_no_scale_for_is_refused_and_what_no_model_asks_for_is_left_out() {
-    use safetensors::tensor::{Dtype, SafeTensors, TensorView, View};
+    use safetensors::tensor::{Dtype, SafeTensors, TensorView};
     let (folder, demo) = (Folder::new("w8a8-odd"), root().join("models/demo"));
     let source = folder.0.join("source");
     fs::create_dir_all(&source).unwrap();

@@ -209,7 +209,8 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
         }
         // Without a share KV can still be sent to the peer; it is not asked for any.
         let window = shared.receive_windows.clone().try_acquire_owned().ok();
-        let (stripes, transport) = senders.insert(peer, group, connection, window, with)?;
+        let (stripes, transport) =
+            senders.insert(peer, group, connection, (window, shared.limits.num_stripes_max()), with)?;
         joined = Some((stripes, Some(transport.clone())));
         Ok(shared.registrar.as_ref().map(|registrar| {
             let (registration, open) = registrar.register(transport);
@@ -223,7 +224,9 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
     let held = shared.ledger.hold(Kind::Connection(Traffic::Bulk));
     shared.tell_path(&peer.node, &connection);
     let (is_receiving, remote) = (stripes.has_window(), connection.remote_address());
-    connection.set_receive_window(socket.receive_window(&shared.limits, remote, stripes.group().num_connections));
+    let num_connections = stripes.num_max();
+    connection.set_receive_window(socket.receive_window(&shared.limits, remote, num_connections));
+    connection.set_send_window(Socket::send_window(&shared.limits, num_connections));
     let num_open = stripes.num_open();
     tracing::debug!(peer = %peer.node, version, %remote, is_receiving, num_open, "accepted a bulk connection");
     // Whoever fetches has one connection.

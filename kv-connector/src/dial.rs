@@ -189,6 +189,7 @@ impl Fabric {
         let num_connections = if is_alone { 1 } else { num_wanted };
         if num_connections < num_wanted {
             connection.set_receive_window(socket.receive_window(&self.shared.limits, addr, num_connections));
+            connection.set_send_window(Socket::send_window(&self.shared.limits, num_connections));
         }
         let stripes = Stripes::new(group, usize::from(num_connections), Some(window), &self.shared.ledger);
         let transport = PeerTransport::new(&connection, &self.shared.ledger, None);

@@ -21,7 +21,7 @@
 use std::net::SocketAddr;
 use std::sync::{Arc, OnceLock};
 
-use common::config::{KV_CONNECTIONS_MAX, KvQuicArgs, WINDOW_BYTES_MIN};
+use common::config::{KV_CONNECTIONS_MAX, KvQuicArgs};
 use common::device_pool::DevicePool;
 use common::ids::{Epoch, NodeId, Role};
 use common::wire::{Hello, PROTOCOL_VERSIONS};
@@ -36,7 +36,7 @@ use crate::accounting::{FabricAccounting, Ledger};
 use crate::busy_poll::{Activity, BusyPolling};
 use crate::certs::Identity;
 use crate::hello::{Greeter, HelloCheck, compatible_models};
-use crate::kv_threads::{self, KvThreads};
+use crate::kv_threads::KvThreads;
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, Link};
 use crate::path_metrics::PeerPaths;
@@ -122,10 +122,7 @@ impl FabricConfig {
             max_udp_payload_bytes: u16::try_from(args.kv_max_udp_payload_size).unwrap_or(u16::MAX),
         };
         self.limits.bulk_window_bytes = u32::try_from(args.window_bytes()).unwrap_or(u32::MAX);
-        // What nobody has asked for gives way to a small window.
-        let num_fitting = u16::try_from(args.window_bytes() / WINDOW_BYTES_MIN).unwrap_or(u16::MAX).max(1);
-        self.num_bulk_connections =
-            args.kv_connections.unwrap_or_else(|| kv_threads::num_connections().min(num_fitting));
+        self.num_bulk_connections = args.kv_connections;
     }
 }
 

@@ -23,6 +23,8 @@ use crate::transfer::stripes::Stripes;
 
 /// Longest pause between two tries: KV goes over the others meanwhile.
 const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// A connection that is lost so soon was as good as none: dialling pauses as if it had failed.
+const SHORT_LIFE: Duration = Duration::from_secs(1);
 
 /// What is needed to dial one more. It does not keep the fabric alive.
 pub(crate) struct Joins {
@@ -53,8 +55,13 @@ impl Joins {
             let num_connections = self.stripes.num_open();
             let Some(error) = dialled.into_iter().find_map(Result::err) else {
                 tracing::info!(peer = %self.life.0, num_connections, "KV of this node arrives over several connections");
-                redial.on_reached();
+                let since = Instant::now();
                 self.stripes.one_is_lost().await;
+                if since.elapsed() > SHORT_LIFE {
+                    redial.on_reached();
+                } else {
+                    tokio::time::sleep(redial.on_failed(Instant::now(), true, rand::random())).await;
+                }
                 continue;
             };
             let is_news = !redial.has_failed();

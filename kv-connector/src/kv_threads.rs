@@ -23,10 +23,6 @@ use crate::{turn_end, turns};
 
 /// KV of one connection is moved by one thread at a time; some cores serve several peers.
 const NUM_THREADS_MAX: usize = 8;
-/// One connection at full speed keeps two of them busy: one that encrypts or decrypts, one that hashes and copies.
-const THREADS_PER_CONNECTION: usize = 2;
-/// Beyond, the network is the limit on most hosts.
-const NUM_CONNECTIONS_MAX: usize = 4;
 /// Endpoints of one fabric: those that accept, and those that dial.
 const NUM_ENDPOINTS_MAX: usize = 2 * KV_CONNECTIONS_MAX as usize;
 /// At the end, for the last datagrams to leave.
@@ -34,15 +30,6 @@ const LINGER: Duration = Duration::from_secs(1);
 
 fn num_threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from).min(NUM_THREADS_MAX)
-}
-
-/// Bulk connections to one peer, where nobody has said how many: so many that all threads have something to do.
-pub(crate) fn num_connections() -> u16 {
-    num_connections_of(num_threads())
-}
-
-fn num_connections_of(num_threads: usize) -> u16 {
-    (num_threads / THREADS_PER_CONNECTION).clamp(1, NUM_CONNECTIONS_MAX) as u16
 }
 
 /// The threads of one fabric. They end some time behind this: first the endpoints' peers are told.
@@ -160,13 +147,6 @@ mod tests {
             heard.recv_timeout(Duration::from_secs(30)).expect("a turn ends");
             task.abort();
         }
-    }
-
-    #[test]
-    fn connections_of_a_pair_are_one_on_few_cores_and_one_for_every_two_up_to_four() {
-        let numbers = [1, 2, 3, 4, 5, 6, 7, 8].map(num_connections_of);
-        assert_eq!(numbers, [1, 1, 1, 2, 2, 3, 3, 4]);
-        assert_eq!(num_connections_of(64), 4);
     }
 
     #[test]

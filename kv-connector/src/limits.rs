@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use common::config::{KV_CONNECTIONS_MAX, WINDOW_BYTES_MIN};
+
 /// Bounds of one fabric. The defaults serve a cluster of some hundred nodes.
 #[derive(Debug, Clone)]
 pub struct FabricLimits {
@@ -30,11 +32,19 @@ pub struct FabricLimits {
     pub extent_deadline: Duration,
     /// Time to get at a peer's shared memory; past it KV comes over QUIC.
     pub attach_deadline: Duration,
-    /// Bytes of all bulk connections that may wait here unread: a node's receive memory. Each connection
-    /// takes [`bulk_window_bytes`](Self::bulk_window_bytes) of it.
+    /// Bytes of all bulk connections that may wait here unread: a node's receive memory. Those of one peer together
+    /// take [`bulk_window_bytes`](Self::bulk_window_bytes) of it.
     pub receive_bytes_max: usize,
-    /// Bytes in flight, unread or unacknowledged, of one bulk connection.
+    /// Bytes in flight, unread or unacknowledged, of the bulk connections of one peer.
     pub bulk_window_bytes: u32,
+}
+
+impl FabricLimits {
+    /// Bulk connections that one peer may have: each has a part of the window that holds two of the largest datagrams.
+    pub(crate) fn num_stripes_max(&self) -> u16 {
+        let num_parts = u64::from(self.bulk_window_bytes) / WINDOW_BYTES_MIN;
+        num_parts.clamp(1, u64::from(KV_CONNECTIONS_MAX)) as u16
+    }
 }
 
 impl Default for FabricLimits {

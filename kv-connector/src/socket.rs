@@ -152,6 +152,11 @@ impl Socket {
         VarInt::from_u32(self.window_of_a_stream(limits, remote).min(part.max(2 * u32::from(DATAGRAM_BYTES_MAX))))
     }
 
+    /// KV that one of `num_connections` may have on the way from here.
+    pub(crate) fn send_window(limits: &FabricLimits, num_connections: u16) -> u64 {
+        u64::from(limits.bulk_window_bytes / u32::from(num_connections.max(1)))
+    }
+
     fn window_of_a_stream(&self, limits: &FabricLimits, remote: SocketAddr) -> u32 {
         if !is_loopback(remote) {
             return limits.bulk_window_bytes;
@@ -175,7 +180,7 @@ impl Socket {
             .max_concurrent_uni_streams(VarInt::from_u32(limits.num_extents_max))
             .stream_receive_window(VarInt::from_u32(self.window_of_a_stream(limits, remote)))
             .receive_window(self.receive_window(limits, remote, num_connections))
-            .send_window(u64::from(limits.bulk_window_bytes))
+            .send_window(Self::send_window(limits, num_connections))
             // Whole extents one after another: the first is complete, and of use, as early as can be.
             .send_fairness(false)
             .congestion_controller_factory(congestion::factory(congestion_control, is_loopback));

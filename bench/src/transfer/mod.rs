@@ -101,7 +101,7 @@ impl TransferBenchArgs {
         KvQuicArgs {
             kv_congestion_control,
             kv_window_bytes: Some(self.window_bytes),
-            kv_connections: Some(connections),
+            kv_connections: connections,
             kv_max_udp_payload_size: max_udp_payload_size,
         }
     }
@@ -138,7 +138,7 @@ impl TransferBenchArgs {
             name += &format!(" {}", kv_quic.kv_congestion_control);
         }
         if transport == Transport::Quic && self.connections.len() > 1 {
-            name += &format!(" x{}", kv_quic.kv_connections.unwrap_or(1));
+            name += &format!(" x{}", kv_quic.kv_connections);
         }
         name + &format!(", {} KiB", extent_tokens * workload::TOKEN_BYTES / 1024)
     }

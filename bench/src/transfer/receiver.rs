@@ -119,8 +119,8 @@ async fn measure_in(
         let bulk = fabric.connect_bulk(&link, &fabric.landing_zone()).await?;
         let (found, expected) = (bulk.transport_name(), transport.as_str());
         ensure!(found == expected, "KV comes over {found}, expected {expected}: the two processes did not agree on it");
-        if let Some(number) = kv_quic.kv_connections.filter(|_| transport == Transport::Quic) {
-            all_connections(&bulk, number.into()).await?;
+        if transport == Transport::Quic {
+            all_connections(&bulk, kv_quic.kv_connections.into()).await?;
         }
         listens_at = Some(tcp_addr);
         let mut row = Row::new(args.row_name(transport, &kv_quic, extent_tokens));
@@ -261,9 +261,7 @@ fn start_sender(
     command.arg("--busy-poll").arg(format!("{}us", args.busy_poll.as_micros()));
     command.arg("--kv-congestion-control").arg(kv_quic.kv_congestion_control.to_string());
     command.arg("--kv-window-bytes").arg(kv_quic.window_bytes().to_string());
-    if let Some(number) = kv_quic.kv_connections {
-        command.arg("--kv-connections").arg(number.to_string());
-    }
+    command.arg("--kv-connections").arg(kv_quic.kv_connections.to_string());
     command.arg("--kv-max-udp-payload-size").arg(kv_quic.kv_max_udp_payload_size.to_string());
     if transport == Transport::Shm {
         command.arg("--is-shared");

@@ -212,17 +212,16 @@ pub struct KvQuicArgs {
     #[arg(long, value_name = "BYTES", value_parser = parse_bytes_above_zero)]
     pub kv_window_bytes: Option<u64>,
 
-    /// Connections that this node makes to one peer for KV over quic, from 1 to 16. Default: by the number of cores.
+    /// Connections that this node makes to one peer for KV over quic, from 1 to 16.
     ///
-    /// One connection is driven by one thread at a time, which carries some 1 to 2 GB/s. By default there is one on up
-    /// to 3 cores, then one for every two cores, up to 4. Set it where the network is faster than that and cores are
-    /// idle; 1 where KV shares a full link with others, from whom every connection takes a share like TCP's. Extents
-    /// are divided among the connections, --kv-window-bytes is too, and if one is lost, its extents go over the others.
-    /// The node that dials decides: decode nodes, and prefill nodes that fetch prefixes; a node that is dialled listens
-    /// with as many sockets, on the one port. Peers of an earlier version get one connection, and so do peers that KV
-    /// goes to in another way.
-    #[arg(long, value_name = "CONNECTIONS")]
-    pub kv_connections: Option<u16>,
+    /// One connection is driven by one thread at a time, which carries some 1 to 2 GB/s. Set more where the network is
+    /// faster than that and cores are idle: up to one for every two cores. On a full link every connection takes a share
+    /// like TCP's. Extents are divided among the connections, --kv-window-bytes is too, and if one is lost, its extents go
+    /// over the others. The node that dials decides: decode nodes, and prefill nodes that fetch prefixes; a node that is
+    /// dialled listens with as many sockets, on the one port. Peers of an earlier version get one connection, and so do
+    /// peers that KV goes to in another way.
+    #[arg(long, value_name = "CONNECTIONS", default_value_t = 1)]
+    pub kv_connections: u16,
 
     /// Largest UDP payload of KV over quic, sent or received.
     ///
@@ -250,7 +249,7 @@ impl Default for KvQuicArgs {
         Self {
             kv_congestion_control: CongestionControl::Cubic,
             kv_window_bytes: None,
-            kv_connections: None,
+            kv_connections: 1,
             kv_max_udp_payload_size: UDP_PAYLOAD_BYTES_MAX,
         }
     }
@@ -287,24 +286,16 @@ impl KvQuicArgs {
                  all receive memory of a node"
             )));
         }
-        if let Some(connections) = self.kv_connections.filter(|number| !(1..=KV_CONNECTIONS_MAX).contains(number)) {
-            return Err(InvalidSettings(format!(
-                "--kv-connections is {connections}: use 1 to {KV_CONNECTIONS_MAX}, or leave it out to have it chosen by the \
-                 number of cores"
-            )));
+        let connections = self.kv_connections;
+        if !(1..=KV_CONNECTIONS_MAX).contains(&connections) {
+            return Err(InvalidSettings(format!("--kv-connections is {connections}: use 1 to {KV_CONNECTIONS_MAX}")));
         }
-        self.check_parts()
-    }
-
-    /// Whether each of that many connections can have a part of the window that holds two of the largest datagrams.
-    fn check_parts(&self) -> Result<(), InvalidSettings> {
-        let Some(connections) = self.kv_connections.filter(|number| *number > 1) else { return Ok(()) };
+        // Each has a part of the window that holds two of the largest datagrams.
         let needed = u64::from(connections) * WINDOW_BYTES_MIN;
-        if self.window_bytes() < needed {
+        if window < needed {
             return Err(InvalidSettings(format!(
-                "--kv-window-bytes is {} and divided among --kv-connections {connections}: use {needed} or more, or fewer \
-                 connections",
-                self.window_bytes()
+                "--kv-window-bytes is {window} and divided among --kv-connections {connections}: use {needed} or more, or \
+                 fewer connections"
             )));
         }
         Ok(())
@@ -345,8 +336,7 @@ mod tests {
         assert!(window(1).unwrap_err().0.contains("--kv-window-bytes is 1: use 256KiB"));
         assert!(window((1 << 30) + 1).is_err());
         let connections = |number, bytes| {
-            let args =
-                KvQuicArgs { kv_connections: Some(number), kv_window_bytes: Some(bytes), ..KvQuicArgs::default() };
+            let args = KvQuicArgs { kv_connections: number, kv_window_bytes: Some(bytes), ..KvQuicArgs::default() };
             args.validate()
         };
         assert!(connections(1, 256 << 10).is_ok() && connections(16, 4 << 20).is_ok());

@@ -246,7 +246,9 @@ impl Bbr {
             TooMuch::Marked => 0,
         };
         let least = (self.window_bytes as f64 * BETA) as u64;
-        let bound = delivered.max(least).min(self.window_bytes).max(self.held_bytes(1.0));
+        let bound = delivered.max(least).min(self.window_bytes);
+        // What hosts need beside the path is no answer to losses.
+        let bound = bound.max(self.held_for(1.0, self.min_rtt.get()));
         self.bound_bytes = Some(self.bound_bytes.map_or(bound, |old| old.min(bound)));
         match self.phase {
             Phase::Startup => self.phase = Phase::Drain { since_round: self.round },
@@ -342,9 +344,13 @@ impl Bbr {
 
     /// `gain` times what the path holds, and what is sent at once.
     fn held_bytes(&self, gain: f64) -> u64 {
+        self.held_for(gain, self.round_trip())
+    }
+
+    fn held_for(&self, gain: f64, rtt: Duration) -> u64 {
         let rate = self.rates.max();
         let burst = (rate * BURST.as_secs_f64()).min(BURST_BYTES_MAX).max((2 * self.datagram_bytes) as f64);
-        (gain * rate * self.round_trip().as_secs_f64() + burst) as u64
+        (gain * rate * rtt.as_secs_f64() + burst) as u64
     }
 
     fn round_trip(&self) -> Duration {
@@ -352,7 +358,7 @@ impl Bbr {
     }
 
     fn down_bytes(&self) -> u64 {
-        ((DOWN_GAIN * self.rates.max() * self.round_trip().as_secs_f64()) as u64).max(self.window_bytes_min())
+        ((DOWN_GAIN * self.rates.max() * self.min_rtt.get().as_secs_f64()) as u64).max(self.window_bytes_min())
     }
 
     fn window_bytes_min(&self) -> u64 {

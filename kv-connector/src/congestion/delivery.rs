@@ -12,7 +12,8 @@ use std::time::{Duration, Instant};
 /// quinn tells of packets with nothing but acknowledgements, too, and never that they arrived. Less than this on the
 /// way is nothing else.
 const ACKNOWLEDGEMENTS_BYTES: u64 = 600;
-/// Sends that are remembered. An end that only receives sends mostly acknowledgements, which clear nothing away.
+/// Sends that are remembered, of more every second one: of a long and fast path there are as many on the way. An end that
+/// only receives sends mostly acknowledgements, which clear nothing away.
 const NUM_SENT_MAX: usize = 4096;
 
 /// What was known when packets left.
@@ -57,8 +58,11 @@ pub(super) struct Deliveries {
     /// What is sent before more than this was delivered follows on a time when the application had nothing more.
     app_limited_until_bytes: Option<u64>,
     in_flight_bytes: u64,
-    newest_in_batch: Option<Sent>,
+    /// With when it was sent itself.
+    newest_in_batch: Option<(Instant, Sent)>,
     newly_delivered_bytes: u64,
+    /// Some that are on the way are not remembered: what was known just before stands for them.
+    is_thinned: bool,
 }
 
 impl Deliveries {
@@ -72,6 +76,7 @@ impl Deliveries {
             in_flight_bytes: 0,
             newest_in_batch: None,
             newly_delivered_bytes: 0,
+            is_thinned: false,
         }
     }
 
@@ -90,7 +95,12 @@ impl Deliveries {
             return;
         }
         if self.sent.len() == NUM_SENT_MAX {
-            self.sent.pop_front();
+            let mut is_kept = false;
+            self.sent.retain(|_| {
+                is_kept = !is_kept;
+                is_kept
+            });
+            self.is_thinned = true;
         }
         self.sent.push_back(Sent {
             at: now,
@@ -107,11 +117,15 @@ impl Deliveries {
         self.newly_delivered_bytes += num_bytes;
         // What is not found was sent before a newer packet that was acknowledged already, or is a probe of the path's
         // datagram size.
-        let found = self.sent.binary_search_by_key(&sent_at, |sent| sent.at);
-        if let Ok(index) = found
-            && self.newest_in_batch.is_none_or(|newest| sent_at > newest.at)
+        let found = match self.sent.binary_search_by_key(&sent_at, |sent| sent.at) {
+            Ok(index) => Some(index),
+            Err(next) if self.is_thinned => next.checked_sub(1),
+            Err(_) => None,
+        };
+        if let Some(index) = found
+            && self.newest_in_batch.is_none_or(|(newest, _)| sent_at > newest)
         {
-            self.newest_in_batch = Some(self.sent[index]);
+            self.newest_in_batch = Some((sent_at, self.sent[index]));
         }
     }
 
@@ -126,19 +140,20 @@ impl Deliveries {
         if is_app_limited {
             self.app_limited_until_bytes = Some(self.delivered_bytes + in_flight_bytes);
         }
-        let newest = self.newest_in_batch.take()?;
+        let (newest_at, newest) = self.newest_in_batch.take()?;
         while self.sent.front().is_some_and(|sent| sent.at < newest.at) {
             self.sent.pop_front();
         }
-        self.acknowledged_sent_at = self.acknowledged_sent_at.max(newest.at);
-        let while_sent = newest.at.saturating_duration_since(newest.acknowledged_sent_at);
+        self.is_thinned &= self.sent.len() > 1;
+        self.acknowledged_sent_at = self.acknowledged_sent_at.max(newest_at);
+        let while_sent = newest_at.saturating_duration_since(newest.acknowledged_sent_at);
         let while_acknowledged = now.saturating_duration_since(newest.delivered_at);
         let interval = while_sent.max(while_acknowledged).max(Duration::from_micros(1));
         let volume_bytes = self.delivered_bytes - newest.delivered_bytes;
         Some(Sample {
             rate: volume_bytes as f64 / interval.as_secs_f64(),
             volume_bytes,
-            rtt: now.saturating_duration_since(newest.at),
+            rtt: now.saturating_duration_since(newest_at),
             newly_delivered_bytes,
             delivered_before_bytes: newest.delivered_bytes,
             is_app_limited: newest.is_app_limited,
@@ -245,12 +260,33 @@ mod tests {
                 assert!(sender.ack(now, &[], true).is_none());
             }
         }
-        assert_eq!(sender.deliveries.sent.len(), NUM_SENT_MAX);
+        assert!((NUM_SENT_MAX / 2..=NUM_SENT_MAX).contains(&sender.deliveries.sent.len()));
         sender.deliveries.on_sent(sender.at(10_000), 40);
         sender.send(10_001, 2);
         let sample = sender.ack(10_011, &[(10_001, 2)], false).unwrap();
         assert!(sample.is_after_idle && (sample.rate - 200_000.0).abs() < 1.0, "{}", sample.rate);
         assert_eq!(sender.deliveries.sent.len(), 1);
+    }
+
+    /// More sends on the way than are remembered, each acknowledged by itself.
+    #[test]
+    fn long_path_is_sampled_though_not_every_send_is_remembered() {
+        let mut sender = Sender::new();
+        let num_on_the_way = 3 * NUM_SENT_MAX as u64;
+        let mut rates = Vec::new();
+        for now in 0..4 * num_on_the_way {
+            sender.send(now, 1);
+            if let Some(sent_at) = now.checked_sub(num_on_the_way) {
+                let sample = sender.ack(now, &[(sent_at, 1)], false).expect("every acknowledgement says something");
+                assert_eq!(sample.rtt, Duration::from_millis(num_on_the_way));
+                rates.push(sample.rate);
+            }
+            assert!(sender.deliveries.sent.len() <= NUM_SENT_MAX);
+        }
+        // A packet each millisecond, once all that is remembered is from behind the first round.
+        for rate in &rates[2 * num_on_the_way as usize..] {
+            assert!((rate / 1e6 - 1.0).abs() < 0.01, "{rate}");
+        }
     }
 
     #[test]

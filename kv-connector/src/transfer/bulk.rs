@@ -6,7 +6,6 @@ use std::sync::{Arc, OnceLock};
 use std::task::Poll;
 use std::time::Duration;
 
-use common::config::KV_CONNECTIONS_MAX;
 use common::ids::{Epoch, NodeId};
 use common::kv_memory::KvMemory;
 use common::wire::bulk::EXTENT_HEADER_BYTES;
@@ -131,19 +130,19 @@ impl BulkSenders {
     }
 
     /// A connection begins a group, which takes the place of an older one of the same life. What arrives over it is
-    /// read if there is a `window` for it.
+    /// read if there is a `window` for it; it has `num_stripes_max` connections at most.
     pub(crate) fn insert(
         &self,
         peer: &Hello,
         group: BulkGroup,
         connection: &Connection,
-        window: Option<OwnedSemaphorePermit>,
+        (window, num_stripes_max): (Option<OwnedSemaphorePermit>, u16),
         (ledger, tasks): (&Arc<Ledger>, &TaskTracker),
     ) -> Result<(Arc<Stripes>, Arc<PeerTransport>), String> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
         let is_receiving = window.is_some();
-        let num_max = group.num_connections.clamp(1, KV_CONNECTIONS_MAX);
+        let num_max = group.num_connections.clamp(1, num_stripes_max);
         let stripes = Stripes::new(group, usize::from(num_max), window, ledger);
         let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
         stripes.add(None, transport.clone(), tasks)?;

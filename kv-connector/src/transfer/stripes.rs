@@ -69,8 +69,6 @@ struct Stripe {
 struct OnTheWay {
     stripe: Arc<Stripe>,
     num_bytes: u64,
-    /// Whether there were others to choose from.
-    has_others: bool,
 }
 
 impl Drop for OnTheWay {
@@ -230,6 +228,11 @@ impl Stripes {
         self.open().stripes.iter().any(|stripe| stripe.transport.connection().stable_id() != id)
     }
 
+    /// Connections that it may have.
+    pub(crate) fn num_max(&self) -> u16 {
+        u16::try_from(self.num_max).unwrap_or(u16::MAX)
+    }
+
     /// Whether it may have more than one connection.
     pub(crate) fn is_several(&self) -> bool {
         self.num_max > 1
@@ -256,7 +259,7 @@ impl Stripes {
         let num_bytes = num_bytes as u64;
         // Under the lock: the next one sees it.
         stripe.unsent_bytes.fetch_add(num_bytes, Ordering::Relaxed);
-        Ok(OnTheWay { stripe, num_bytes, has_others: open.stripes.len() > 1 })
+        Ok(OnTheWay { stripe, num_bytes })
     }
 
     /// What carries the extents: a group of several is never anything but `quic`.
@@ -274,8 +277,9 @@ impl Transport for Stripes {
         Box::pin(async move {
             loop {
                 let on_the_way = self.begin(payload.len())?;
-                let again = on_the_way.has_others.then(|| payload.clone());
-                // Where it could be sent again, it must be known to have arrived.
+                // Where it could be sent again, it must be known to have arrived: others may join before this one is lost,
+                // and then its receiver leaves it to them.
+                let again = self.is_several().then(|| payload.clone());
                 let sent = on_the_way.stripe.transport.send(header, payload, end, again.is_some()).await;
                 let Err(SendExtentError::ConnectionLost(reason)) = &sent else { return sent };
                 self.lose(&on_the_way.stripe, reason);

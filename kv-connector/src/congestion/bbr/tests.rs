@@ -59,8 +59,11 @@ fn much_is_lost_by_chance_and_the_link_is_nearly_full() {
 
 #[test]
 fn short_queue_is_not_flooded() {
-    for queue_bytes in [32 << 10, 128 << 10] {
-        let config = LinkConfig { queue_bytes, ..link(2000.0, 1) };
+    let millisecond = link(2000.0, 1);
+    // Ten Gbit/s over a tenth of a millisecond hold 125,000 bytes.
+    let short = LinkConfig { bits_per_second: 1e10, rtt: Duration::from_micros(100), ..millisecond };
+    for (queue_bytes, link) in [(32 << 10, millisecond), (128 << 10, millisecond), (128 << 10, short)] {
+        let config = LinkConfig { queue_bytes, ..link };
         let mut network = at_speed(config);
         let share = network.run(config.rtt * 1000)[0];
         assert!(share >= 0.9, "{share} with {queue_bytes}");
