@@ -18,9 +18,9 @@
 //!   same with weights of 4, 6 and 8 bits. [`product`], with [`operand`]: the job around both, from the rows that are
 //!   normed or gated on the way to what is done with finished columns; [`qkv`]: that with heads.
 //! - [`embed`](mod@embed), [`rms_norm`](mod@rms_norm), [`rope`](mod@rope), [`silu_mul`](mod@silu_mul),
-//! [`add`](mod@add): the row-wise operations.
+//!   [`add`](mod@add): the row-wise operations.
 //! - [`arena`], [`kv_layout`], [`kv_write`](mod@kv_write), [`attention`](mod@attention): the paged KV pool and
-//! attention over it.
+//!   attention over it.
 //! - [`granule`]: KV of a pool of another order or type.
 //! - `cuda`, with the feature of that name: GPUs, and the kernels of `kernels/cuda` on them.
 //! - [`uniform`](mod@uniform), [`sample`](mod@sample), with `draw` and `lanes`: from logits to a token.
