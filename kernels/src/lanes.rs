@@ -1,4 +1,4 @@
-//! Which of 32 numbers are above another, and those alone: what compilers make slow loops of.
+//! Which of 32 numbers are above another, and where they are: what compilers make slow loops of.
 #![allow(unsafe_code)]
 
 #[cfg(target_arch = "x86_64")]
@@ -13,18 +13,14 @@ pub(crate) trait Lanes {
     /// Bit i for number i; none for a NaN.
     unsafe fn above(numbers: &[f32; 32], than: f32) -> u32;
 
-    /// Writes the numbers whose bits are set side by side, and their indices, counted from `first`. Pointers are valid
-    /// for 32 of each, of which those behind the last may be overwritten.
+    /// Writes the indices of the bits that are set side by side, counted from `first`. The pointer is valid for 32, of
+    /// which those behind the last may be overwritten.
     #[inline(always)]
-    unsafe fn gather(numbers: &[f32; 32], first: u32, mut bits: u32, into: *mut f32, indices: *mut u32) {
+    unsafe fn list(first: u32, mut bits: u32, indices: *mut u32) {
         let mut at = 0;
         while bits != 0 {
-            let i = bits.trailing_zeros();
             // SAFETY: there are no more than 32 bits.
-            unsafe {
-                *into.add(at) = numbers[i as usize];
-                *indices.add(at) = first + i;
-            }
+            unsafe { *indices.add(at) = first + bits.trailing_zeros() };
             at += 1;
             bits &= bits - 1;
         }
@@ -76,21 +72,18 @@ macro_rules! avx512 {
             }
 
             #[inline(always)]
-            unsafe fn gather(numbers: &[f32; 32], first: u32, bits: u32, into: *mut f32, indices: *mut u32) {
-                // SAFETY: AVX-512F is there (the trait's contract); a half begins behind at most 16 numbers, and 32 may
+            unsafe fn list(first: u32, bits: u32, indices: *mut u32) {
+                // SAFETY: AVX-512F is there (the trait's contract); a half begins behind at most 16 indices, and 32 may
                 // be written.
                 unsafe {
-                    let (mut into, mut indices) = (into, indices);
+                    let mut indices = indices;
                     let ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
                     for half in [0, 16] {
                         let chosen = (bits >> half) as u16;
                         let index = _mm512_add_epi32(ascending, _mm512_set1_epi32((first + half) as i32));
-                        let numbers = _mm512_loadu_ps(numbers.as_ptr().add(half as usize));
                         // Not straight to memory, which some processors do number by number.
-                        _mm512_storeu_ps(into, _mm512_maskz_compress_ps(chosen, numbers));
                         _mm512_storeu_si512(indices.cast(), _mm512_maskz_compress_epi32(chosen, index));
-                        let count = chosen.count_ones() as usize;
-                        (into, indices) = (into.add(count), indices.add(count));
+                        indices = indices.add(chosen.count_ones() as usize);
                     }
                 }
             }
@@ -110,19 +103,19 @@ mod tests {
     use crate::Isa;
     use crate::simd::with_simd;
 
-    unsafe fn chosen<S: Lanes>(numbers: &[f32; 32], than: f32) -> (u32, Vec<(f32, u32)>) {
-        let (mut gathered, mut indices) = ([f32::NAN; 32], [u32::MAX; 32]);
-        // SAFETY: as required of the caller; 32 of each.
+    unsafe fn chosen<S: Lanes>(numbers: &[f32; 32], than: f32) -> (u32, Vec<u32>) {
+        let mut indices = [u32::MAX; 32];
+        // SAFETY: as required of the caller; 32 of them.
         let bits = unsafe {
             let bits = S::above(numbers, than);
-            S::gather(numbers, 100, bits, gathered.as_mut_ptr(), indices.as_mut_ptr());
+            S::list(100, bits, indices.as_mut_ptr());
             bits
         };
-        (bits, gathered.into_iter().zip(indices).take(bits.count_ones() as usize).collect())
+        (bits, indices.into_iter().take(bits.count_ones() as usize).collect())
     }
 
     #[test]
-    fn numbers_above_another_are_told_and_gathered_in_order() {
+    fn numbers_above_another_are_told_and_listed_in_order() {
         for round in 0..200 {
             let mut numbers = [0.0; 32];
             for (i, number) in (0..).zip(&mut numbers) {
@@ -130,13 +123,14 @@ mod tests {
             }
             (numbers[3], numbers[17], numbers[31]) = (f32::NAN, f32::INFINITY, f32::NEG_INFINITY);
             for than in [-5.0, -1.0, 0.0, numbers[5], 3.9, f32::INFINITY, f32::NAN] {
-                let expected: Vec<(f32, u32)> = numbers.into_iter().zip(100..).filter(|(x, _)| *x > than).collect();
-                let bits = expected.iter().fold(0, |bits, (_, index)| bits | 1u32 << (index - 100));
+                let above = numbers.into_iter().zip(100..).filter(|(x, _)| *x > than);
+                let expected: Vec<u32> = above.map(|(_, index)| index).collect();
+                let bits = expected.iter().fold(0, |bits, index| bits | 1u32 << (index - 100));
                 for &isa in Isa::available() {
                     let numbers = &numbers;
                     let got = with_simd!(
                         isa,
-                        chosen(numbers: &[f32; 32], than: f32) -> (u32, Vec<(f32, u32)>),
+                        chosen(numbers: &[f32; 32], than: f32) -> (u32, Vec<u32>),
                         else chosen::<Portable>(numbers, than)
                     );
                     assert_eq!(got, (bits, expected.clone()), "{isa:?} {than}");

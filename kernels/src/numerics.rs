@@ -205,6 +205,21 @@ pub(crate) fn exp_not_positive(x: f32) -> f32 {
     if x < EXP_LEAST { 0.0 } else { scaled }
 }
 
+/// Factors of the polynomial of [`exp2_estimate`], the highest power first.
+const EXP2_ESTIMATE_POLYNOMIAL: [f32; 5] = [0.009_570_101, 0.055_917_863, 0.240_247_44, 0.693_121_8, 0.999_999_3];
+
+/// `2^x` for `x` from -126 to 0, within 3e-6 of it: for sums that are compared with more to spare.
+#[inline(always)]
+pub(crate) fn exp2_estimate(x: f32) -> f32 {
+    let shifted = x + EXP_MAGIC;
+    let r = x - (shifted - EXP_MAGIC);
+    let mut p = EXP2_ESTIMATE_POLYNOMIAL[0];
+    for factor in &EXP2_ESTIMATE_POLYNOMIAL[1..] {
+        p = p.mul_add(r, *factor);
+    }
+    f32::from_bits(p.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
 /// What [`exp2_weight`] takes lower exponents for: no weight is below [`BF16_TINY`], so none is flushed in rounding.
 pub(crate) const EXP2_LEAST: f32 = -56.0;
 
@@ -311,6 +326,15 @@ mod tests {
             assert_eq!(exp_not_positive(x).to_bits(), exp(x).to_bits(), "{x}");
         }
         assert!(exp_not_positive(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn estimates_of_powers_are_as_near_as_they_say() {
+        for bits in (0x8000_0000..=(-126.0f32).to_bits()).step_by(997).chain([0, (-126.0f32).to_bits()]) {
+            let x = f32::from_bits(bits);
+            let (got, want) = (f64::from(exp2_estimate(x)), f64::from(x).exp2());
+            assert!((got / want - 1.0).abs() < 3e-6, "{x}: {got} for {want}");
+        }
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::cell::Cell;
 use crate::draw::{Candidate, DrawScratch, draw};
 use crate::isa::Isa;
 use crate::lanes::{Lanes, Portable};
-use crate::numerics::{LANES, exp, ln};
+use crate::numerics::{LANES, exp_not_positive as exp, ln};
 use crate::simd::with_simd;
 
 /// How often a token has occurred: what penalties need.
@@ -121,7 +121,7 @@ unsafe fn sample<S: Lanes>(logits: &[f32], params: &SampleParams<'_>) -> Sampled
         logits
     } else {
         adjusted.clear();
-        adjusted.extend(logits.iter().map(|&x| if x.is_nan() { f32::NEG_INFINITY } else { x.min(f32::MAX) }));
+        adjusted.extend_from_slice(logits);
         adjust(&mut adjusted, params);
         &adjusted
     };
@@ -156,8 +156,10 @@ impl SampleParams<'_> {
 
 /// Steps 1 and 2.
 fn adjust(logits: &mut [f32], params: &SampleParams<'_>) {
+    let finite = |logit: f32| if logit.is_nan() { f32::NEG_INFINITY } else { logit.min(f32::MAX) };
     for &(token, bias) in params.logit_bias {
-        logits[token as usize] += bias;
+        let logit = &mut logits[token as usize];
+        *logit = finite(*logit) + bias;
     }
     for &token in params.banned {
         logits[token as usize] = f32::NEG_INFINITY;
@@ -165,6 +167,7 @@ fn adjust(logits: &mut [f32], params: &SampleParams<'_>) {
     if params.has_penalties() {
         for count in params.token_counts {
             let logit = &mut logits[count.token as usize];
+            *logit = finite(*logit);
             if count.in_prompt || count.num_output > 0 {
                 let penalty = params.repetition_penalty;
                 *logit = if *logit > 0.0 { *logit / penalty } else { *logit * penalty };

@@ -1,8 +1,8 @@
-//! One row's logits, their weights, and where these are cut.
+//! One row's logits and their weights.
 #![allow(unsafe_code)]
 #![allow(clippy::needless_range_loop)] // lane i of several arrays
 
-use super::{Candidate, truncate_at};
+use super::Candidate;
 use crate::lanes::Lanes;
 use crate::numerics::{EXP_LEAST, exp_not_positive as exp, ln};
 use crate::sample::SampleParams;
@@ -11,73 +11,23 @@ use crate::sample::SampleParams;
 pub(super) const BLOCK: usize = 2048;
 
 /// Weights made at a time.
-const CHUNK: usize = 32;
+pub(super) const CHUNK: usize = 32;
 
 /// How far below the highest the logits of a band may lie, divided by the temperature. Most rows need only the first
 /// bands, so that few of a large vocabulary are ever collected.
-const BANDS: [f32; 7] = [4.0, 6.0, 8.0, 12.0, 16.0, 32.0, f32::INFINITY];
-
-/// Down to here candidates are noted while all weights are added up, as long as they are not many: of most rows
-/// `top_p` keeps no other.
-const NOTED: f32 = BANDS[1];
-const NOTED_MAX: usize = 8192;
-
-/// Candidates in ascending order, scaled logits and tokens, and how many; no more once they are too many.
-#[derive(Default)]
-pub(super) struct Noted {
-    scaled: Vec<f32>,
-    tokens: Vec<u32>,
-    len: usize,
-}
-
-impl Noted {
-    pub(super) const EMPTY: Noted = Noted { scaled: Vec::new(), tokens: Vec::new(), len: 0 };
-
-    fn clear(&mut self) {
-        self.scaled.resize(NOTED_MAX + CHUNK, 0.0);
-        self.tokens.resize(NOTED_MAX + CHUNK, 0);
-        self.len = 0;
-    }
-
-    /// Those of a chunk that lie high enough and have a weight; its first is `token`.
-    #[inline(always)]
-    fn push<S: Lanes>(&mut self, scaled: &[f32; CHUNK], weights: &[f32; CHUNK], token: u32) {
-        if self.len <= NOTED_MAX {
-            let room = self.len..self.len + CHUNK;
-            let (scaled_room, tokens_room) = (&mut self.scaled[room.clone()], &mut self.tokens[room]);
-            // SAFETY: the instruction set is that of the caller; there is room for a chunk.
-            unsafe {
-                let chosen = S::above(scaled, -NOTED) & S::above(weights, 0.0);
-                S::gather(scaled, token, chosen, scaled_room.as_mut_ptr(), tokens_room.as_mut_ptr());
-                self.len += chosen.count_ones() as usize;
-            }
-        }
-    }
-
-    /// Has `candidates` be what was noted, or nothing if that was too much.
-    #[inline(always)]
-    pub(super) fn list(&self, candidates: &mut Vec<Candidate>) -> bool {
-        candidates.clear();
-        let has_all = self.len > 0 && self.len <= NOTED_MAX;
-        if has_all {
-            let (scaled, tokens) = (&self.scaled[..self.len], &self.tokens[..self.len]);
-            candidates.extend(scaled.iter().zip(tokens).map(|(&x, &token)| Candidate::new(x, token)));
-        }
-        has_all
-    }
-}
+pub(super) const BANDS: [f32; 7] = [4.0, 6.0, 8.0, 12.0, 16.0, 32.0, f32::INFINITY];
 
 /// One row's logits and what turns them into weights.
 pub(super) struct Row<'a> {
-    logits: &'a [f32],
-    max: f32,
-    temperature: f32,
+    pub(super) logits: &'a [f32],
+    pub(super) max: f32,
+    pub(super) temperature: f32,
     /// Weights below this are none (step 5).
-    least: f32,
+    pub(super) least: f32,
     /// The scaled logit and id of the worst token that has a weight (step 7).
-    worst: (f32, u32),
+    pub(super) worst: (f32, u32),
     /// No logit up to this has a weight.
-    weightless: f32,
+    pub(super) weightless: f32,
 }
 
 impl<'a> Row<'a> {
@@ -91,45 +41,15 @@ impl<'a> Row<'a> {
         row
     }
 
-    /// Step 7: takes their weights from all that are worse than `cut`. No better one is missing from `candidates`.
-    #[inline(always)]
-    pub(super) fn keep_down_to(&mut self, cut: Candidate, candidates: &[Candidate], ends: &mut [f64]) {
-        self.worst = (cut.logit(), cut.token());
-        self.weightless = self.weightless.max(self.logit_below(0.01 - cut.logit()));
-        ends.fill(0.0);
-        // Of the block that candidates are in: nearly all have the same one as the one before.
-        let (mut block, mut block_sum) = (0, 0.0);
-        for chunk in candidates.chunks(CHUNK) {
-            let mut weights = [0.0; CHUNK];
-            for i in 0..chunk.len() {
-                weights[i] = if chunk[i] <= cut { exp(chunk[i].logit()) } else { 0.0 };
-            }
-            for i in 0..chunk.len() {
-                let next = chunk[i].token() as usize / BLOCK;
-                if next != block {
-                    ends[block] += block_sum;
-                    (block, block_sum) = (next, 0.0);
-                }
-                block_sum += f64::from(weights[i]);
-            }
-        }
-        ends[block] += block_sum;
-        let mut sum = 0.0;
-        ends.iter_mut().for_each(|end| {
-            sum += *end;
-            *end = sum;
-        });
-    }
-
     /// A logit such that all that are scaled to more than `-depth` are higher, whatever was rounded on the way.
-    fn logit_below(&self, depth: f32) -> f32 {
+    pub(super) fn logit_below(&self, depth: f32) -> f32 {
         let below = self.max - (depth * self.temperature * 1.001 + self.max.abs() * 1e-6);
         if below.is_nan() { f32::NEG_INFINITY } else { below }
     }
 
     /// NaN stays NaN, which has no weight. Above zero is nothing but infinity, which counts as the largest number.
     #[inline(always)]
-    fn scaled(&self, logit: f32) -> f32 {
+    pub(super) fn scaled(&self, logit: f32) -> f32 {
         let x = (logit - self.max) / self.temperature;
         // Zero has one sign here: equal logits are told apart by their ids alone.
         if x >= 0.0 { 0.0 } else { x }
@@ -137,7 +57,7 @@ impl<'a> Row<'a> {
 
     /// Step 5. A NaN is not at least anything.
     #[inline(always)]
-    fn weight(&self, logit: f32) -> f32 {
+    pub(super) fn weight(&self, logit: f32) -> f32 {
         self.weight_of_scaled(self.scaled(logit))
     }
 
@@ -161,42 +81,24 @@ impl<'a> Row<'a> {
         logits.iter().fold(false, |any, &logit| any | (logit > least))
     }
 
-    /// The sum of all weights up to the end of each block, in any order. With `noted`, what lies down to [`NOTED`] is
-    /// there afterwards, or more than [`NOTED_MAX`] of it.
+    /// The sum of all weights up to the end of each block, in any order.
     #[inline(always)]
-    pub(super) fn sum_blocks<S: Lanes>(&self, ends: &mut Vec<f64>, mut noted: Option<&mut Noted>) {
+    pub(super) fn sum_blocks(&self, ends: &mut Vec<f64>) {
         ends.clear();
-        if let Some(noted) = &mut noted {
-            noted.clear();
-        }
-        let (mut sum, mut token) = (0.0, 0);
+        let mut sum = 0.0;
         for block in self.logits.chunks(BLOCK) {
             let mut lanes = [0.0f64; CHUNK];
             let (chunks, rest) = block.as_chunks::<CHUNK>();
             for chunk in chunks {
                 if Self::any_above(chunk, self.weightless) {
-                    let (mut scaled, mut weights) = ([0.0; CHUNK], [0.0; CHUNK]);
+                    let mut weights = [0.0; CHUNK];
                     for i in 0..CHUNK {
-                        scaled[i] = self.scaled(chunk[i]);
-                        weights[i] = self.weight_of_scaled(scaled[i]);
+                        weights[i] = self.weight(chunk[i]);
                     }
                     add_to_lanes(&mut lanes, &weights);
-                    if let Some(noted) = &mut noted {
-                        noted.push::<S>(&scaled, &weights, token);
-                    }
                 }
-                token += CHUNK as u32;
             }
-            let (mut scaled, mut weights) = ([0.0; CHUNK], [0.0; CHUNK]);
-            for (i, &logit) in rest.iter().enumerate() {
-                scaled[i] = self.scaled(logit);
-                weights[i] = self.weight_of_scaled(scaled[i]);
-                lanes[i] += f64::from(weights[i]);
-            }
-            // Only the last block has a rest.
-            if let Some(noted) = &mut noted {
-                noted.push::<S>(&scaled, &weights, token);
-            }
+            lanes.iter_mut().zip(rest).for_each(|(lane, &logit)| *lane += f64::from(self.weight(logit)));
             sum += sum_of_lanes(lanes);
             ends.push(sum);
         }
@@ -265,7 +167,7 @@ impl<'a> Row<'a> {
 
     /// Appends the tokens that are scaled to `(-depth, -above]` (from the top: `(-depth, 0]`), in ascending order.
     #[inline(always)]
-    fn collect_band<S: Lanes>(&self, above: f32, depth: f32, candidates: &mut Vec<Candidate>) {
+    pub(super) fn collect_band<S: Lanes>(&self, above: f32, depth: f32, candidates: &mut Vec<Candidate>) {
         let least = self.logit_below(depth);
         let is_seen = |x: f32| above > 0.0 && x > -above;
         let mut collect = |logit: f32, token: u32| {
@@ -308,110 +210,11 @@ impl<'a> Row<'a> {
             above = depth;
         }
     }
-
-    /// Step 7: the token with which the sum, best first, reaches `target`. Adds up band after band, each wholly better
-    /// than the next, and looks for it in the one that reaches beyond; of the first ones all are `noted`, unless that
-    /// was too much. `None` if the sums at hand do not tell.
-    #[inline(always)]
-    pub(super) fn cut<S: Lanes>(
-        &self,
-        (target, margin): (f64, f64),
-        noted: &Noted,
-        candidates: &mut Vec<Candidate>,
-        near: &mut Vec<Candidate>,
-    ) -> Option<Candidate> {
-        let has_noted = noted.list(candidates);
-        let (mut above, mut sum, mut first) = (0.0, 0.0, 0);
-        for depth in BANDS {
-            if has_noted && depth < NOTED {
-                continue;
-            }
-            if !has_noted || depth > NOTED {
-                self.collect_band::<S>(above, depth, candidates);
-            }
-            let band = &candidates[first..];
-            let with_band = sum + sum_of(band);
-            if with_band >= target {
-                return cut_within(band, sum, (target, margin), near);
-            }
-            (sum, above, first) = (with_band, depth, candidates.len());
-        }
-        None
-    }
-
-    /// Step 7 as it is stated.
-    #[inline(always)]
-    pub(super) fn stated_cut<S: Lanes>(&self, top_p: f32, candidates: &mut Vec<Candidate>) -> Candidate {
-        let weights = self.logits.iter().map(|&logit| self.weight(logit));
-        let target = f64::from(top_p) * weights.fold(0.0, |sum, weight| sum + f64::from(weight));
-        candidates.clear();
-        self.collect_band::<S>(0.0, f32::INFINITY, candidates);
-        candidates.sort_unstable();
-        truncate_at(candidates, target);
-        candidates.last().copied().expect("the highest logit is finite, and always kept")
-    }
-}
-
-/// Up to so many candidates are sorted rather than divided.
-const SORTED: usize = 64;
-
-/// Parts of candidates by how far they lie below the best of them.
-const PARTS: usize = 64;
-
-/// The candidate with which `sum` and the weights of all up to it reach `target`, if that is certain. Leaves candidates
-/// as they are and has those near to it in `near`.
-#[inline(always)]
-fn cut_within(
-    candidates: &[Candidate],
-    mut sum: f64,
-    (target, margin): (f64, f64),
-    near: &mut Vec<Candidate>,
-) -> Option<Candidate> {
-    near.clear();
-    near.extend_from_slice(candidates);
-    while near.len() > SORTED {
-        let (best, worst) = near.iter().fold((f32::NEG_INFINITY, f32::INFINITY), |(best, worst), candidate| {
-            (best.max(candidate.logit()), worst.min(candidate.logit()))
-        });
-        let parts_per_depth = PARTS as f32 / (best - worst);
-        // Never falls from a better candidate to a worse one.
-        let part_of = |candidate: &Candidate| ((best - candidate.logit()) * parts_per_depth) as usize;
-        let mut sums = [0.0f64; PARTS + 1];
-        for chunk in near.chunks(CHUNK) {
-            let mut weights = [0.0; CHUNK];
-            for i in 0..chunk.len() {
-                weights[i] = exp(chunk[i].logit());
-            }
-            for i in 0..chunk.len() {
-                sums[part_of(&chunk[i]).min(PARTS)] += f64::from(weights[i]);
-            }
-        }
-        let mut part = 0;
-        while part < PARTS && sum + sums[part] < target {
-            sum += sums[part];
-            part += 1;
-        }
-        let num_before = near.len();
-        near.retain(|candidate| part_of(candidate).min(PARTS) == part);
-        if near.len() == num_before {
-            break;
-        }
-    }
-    near.sort_unstable();
-    for &candidate in near.iter() {
-        let before = sum;
-        sum += f64::from(exp(candidate.logit()));
-        if sum >= target {
-            let is_told = (before == 0.0 || before < target - margin) && sum >= target + margin;
-            return is_told.then_some(candidate);
-        }
-    }
-    None
 }
 
 /// The sum of their weights, in any order.
 #[inline(always)]
-fn sum_of(candidates: &[Candidate]) -> f64 {
+pub(super) fn sum_of(candidates: &[Candidate]) -> f64 {
     let mut lanes = [0.0f64; CHUNK];
     let (chunks, rest) = candidates.as_chunks::<CHUNK>();
     for chunk in chunks {
@@ -427,7 +230,7 @@ fn sum_of(candidates: &[Candidate]) -> f64 {
 
 /// A loop of its own: beside f64, f32 would be computed in vectors half as long.
 #[inline(always)]
-fn add_to_lanes(lanes: &mut [f64; CHUNK], weights: &[f32; CHUNK]) {
+pub(super) fn add_to_lanes(lanes: &mut [f64; CHUNK], weights: &[f32; CHUNK]) {
     for i in 0..CHUNK {
         lanes[i] += f64::from(weights[i]);
     }
@@ -435,7 +238,7 @@ fn add_to_lanes(lanes: &mut [f64; CHUNK], weights: &[f32; CHUNK]) {
 
 /// In the order of a tree, which is short.
 #[inline(always)]
-fn sum_of_lanes(mut lanes: [f64; CHUNK]) -> f64 {
+pub(super) fn sum_of_lanes(mut lanes: [f64; CHUNK]) -> f64 {
     let mut width = CHUNK / 2;
     while width > 0 {
         for i in 0..width {
