@@ -68,7 +68,10 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
     let threads = engine.threads.map(|threads| threads as usize);
     let cache_folder = engine::identity::cache_folder_from_env();
     let options = LoadOptions { dtype: weights.dtype, isa, threads, cache_folder };
-    if let Some(reason) = Isa::tiles_refused() {
+    // Only where they would be used: the question itself changes what the process may do.
+    if engine.cpu_isa == "auto"
+        && let Some(reason) = Isa::tiles_refused()
+    {
         tracing::warn!(reason, "the processor has tile registers, and they are not used");
     }
     let model = Model::load_with(folder, options)?.with_kv(engine.kv_cache_dtype.kv_dtype(), engine.kv_exchange);

@@ -102,6 +102,21 @@ impl Isa {
         static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
         FOUND.get_or_init(|| {
             #[allow(unused_mut)]
+            let mut found = Isa::without_tiles().to_vec();
+            // Every processor with tiles has the bf16 instructions, too.
+            #[cfg(target_arch = "x86_64")]
+            if found.contains(&Isa(Kind::Avx512Bf16)) && crate::amx::is_there() && Isa::tiles_refused().is_none() {
+                found.push(Isa(Kind::Amx));
+            }
+            found
+        })
+    }
+
+    /// All of them but the one that the system must be asked for.
+    fn without_tiles() -> &'static [Isa] {
+        static FOUND: OnceLock<Vec<Isa>> = OnceLock::new();
+        FOUND.get_or_init(|| {
+            #[allow(unused_mut)]
             let mut found = vec![Isa::PORTABLE_TILES, Isa::PORTABLE];
             #[cfg(target_arch = "x86_64")]
             if !cfg!(miri)
@@ -128,10 +143,6 @@ impl Isa {
                         && unsafe { crate::simd::bf16_dot_product_is_the_fold(64) }
                     {
                         found.push(Isa(Kind::Avx512Bf16));
-                        // Every processor with tiles has these, too.
-                        if crate::amx::is_there() && Isa::tiles_refused().is_none() {
-                            found.push(Isa(Kind::Amx));
-                        }
                     }
                 }
             }
@@ -139,7 +150,8 @@ impl Isa {
         })
     }
 
-    /// Why tiles that the processor has are not used, if it has some and they are not. Asked once.
+    /// Why tiles that the processor has cannot be used, if it has some and they cannot. The system is asked for them
+    /// here, once: by who detects, lists or names them, and by nobody else.
     pub fn tiles_refused() -> Option<&'static str> {
         #[cfg(target_arch = "x86_64")]
         {
@@ -164,7 +176,9 @@ impl Isa {
         if !NAMES.contains(&name) {
             return Err(IsaError::Unknown { name: name.to_owned() });
         }
-        Isa::available().iter().copied().find(|isa| isa.name() == name).ok_or_else(|| IsaError::Missing {
+        let of_name = |found: &[Isa]| found.iter().copied().find(|isa| isa.name() == name);
+        let found = of_name(Isa::without_tiles()).or_else(|| of_name(Isa::available()));
+        found.ok_or_else(|| IsaError::Missing {
             name: name.to_owned(),
             available: Isa::available().iter().map(|isa| isa.name()).collect::<Vec<_>>().join(", "),
         })

@@ -21,6 +21,8 @@ pub(super) trait Panel: Sized {
     /// Groups of weights to a group of activations.
     const GROUPS: usize;
     const HAS_MINS: bool;
+    /// Bytes of 8 groups; 0 if the group is the whole row.
+    const EIGHT_GROUPS_BYTES: usize;
     /// Whether taking codes apart costs so much that many tiles had better share it.
     const OPENS: bool = false;
     /// Whether these are some groups of a panel, whose sums go on in the next ones.
@@ -49,6 +51,7 @@ impl Panel for Int8 {
     const QUADS: usize = 8;
     const GROUPS: usize = 1;
     const HAS_MINS: bool = false;
+    const EIGHT_GROUPS_BYTES: usize = 8 * INT8_BYTES;
 
     #[inline(always)]
     unsafe fn quad<S: IntSimd>(panel: *const u8, group: usize, quad: usize, lane: usize) -> S::I {
@@ -68,6 +71,7 @@ impl Panel for Int4 {
     const QUADS: usize = 8;
     const GROUPS: usize = 1;
     const HAS_MINS: bool = false;
+    const EIGHT_GROUPS_BYTES: usize = 8 * INT4_BYTES;
 
     #[inline(always)]
     unsafe fn quad<S: IntSimd>(panel: *const u8, group: usize, quad: usize, lane: usize) -> S::I {
@@ -87,6 +91,7 @@ impl Panel for Int4Min {
     const QUADS: usize = 8;
     const GROUPS: usize = 1;
     const HAS_MINS: bool = true;
+    const EIGHT_GROUPS_BYTES: usize = INT4_MIN_BYTES;
 
     #[inline(always)]
     unsafe fn quad<S: IntSimd>(panel: *const u8, group: usize, quad: usize, lane: usize) -> S::I {
@@ -119,6 +124,7 @@ impl Panel for Int6 {
     const QUADS: usize = 4;
     const GROUPS: usize = 2;
     const HAS_MINS: bool = false;
+    const EIGHT_GROUPS_BYTES: usize = INT6_BYTES / 2;
     const OPENS: bool = true;
 
     #[inline(always)]
@@ -148,6 +154,7 @@ impl Panel for Int8Row {
     const QUADS: usize = 0;
     const GROUPS: usize = 1;
     const HAS_MINS: bool = false;
+    const EIGHT_GROUPS_BYTES: usize = 0;
 
     #[inline(always)]
     unsafe fn quad<S: IntSimd>(panel: *const u8, _: usize, quad: usize, lane: usize) -> S::I {
@@ -199,6 +206,7 @@ impl<P: Panel> Panel for Opened<P> {
     const QUADS: usize = P::QUADS;
     const GROUPS: usize = P::GROUPS;
     const HAS_MINS: bool = P::HAS_MINS;
+    const EIGHT_GROUPS_BYTES: usize = 8 * Self::GROUP_BYTES;
     const IS_PART: bool = true;
 
     #[inline(always)]

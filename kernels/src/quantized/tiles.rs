@@ -12,14 +12,14 @@ use std::marker::PhantomData;
 use std::ops::Range;
 
 use super::activations::EXTRA_LANES;
-use super::blocks::{Block, BlockProduct, multiply_blocks};
-use super::packed::PackedFormat;
+use super::blocks::{Ahead, Block, BlockProduct, multiply_blocks};
+use super::packed::{PackedFormat, QUAD_BYTES};
 use super::panels::{Int4, Int4Min, Int6, Int8, Int8Row, Opened, Panel};
 use super::product::Job;
 use super::simd::{IntSimd, Vnni};
 use crate::numerics::LANES;
 use crate::packed_matrix::PANEL;
-use crate::simd::{Avx2, Avx512, Simd};
+use crate::simd::{Avx2, Avx512, Simd, prefetch};
 
 /// From so many tiles on a block is taken apart once instead of by each of them.
 const OPEN_TILES: usize = 3;
@@ -94,9 +94,13 @@ unsafe fn compute_panels<S: Tile, P: Panel>(job: &Job<'_>, panels: Range<usize>,
         // SAFETY: as required of the caller.
         return unsafe { multiply_blocks::<P>(job, panels, tiles, OpenedTiles::<S>(PhantomData)) };
     }
+    let first_row = job.tiles.rows(tiles.start).start;
+    let end = job.w.panel(panels.end - 1).as_ptr_range().end;
     for panel_index in panels {
         let codes = job.w.panel(panel_index).as_ptr();
-        let block = Block { panel_index, codes, groups: 0..num_groups, sums: std::ptr::null_mut(), first_row: 0 };
+        let groups = 0..num_groups;
+        let ahead = Ahead { panel: codes, end: end.addr(), next: job.next.cast() };
+        let block = Block { panel_index, codes, groups, sums: std::ptr::null_mut(), first_row, ahead: Some(ahead) };
         // SAFETY: the caller has the instruction set; panels and tiles are of this job.
         unsafe { compute_tiles::<S, P>(job, &block, tiles.clone()) };
     }
@@ -166,6 +170,7 @@ unsafe fn compute_columns<S: IntSimd, P: Panel, const MR: usize, const NR: usize
     let cols = job.w.cols();
     let num_quads = if P::QUADS == 0 { cols.div_ceil(4) } else { P::QUADS };
     let num_groups = if P::QUADS == 0 { 1 } else { cols / (4 * P::QUADS) };
+    let ahead = block.ahead.as_ref().filter(|_| first_row == block.first_row && first_lane == 0);
     // Activations of one group: its quads, its scale, two more.
     let scale_lane = num_quads * P::GROUPS;
     // SAFETY: the packed tile holds `lanes_per_row * MR` lanes, the block its groups, and where it is a part, its
@@ -187,10 +192,19 @@ unsafe fn compute_columns<S: IntSimd, P: Panel, const MR: usize, const NR: usize
             let part = group % P::GROUPS;
             let index = if P::IS_PART { group - block.groups.start } else { group };
             let mut dots = [[S::splat(0); NR]; MR];
+            if let Some(ahead) = ahead.filter(|_| P::QUADS > 0) {
+                for line in group * P::EIGHT_GROUPS_BYTES / 512..(group + 1) * P::EIGHT_GROUPS_BYTES / 512 {
+                    prefetch(ahead.at(line * 64));
+                }
+            }
             for r in 0..MR {
                 dots[r] = [S::splat(*a.add((scale_lane + 1 + part) * MR + r)); NR];
             }
             for quad in 0..num_quads {
+                if let Some(ahead) = ahead.filter(|_| P::QUADS == 0) {
+                    prefetch(ahead.at(quad * QUAD_BYTES));
+                    prefetch(ahead.at(quad * QUAD_BYTES + 64));
+                }
                 let mut w = [S::prepare(S::splat(0)); NR];
                 for c in 0..NR {
                     w[c] = S::prepare(P::quad::<S>(block.codes, index, quad, first_lane + c * LANES));
