@@ -6,7 +6,7 @@ use std::process::Command;
 #[test]
 fn sharing_measures_both_engines_alone_in_one_process_and_in_two() {
     let model = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny");
-    let load = ["--prompt-len", "64", "--batch", "2", "--context", "16", "--num-tokens", "32", "--rounds", "2"];
+    let load = ["--prompt-len", "64", "--batch", "2", "--context", "16", "--num-tokens", "500", "--rounds", "2"];
     let args = [&["bench", "engine", "--sharing", "--model", model, "--threads", "2"][..], &load].concat();
     let output = Command::new(env!("CARGO_BIN_EXE_tandem")).args(args).output().unwrap();
     let (table, log) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));

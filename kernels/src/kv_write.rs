@@ -263,7 +263,7 @@ mod tests {
     fn written_tokens_lie_where_the_layout_says_and_nothing_else_changes() {
         let pool = WorkerPool::new(2);
         for dtype in [KvDtype::F32, KvDtype::Bf16] {
-            for head_dim in [8, 20, 64, 256] {
+            for head_dim in [8, 20, 64, 80, 96, 128, 256] {
                 let layout =
                     KvLayout { num_layers: 2, num_blocks: 4, block_size: 32, num_kv_heads: 2, head_dim, dtype };
                 let (width, stride) = (2 * head_dim, 4 * head_dim + 3);

@@ -156,6 +156,8 @@ fn finish_head<const GRANULES: bool>(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
 mod tests {
     use super::*;
     use crate::ctx::Columns;
+    use crate::isa::Isa;
+    use crate::kv_layout::KvDtype;
     use crate::numerics::Order;
     use crate::operand::Operand;
     use crate::packed_matrix::{PackedMatrix, WeightDtype, Weights};
@@ -167,7 +169,11 @@ mod tests {
     }
 
     /// Bits of q, k, v and of the pool: by the operation, and by the plain ones in turn.
-    fn fused_and_plain(isa: Isa, threads: usize, rows: usize, head_dim: usize) -> [(Vec<u32>, Vec<u8>); 2] {
+    fn fused_and_plain(
+        isa: Isa,
+        threads: usize,
+        (rows, head_dim, dtype): (usize, usize, KvDtype),
+    ) -> [(Vec<u32>, Vec<u8>); 2] {
         let pool = WorkerPool::new(threads);
         let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
         let (k, num_heads, num_kv_heads) = (96, 6, 3);
@@ -177,7 +183,7 @@ mod tests {
             block_size: 16,
             num_kv_heads,
             head_dim,
-            dtype: if head_dim == 64 { KvDtype::Bf16 } else { KvDtype::F32 },
+            dtype,
         };
         let width = (num_heads + 2 * num_kv_heads) * head_dim;
         let (x, norm, bias) = (noise(rows * k, 1), noise(k, 2), noise(width, 3));
@@ -237,15 +243,27 @@ mod tests {
 
     #[test]
     fn heads_finished_on_the_way_have_the_bits_of_one_operation_after_the_other() {
-        // Heads of half a panel, of two, and across the borders of panels; rows of several tiles.
-        for (rows, head_dim) in [(1, 64), (3, 16), (40, 20), (130, 64), (29, 80)] {
-            let references = [Isa::PORTABLE, Isa::PORTABLE_TILES].map(|isa| fused_and_plain(isa, 1, rows, head_dim));
+        // Heads of half a panel, of two to four, and across the borders of panels; rows of several tiles. Granules of
+        // bf16 that lie in one unit are written at once where heads are whole blocks: not those of 20 and 80.
+        let shapes = [
+            (1, 64, KvDtype::Bf16),
+            (3, 16, KvDtype::F32),
+            (40, 20, KvDtype::F32),
+            (40, 20, KvDtype::Bf16),
+            (130, 64, KvDtype::Bf16),
+            (29, 80, KvDtype::F32),
+            (61, 80, KvDtype::Bf16),
+            (61, 96, KvDtype::Bf16),
+            (75, 128, KvDtype::Bf16),
+        ];
+        for shape in shapes {
+            let references = [Isa::PORTABLE, Isa::PORTABLE_TILES].map(|isa| fused_and_plain(isa, 1, shape));
             for &isa in Isa::available() {
                 for threads in [1, 3] {
-                    let [fused, plain] = fused_and_plain(isa, threads, rows, head_dim);
-                    assert!(fused == plain, "{isa:?} {rows} rows, heads of {head_dim}");
+                    let [fused, plain] = fused_and_plain(isa, threads, shape);
+                    assert!(fused == plain, "{isa:?} {shape:?}");
                     let [_, reference] = &references[usize::from(isa.order() == Order::Tiles)];
-                    assert!(fused == *reference, "{isa:?} {rows} rows, heads of {head_dim}, against the portable one");
+                    assert!(fused == *reference, "{isa:?} {shape:?}, against the portable one");
                 }
             }
         }

@@ -22,12 +22,12 @@ pub const CHUNK_TOKENS: usize = 2048;
 
 const BLOCK_SIZE: usize = 16;
 
-/// What a run of decode showed from the moment on that every sequence had its first token.
+/// What a run of decode showed.
 #[derive(Debug, Clone)]
 pub struct DecodeRun {
-    /// Of all sequences together.
+    /// Of all sequences together, in the steps that all of them were in.
     pub tokens_per_second: f64,
-    /// Between two tokens of a sequence, of all sequences.
+    /// Between two tokens of a sequence, of all sequences, from the moment on that every one had its first.
     pub gaps: Vec<Duration>,
 }
 
@@ -71,18 +71,18 @@ impl EngineLoad {
         Ok(Self { engine, runtime, num_runs: 0 })
     }
 
-    /// Tokens per second of one run of the row: prompt tokens until the first token is there, or tokens generated
-    /// from the moment on that every sequence has its first.
+    /// Tokens per second of one run of the row: prompt tokens until the first token is there, or tokens generated in
+    /// the steps that every sequence is in.
     ///
     /// # Errors
-    /// If the engine fails or refuses.
+    /// If the engine fails or refuses, or if the first sequences end before the last has begun.
     pub fn measure(&mut self, row: &Row) -> anyhow::Result<f64> {
         let times = self.run(row, || ())?;
         if let Row::Prefill { num_tokens } = row {
             let last = times.iter().flatten().max().copied().unwrap_or_default();
             return Ok(*num_tokens as f64 / last.as_secs_f64());
         }
-        Ok(DecodeRun::of(&times).tokens_per_second)
+        Ok(DecodeRun::of(&times)?.tokens_per_second)
     }
 
     /// One run of a decode row; `on_all_started` is called when every sequence has its first token.
@@ -90,7 +90,7 @@ impl EngineLoad {
     /// # Errors
     /// As [`measure`](Self::measure).
     pub fn decode(&mut self, row: &Row, on_all_started: impl FnOnce()) -> anyhow::Result<DecodeRun> {
-        Ok(DecodeRun::of(&self.run(row, on_all_started)?))
+        DecodeRun::of(&self.run(row, on_all_started)?)
     }
 
     /// Prompt tokens per second of prompts one after the other. What is not complete when `go_on` says no does not
@@ -132,13 +132,20 @@ impl EngineLoad {
 }
 
 impl DecodeRun {
-    fn of(times: &[Vec<Duration>]) -> Self {
-        let last = times.iter().flatten().max().copied().unwrap_or_default();
-        let all_started = times.iter().filter_map(|times| times.first()).max().copied().unwrap_or_default();
-        let num_tokens_after = times.iter().flatten().filter(|at| **at > all_started).count();
+    /// Prompts are computed some at a time, so sequences begin and end apart: steps of a part of them are no batch.
+    fn of(times: &[Vec<Duration>]) -> anyhow::Result<Self> {
+        const TOO_FEW: &str = "no two steps gave every sequence a token: generate more tokens";
+        let all_started = times.iter().filter_map(|times| times.first()).max().copied().context(TOO_FEW)?;
+        // Until it ends, everybody is there.
+        let first_to_end = times.iter().min_by_key(|times| times.last()).context(TOO_FEW)?;
+        // Tokens of one step are seen one after the other.
+        let shortest_step = first_to_end.windows(2).map(|pair| pair[1] - pair[0]).min().context(TOO_FEW)?;
+        let first = first_to_end.partition_point(|at| *at + shortest_step / 2 < all_started);
+        let [begin, .., end] = first_to_end[first..] else { anyhow::bail!(TOO_FEW) };
+        let num_steps = first_to_end.len() - first - 1;
         let gaps = times.iter().flat_map(|times| times.windows(2));
         let gaps = gaps.filter(|pair| pair[0] >= all_started).map(|pair| pair[1] - pair[0]).collect();
-        Self { tokens_per_second: num_tokens_after as f64 / (last - all_started).as_secs_f64(), gaps }
+        Ok(Self { tokens_per_second: (times.len() * num_steps) as f64 / (end - begin).as_secs_f64(), gaps })
     }
 }
 
@@ -196,5 +203,32 @@ async fn token_times(
             EngineEvent::Failed { reason } => anyhow::bail!(reason),
             _ => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Tokens at these milliseconds, seen so many microseconds later.
+    fn times(delay: u64, at: &[u64]) -> Vec<Duration> {
+        at.iter().map(|at| Duration::from_micros(at * 1000 + delay)).collect()
+    }
+
+    #[test]
+    fn only_steps_that_every_sequence_is_in_count() {
+        // The second prompt takes until 300; the first sequence ends at 340, the second goes on faster alone.
+        let early = [100, 300, 320, 340];
+        let late = [300, 320, 340, 345, 350, 355];
+        for delays in [(0, 9), (9, 0)] {
+            let run = DecodeRun::of(&[times(delays.0, &early), times(delays.1, &late)]).unwrap();
+            assert!((run.tokens_per_second - 100.0).abs() < 1e-6, "{delays:?}: {}", run.tokens_per_second);
+        }
+    }
+
+    #[test]
+    fn sequences_that_are_never_all_there_have_no_speed() {
+        assert!(DecodeRun::of(&[times(0, &[100, 200]), times(0, &[300, 310])]).is_err());
+        assert!(DecodeRun::of(&[times(0, &[100])]).is_err());
     }
 }

@@ -280,7 +280,8 @@ mod tests {
         let file = std::env::temp_dir().join(format!("tandem-engine-bench-{}.json", std::process::id()));
         let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
         let line = ["engine", "--model", model, "--prompt-len", "40,80", "--batch", "3", "--context", "30"];
-        let rest = ["--num-tokens", "6", "--rounds", "2", "--threads", "2", "--save-result"];
+        // So many that no sequence ends before the last is submitted.
+        let rest = ["--num-tokens", "1000", "--rounds", "2", "--threads", "2", "--save-result"];
         let mut args = Command::parse_from(line.iter().chain(&rest).copied().chain([file.to_str().unwrap()])).args;
         args.dtype = Dtype::Bfloat16;
         let provenance = Provenance { command: "bench engine".into(), commit: None, cpu_model: None, num_cores: None };

@@ -23,16 +23,26 @@ impl Granules {
         let layout = job.layout;
         let block_table = &job.batch.block_tables[job.batch.spans[unit.span].block_table.clone()];
         let mut granules = Granules { k: [std::ptr::null(); NUM_GRANULES], v: [std::ptr::null(); NUM_GRANULES] };
+        let (head, plane, len) = (unit.kv_head * layout.head_bytes(), layout.plane_bytes(), layout.granule_bytes());
+        // Counted from the beginning of the sequence. One division for all of them.
+        let (first, last) = (positions.start / GRANULE_TOKENS, (positions.end - 1) / GRANULE_TOKENS);
+        let granules_per_block = layout.block_size / GRANULE_TOKENS;
+        let mut granule = (start / GRANULE_TOKENS).clamp(first, last);
+        let (mut block, mut of_block) = (granule / granules_per_block, granule % granules_per_block);
         for g in 0..NUM_GRANULES {
-            let position = (start + g * GRANULE_TOKENS).clamp(positions.start, positions.end - 1);
-            let block = block_table[position / layout.block_size];
-            let offset = layout.granule_offset(job.layer, block, position % layout.block_size / GRANULE_TOKENS);
-            let k = job.arena.bytes(offset, layout.granule_bytes()).cast_const();
+            if granule < (start / GRANULE_TOKENS + g).min(last) {
+                (granule, of_block) = (granule + 1, of_block + 1);
+                if of_block == granules_per_block {
+                    (block, of_block) = (block + 1, 0);
+                }
+            }
+            let offset = layout.granule_offset(job.layer, block_table[block], of_block);
+            let k = job.arena.bytes(offset, len).cast_const();
             // SAFETY: heads and planes lie within the granule.
             unsafe {
-                let k = k.add(unit.kv_head * layout.head_bytes());
+                let k = k.add(head);
                 granules.k[g] = k.cast();
-                granules.v[g] = k.add(layout.plane_bytes()).cast::<u32>();
+                granules.v[g] = k.add(plane).cast::<u32>();
             }
         }
         granules

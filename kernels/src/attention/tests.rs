@@ -75,6 +75,12 @@ fn every_instruction_set_gives_the_bits_of_the_reference() {
         (1, 16, 48, 16, 40, 3),
         // More rows than a unit has, over tiles and parts.
         (1, 2, 32, 32, 800, 290),
+        // Single queries, and prompts behind others, of heads that are and are not whole blocks of tiles.
+        (2, 3, 80, 16, 300, 1),
+        (2, 4, 96, 32, 700, 1),
+        (3, 2, 128, 16, 530, 1),
+        (1, 3, 96, 16, 560, 40),
+        (1, 2, 128, 16, 300, 50),
     ];
     for dtype in [KvDtype::F32, KvDtype::Bf16] {
         for (kv_heads, group, head_dim, block_size, len, queries) in shapes {

@@ -321,13 +321,14 @@ pub(super) unsafe fn compute_in_tiles(job: &Job<'_>, unit: &Unit, partials: &Par
     if pads_keys {
         scratch.keys.resize(ATTENTION_WIDE_TILE / 2 * width);
     }
+    let mut next: Option<Granules> = None;
     for part in unit.parts.clone() {
         scratch.part.reset(all_rows, width);
         let end = positions.end.min((part + 1) * ATTENTION_PART);
         let first_start = positions.start.max(part * ATTENTION_PART) / ATTENTION_WIDE_TILE * ATTENTION_WIDE_TILE;
         for start in (first_start..end).step_by(ATTENTION_WIDE_TILE) {
-            let mut granules = Granules::locate(job, unit, start, &positions);
-            let next = (start + ATTENTION_WIDE_TILE < unit_end)
+            let mut granules = next.take().unwrap_or_else(|| Granules::locate(job, unit, start, &positions));
+            next = (start + ATTENTION_WIDE_TILE < unit_end)
                 .then(|| Granules::locate(job, unit, start + ATTENTION_WIDE_TILE, &positions));
             let head_lanes = head_dim / 2 * GRANULE_TOKENS;
             // Where more rows pass over them, asking for keys and values was measured to take longer than waiting.
