@@ -95,8 +95,11 @@ impl CpuMatrix {
 
     /// The product with these rows.
     fn product<'a>(&'a self, operand: Operand<'a>, bias: Option<&'a Vec<f32>>, add: bool) -> Product<'a> {
-        let sections = std::array::from_fn(|index| self.sections.get(index).map(Section::as_ref));
-        Product { operand, sections, bias: bias.map(Vec::as_slice), add }
+        Product { operand, sections: self.sections(), bias: bias.map(Vec::as_slice), add }
+    }
+
+    fn sections(&self) -> [Option<MatrixRef<'_>>; SECTIONS_MAX] {
+        std::array::from_fn(|index| self.sections.get(index).map(Section::as_ref))
     }
 }
 
@@ -325,8 +328,8 @@ impl Backend for CpuBackend {
         let gate_up = gate_up.sized(num_rows * weights.gate_up.rows);
         let norm = Operand::Normed { x: hidden, weight: &weights.norm, eps: spec.rms_norm_eps };
         let product = weights.gate_up.product(norm, weights.gate_up_bias.as_ref(), false);
-        kernels::multiply(&self.ctx(), &product, gate_up);
-        let down = weights.down.product(Operand::Gated(gate_up), weights.down_bias.as_ref(), true);
+        let gated = kernels::multiply_gated(&self.ctx(), &product, &weights.down.sections(), gate_up);
+        let down = weights.down.product(gated, weights.down_bias.as_ref(), true);
         kernels::multiply(&self.ctx(), &down, hidden);
     }
 

@@ -74,7 +74,7 @@ pub use matmul::matmul;
 pub use numerics::Order;
 pub use operand::Operand;
 pub use packed_matrix::{PackedMatrix, WeightDtype, Weights};
-pub use product::{MatrixRef, Product, SECTIONS_MAX, multiply};
+pub use product::{MatrixRef, Product, SECTIONS_MAX, multiply, multiply_gated};
 pub use qkv::{Qkv, qkv_rope_write};
 pub use quantized::{Mins, PackError, PackedFormat, QuantizedMatrix, QuantizedWeights, matmul_quantized};
 pub use rms_norm::{rms_norm, rms_norm_heads};

@@ -52,6 +52,9 @@ pub enum Operand<'a> {
     },
     /// As [`silu_mul`](crate::silu_mul()) makes them of rows of gate and up `[m, 2 k]`.
     Gated(&'a [f32]),
+    /// Rounded and packed by [`multiply_gated`](crate::multiply_gated) as they are to be multiplied: bits of pairs, `k`
+    /// a multiple of 32.
+    Packed(&'a [f32]),
 }
 
 impl Operand<'_> {
@@ -66,6 +69,7 @@ impl Operand<'_> {
                 (x, cols)
             }
             Operand::Gated(gate_up) => (gate_up, 2 * cols),
+            Operand::Packed(pairs) => (pairs, cols / 2),
         };
         assert!(values.len().is_multiple_of(width), "{} values are not whole rows of {width}", values.len());
         values.len() / width
@@ -91,6 +95,7 @@ impl Operand<'_> {
                 gate_row(&gate[columns.clone()], &up[columns], out);
                 out
             }
+            Operand::Packed(_) => unreachable!("has no pieces to make"),
         }
     }
 }
@@ -183,6 +188,9 @@ impl PackedOperand<'_> {
     /// # Safety
     /// `packed` is valid for all rows, and only operands with the same `states` write there.
     pub(crate) unsafe fn make(&self, tiles: Range<usize>) -> bool {
+        if matches!(self.operand, Operand::Packed(_)) {
+            return true;
+        }
         let per_tile = self.packing.pieces_per_tile(self.cols);
         let pieces = tiles.start * per_tile..tiles.end * per_tile;
         // SAFETY: as required of the caller.

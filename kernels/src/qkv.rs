@@ -3,8 +3,8 @@
 //! ```text
 //! hidden  ──norm, x w──>  [rows, q heads | k heads | v heads]
 //! q head  norm of the head, rotation              stays
-//! k head  norm of the head, rotation              stays, and goes into the pool
-//! v head                                          stays, and goes into the pool
+//! k head  norm of the head, rotation              goes into the pool
+//! v head                                          goes into the pool
 //! ```
 //!
 //! A head is finished by the thread that ended its last panel, for the rows of that unit, while it is in its cache.
@@ -21,7 +21,7 @@ use crate::kv_layout::{GRANULE_TOKENS, KvLayout};
 use crate::kv_write::Target;
 #[cfg(target_arch = "x86_64")]
 use crate::numerics::LANES;
-use crate::product::{Finished, Groups, Product, multiply_then};
+use crate::product::{Finished, Groups, Product, Then, multiply_then};
 use crate::rms_norm::norm_heads;
 use crate::rope::{RopeTable, rotate_heads};
 use crate::simd::vectorised;
@@ -49,7 +49,8 @@ pub struct Qkv<'a> {
     pub slots: &'a [u32],
 }
 
-/// Computes `out` `[rows, (num_heads + 2 num_kv_heads) * head_dim]`, and writes K and V.
+/// Computes the queries of `out` `[rows, (num_heads + 2 num_kv_heads) * head_dim]`, and writes K and V to the pool:
+/// their columns of `out` may be anything.
 ///
 /// Panics on a position beyond the table or a slot beyond the pool.
 pub fn qkv_rope_write(ctx: &Ctx<'_>, qkv: &Qkv<'_>, out: &mut [f32]) {
@@ -77,7 +78,7 @@ pub fn qkv_rope_write(ctx: &Ctx<'_>, qkv: &Qkv<'_>, out: &mut [f32]) {
         }
         vectorised!(isa, finish_rows(qkv: &Qkv<'_>, head: &mut Finished<'_>));
     };
-    multiply_then(ctx, &qkv.product, out, Some(&Groups { width: head_dim, finish: &finish }));
+    multiply_then(ctx, &qkv.product, out, Then::Groups(&Groups { width: head_dim, finish: &finish }));
 }
 
 impl Qkv<'_> {
@@ -121,6 +122,9 @@ fn finish_head<const GRANULES: bool>(qkv: &Qkv<'_>, head: &mut Finished<'_>) {
             }
             let (cos, sin) = qkv.rope.angles(qkv.positions[row]);
             rotate_heads(values, qkv.layout.head_dim, cos, sin);
+            if is_query {
+                head.put(row);
+            }
         }
         if !is_query {
             let target = Target::of(qkv.arena, qkv.layout, qkv.layer, qkv.slots[first]);
@@ -168,7 +172,7 @@ mod tests {
         (0..len).map(|i| (crate::uniform(seed, 0, i as u32) * 2.0 - 1.0) as f32).collect()
     }
 
-    /// Bits of q, k, v and of the pool: by the operation, and by the plain ones in turn.
+    /// Bits of q and of the pool: by the operation, and by the plain ones in turn.
     fn fused_and_plain(
         isa: Isa,
         threads: usize,
@@ -236,7 +240,9 @@ mod tests {
             arena.read(0, &mut bytes);
             bytes
         });
-        let [first, second] = outs.map(|out| out.iter().map(|x| x.to_bits()).collect());
+        // Queries: nobody looks at the other columns.
+        let queries = |row: &[f32]| row[..num_heads * head_dim].iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+        let [first, second] = outs.map(|out| out.chunks(width).flat_map(queries).collect());
         let [fused, plain] = bytes;
         [(first, fused), (second, plain)]
     }
@@ -253,6 +259,7 @@ mod tests {
             (130, 64, KvDtype::Bf16),
             (29, 80, KvDtype::F32),
             (61, 80, KvDtype::Bf16),
+            (70, 96, KvDtype::F32),
             (61, 96, KvDtype::Bf16),
             (75, 128, KvDtype::Bf16),
         ];

@@ -107,7 +107,7 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
                 let sums = sums_of(panel, rows.start);
                 // Sums that are the outputs go there at once.
                 let (into, into_row) = if blocks.end == num_blocks && job.is_plain::<P>(panel) {
-                    (job.out.start.add(rows.start * job.out.stride + panel * PANEL).cast(), job.out.stride * 4)
+                    (job.out.place(rows.start, panel * PANEL).cast(), job.out.stride * 4)
                 } else {
                     (sums, PANEL * 4)
                 };

@@ -1,5 +1,6 @@
-//! A decode step: all layers, each with weights and KV of its own, which come from memory as in a model. Under its
-//! line, what share of its time each operation has.
+//! A step: all layers, each with weights and KV of its own, which come from memory as in a model; of decode, or of a
+//! whole prompt, of which the last row alone goes on behind the last layer's KV. Under its line, what share of its time
+//! each operation has.
 
 use std::cell::{Cell, RefCell};
 use std::sync::Mutex;
@@ -8,8 +9,8 @@ use std::time::Instant;
 use kernels::limits::Arithmetic;
 use kernels::{
     AttentionParams, Columns, Ctx, KvArena, KvDtype, KvLayout, MatrixRef, Operand, PackedMatrix, Priority, Product,
-    Qkv, QueryBatch, QuerySpan, RopeTable, SampleParams, WeightDtype, Weights, attention, multiply, qkv_rope_write,
-    rms_norm, sample_row,
+    Qkv, QueryBatch, QuerySpan, RopeTable, SampleParams, WeightDtype, Weights, attention, multiply, multiply_gated,
+    qkv_rope_write, rms_norm, sample_row,
 };
 
 use crate::harness::{Bench, Work, median, noise};
@@ -33,20 +34,28 @@ const HEAD_DIM: usize = 64;
 const BLOCK_SIZE: usize = 16;
 const CONTEXT: usize = 512;
 const ROWS: [usize; 3] = [1, 8, 32];
+const PROMPTS: [usize; 2] = [512, 2048];
 const EPS: f32 = 1e-5;
 
 const OPERATIONS: [&str; 7] = ["qkv", "attention", "output", "gate_up", "down", "logits", "sample"];
 
 pub(crate) fn run(bench: &Bench<'_>) {
     for shape in &SHAPES {
-        let name = |m: usize| format!("step of {} bf16 x {m}, context {CONTEXT}", shape.name);
-        let rows: Vec<usize> = ROWS.into_iter().filter(|m| bench.wants(&name(*m))).collect();
-        if rows.is_empty() || (!bench.is_measuring() && shape.name != "S") {
+        let decode = |m: usize| {
+            let sequences = Sequences { count: m, num_rows: 1, context: CONTEXT };
+            (format!("step of {} bf16 x {m}, context {CONTEXT}", shape.name), sequences)
+        };
+        let prompt = |m: usize| {
+            (format!("prompt of {} bf16 x {m}", shape.name), Sequences { count: 1, num_rows: m, context: m })
+        };
+        let steps = ROWS.into_iter().map(decode).chain(PROMPTS.into_iter().map(prompt));
+        let steps: Vec<(String, Sequences)> = steps.filter(|(name, _)| bench.wants(name)).collect();
+        if steps.is_empty() || (!bench.is_measuring() && shape.name != "S") {
             continue;
         }
         let model = Model::new(shape);
-        for m in rows {
-            model.step(bench, &name(m), m);
+        for (name, sequences) in steps {
+            model.step(bench, &name, sequences);
         }
     }
 }
@@ -55,11 +64,25 @@ fn product<'a>(operand: Operand<'a>, w: &'a PackedMatrix, add: bool) -> Product<
     Product { operand, sections: [Some(MatrixRef::Float(w)), None, None], bias: None, add }
 }
 
+/// So many sequences of as many positions, of which the last are computed.
+#[derive(Clone, Copy)]
+struct Sequences {
+    count: usize,
+    num_rows: usize,
+    context: usize,
+}
+
 struct Layer {
     qkv: PackedMatrix,
     output: PackedMatrix,
     gate_up: PackedMatrix,
     down: PackedMatrix,
+}
+
+impl Layer {
+    fn matrices(&self) -> [&PackedMatrix; 4] {
+        [&self.qkv, &self.output, &self.gate_up, &self.down]
+    }
 }
 
 struct Model<'a> {
@@ -89,23 +112,22 @@ impl<'a> Model<'a> {
     }
 
     fn matrices(&self) -> impl Iterator<Item = &PackedMatrix> {
-        self.layers
-            .iter()
-            .flat_map(|layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down])
-            .chain(std::iter::once(&self.head))
+        self.layers.iter().flat_map(Layer::matrices).chain(std::iter::once(&self.head))
     }
 
     fn normed<'x>(&'x self, x: &'x [f32]) -> Operand<'x> {
         Operand::Normed { x, weight: &self.norm, eps: EPS }
     }
 
-    fn step(&self, bench: &Bench<'_>, name: &str, m: usize) {
+    fn step(&self, bench: &Bench<'_>, name: &str, Sequences { count, num_rows, context }: Sequences) {
         let Shape { hidden, num_layers, num_heads, num_kv_heads, ffn, vocab, .. } = *self.shape;
-        let ctx = Ctx { priority: Priority::Decode, ..bench.ctx };
-        let blocks_per_row = CONTEXT / BLOCK_SIZE;
+        let m = count * num_rows;
+        let priority = if num_rows == 1 { Priority::Decode } else { Priority::Prefill };
+        let ctx = Ctx { priority, ..bench.ctx };
+        let blocks_each = context / BLOCK_SIZE;
         let layout = KvLayout {
             num_layers,
-            num_blocks: m * blocks_per_row,
+            num_blocks: count * blocks_each,
             block_size: BLOCK_SIZE,
             num_kv_heads,
             head_dim: HEAD_DIM,
@@ -113,23 +135,28 @@ impl<'a> Model<'a> {
         };
         let arena = KvArena::new(layout.total_bytes());
         let kv_width = num_kv_heads * HEAD_DIM;
-        let (kv, columns) = (noise(m * CONTEXT * kv_width), Columns::all(kv_width));
-        let all_slots: Vec<u32> = (0..(m * CONTEXT) as u32).collect();
+        let (kv, columns) = (noise(count * context * kv_width), Columns::all(kv_width));
+        let all_slots: Vec<u32> = (0..(count * context) as u32).collect();
         for layer in 0..num_layers {
             kernels::kv_write(&ctx, &arena, &layout, layer, &all_slots, &kv, columns, &kv, columns);
         }
-        // Each sequence at its last position.
+        // Each sequence at its last positions.
         let block_tables: Vec<u32> = (0..layout.num_blocks as u32).collect();
-        let span = |row: usize| QuerySpan {
-            first_row: row,
-            num_rows: 1,
-            first_position: CONTEXT - 1,
-            block_table: row * blocks_per_row..(row + 1) * blocks_per_row,
+        let spans_of = |num_rows: usize| {
+            let span = |sequence: usize| QuerySpan {
+                first_row: sequence * num_rows,
+                num_rows,
+                first_position: context - num_rows,
+                block_table: sequence * blocks_each..(sequence + 1) * blocks_each,
+            };
+            (0..count).map(span).collect::<Vec<QuerySpan>>()
         };
-        let spans: Vec<QuerySpan> = (0..m).map(span).collect();
-        let slots: Vec<u32> = (0..m as u32).map(|row| (row + 1) * CONTEXT as u32 - 1).collect();
-        let positions = vec![CONTEXT as u32 - 1; m];
-        let angles = noise(CONTEXT * HEAD_DIM / 2);
+        let (spans, last_spans) = (spans_of(num_rows), spans_of(1));
+        let computed = |sequence: usize| (context - num_rows..context).map(move |position| (sequence, position));
+        let computed: Vec<(usize, usize)> = (0..count).flat_map(computed).collect();
+        let slots: Vec<u32> = computed.iter().map(|(sequence, at)| (sequence * context + at) as u32).collect();
+        let positions: Vec<u32> = computed.iter().map(|(_, at)| *at as u32).collect();
+        let angles = noise(context * HEAD_DIM / 2);
         let rope = RopeTable { cos: &angles, sin: &angles, rot_dim: HEAD_DIM };
         let params = AttentionParams { num_heads, scale: 0.125, window: None, softcap: None };
 
@@ -140,10 +167,16 @@ impl<'a> Model<'a> {
             let (start, len) = (memory.as_ptr().align_offset(64), memory.len() - 16);
             &mut memory[start..][..len]
         });
-        let num_weights: usize = self.matrices().map(|w| w.rows() * w.cols()).sum();
+        let weights_of = |w: &PackedMatrix| w.rows() * w.cols();
+        let of_layer: usize = self.layers[0].matrices().into_iter().map(weights_of).sum::<usize>();
+        let (of_qkv, of_head) = (weights_of(&self.layers[0].qkv), weights_of(&self.head));
+        // Of all rows, and of those that go on behind the last layer's KV.
+        let (of_all, of_last) = ((num_layers - 1) * of_layer + of_qkv, of_layer - of_qkv + of_head);
+        let seen_by_all = count * (context - num_rows + 1..context + 1).sum::<usize>();
+        let seen = (num_layers - 1) * seen_by_all + count * context;
         let work = Work {
             bytes: self.matrices().map(PackedMatrix::size_bytes).sum::<usize>() + layout.total_bytes(),
-            ops: 2.0 * (m * (num_weights + 2 * num_layers * CONTEXT * heads)) as f64,
+            ops: 2.0 * (m * of_all + count * of_last + 2 * seen * heads) as f64,
             arithmetic: Arithmetic::Bf16,
         };
         let seconds: [RefCell<Vec<f64>>; OPERATIONS.len()] = Default::default();
@@ -155,7 +188,7 @@ impl<'a> Model<'a> {
             current.set(so_far);
         };
         bench.line(name, &work, || {
-            x.copy_from_slice(&kv[..m * hidden]);
+            x.iter_mut().zip(kv.iter().cycle()).for_each(|(x, value)| *x = *value);
             clock.set(Instant::now());
             for (index, layer) in self.layers.iter().enumerate() {
                 let fused = Qkv {
@@ -171,19 +204,33 @@ impl<'a> Model<'a> {
                 };
                 qkv_rope_write(&ctx, &fused, qkv);
                 end_of(0);
+                let is_last = index + 1 == num_layers;
+                let (m, spans) = if is_last { (count, &last_spans) } else { (m, &spans) };
+                if is_last {
+                    for sequence in 0..count {
+                        let row = (sequence + 1) * num_rows - 1;
+                        x.copy_within(row * hidden..(row + 1) * hidden, sequence * hidden);
+                        qkv.copy_within(row * qkv_width..(row + 1) * qkv_width, sequence * qkv_width);
+                    }
+                }
+                let (x, attended, gate_up) =
+                    (&mut x[..m * hidden], &mut attended[..m * heads], &mut gate_up[..m * 2 * ffn]);
                 let q_columns = Columns { first: 0, stride: qkv_width };
-                let batch = QueryBatch { spans: &spans, block_tables: &block_tables };
-                attention(&ctx, &arena, &layout, index, qkv, q_columns, batch, &params, attended);
+                let batch = QueryBatch { spans, block_tables: &block_tables };
+                attention(&ctx, &arena, &layout, index, &qkv[..m * qkv_width], q_columns, batch, &params, attended);
                 end_of(1);
                 multiply(&ctx, &product(Operand::Rows(attended), &layer.output, true), x);
                 end_of(2);
-                multiply(&ctx, &product(self.normed(x), &layer.gate_up, false), gate_up);
+                let down = [Some(MatrixRef::Float(&layer.down)), None, None];
+                let gated = multiply_gated(&ctx, &product(self.normed(x), &layer.gate_up, false), &down, gate_up);
                 end_of(3);
-                multiply(&ctx, &product(Operand::Gated(gate_up), &layer.down, true), x);
+                multiply(&ctx, &product(gated, &layer.down, true), x);
                 end_of(4);
             }
-            rms_norm(&ctx, x, &self.norm, EPS, normed);
-            multiply(&ctx, &product(Operand::Rows(normed), &self.head, false), logits);
+            let m = count;
+            rms_norm(&ctx, &x[..m * hidden], &self.norm, EPS, &mut normed[..m * hidden]);
+            let logits = &mut logits[..m * vocab];
+            multiply(&ctx, &product(Operand::Rows(&normed[..m * hidden]), &self.head, false), logits);
             end_of(5);
             let drawn = Mutex::new([0; ROWS[ROWS.len() - 1]]);
             ctx.pool.run(ctx.priority, m, &|row| {

@@ -33,6 +33,16 @@ const FAST_UNITS_PER_THREAD: usize = 8;
 /// Below this many multiply-adds a product is not worth waking anyone.
 pub(super) const INLINE_MADDS: usize = 128 << 10;
 
+/// Columns that one unit has where tile registers multiply.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Together {
+    Nothing,
+    /// So many panels side by side.
+    Panels(usize),
+    /// Each of the first half of the panels and its counterpart in the second half; units are counted in the first.
+    Gated,
+}
+
 /// How a product is cut into units.
 #[derive(Clone, Copy)]
 pub(super) struct Cut {
@@ -46,7 +56,7 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    pub(super) fn of(ctx: &Ctx<'_>, matrix: MatrixRef<'_>, num_rows: usize, tiles: &Tiles) -> Cut {
+    pub(super) fn of(ctx: &Ctx<'_>, matrix: MatrixRef<'_>, num_rows: usize, tiles: &Tiles, together: Together) -> Cut {
         let (rows, cols, panel_bytes) = (matrix.rows(), matrix.cols(), matrix.panel_bytes());
         let num_panels = rows.div_ceil(PANEL);
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
@@ -59,7 +69,14 @@ impl Cut {
             // Opening a panel takes as long as three tiles with it.
             let is_opened = matches!(matrix, MatrixRef::Quantized(w) if w.computes_bf16());
             let row_bytes = packing.lanes_per_row(cols) * 4;
-            return Cut::of_tiles(num_panels, tiles, row_bytes, is_opened, tiles_max, ctx.pool.threads());
+            let (threads, at_once) = (ctx.pool.threads(), if together == Together::Gated { 2 } else { 1 });
+            let cut = Cut::of_tiles(num_panels / at_once, tiles, row_bytes, is_opened, tiles_max / at_once, threads);
+            let panels_per_unit = match together {
+                Together::Nothing => cut.panels_per_unit,
+                Together::Panels(count) => (cut.panels_per_unit / count * count).max(count),
+                Together::Gated => cut.panels_per_unit.min(PANELS_PER_UNIT / 2),
+            };
+            return Cut { panels_per_unit, ..cut };
         }
         let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
         // As equal as possible: a unit of a single tile would take weights apart for that alone.

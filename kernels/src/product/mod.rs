@@ -5,15 +5,18 @@
 //! sections  stacked matrices, each of one format: columns side by side in the output
 //! unit      some tiles x some panels of one section, see `matmul` and `quantized`
 //! group     columns that belong together, as a head: who ends the last of their panels goes on with them
+//! gate      of gate and up in tiles of the processor: a unit has columns of both, and makes the next operand of them
 //! ```
 //!
 //! So what comes before a product and what comes behind it wait for rows and columns of their own and not for all
 //! threads: a layer has five barriers whatever the batch.
 //!
-//! `cut`: how a product is cut into units; `running`: the job and its parts; `unit`: what a unit computes with.
+//! `cut`: how a product is cut into units; `running`: the job and its parts; `unit`: what a unit computes with;
+//! `gated`: from gate and up to the operand behind them.
 #![allow(unsafe_code)]
 
 mod cut;
+mod gated;
 mod running;
 mod unit;
 
@@ -23,6 +26,7 @@ use std::ops::Range;
 use crate::ctx::Ctx;
 use crate::isa::Isa;
 use crate::matmul;
+use crate::numerics::Order;
 use crate::operand::{Operand, Packing};
 use crate::packed_matrix::{PANEL, PackedMatrix};
 use crate::quantized::{self, QuantizedMatrix};
@@ -109,7 +113,48 @@ impl Product<'_> {
 /// `out` `[m, rows of all sections]` becomes the product. Each row's bits depend on that row alone. Order: see
 /// [`numerics`](crate::numerics).
 pub fn multiply(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32]) {
-    multiply_then(ctx, product, out, None);
+    multiply_then(ctx, product, out, Then::Nothing);
+}
+
+/// Gate and up `[m, 2 ffn]` in `out`, gated on the way where tiles of the processor multiply both these matrices and the
+/// sections of `down`: `out` is no more than memory then. Returns what `down` is to be multiplied with.
+pub fn multiply_gated<'o>(
+    ctx: &Ctx<'_>,
+    product: &Product<'_>,
+    down: &[Option<MatrixRef<'_>>; SECTIONS_MAX],
+    out: &'o mut [f32],
+) -> Operand<'o> {
+    let [Some(gate_up), None, None] = product.sections else {
+        multiply(ctx, product, out);
+        return Operand::Gated(out);
+    };
+    let (num_rows, ffn) = (product.operand.num_rows(gate_up.cols()), gate_up.rows() / 2);
+    let tile_rows = gate_up.tile_rows(ctx.isa, num_rows);
+    let is_alike = |matrix: MatrixRef<'_>| {
+        matrix.packing(ctx.isa, num_rows) == Packing::Blocks && matrix.tile_rows(ctx.isa, num_rows) == tile_rows
+    };
+    let is_gated_on_the_way = ctx.isa.order() == Order::Tiles
+        && num_rows > tile_rows
+        && ffn.is_multiple_of(PANEL)
+        && !product.add
+        && is_alike(gate_up)
+        && down.iter().flatten().all(|matrix| matrix.cols() == ffn && is_alike(*matrix));
+    if !is_gated_on_the_way {
+        multiply(ctx, product, out);
+        return Operand::Gated(out);
+    }
+    multiply_then(ctx, product, out, Then::Gate);
+    Operand::Packed(&out[..num_rows * ffn / 2])
+}
+
+/// What is done with products before they are out of the caches.
+#[derive(Clone, Copy)]
+pub(crate) enum Then<'a> {
+    Nothing,
+    /// Something for each group.
+    Groups(&'a Groups<'a>),
+    /// The first half of the columns gates the second; the output is memory for as many rows packed for tiles.
+    Gate,
 }
 
 /// Columns that something is to be done with as soon as they are there.
@@ -122,8 +167,11 @@ pub(crate) struct Groups<'a> {
 
 /// Some rows of one group, which nobody else touches while the job lasts.
 pub(crate) struct Finished<'a> {
+    /// Of the group's columns of the first row: in the output, or in memory of the thread.
     start: *mut f32,
     stride: usize,
+    output: *mut f32,
+    output_stride: usize,
     width: usize,
     rows: Range<usize>,
     group: usize,
@@ -145,21 +193,32 @@ impl Finished<'_> {
     pub(crate) fn read(&self, row: usize) -> &[f32] {
         assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
         // SAFETY: as in `row`; whoever holds that cannot call this.
-        unsafe { std::slice::from_raw_parts(self.start.add(row * self.stride + self.group * self.width), self.width) }
+        unsafe { std::slice::from_raw_parts(self.start.add((row - self.rows.start) * self.stride), self.width) }
     }
 
     /// The group's columns of a row.
     pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
         assert!(self.rows.contains(&row), "row {row} of {:?}", self.rows);
-        // SAFETY: inside the output, and this group of these rows is nobody else's until the job is over.
-        unsafe {
-            std::slice::from_raw_parts_mut(self.start.add(row * self.stride + self.group * self.width), self.width)
+        // SAFETY: valid for the group's columns of these rows, which are nobody else's until the job is over.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add((row - self.rows.start) * self.stride), self.width) }
+    }
+
+    /// Puts the group's columns of a row into the output, where they are not there already: otherwise they are gone
+    /// with the group.
+    #[inline(always)]
+    pub(crate) fn put(&self, row: usize) {
+        let values = self.read(row);
+        // SAFETY: inside the output, and this group of this row is nobody else's until the job is over.
+        let into = unsafe { self.output.add(row * self.output_stride + self.group * self.width) };
+        if into.cast_const() != values.as_ptr() {
+            // SAFETY: as above; the thread's memory is elsewhere.
+            unsafe { into.copy_from_nonoverlapping(values.as_ptr(), values.len()) };
         }
     }
 }
 
-/// [`multiply`], and then something for each group.
-pub(crate) fn multiply_then(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32], groups: Option<&Groups<'_>>) {
+/// [`multiply`], and then something with what comes out.
+pub(crate) fn multiply_then(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32], then: Then<'_>) {
     let Some(cols) = product.sections.iter().flatten().map(|section| section.cols()).next() else { return };
     let (num_rows, width) = (product.operand.num_rows(cols), product.width());
     assert_eq!(out.len(), num_rows * width, "output of [{num_rows}, {width}]");
@@ -167,13 +226,12 @@ pub(crate) fn multiply_then(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32
     if out.is_empty() {
         return;
     }
-    running::run(ctx, product, (num_rows, width, cols), out, groups);
+    running::run(ctx, product, (num_rows, width, cols), out, then);
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::numerics::Order;
     use crate::packed_matrix::{WeightDtype, Weights};
     use crate::quantized::QuantizedWeights;
     use crate::workers::{Priority, WorkerPool};
@@ -267,8 +325,12 @@ mod tests {
 
     #[test]
     fn every_group_is_finished_once_for_every_row_when_all_its_columns_are_there() {
-        for (m, k, width) in [(1, 64, 48), (40, 96, 20), (700, 2048, 96), (25, 512, 480)] {
-            let w = PackedMatrix::pack(WeightDtype::F32, k, &[Weights::F32(&noise(480 * k, 1))]);
+        use WeightDtype::{Bf16, F32};
+        let shapes = [(1, 64, 48, F32), (40, 96, 20, F32), (700, 2048, 96, F32), (25, 512, 480, F32)];
+        // In tiles of the processor: groups of some panels, of more than a unit has else, and across their borders.
+        let in_tiles = [(33, 40, 32, Bf16), (300, 512, 96, Bf16), (70, 2048, 480, Bf16), (70, 96, 48, Bf16)];
+        for (m, k, width, dtype) in shapes.into_iter().chain(in_tiles) {
+            let w = PackedMatrix::pack(dtype, k, &[Weights::F32(&noise(480 * k, 1))]);
             let x = noise(m * k, 2);
             for threads in [1, 4] {
                 let pool = WorkerPool::new(threads);
@@ -280,6 +342,7 @@ mod tests {
                 let finish = |mut group: Finished<'_>| {
                     for row in group.rows() {
                         group.row(row).iter_mut().for_each(|x| *x += 1.0);
+                        group.put(row);
                     }
                 };
                 let product = Product {
@@ -288,9 +351,59 @@ mod tests {
                     bias: None,
                     add: false,
                 };
-                multiply_then(&ctx, &product, &mut out, Some(&Groups { width, finish: &finish }));
+                multiply_then(&ctx, &product, &mut out, Then::Groups(&Groups { width, finish: &finish }));
                 want.iter_mut().for_each(|x| *x += 1.0);
                 assert!(bits(&out) == bits(&want), "{m} rows, groups of {width}, {threads} threads");
+            }
+        }
+    }
+
+    #[test]
+    fn rows_gated_behind_their_product_have_the_bits_of_one_operation_after_the_other() {
+        // One tile and several of unequal rows; units of several panels and of one; what is not whole panels.
+        for (m, hidden, ffn) in [(8, 64, 96), (33, 96, 64), (70, 544, 64), (40, 64, 48), (300, 64, 320)] {
+            let of_order = [Order::Pairs, Order::Tiles].map(|order| {
+                let float = |n: usize, k: usize, seed: u64| {
+                    PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&noise(n * k, seed))])
+                };
+                let int8 = [eight_bits(order, 2 * ffn, hidden, 32), eight_bits(order, 5, ffn / 32 * 32, 32)];
+                (float(2 * ffn, hidden, 1), float(5, ffn, 2), int8)
+            });
+            let (x, norm, bias) = (noise(m * hidden, 3), noise(hidden, 4), noise(2 * ffn, 5));
+            let operand = Operand::Normed { x: &x, weight: &norm, eps: 1e-5 };
+            for &isa in Isa::available().iter().filter(|isa| !isa.is_reference()) {
+                let (gate_up, down, [gate_up_int8, down_int8]) = &of_order[usize::from(isa.order() == Order::Tiles)];
+                let float = (MatrixRef::Float(gate_up), MatrixRef::Float(down));
+                let mut pairs = vec![float];
+                let in_tiles = isa.order() == Order::Tiles;
+                if in_tiles && ffn.is_multiple_of(32) {
+                    let int8 = (MatrixRef::Quantized(gate_up_int8), MatrixRef::Quantized(down_int8));
+                    pairs.extend([int8, (float.0, int8.1), (int8.0, float.1)]);
+                }
+                for (index, (gate_up, down)) in pairs.into_iter().enumerate() {
+                    for (bias, threads) in [(None, 1), (Some(&bias[..]), 3)] {
+                        let pool = WorkerPool::new(threads);
+                        let ctx = &Ctx { pool: &pool, isa, priority: Priority::Prefill };
+                        let portable = &Ctx { isa: isa.reference(), ..*ctx };
+                        let product = Product { operand, sections: [Some(gate_up), None, None], bias, add: false };
+                        let sections = [Some(down), None, None];
+                        let mut columns = vec![f32::NAN; m * 2 * ffn];
+                        let mut out = noise(m * 5, 6);
+                        let gated = multiply_gated(ctx, &product, &sections, &mut columns);
+                        let is_packed = matches!(gated, Operand::Packed(_));
+                        assert_eq!(is_packed, in_tiles && m > 32 && ffn.is_multiple_of(32), "{isa:?} {m} {ffn}");
+                        multiply(ctx, &Product { operand: gated, sections, bias: None, add: true }, &mut out);
+
+                        let mut want = noise(m * 5, 6);
+                        multiply(portable, &product, &mut columns);
+                        let operand = Operand::Gated(&columns);
+                        multiply(portable, &Product { operand, sections, bias: None, add: true }, &mut want);
+                        assert!(
+                            bits(&out) == bits(&want),
+                            "{isa:?} [{m}, {hidden}] x {ffn}, {index}, {threads} threads"
+                        );
+                    }
+                }
             }
         }
     }
@@ -313,7 +426,7 @@ mod tests {
         let mut out = vec![0.0; m * 512];
         let finish = |group: Finished<'_>| assert!(group.group() != 3, "group three");
         let caught = catch_unwind(AssertUnwindSafe(|| {
-            multiply_then(&ctx, &product, &mut out, Some(&Groups { width: 64, finish: &finish }));
+            multiply_then(&ctx, &product, &mut out, Then::Groups(&Groups { width: 64, finish: &finish }));
         }));
         assert_eq!(caught.unwrap_err().downcast_ref::<&str>(), Some(&"group three"));
         multiply(&ctx, &product, &mut out);

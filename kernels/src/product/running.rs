@@ -6,14 +6,15 @@ use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU8, AtomicUsize, Ordering};
 
-use super::cut::{Cut, INLINE_MADDS, Tiles};
+use super::cut::{Cut, INLINE_MADDS, Tiles, Together};
+use super::gated::GatedColumns;
 use super::unit::{Job, Output};
-use super::{Finished, Groups, MatrixRef, Product, SECTIONS_MAX};
+use super::{Finished, Groups, MatrixRef, Product, SECTIONS_MAX, Then};
 use crate::ctx::Ctx;
 use crate::isa::Isa;
 use crate::matmul;
-use crate::numerics::LANES;
-use crate::operand::{PackedOperand, Packing, UNTOUCHED};
+use crate::numerics::{LANES, TILE_STEPS};
+use crate::operand::{Operand, PackedOperand, Packing, UNTOUCHED};
 use crate::packed_matrix::PANEL;
 use crate::pages::{Kept, lend};
 use crate::quantized;
@@ -34,6 +35,8 @@ thread_local! {
     static SCRATCH: Cell<JobScratch> = const { Cell::new(JobScratch::new()) };
     /// Packed operands, in huge pages since tiles stream through them.
     static PACKED: Kept = const { Cell::new(None) };
+    /// What a unit's products are until something is done with them.
+    static COLUMNS: Kept = const { Cell::new(None) };
 }
 
 impl JobScratch {
@@ -49,16 +52,10 @@ impl Default for JobScratch {
 }
 
 /// Computes `out` `[num_rows, width]`, from an operand of so many columns.
-pub(super) fn run(
-    ctx: &Ctx<'_>,
-    product: &Product<'_>,
-    shape: (usize, usize, usize),
-    out: &mut [f32],
-    groups: Option<&Groups<'_>>,
-) {
+pub(super) fn run(ctx: &Ctx<'_>, product: &Product<'_>, shape: (usize, usize, usize), out: &mut [f32], then: Then<'_>) {
     // Taken, not borrowed: while this thread waits for its units it may compute units of other jobs.
     let mut scratch = SCRATCH.take();
-    run_with(ctx, product, shape, &mut scratch, out, groups);
+    run_with(ctx, product, shape, &mut scratch, out, then);
     SCRATCH.set(scratch);
 }
 
@@ -68,23 +65,40 @@ fn run_with(
     (num_rows, width, cols): (usize, usize, usize),
     scratch: &mut JobScratch,
     out: &mut [f32],
-    groups: Option<&Groups<'_>>,
+    then: Then<'_>,
 ) {
-    let (mut column, mut unit, mut piece, mut lane) = (0, 0, 0, 0);
+    let is_packed = matches!(product.operand, Operand::Packed(_));
+    let (mut column, mut unit, mut piece, mut lane) = (0usize, 0, 0, 0);
     let parts = product.sections.map(|matrix| {
         let matrix = matrix.filter(|matrix| matrix.rows() > 0)?;
         assert_eq!(matrix.cols(), cols, "sections of equal columns");
         let tiles = Tiles::of(num_rows, matrix.tile_rows(ctx.isa, num_rows));
-        let (cut, packing) = (Cut::of(ctx, matrix, num_rows, &tiles), matrix.packing(ctx.isa, num_rows));
-        let part = Part { matrix, column, tiles, cut, packing, first_unit: unit, first_piece: piece, first_lane: lane };
-        if let Some(Groups { width, .. }) = groups {
+        let packing = matrix.packing(ctx.isa, num_rows);
+        assert!(!is_packed || packing == Packing::Blocks, "an operand packed in another way");
+        if let Then::Groups(Groups { width, .. }) = then {
             assert!(column.is_multiple_of(*width) && matrix.rows().is_multiple_of(*width), "groups of {width} columns");
         }
+        // Far from the caches, stores of tiles take as long as the products: what can be done with them at once does
+        // not go there.
+        let in_tiles = tiles.count > 1 && packing == Packing::Blocks && !product.add;
+        let together = match then {
+            Then::Groups(Groups { width, .. }) if in_tiles && (*width).is_multiple_of(PANEL) => {
+                Together::Panels(width / PANEL)
+            }
+            Then::Gate => Together::Gated,
+            _ => Together::Nothing,
+        };
+        let cut = Cut::of(ctx, matrix, num_rows, &tiles, together);
+        let (first_unit, first_piece, first_lane) = (unit, piece, lane);
+        let part =
+            Part { matrix, column, tiles, cut, together, packing, is_packed, first_unit, first_piece, first_lane };
         column += matrix.rows();
         unit += cut.num_units();
         piece += part.num_pieces();
         // Each on lines of its own.
-        lane += (num_rows * packing.lanes_per_row(cols)).next_multiple_of(LANES);
+        if !is_packed {
+            lane += (num_rows * packing.lanes_per_row(cols)).next_multiple_of(LANES);
+        }
         Some(part)
     });
     scratch.states.clear();
@@ -100,7 +114,7 @@ fn run_with(
     };
     let row_units_max = parts.iter().flatten().map(|part| part.cut.row_units).max().unwrap_or(0);
     scratch.counts.clear();
-    if let Some(groups) = groups {
+    if let Then::Groups(groups) = then {
         scratch.counts.resize_with(width / groups.width * row_units_max, || AtomicUsize::new(0));
     }
     lend(&PACKED, lane * 4, |packed| {
@@ -110,10 +124,14 @@ fn run_with(
             product,
             cols,
             parts,
-            packed: packed.cast(),
+            packed: match product.operand {
+                // Only read: there is no piece to make.
+                Operand::Packed(pairs) => pairs.as_ptr().cast_mut().cast(),
+                _ => packed.cast(),
+            },
             out: out.as_mut_ptr(),
             width,
-            groups,
+            then,
             row_units_max,
             states: &scratch.states,
             counts: &scratch.counts,
@@ -130,6 +148,13 @@ fn run_with(
     });
 }
 
+/// Where products go, `first` being the row and column that goes to the start.
+struct Place {
+    start: *mut f32,
+    first: (usize, usize),
+    stride: usize,
+}
+
 /// One section in a job.
 struct Part<'a> {
     matrix: MatrixRef<'a>,
@@ -137,7 +162,10 @@ struct Part<'a> {
     column: usize,
     tiles: Tiles,
     cut: Cut,
+    /// Columns that one unit has.
+    together: Together,
     packing: Packing,
+    is_packed: bool,
     /// Where its units, the pieces of its operand, and the operand begin among those of all sections.
     first_unit: usize,
     first_piece: usize,
@@ -146,7 +174,7 @@ struct Part<'a> {
 
 impl Part<'_> {
     fn num_pieces(&self) -> usize {
-        self.tiles.count * self.packing.pieces_per_tile(self.matrix.cols())
+        if self.is_packed { 0 } else { self.tiles.count * self.packing.pieces_per_tile(self.matrix.cols()) }
     }
 }
 
@@ -160,7 +188,7 @@ struct Running<'a> {
     packed: *mut u32,
     out: *mut f32,
     width: usize,
-    groups: Option<&'a Groups<'a>>,
+    then: Then<'a>,
     row_units_max: usize,
     states: &'a [AtomicU8],
     counts: &'a [AtomicUsize],
@@ -209,29 +237,89 @@ impl Running<'_> {
             return;
         }
         let rows = part.tiles.rows(tiles.start).start..part.tiles.rows(tiles.end - 1).end;
+        let next = self.next(part, index - part.first_unit);
+        let multiply = |panels: Range<usize>, place: Place| self.multiply(part, panels, tiles.clone(), place, next);
+        // SAFETY: a column of the output.
+        let output = || Place { start: unsafe { self.out.add(part.column) }, first: (0, 0), stride: self.width };
+        // Lines of one column would be equal sets of the first-level cache.
+        let stride = panels.len() * PANEL + LANES;
+        let num_bytes = rows.len() * stride * 4;
+        match (self.then, part.together) {
+            (Then::Nothing, _) => multiply(panels, output()),
+            (Then::Groups(groups), Together::Panels(num_panels)) => lend(&COLUMNS, num_bytes, |columns| {
+                let first = (rows.start, panels.start * PANEL);
+                multiply(panels.clone(), Place { start: columns.cast(), first, stride });
+                for group in panels.clone().step_by(num_panels).map(|panel| panel / num_panels) {
+                    // SAFETY: the lent memory has these columns.
+                    let start = unsafe { columns.cast::<f32>().add(group * groups.width - first.1) };
+                    (groups.finish)(Finished {
+                        start,
+                        stride,
+                        output: self.out,
+                        output_stride: self.width,
+                        width: groups.width,
+                        rows: rows.clone(),
+                        group: part.column / groups.width + group,
+                        out: PhantomData,
+                    });
+                }
+            }),
+            (Then::Groups(groups), _) => {
+                multiply(panels.clone(), output());
+                self.finish(groups, part, panels, part.cut.row_unit(index - part.first_unit), rows);
+            }
+            (Then::Gate, _) => lend(&COLUMNS, 2 * num_bytes, |columns| {
+                let (num_panels, gate) = (part.matrix.rows() / (2 * PANEL), columns.cast::<f32>());
+                // SAFETY: as much as was lent for either.
+                let up = unsafe { gate.add(rows.len() * stride) };
+                let up_panels = num_panels + panels.start..num_panels + panels.end;
+                multiply(panels.clone(), Place { start: gate, first: (rows.start, panels.start * PANEL), stride });
+                multiply(up_panels.clone(), Place { start: up, first: (rows.start, up_panels.start * PANEL), stride });
+                for tile in tiles.clone() {
+                    let of_tile = part.tiles.rows(tile);
+                    let first = (of_tile.start - rows.start) * stride;
+                    // Blocks of a tile, of 16 pairs of each of its rows: as many columns as a panel has.
+                    let block = of_tile.start * num_panels + panels.start * of_tile.len();
+                    let columns = GatedColumns {
+                        // SAFETY: the tile's rows of both.
+                        gate: unsafe { gate.add(first) },
+                        // SAFETY: as above.
+                        up: unsafe { up.add(first) },
+                        stride,
+                        num_rows: of_tile.len(),
+                        num_columns: panels.len() * PANEL,
+                        // SAFETY: pairs of all rows fit the output, a quarter of it.
+                        into: unsafe { self.out.cast::<u32>().add(block * TILE_STEPS) },
+                    };
+                    // SAFETY: products of so many rows and columns are there; nobody else has these blocks.
+                    unsafe { columns.pack() };
+                }
+            }),
+        }
+    }
+
+    /// Products of a unit's rows with these panels.
+    fn multiply(&self, part: &Part<'_>, panels: Range<usize>, num_tiles: Range<usize>, place: Place, next: *const u32) {
+        let Place { start, first, stride } = place;
         let out = Output {
             bias: self.product.bias.map(|bias| &bias[part.column..][..part.matrix.rows()]),
             add: self.product.add,
-            // SAFETY: a column of the output.
-            start: unsafe { self.out.add(part.column) },
-            stride: self.width,
+            start,
+            first,
+            stride,
             width: part.matrix.rows(),
         };
-        let (a, lanes_per_row, num_tiles) = (operand.packed.cast_const(), part.packing.lanes_per_row(self.cols), tiles);
-        let tiles = part.tiles;
-        let next = self.next(part, index - part.first_unit);
+        let a = self.operand(part).packed.cast_const();
+        let (lanes_per_row, tiles) = (part.packing.lanes_per_row(self.cols), part.tiles);
         match part.matrix {
             MatrixRef::Float(w) => {
-                matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels.clone(), num_tiles);
+                matmul::compute(self.isa, &Job { a, lanes_per_row, tiles, w, out, next }, panels, num_tiles);
             }
             MatrixRef::Quantized(w) => {
                 let job = Job { a, lanes_per_row, tiles, w, out, next };
                 let in_tiles = matches!(part.packing, Packing::Blocks | Packing::QuantizedBlocks(_));
-                quantized::compute(self.isa, &job, in_tiles, panels.clone(), num_tiles);
+                quantized::compute(self.isa, &job, in_tiles, panels, num_tiles);
             }
-        }
-        if let Some(groups) = self.groups {
-            self.finish(groups, part, panels, part.cut.row_unit(index - part.first_unit), rows);
         }
     }
 
@@ -260,8 +348,18 @@ impl Running<'_> {
             let count = &self.counts[group * self.row_units_max + row_unit];
             // Release: what this unit wrote is seen by who goes on. Acquire: who goes on sees what all wrote.
             if count.fetch_add(num_ended, Ordering::AcqRel) + num_ended == num_panels(columns) {
-                let (start, stride, width, rows) = (self.out, self.width, groups.width, rows.clone());
-                (groups.finish)(Finished { start, stride, width, rows, group, out: PhantomData });
+                // SAFETY: a row and column of the output.
+                let start = unsafe { self.out.add(rows.start * self.width + group * groups.width) };
+                (groups.finish)(Finished {
+                    start,
+                    stride: self.width,
+                    output: self.out,
+                    output_stride: self.width,
+                    width: groups.width,
+                    rows: rows.clone(),
+                    group,
+                    out: PhantomData,
+                });
             }
         }
     }

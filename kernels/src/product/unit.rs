@@ -37,16 +37,29 @@ fn finish(mut y: f32, bias: Option<f32>, residual: Option<f32>) -> f32 {
     residual.map_or(y, |residual| residual + y)
 }
 
-/// Where a product goes: `width` columns of rows `stride` values apart, and what is added at the end.
+/// Where a product goes: rows `stride` values apart, `width` columns in all, and what is added at the end.
 pub(crate) struct Output<'a> {
     pub(crate) bias: Option<&'a [f32]>,
     pub(crate) add: bool,
+    /// Where the row and column `first` go.
     pub(crate) start: *mut f32,
+    pub(crate) first: (usize, usize),
     pub(crate) stride: usize,
     pub(crate) width: usize,
 }
 
 impl Output<'_> {
+    /// Where a row and column go.
+    ///
+    /// # Safety
+    /// `start` is valid for them.
+    #[inline(always)]
+    pub(crate) unsafe fn place(&self, row: usize, column: usize) -> *mut f32 {
+        let (first_row, first_column) = self.first;
+        // SAFETY: as required of the caller.
+        unsafe { self.start.add((row - first_row) * self.stride + column - first_column) }
+    }
+
     /// Ends one output in the specified order.
     ///
     /// # Safety
@@ -54,7 +67,7 @@ impl Output<'_> {
     pub(crate) unsafe fn put(&self, row: usize, column: usize, y: f32) {
         // SAFETY: as required of the caller.
         unsafe {
-            let out = self.start.add(row * self.stride + column);
+            let out = self.place(row, column);
             *out = finish(y, self.bias.map(|bias| bias[column]), self.add.then(|| *out));
         }
     }
@@ -68,7 +81,7 @@ impl Output<'_> {
         // SAFETY: as required of the caller; stores stay in columns below the width.
         unsafe {
             if column + LANES <= self.width {
-                let out = self.start.add(row * self.stride + column);
+                let out = self.place(row, column);
                 if let Some(bias) = self.bias {
                     y = S::add(y, S::load(bias.as_ptr().add(column)));
                 }
