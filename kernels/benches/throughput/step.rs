@@ -32,7 +32,7 @@ const SHAPES: [Shape; 2] = [
 const HEAD_DIM: usize = 64;
 const BLOCK_SIZE: usize = 16;
 const CONTEXT: usize = 512;
-const ROWS: [usize; 3] = [1, 8, 32];
+const ROWS: [usize; 5] = [1, 8, 32, 48, 64];
 const EPS: f32 = 1e-5;
 
 const OPERATIONS: [&str; 7] = ["qkv", "attention", "output", "gate_up", "down", "logits", "sample"];
