@@ -31,6 +31,10 @@ const OPENED_PART_BLOCKS: usize = 4;
 /// took as long with 2 to 4.5 KiB, a twelfth longer with 8 KiB.
 const AHEAD_BYTES: usize = 3584;
 
+/// Blocks of a panel at a time where two tiles of rows share a stream of weights: the second finds them in the
+/// first-level cache.
+const SHARED_PART_BLOCKS: usize = 4;
+
 /// The same of weights that are opened.
 const OPENED_AHEAD_BYTES: usize = 13_056;
 
@@ -161,6 +165,23 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
             }
             if num_last > 0 {
                 multiply(panel, address(panel, cut), cut..num_blocks, tiles.start, next_unit, P::BLOCK_BYTES / LINE);
+            }
+        }
+    } else if tiles.len() == 2 && job.tiles.share_stream(num_blocks * P::BLOCK_BYTES) && !P::OPENS && !P::BYTES {
+        // Panels pass by as they lie, too, some blocks at a time, and each tile asks for a half of the next ones.
+        let end = address(panels.end - 1, num_blocks).addr();
+        for panel in panels.clone() {
+            for start in (0..num_blocks).step_by(SHARED_PART_BLOCKS) {
+                let blocks = start..(start + SHARED_PART_BLOCKS).min(num_blocks);
+                let from = address(panel, start);
+                let next = from.wrapping_add(SHARED_PART_BLOCKS * P::BLOCK_BYTES);
+                let next = if next.addr() < end { next } else { next_unit };
+                let lines_ahead = P::BLOCK_BYTES / LINE / tiles.len();
+                for tile in tiles.clone() {
+                    let ahead = next.wrapping_add((tile - tiles.start) * blocks.len() * lines_ahead * LINE);
+                    let ahead = if next.is_null() { next } else { ahead };
+                    multiply(panel, from, blocks.clone(), tile, ahead, lines_ahead);
+                }
             }
         }
     } else {

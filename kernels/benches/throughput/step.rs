@@ -33,7 +33,7 @@ const SHAPES: [Shape; 2] = [
 const HEAD_DIM: usize = 64;
 const BLOCK_SIZE: usize = 16;
 const CONTEXT: usize = 512;
-const ROWS: [usize; 3] = [1, 8, 32];
+const ROWS: [usize; 5] = [1, 8, 32, 48, 64];
 const PROMPTS: [usize; 2] = [512, 2048];
 const EPS: f32 = 1e-5;
 

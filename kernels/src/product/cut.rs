@@ -30,6 +30,9 @@ const FAST_UNIT_MADDS: usize = 512 << 20;
 /// Units that each thread has at least there.
 const FAST_UNITS_PER_THREAD: usize = 8;
 
+/// See [`Tiles::share_stream`].
+const SHARED_PANEL_BYTES: usize = 64 << 10;
+
 /// Below this many multiply-adds a product is not worth waking anyone.
 pub(super) const INLINE_MADDS: usize = 128 << 10;
 
@@ -61,7 +64,13 @@ impl Cut {
         let num_panels = rows.div_ceil(PANEL);
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
         let packing = matrix.packing(ctx.isa, num_rows);
-        if tiles.count > 1 && matches!(packing, Packing::Blocks | Packing::QuantizedBlocks(PackedFormat::Int8Row)) {
+        // In units as a single tile has them.
+        let is_shared =
+            packing == Packing::Blocks && matches!(matrix, MatrixRef::Float(_)) && tiles.share_stream(panel_bytes);
+        if tiles.count > 1
+            && !is_shared
+            && matches!(packing, Packing::Blocks | Packing::QuantizedBlocks(PackedFormat::Int8Row))
+        {
             let tiles_max = match ctx.priority {
                 Priority::Prefill => FAST_UNIT_MADDS / madds_per_tile,
                 Priority::Decode => usize::MAX,
@@ -78,7 +87,7 @@ impl Cut {
             };
             return Cut { panels_per_unit, ..cut };
         }
-        let tiles_per_unit = (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count);
+        let tiles_per_unit = if is_shared { 2 } else { (UNIT_MADDS / madds_per_tile).clamp(1, tiles.count) };
         // As equal as possible: a unit of a single tile would take weights apart for that alone.
         let tiles_per_unit = tiles.count.div_ceil(tiles.count.div_ceil(tiles_per_unit));
         let row_units = tiles.count.div_ceil(tiles_per_unit);
@@ -166,6 +175,12 @@ impl Tiles {
     pub(crate) fn rows(&self, tile: usize) -> Range<usize> {
         let first = tile * self.base + tile.min(self.num_larger);
         first..first + self.base + usize::from(tile < self.num_larger)
+    }
+
+    /// Whether they are two tiles that weights pass by as one stream, as they pass by a single one: where panels have so
+    /// many bytes, since the sums of shorter ones come and go too often.
+    pub(crate) fn share_stream(&self, panel_bytes: usize) -> bool {
+        self.count == 2 && panel_bytes >= SHARED_PANEL_BYTES
     }
 
     pub(crate) fn rows_max(&self) -> usize {
