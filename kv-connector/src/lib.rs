@@ -24,8 +24,8 @@
 //! 5. [`membership`], [`block_feed`], [`fencing`]: what nodes tell proxies, and newer attempts.
 //! 6. [`store`]: KV that was computed before, in memory, on disk, in shared storage.
 //! 7. `kv_threads`, `turns`, `kv_time`: where KV is moved, so that no message waits for it, and what that takes.
-//! 8. `socket`, `segments`, `send_batch`, `busy_poll`, `congestion`, `path_metrics`, [`limits`], [`accounting`]: datagram
-//!    sizes, what is on the way, bounds, what is held.
+//! 8. `socket`, `segments`, `busy_poll`, `congestion`, `path_metrics`, [`limits`], [`accounting`]: datagram sizes, what
+//!    is on the way, bounds, what is held.
 #![deny(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
@@ -50,7 +50,6 @@ pub mod peers;
 mod quiet;
 mod redial;
 mod segments;
-mod send_batch;
 mod socket;
 pub mod store;
 pub mod stream;

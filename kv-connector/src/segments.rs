@@ -2,9 +2,8 @@
 //!
 //! quinn fills up to ten datagrams of the path's size and hands them over as one send. Linux takes 65,507 bytes in
 //! one; what is more fails, counts as lost, and the connection falls back to small datagrams. So quinn is told to fill
-//! no more than that of the size it last sent, and what it has filled beyond is divided here; what is less waits for
-//! [more](crate::send_batch). The other way round, quinn makes room for 64 of the largest datagrams in each of 32
-//! buffers, which for datagrams of 65,507 bytes is 134 MB for what can never be more than 65,527 bytes each.
+//! no more than that of the size it last sent, and what it has filled beyond is divided here. The other way round, quinn makes room for 64 of the largest datagrams in each of 32 buffers, which
+//! for datagrams of 65,507 bytes is 134 MB for what can never be more than 65,527 bytes each.
 
 use std::fmt;
 use std::io::{self, IoSliceMut};
@@ -18,7 +17,6 @@ use quinn::udp::{RecvMeta, Transmit};
 use quinn::{AsyncUdpSocket, UdpPoller};
 
 use crate::busy_poll::PolledSocket;
-use crate::send_batch::SendBatch;
 use crate::turns;
 
 /// Most bytes of one send: the largest UDP payload over IPv4; over IPv6 20 more would fit.
@@ -32,8 +30,6 @@ const RECEIVE_BATCH_BYTES: usize = 256 << 10;
 /// See the [module](self).
 pub(crate) struct SegmentedSocket {
     inner: Arc<dyn AsyncUdpSocket>,
-    /// In front of `inner`, on a socket for KV.
-    batch: Option<Arc<SendBatch>>,
     num_receive_segments: usize,
     /// Of the last send of several segments, the bytes of each; 0 before it.
     segment_bytes: AtomicUsize,
@@ -43,11 +39,10 @@ pub(crate) struct SegmentedSocket {
 }
 
 impl SegmentedSocket {
-    /// `batch` is in front of `inner`, if sends may wait for each other; `max_udp_payload_bytes` is what the endpoint
-    /// announces; `polled` is the same socket, if it is to be looked at without sleeping.
+    /// `max_udp_payload_bytes` is what the endpoint announces; `polled` is the same socket, if it is to be looked at
+    /// without sleeping.
     pub(crate) fn new(
         inner: Arc<dyn AsyncUdpSocket>,
-        batch: Option<Arc<SendBatch>>,
         max_udp_payload_bytes: u16,
         polled: Option<PolledSocket>,
     ) -> Self {
@@ -55,7 +50,6 @@ impl SegmentedSocket {
         let num_receive_segments = inner.max_receive_segments().min(num_segments);
         Self {
             inner,
-            batch,
             num_receive_segments,
             segment_bytes: AtomicUsize::new(0),
             received_bytes: AtomicUsize::new(0),
@@ -65,26 +59,19 @@ impl SegmentedSocket {
 
     /// If the socket is full before the last part, the whole is sent again later; the receiver drops duplicates.
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let Some(segment_bytes) = transmit.segment_size else { return self.send_part(transmit) };
+        let Some(segment_bytes) = transmit.segment_size else { return self.inner.try_send(transmit) };
         // One at a time would go unnoticed, and stay when another path's are small.
         if 2 * segment_bytes <= SEND_BYTES_MAX {
             self.segment_bytes.store(segment_bytes, Ordering::Relaxed);
         }
         if transmit.contents.len() <= SEND_BYTES_MAX {
-            return self.send_part(transmit);
+            return self.inner.try_send(transmit);
         }
         for contents in transmit.contents.chunks(part_bytes(transmit.contents.len(), segment_bytes)) {
             let segment_size = Some(segment_bytes).filter(|bytes| *bytes < contents.len());
-            self.send_part(&Transmit { contents, segment_size, ..*transmit })?;
+            self.inner.try_send(&Transmit { contents, segment_size, ..*transmit })?;
         }
         Ok(())
-    }
-
-    fn send_part(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        match &self.batch {
-            Some(batch) => batch.send(transmit),
-            None => self.inner.try_send(transmit),
-        }
     }
 }
 

@@ -26,7 +26,6 @@ use crate::congestion;
 use crate::kv_threads::QuicOn;
 use crate::limits::FabricLimits;
 use crate::segments::{SEND_BYTES_MAX, SegmentedSocket};
-use crate::send_batch::SendBatch;
 
 /// Largest UDP payload over IPv4; over IPv6 20 bytes more would fit.
 const DATAGRAM_BYTES_MAX: u16 = 65_507;
@@ -126,8 +125,7 @@ pub(crate) fn bind(
     let polled = another.transpose()?;
     let runtime = Arc::new(QuicOn(threads.clone()));
     let inner = runtime.wrap_udp_socket(socket)?;
-    let batch = (traffic == Traffic::Bulk).then(|| SendBatch::new(inner.clone(), threads.clone()));
-    let socket = Arc::new(SegmentedSocket::new(inner, batch, max_payload, polled));
+    let socket = Arc::new(SegmentedSocket::new(inner, max_payload, polled));
     let endpoint = Endpoint::new_with_abstract_socket(config, server, socket, runtime)?;
     Ok(Socket { endpoint, traffic, path, buffer_bytes })
 }
