@@ -709,7 +709,7 @@ async fn token_works_for_the_same_user_only() {
     let cluster = Cluster::new();
     let pool = FilePool::new(1);
     let (prefill, connection, registration) = registered(&cluster, "users", &pool, Duration::from_secs(30)).await;
-    let shown = registration.clone();
+    let shown = registration;
     let Some(stream) = as_other_user(move || {
         use std::os::linux::net::SocketAddrExt as _;
         let name = socket_name(&shown);
