@@ -18,6 +18,7 @@ use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
 use crate::stream::{ControlReceiver, ControlSender, RecvError, StreamCode};
+use crate::transfer::stripes::GroupHolds;
 use crate::transfer::{bulk, pull};
 use crate::versions;
 
@@ -59,47 +60,68 @@ pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
 }
 
 /// Connections of one kind of traffic that may be here at a time, over whatever socket they came. Cheap to clone.
+///
+/// Whoever has not said hello yet has none of the peers' places: which it would need is not known before. A peer has
+/// one, with all of its bulk connections, as many as there may be to [one peer](FabricLimits::num_stripes_max).
 #[derive(Clone)]
 pub(crate) struct Places {
-    all: Arc<Semaphore>,
-    /// Of those that have not said hello yet.
+    peers: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
+    num_max: usize,
 }
 
 impl Places {
     pub(crate) fn new(limits: &FabricLimits) -> Self {
-        let [all, strangers] = [(); 2].map(|()| Arc::new(Semaphore::new(limits.num_connections_max)));
-        Self { all, strangers }
+        let num_max = limits.num_connections_max;
+        let [peers, strangers] = [(); 2].map(|()| Arc::new(Semaphore::new(num_max)));
+        Self { peers, strangers, num_max }
+    }
+
+    /// A place to say hello from, if there is one for what may be said. A full node still hears a few at a time who may
+    /// join a peer that is here.
+    fn of_stranger(&self, traffic: Traffic) -> Option<OwnedSemaphorePermit> {
+        let may_join = traffic == Traffic::Bulk && self.num_strangers() < NUM_UNPROVEN_MAX;
+        let has_room = self.peers.available_permits() > 0 || may_join;
+        self.strangers.clone().try_acquire_owned().ok().filter(|_| has_room)
+    }
+
+    fn num_strangers(&self) -> usize {
+        self.num_max - self.strangers.available_permits()
+    }
+
+    /// # Errors
+    /// A sentence: all are taken.
+    fn of_peer(&self) -> Result<OwnedSemaphorePermit, String> {
+        let place = self.peers.clone().try_acquire_owned();
+        place.map_err(|_| format!("{} connections are as many as this node takes", self.num_max))
     }
 }
 
 /// Accepts connections until the endpoint is closed.
 pub(crate) async fn connections(
     shared: Arc<Shared>,
-    (socket, Places { all: places, strangers }): (Socket, Places),
+    (socket, places): (Socket, Places),
     waiting: mpsc::Sender<IncomingStream>,
 ) {
     while let Some(incoming) = socket.endpoint.accept().await {
-        let num_strangers = shared.limits.num_connections_max - strangers.available_permits();
-        if num_strangers >= NUM_UNPROVEN_MAX && incoming.may_retry() {
+        if places.num_strangers() >= NUM_UNPROVEN_MAX && incoming.may_retry() {
             // Fails only for a connection that may not be retried.
             let _ = incoming.retry();
             continue;
         }
-        let (Ok(place), Ok(stranger)) = (places.clone().try_acquire_owned(), strangers.clone().try_acquire_owned())
-        else {
+        let Some(stranger) = places.of_stranger(socket.traffic) else {
             shared.ledger.count_refused_connection("too_many");
             tell_refusal(&shared, incoming.remote_address(), socket.traffic, "too many connections");
             incoming.refuse();
             continue;
         };
         let (task_shared, socket, waiting) = (shared.clone(), socket.clone(), waiting.clone());
+        let places = (stranger, places.clone());
         shared.spawn(async move {
             match socket.traffic {
-                Traffic::Control => serve_control(task_shared, &socket, incoming, stranger, waiting).await,
-                Traffic::Bulk => serve_bulk(task_shared, &socket, incoming, stranger).await,
+                Traffic::Control => serve_control(task_shared, &socket, incoming, places, waiting).await,
+                Traffic::Bulk => serve_bulk(task_shared, &socket, incoming, places).await,
             }
-            drop(place);
         });
     }
 }
@@ -138,12 +160,15 @@ async fn serve_control(
     shared: Arc<Shared>,
     socket: &Socket,
     incoming: Incoming,
-    stranger: OwnedSemaphorePermit,
+    (stranger, places): (OwnedSemaphorePermit, Places),
     waiting: mpsc::Sender<IncomingStream>,
 ) {
-    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, |_, _, _| Ok(None)).await else {
-        return;
+    let mut place = None;
+    let register = |_: &_, _: &_, _| {
+        place = Some(places.of_peer()?);
+        Ok(None)
     };
+    let Some((connection, version, peer)) = welcome(&shared, socket, incoming, register).await else { return };
     drop(stranger);
     tracing::debug!(peer = %peer.node, role = %peer.role, version, remote = %connection.remote_address(), "accepted a link");
     let link = shared.link(connection.clone(), version, peer);
@@ -161,6 +186,7 @@ async fn serve_control(
         }
     };
     tracing::debug!(peer = %link.peer().node, %reason, "a link ended");
+    drop(place);
 }
 
 /// Reads the first frame of a stream and hands the stream on.
@@ -198,7 +224,12 @@ async fn serve_stream(
     }
 }
 
-async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, stranger: OwnedSemaphorePermit) {
+async fn serve_bulk(
+    shared: Arc<Shared>,
+    socket: &Socket,
+    incoming: Incoming,
+    (stranger, places): (OwnedSemaphorePermit, Places),
+) {
     // The registration is valid as long as the connection.
     let (mut open_registration, mut joined) = (None, None);
     let register = |connection: &Connection, peer: &Hello, group: BulkGroup| {
@@ -207,10 +238,12 @@ async fn serve_bulk(shared: Arc<Shared>, socket: &Socket, incoming: Incoming, st
             joined = Some((senders.join(peer, group, connection, with)?, None));
             return Ok(None);
         }
+        let place = places.of_peer()?;
         // Without a share KV can still be sent to the peer; it is not asked for any.
         let window = shared.receive_windows.clone().try_acquire_owned().ok();
+        let holds = GroupHolds::new(Some(place), window);
         let (stripes, transport) =
-            senders.insert(peer, group, connection, (window, shared.limits.num_stripes_max()), with)?;
+            senders.insert(peer, group, connection, (holds, shared.limits.num_stripes_max()), with)?;
         joined = Some((stripes, Some(transport.clone())));
         Ok(shared.registrar.as_ref().map(|registrar| {
             let (registration, open) = registrar.register(transport);

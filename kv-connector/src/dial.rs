@@ -21,7 +21,7 @@ use crate::transfer::LandingZone;
 use crate::transfer::bulk::{BulkReceiver, PeerTransport};
 use crate::transfer::pull::{self, AttachError, PulledPool, Puller};
 use crate::transfer::shm::Attached;
-use crate::transfer::stripes::Stripes;
+use crate::transfer::stripes::{GroupHolds, Stripes};
 use crate::versions;
 
 /// A link that could not be made.
@@ -191,7 +191,8 @@ impl Fabric {
             connection.set_receive_window(socket.receive_window(&self.shared.limits, addr, num_connections));
             connection.set_send_window(Socket::send_window(&self.shared.limits, num_connections));
         }
-        let stripes = Stripes::new(group, usize::from(num_connections), Some(window), &self.shared.ledger);
+        let holds = GroupHolds::new(None, Some(window));
+        let stripes = Stripes::new(group, usize::from(num_connections), holds, &self.shared.ledger);
         let transport = PeerTransport::new(&connection, &self.shared.ledger, None);
         stripes.add(Some(0), transport, &self.shared.tasks).expect("a new group has room for its first connection");
         let held = self.shared.ledger.hold(Kind::Connection(Traffic::Bulk));

@@ -21,6 +21,7 @@ use kv_connector::{CloseReason, Fabric, Link};
 use quinn::Connection;
 use support::file_pool::{FilePool, scattered};
 use support::one_core::use_one_core;
+use support::other_user::as_other_user;
 use support::raw::{ALPN_BULK, ALPN_CONTROL, Raw, greet, welcome, welcome_with};
 use support::values::Values;
 use support::{Cluster, GRANULE_BYTES, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
@@ -698,6 +699,39 @@ async fn token_works_once_and_for_as_long_as_its_connection() {
     eventually("it is given up", || refused("stalled") == 2).await;
     drop((silent, kept, connection));
     eventually("it is forgotten", || prefill.accounting().registrations == 0).await;
+    assert_nothing_left([prefill]).await;
+}
+
+#[tokio::test]
+async fn token_works_for_the_same_user_only() {
+    let values = Values::install();
+    let refused = |reason: &str| values.count(&format!("tandem_refused_connections_total p-users shm_{reason}"));
+    let cluster = Cluster::new();
+    let pool = FilePool::new(1);
+    let (prefill, connection, registration) = registered(&cluster, "users", &pool, Duration::from_secs(30)).await;
+    let shown = registration;
+    let Some(stream) = as_other_user(move || {
+        use std::os::linux::net::SocketAddrExt as _;
+        let name = socket_name(&shown);
+        let addr = std::os::unix::net::SocketAddr::from_abstract_name(&name.as_bytes()[1..]).unwrap();
+        // Who connects is who called `connect`.
+        let stream = std::os::unix::net::UnixStream::connect_addr(&addr).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        stream
+    }) else {
+        println!("SKIPPED: to be another user, this test must be run as root");
+        return;
+    };
+    let mut stream = UnixStream::from_std(stream).unwrap();
+    // It may be closed before that.
+    let _ = stream.write_all(&registration.token.to_le_bytes()).await;
+    assert!(soon("the end", stream.read_u8()).await.is_err(), "another user got the pool");
+    eventually("it is counted", || refused("user") == 1).await;
+    assert_eq!((refused("token"), prefill.accounting().registrations), (0, 1));
+    // Nor did it use the token up.
+    let (kept, answer) = show(&registration, registration.token).await;
+    assert_eq!(answer, Some(0));
+    drop((kept, stream, connection));
     assert_nothing_left([prefill]).await;
 }
 

@@ -11,6 +11,7 @@ use common::ids::{BlockId, Epoch, Role};
 use common::wire::{BulkGroup, HelloBulk, HelloReply, Open};
 use kv_connector::transfer::{BulkReceiver, BulkSender, LandingEvent, LandingZone};
 use kv_connector::{BindError, DialError, Fabric, FabricConfig, Link};
+use quinn::Connection;
 use support::file_pool::FilePool;
 use support::raw::{Raw, frame, read_frame};
 use support::relay::{Relay, WayFault};
@@ -41,7 +42,15 @@ async fn all_are_there(bulk: &BulkReceiver) {
 }
 
 impl Pair {
+    /// All connections are there.
     async fn new(idle_timeout: Duration) -> Self {
+        let pair = Self::with_ways(idle_timeout, NUM_CONNECTIONS).await;
+        all_are_there(&pair.bulk).await;
+        pair
+    }
+
+    /// The first `num_ways` are there, or will be in a moment; nobody reaches the other end by the others.
+    async fn with_ways(idle_timeout: Duration, num_ways: usize) -> Self {
         let cluster = Cluster::new();
         let [prefill, decode] = [("p0", Role::PrefillNode), ("d0", Role::DecodeNode)].map(|(name, role)| {
             let mut config = striped(cluster.config(name, role));
@@ -50,9 +59,9 @@ impl Pair {
             Fabric::bind(config).unwrap()
         });
         let relay = Relay::before(&prefill, 65_507).await;
+        relay.hold_ways_from(num_ways);
         let link = soon("dial", decode.dial(relay.control(), Role::PrefillNode, None)).await.unwrap();
         let bulk = soon("bulk", decode.connect_bulk(&link, &decode.landing_zone())).await.unwrap();
-        all_are_there(&bulk).await;
         let sender = prefill.bulk_to(&node("d0"), Epoch(11)).unwrap();
         Self { prefill, decode, relay, link, bulk, sender }
     }
@@ -68,6 +77,17 @@ impl Pair {
 /// Hands a job over in extents of 128 tokens, all begun at once, and checks every byte of it: nothing is refused,
 /// nothing is missing. `is_in_place`: sent from where it lies in a pool, not copied first.
 async fn hand_over(sender: &BulkSender, zone: &LandingZone, request: u128, is_in_place: bool) {
+    hand_over_while(sender, zone, request, is_in_place, async |_| {}).await;
+}
+
+/// As [`hand_over`], with something that happens when all sends, of which it hears the number, have begun.
+async fn hand_over_while(
+    sender: &BulkSender,
+    zone: &LandingZone,
+    request: u128,
+    is_in_place: bool,
+    meanwhile: impl AsyncFnOnce(usize),
+) {
     let job = Job::new(request, 4096, 0, 0);
     let (pool, memory) = (FilePool::new(job.blocks.len()), TestMemory::new(job.blocks.len()));
     let (landing, mut events) = zone.open(job.plan(&memory));
@@ -78,6 +98,7 @@ async fn hand_over(sender: &BulkSender, zone: &LandingZone, request: u128, is_in
         let payload = if is_in_place { payload } else { payload.into_bytes().into() };
         sends.spawn(async move { sender.send_extent(&header, payload).await });
     }
+    meanwhile(sends.len()).await;
     while let Some(sent) = soon("a send ends", sends.join_next()).await {
         sent.unwrap().unwrap();
     }
@@ -179,6 +200,31 @@ async fn what_has_arrived_and_comes_again_is_no_error() {
     lose_one(WayFault { after_bytes: 0, size_max_to: 65_507, size_max_from: 0 }, true).await;
 }
 
+/// What was begun when there was one connection goes over those that have joined it since.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn extents_that_were_begun_before_others_joined_outlive_the_first_connection() {
+    for is_in_place in [true, false] {
+        let pair = Pair::with_ways(IDLE, 1).await;
+        // Enough to be known as alive, and to acknowledge; no KV.
+        pair.relay.set_fault(0, Some(WayFault { after_bytes: 0, size_max_to: 200, size_max_from: 65_507 }));
+        let (num_open, zone) = (|| pair.prefill.accounting().open_bulk_streams, pair.decode.landing_zone());
+        hand_over_while(&pair.sender, &zone, 1, is_in_place, async |num_sends| {
+            eventually("all are on the way", || num_open() == num_sends).await;
+            assert_eq!(pair.bulk.num_connections(), 1);
+            eventually("others are dialled", || pair.relay.bulk_bytes().len() == NUM_CONNECTIONS).await;
+            for number in 1..NUM_CONNECTIONS {
+                pair.relay.set_fault(number, None);
+            }
+            all_are_there(&pair.bulk).await;
+            assert_eq!(num_open(), num_sends, "what has not arrived is still being sent");
+            pair.relay.set_fault(0, Some(WayFault { after_bytes: 0, size_max_to: 0, size_max_from: 0 }));
+        })
+        .await;
+        assert!(!pair.bulk.is_closed() && !pair.sender.is_closed());
+        pair.close().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn with_the_last_connection_the_pair_is_lost_as_ever() {
     let pair = Pair::new(IDLE).await;
@@ -201,23 +247,91 @@ async fn with_the_last_connection_the_pair_is_lost_as_ever() {
     pair.close().await;
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn connections_beyond_those_announced_and_of_no_group_are_refused_in_words() {
-    let cluster = Cluster::new();
-    let prefill = Fabric::bind(striped(cluster.config("p0", Role::PrefillNode))).unwrap();
-    let raw = Raw::new(&cluster, "d0", Role::DecodeNode);
-    let dial = async |id: u64, num_connections: u16, joins: bool| {
+/// A node that says what it likes of its bulk connections.
+struct RawPeer {
+    name: &'static str,
+    raw: Raw,
+}
+
+impl RawPeer {
+    fn new(cluster: &Cluster, name: &'static str) -> Self {
+        Self { name, raw: Raw::new(cluster, name, Role::DecodeNode) }
+    }
+
+    /// A bulk connection, and what is said to it.
+    async fn dial(&self, prefill: &Fabric, group: BulkGroup) -> (Connection, Result<(), String>) {
         let addr = prefill.bulk_addr().unwrap();
-        let connection = raw.dial(addr, Role::PrefillNode, b"tandem-bulk/2").await.unwrap();
+        let connection = self.raw.dial(addr, Role::PrefillNode, b"tandem-bulk/2").await.unwrap();
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
-        let group = BulkGroup { id, num_connections, joins };
-        let hello = HelloBulk { hello: hello("d0", Role::DecodeNode), group };
+        let hello = HelloBulk { hello: hello(self.name, Role::DecodeNode), group };
         send.write_all(&frame(&Open::HelloBulk(Box::new(hello)))).await.unwrap();
         let reply = match read_frame(&mut recv).await {
             HelloReply::Welcome { .. } => Ok(()),
             HelloReply::Refused { reason } => Err(reason),
         };
         (connection, reply)
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_that_join_belong_to_the_place_of_their_peer() {
+    const NUM_PEERS: usize = 4;
+    let cluster = Cluster::new();
+    let mut config = striped(cluster.config("p0", Role::PrefillNode));
+    config.limits.num_connections_max = NUM_PEERS;
+    let prefill = Fabric::bind(config).unwrap();
+    let num_connections = || prefill.accounting().connections;
+    let group = |id: u64, joins: bool| BulkGroup { id, num_connections: 3, joins };
+    let mut peers = Vec::new();
+    for (id, name) in ["d0", "d1", "d2", "d3"].into_iter().enumerate() {
+        let peer = RawPeer::new(&cluster, name);
+        // Before there are as many peers as there may be, as behind it, a join takes nobody's place.
+        let mut held = Vec::new();
+        for joins in [false, true] {
+            let (connection, reply) = peer.dial(&prefill, group(id as u64, joins)).await;
+            assert_eq!(reply, Ok(()), "{name}");
+            held.push(connection);
+        }
+        peers.push((peer, held));
+    }
+    let one_too_many = RawPeer::new(&cluster, "d4");
+    let is_refused = async || match one_too_many.dial(&prefill, group(9, false)).await.1 {
+        Err(reason) => {
+            assert_eq!(reason, "4 connections are as many as this node takes");
+            true
+        }
+        Ok(()) => false,
+    };
+    assert!(is_refused().await);
+    for (id, (peer, held)) in peers.iter_mut().enumerate() {
+        let (connection, reply) = peer.dial(&prefill, group(id as u64, true)).await;
+        assert_eq!(reply, Ok(()), "the node is full of peers, not of their connections");
+        held.push(connection);
+    }
+    let (_, reply) = peers[0].0.dial(&prefill, group(0, true)).await;
+    assert_eq!(reply.unwrap_err(), "there are 3 bulk connections already, and no more may join them");
+    eventually("refused ones are gone", || num_connections() == 3 * NUM_PEERS).await;
+
+    // The place is the peer's until its last connection has ended, whichever came first.
+    for num_left in [2, 1] {
+        peers[0].1.remove(0).close(0u32.into(), b"");
+        eventually("it is gone", || num_connections() == 3 * (NUM_PEERS - 1) + num_left).await;
+        assert!(is_refused().await);
+    }
+    peers[0].1.remove(0).close(0u32.into(), b"");
+    eventually("it is gone", || num_connections() == 3 * (NUM_PEERS - 1)).await;
+    assert!(!is_refused().await, "the place is free");
+    drop(peers);
+    assert_nothing_left([prefill]).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn connections_beyond_those_announced_and_of_no_group_are_refused_in_words() {
+    let cluster = Cluster::new();
+    let prefill = Fabric::bind(striped(cluster.config("p0", Role::PrefillNode))).unwrap();
+    let peer = RawPeer::new(&cluster, "d0");
+    let dial = async |id: u64, num_connections: u16, joins: bool| {
+        peer.dial(&prefill, BulkGroup { id, num_connections, joins }).await
     };
     let (_first, reply) = dial(7, 2, false).await;
     assert_eq!(reply, Ok(()));

@@ -13,10 +13,12 @@
 //! - single losses change nothing, where the draft lets each take a little.
 //!
 //! ```text
+//!                                                        +------------------no bound left--------+
+//!                                                        v                                       |
 //! Startup --full, or too much lost--> Drain --drained--> Cruise --bounded, and a probe is due--> Up
 //!                                                        ^  |                                    |
-//!                                                  seen  |  | due               too much lost,   |
-//!                                                        |  v                 or no bound left   |
+//!                                                  seen  |  | due                                | too much lost
+//!                                                        |  v                                    |
 //!                                                        Down <----------------------------------+
 //! ```
 //!
@@ -47,8 +49,11 @@ const NUM_FULL_ROUNDS: u32 = 3;
 const GROWTH: f64 = 1.25;
 /// To drain a queue takes a round trip; more only where the rate was overestimated.
 const NUM_DRAIN_ROUNDS: u64 = 3;
-/// Between probes beyond a bound, whichever is first. The draft's: after so many rounds Reno would probe, too.
+/// Between probes beyond a bound, whichever is first. The draft's: Reno would win back what it gave up in as many rounds
+/// as it has datagrams on the way, or in so many. So who was left little asks sooner than who has much.
 const PROBE_ROUNDS: u64 = 62;
+/// Not more often, or probing loses more than the rest.
+const PROBE_ROUNDS_MIN: u64 = 24;
 const PROBE_PERIOD: Duration = Duration::from_secs(2);
 /// How long the queue is kept empty, so that those who join in see it empty too.
 const NUM_DOWN_ROUNDS: u64 = 2;
@@ -271,13 +276,15 @@ impl Bbr {
             }
             Phase::Cruise { since_round, since } if is_round => {
                 // Connections that began together do not probe together.
-                let num_rounds = PROBE_ROUNDS - self.deliveries.delivered_bytes() / self.datagram_bytes % 16;
+                let num_datagrams = self.window_bytes / self.datagram_bytes.max(1);
+                let num_rounds = num_datagrams.clamp(PROBE_ROUNDS_MIN, PROBE_ROUNDS)
+                    - self.deliveries.delivered_bytes() / self.datagram_bytes % 16;
                 let is_probe_due = self.round >= since_round + num_rounds || now.duration_since(since) >= PROBE_PERIOD;
                 if self.bound_bytes.is_some() && is_probe_due {
                     self.phase = Phase::Up { num_rounds: 0 };
                 }
             }
-            Phase::Up { num_rounds } if is_round && !sample.is_app_limited => self.raise_bound(num_rounds),
+            Phase::Up { num_rounds } if is_round && !sample.is_app_limited => self.raise_bound(num_rounds, cruise),
             Phase::Down { num_rounds: None } if in_flight_bytes <= self.down_bytes() => {
                 self.round_ends_at_bytes = self.deliveries.delivered_bytes();
                 self.phase = Phase::Down { num_rounds: Some(0) };
@@ -307,13 +314,15 @@ impl Bbr {
         (self.round_trip() * DOWN_ROUND_TRIPS).min(DOWN_PERIOD_MAX)
     }
 
-    /// Twice as many datagrams more each round, until the bound is none any more.
-    fn raise_bound(&mut self, num_rounds: u32) {
+    /// Twice as many datagrams more each round, until the bound is none any more, and it is back to `cruise`.
+    fn raise_bound(&mut self, num_rounds: u32, cruise: Phase) {
         let Some(bound) = self.bound_bytes else { return };
         let raised = bound + (self.datagram_bytes << num_rounds.min(16));
         if raised >= self.cruise_bytes() {
+            // Nothing was lost, so there is no queue to empty. Whoever did would leave the link to those who do not, and
+            // come back to a full one.
             self.bound_bytes = None;
-            self.phase = Phase::Down { num_rounds: None };
+            self.phase = cruise;
         } else {
             self.bound_bytes = Some(raised);
             self.phase = Phase::Up { num_rounds: num_rounds + 1 };

@@ -15,7 +15,7 @@ use dashmap::DashMap;
 use quinn::Connection;
 use tokio::net::UnixStream;
 use tokio::runtime::Handle;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 
 use crate::accounting::{Carrier, Held, Kind, Ledger};
@@ -25,7 +25,7 @@ use crate::socket::Traffic;
 use crate::transfer::pull::{self, Posted};
 use crate::transfer::quic::{self, QuicTransport};
 use crate::transfer::shm::{self, Attached, Outbox};
-use crate::transfer::stripes::Stripes;
+use crate::transfer::stripes::{GroupHolds, Stripes};
 use crate::transfer::{
     Arriving, ExtentEnd, ExtentSends, LandingZone, Payload, RefusedExtent, SendExtentError, Transport, TransportLayer,
     UnsealedExtent, payload::PoolExtent,
@@ -130,20 +130,20 @@ impl BulkSenders {
     }
 
     /// A connection begins a group, which takes the place of an older one of the same life. What arrives over it is
-    /// read if there is a `window` for it; it has `num_stripes_max` connections at most.
+    /// read if it holds a window; it has `num_stripes_max` connections at most.
     pub(crate) fn insert(
         &self,
         peer: &Hello,
         group: BulkGroup,
         connection: &Connection,
-        (window, num_stripes_max): (Option<OwnedSemaphorePermit>, u16),
+        (holds, num_stripes_max): (GroupHolds, u16),
         (ledger, tasks): (&Arc<Ledger>, &TaskTracker),
     ) -> Result<(Arc<Stripes>, Arc<PeerTransport>), String> {
         // A connection that broke during its hello was never removed.
         self.senders.retain(|_, entry| !entry.sender.is_closed());
-        let is_receiving = window.is_some();
+        let is_receiving = holds.has_window();
         let num_max = group.num_connections.clamp(1, num_stripes_max);
-        let stripes = Stripes::new(group, usize::from(num_max), window, ledger);
+        let stripes = Stripes::new(group, usize::from(num_max), holds, ledger);
         let transport = PeerTransport::new(connection, ledger, self.shared_memory.clone());
         stripes.add(None, transport.clone(), tasks)?;
         let entry = Entry { stripes: stripes.clone(), sender: self.over(&stripes), is_receiving };

@@ -52,8 +52,26 @@ struct Open {
     /// Takes no further ones.
     is_closing: bool,
     num_sealing: usize,
-    /// The group's share of the receive memory, if there was one.
-    _window: Option<OwnedSemaphorePermit>,
+    holds: GroupHolds,
+}
+
+/// What a group has of its node's bounds, until its last connection has ended: what one connection would have.
+#[derive(Default)]
+pub(crate) struct GroupHolds {
+    _place: Option<OwnedSemaphorePermit>,
+    window: Option<OwnedSemaphorePermit>,
+}
+
+impl GroupHolds {
+    /// `place` is one among the connections that a node accepts, none where this node has dialled; `window` a share of
+    /// the receive memory, if there was one.
+    pub(crate) fn new(place: Option<OwnedSemaphorePermit>, window: Option<OwnedSemaphorePermit>) -> Self {
+        Self { _place: place, window }
+    }
+
+    pub(crate) fn has_window(&self) -> bool {
+        self.window.is_some()
+    }
 }
 
 /// One connection of a group.
@@ -92,14 +110,9 @@ impl Drop for Leaving {
 
 impl Stripes {
     /// A group without a connection, of `num_max` at most.
-    pub(crate) fn new(
-        group: BulkGroup,
-        num_max: usize,
-        window: Option<OwnedSemaphorePermit>,
-        ledger: &Arc<Ledger>,
-    ) -> Arc<Self> {
-        let has_window = window.is_some();
-        let open = Open { stripes: Vec::new(), is_closing: false, num_sealing: 1, _window: window };
+    pub(crate) fn new(group: BulkGroup, num_max: usize, holds: GroupHolds, ledger: &Arc<Ledger>) -> Arc<Self> {
+        let has_window = holds.has_window();
+        let open = Open { stripes: Vec::new(), is_closing: false, num_sealing: 1, holds };
         Arc::new(Self {
             group,
             num_max,
@@ -180,7 +193,7 @@ impl Stripes {
         self.lost.notify_one();
         if open.stripes.is_empty() {
             open.is_closing = true;
-            open._window = None;
+            open.holds = GroupHolds::default();
             drop(open);
             self.end.tell(reason.clone());
         } else if !open.is_closing {

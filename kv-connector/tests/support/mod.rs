@@ -5,6 +5,7 @@ pub mod device;
 pub mod file_pool;
 pub mod nixl;
 pub mod one_core;
+pub mod other_user;
 pub mod process;
 pub mod raw;
 pub mod relay;

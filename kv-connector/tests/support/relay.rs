@@ -23,9 +23,17 @@ struct Rule {
     lost_every: AtomicUsize,
     num_seen: AtomicUsize,
     num_dropped: AtomicUsize,
+    /// Ways of bulk connections from this number on carry nothing, until they are mended.
+    num_ways_whole: AtomicUsize,
 }
 
 impl Rule {
+    /// Of the next connection's way, if it is broken from the first.
+    fn fault_of_way(&self, number: usize) -> Option<WayFault> {
+        let is_whole = number < self.num_ways_whole.load(Ordering::SeqCst);
+        (!is_whole).then_some(WayFault { after_bytes: 0, size_max_to: 0, size_max_from: 0 })
+    }
+
     fn carries(&self, num_bytes: usize) -> bool {
         let number = self.num_seen.fetch_add(1, Ordering::SeqCst);
         let lost_every = self.lost_every.load(Ordering::SeqCst);
@@ -54,6 +62,7 @@ pub struct WayFault {
     pub size_max_from: usize,
 }
 
+/// By the order in which they were dialled.
 type Ways = Arc<Mutex<Vec<Way>>>;
 
 /// Whether datagrams of that size get through to the dialler, or from it.
@@ -78,7 +87,8 @@ pub struct Relay {
 impl Relay {
     /// In front of both ports of `fabric`.
     pub async fn before(fabric: &Fabric, size_max: usize) -> Self {
-        let rule = Arc::new(Rule { size_max: size_max.into(), ..Rule::default() });
+        let rule = Rule { size_max: size_max.into(), num_ways_whole: usize::MAX.into(), ..Rule::default() };
+        let rule = Arc::new(rule);
         let control = SocketAddr::from((NEAR, fabric.local_addr().port()));
         let mut tasks = JoinSet::new();
         let bulk = Ways::default();
@@ -113,6 +123,11 @@ impl Relay {
         self.bulk.lock().unwrap().iter().map(|way| way.num_bytes).collect()
     }
 
+    /// Ways of bulk connections that are dialled behind the first so many carry nothing, until they are mended.
+    pub fn hold_ways_from(&self, number: usize) {
+        self.rule.num_ways_whole.store(number, Ordering::SeqCst);
+    }
+
     /// Lets the way of a bulk connection, by the order in which they were dialled, break as from now; or mends it.
     pub fn set_fault(&self, number: usize, fault: Option<WayFault>) {
         let way = &mut self.bulk.lock().unwrap()[number];
@@ -139,7 +154,7 @@ async fn forward(near: Arc<UdpSocket>, far: SocketAddr, rule: Arc<Rule>, ways: W
             let socket = Arc::new(bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))));
             socket.connect(far).await.unwrap();
             let number = onward.len();
-            ways.lock().unwrap().push(Way::default());
+            ways.lock().unwrap().push(Way { num_bytes: 0, fault: rule.fault_of_way(number) });
             tasks.spawn(back((number, socket.clone()), (near.clone(), dialler), rule.clone(), ways.clone()));
             onward.insert(dialler, (number, socket));
         }

@@ -95,6 +95,26 @@ fn connections_share_a_link_whenever_they_began() {
     assert!(network.overflown() < 0.01, "{}", network.overflown());
 }
 
+/// A queue of twice what the link holds takes what two have on the way, but not what they have once either has thought
+/// the link its own.
+#[test]
+fn two_connections_share_a_link_that_overflows_now_and_then() {
+    for (rounds_between, loss) in [(0, 0.0), (0, 0.001), (100, 0.001)] {
+        let config = LinkConfig { loss, datagram_bytes: 8_950, ..link(4000.0, 1) };
+        let config = LinkConfig { queue_bytes: (2.0 * config.held_bytes()) as u64, ..config };
+        let mut network = Network::new(config);
+        add(&mut network, config, ENDLESS);
+        network.run(config.rtt * rounds_between);
+        add(&mut network, config, ENDLESS);
+        network.run(config.rtt * 1000);
+        for _ in 0..6 {
+            let shares = network.run(config.rtt * 500);
+            assert!(shares.iter().all(|share| (0.3..0.7).contains(share)), "{shares:?} with {rounds_between}, {loss}");
+        }
+        assert!(network.overflown() < 0.02, "{} with {rounds_between}, {loss}", network.overflown());
+    }
+}
+
 #[test]
 fn neither_it_nor_cubic_starves_beside_the_other() {
     for (queue, most) in [(0.5, 0.8), (1.0, 0.8), (4.0, 0.7)] {

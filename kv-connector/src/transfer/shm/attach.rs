@@ -106,7 +106,7 @@ mod tests {
     use tokio::net::UnixListener;
 
     use crate::tls;
-    use crate::transfer::shm::memory::{sealed_file, send_file};
+    use crate::transfer::shm::memory::{as_other_user, sealed_file, send_file};
 
     const DEADLINE: Duration = Duration::from_millis(200);
 
@@ -158,6 +158,44 @@ mod tests {
         for (index, (file, num_bytes)) in cases.into_iter().enumerate() {
             assert!(matches!(attached(file, num_bytes, true).await, Err(AttachError::Failed(_))), "case {index}");
         }
+    }
+
+    /// Its memory would be in the hands of whoever took the name of the sender's socket first.
+    #[tokio::test]
+    async fn memory_of_another_user_is_not_taken() {
+        let registration = Registration { socket: tls::random(), token: 5, num_bytes: 8192 };
+        let name = socket_name(registration.socket);
+        // Who listens is who called `listen`.
+        let Some(listener) = as_other_user(move || {
+            use std::os::linux::net::SocketAddrExt as _;
+            use std::os::unix::net::{SocketAddr, UnixListener};
+            let addr = SocketAddr::from_abstract_name(&name.as_bytes()[1..]).unwrap();
+            let listener = UnixListener::bind_addr(&addr).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            listener
+        }) else {
+            println!("SKIPPED: to be another user, this test must be run as root");
+            return;
+        };
+        let listener = UnixListener::from_std(listener).unwrap();
+        let serving = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            // All that would be needed, unless the other end has gone by then.
+            let _ = send_file(stream.as_fd(), sealed_file(8192, libc::F_SEAL_SHRINK).as_fd());
+            let _ = stream.write_all(&[ATTACHED]).await;
+            let mut told = Vec::new();
+            let _ = stream.read_to_end(&mut told).await;
+            told
+        });
+        let ledger = Ledger::new(Role::DecodeNode, "d0");
+        let attached = Attached::attach(&registration, Duration::from_secs(30), &ledger).await;
+        let ours = own_user();
+        assert!(
+            matches!(attached, Err(AttachError::OtherUser { theirs: 65_534, ours: found }) if found == ours),
+            "{:?}",
+            attached.err()
+        );
+        assert_eq!(serving.await.unwrap(), [0; 0], "it was told a secret");
     }
 
     #[tokio::test]
