@@ -20,7 +20,7 @@ use crate::socket::Traffic;
 use crate::transfer::bulk::ReceiveContext;
 use crate::transfer::places::posted_runs;
 use crate::transfer::{Arriving, RefusedExtent};
-use crate::turn_end::{self, AtTurnEnd};
+use crate::turn_end;
 use crate::turns;
 
 /// Copied and hashed at a time: stays in the second-level cache, takes some 20 microseconds, and
@@ -29,7 +29,7 @@ const SLICE_BYTES: usize = 64 << 10;
 
 /// From one sender whose pool is mapped.
 struct Inbox {
-    mailbox: Mailbox,
+    mailbox: Arc<Mailbox>,
     mapping: Mapping,
     context: Arc<ReceiveContext>,
     /// What is being copied, by id.
@@ -46,7 +46,7 @@ pub(crate) async fn receive(
 ) {
     let Attached { mapping, stream, received } = attached;
     let inbox = Arc::new(Inbox {
-        mailbox: Mailbox::new(stream, &[], UNSENT_ANSWERS_BYTES_MAX, context.activity.as_ref()),
+        mailbox: Arc::new(Mailbox::new(stream, &[], UNSENT_ANSWERS_BYTES_MAX, context.activity.as_ref())),
         mapping,
         context,
         copying: Mutex::default(),
@@ -65,12 +65,6 @@ pub(crate) async fn receive(
             tracing::warn!(%reason, "the socket of a mapped pool is given up, and the bulk connection with it");
         }
         connection.close(CLOSE_DONE, b"the socket of the mapped pool ended");
-    }
-}
-
-impl AtTurnEnd for Inbox {
-    fn on_turn_end(&self) {
-        self.mailbox.post(&[]);
     }
 }
 
@@ -128,7 +122,7 @@ impl Inbox {
         self.copying().remove(&id);
         self.mailbox.put_answer(id, landed.is_ok());
         // With those of others: the sender has as many extents on the way as it wants, and waits for none of them.
-        turn_end::at_turn_end(self);
+        turn_end::at_turn_end(self.mailbox.clone());
     }
 
     async fn land(&self, body: &Bytes, given_up: &CancellationToken) -> Result<(), RefusedExtent> {

@@ -28,6 +28,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Notify;
 
 use crate::busy_poll::{self, Activity};
+use crate::turn_end::AtTurnEnd;
 
 /// Said by the receiver when it has mapped the pool, and by the sender when it knows: its first byte here.
 pub(super) const ATTACHED: u8 = 1;
@@ -86,6 +87,12 @@ pub(super) struct Mailbox {
     /// More than that was to be kept, and is not.
     is_unread: Notify,
     polled: Option<Polled>,
+}
+
+impl AtTurnEnd for Mailbox {
+    fn on_turn_end(&self) {
+        self.post(&[]);
+    }
 }
 
 /// The same socket past the runtime, which knows what the kernel has told it and nothing newer
