@@ -176,11 +176,11 @@ mod tests {
     fn fused_and_plain(
         isa: Isa,
         threads: usize,
-        (rows, head_dim, dtype): (usize, usize, KvDtype),
+        (rows, k, head_dim, dtype): (usize, usize, usize, KvDtype),
     ) -> [(Vec<u32>, Vec<u8>); 2] {
         let pool = WorkerPool::new(threads);
         let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
-        let (k, num_heads, num_kv_heads) = (96, 6, 3);
+        let (num_heads, num_kv_heads) = (6, 3);
         let layout = KvLayout {
             num_layers: 2,
             num_blocks: rows.div_ceil(16) + 1,
@@ -250,18 +250,20 @@ mod tests {
     #[test]
     fn heads_finished_on_the_way_have_the_bits_of_one_operation_after_the_other() {
         // Heads of half a panel, of two to four, and across the borders of panels; rows of several tiles. Granules of
-        // bf16 that lie in one unit are written at once where heads are whole blocks: not those of 20 and 80.
+        // bf16 that lie in one unit are written at once where heads are whole blocks: not those of 20 and 80. At last
+        // two tiles of rows that share a stream of weights.
         let shapes = [
-            (1, 64, KvDtype::Bf16),
-            (3, 16, KvDtype::F32),
-            (40, 20, KvDtype::F32),
-            (40, 20, KvDtype::Bf16),
-            (130, 64, KvDtype::Bf16),
-            (29, 80, KvDtype::F32),
-            (61, 80, KvDtype::Bf16),
-            (70, 96, KvDtype::F32),
-            (61, 96, KvDtype::Bf16),
-            (75, 128, KvDtype::Bf16),
+            (1, 96, 64, KvDtype::Bf16),
+            (3, 96, 16, KvDtype::F32),
+            (40, 96, 20, KvDtype::F32),
+            (40, 96, 20, KvDtype::Bf16),
+            (130, 96, 64, KvDtype::Bf16),
+            (29, 96, 80, KvDtype::F32),
+            (61, 96, 80, KvDtype::Bf16),
+            (70, 96, 96, KvDtype::F32),
+            (61, 96, 96, KvDtype::Bf16),
+            (75, 96, 128, KvDtype::Bf16),
+            (40, 1030, 64, KvDtype::Bf16),
         ];
         for shape in shapes {
             let references = [Isa::PORTABLE, Isa::PORTABLE_TILES].map(|isa| fused_and_plain(isa, 1, shape));

@@ -65,8 +65,7 @@ impl Cut {
         let madds_per_tile = tiles.rows_max() * PANEL * cols;
         let packing = matrix.packing(ctx.isa, num_rows);
         // In units as a single tile has them.
-        let is_shared =
-            packing == Packing::Blocks && matches!(matrix, MatrixRef::Float(_)) && tiles.share_stream(panel_bytes);
+        let is_shared = matrix.shares_stream(ctx.isa, num_rows);
         if tiles.count > 1
             && !is_shared
             && matches!(packing, Packing::Blocks | Packing::QuantizedBlocks(PackedFormat::Int8Row))

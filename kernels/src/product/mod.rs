@@ -76,6 +76,13 @@ impl MatrixRef<'_> {
         }
     }
 
+    /// Whether so many rows are two tiles that weights pass by as [one stream](Tiles::share_stream).
+    fn shares_stream(self, isa: Isa, num_rows: usize) -> bool {
+        matches!(self, MatrixRef::Float(_))
+            && self.packing(isa, num_rows) == Packing::Blocks
+            && Tiles::of(num_rows, self.tile_rows(isa, num_rows)).share_stream(self.panel_bytes())
+    }
+
     fn packing(self, isa: Isa, num_rows: usize) -> Packing {
         match self {
             _ if isa.is_reference() => Packing::Rows,
@@ -137,6 +144,7 @@ pub fn multiply_gated<'o>(
         && num_rows > tile_rows
         && ffn.is_multiple_of(PANEL)
         && !product.add
+        && !gate_up.shares_stream(ctx.isa, num_rows)
         && is_alike(gate_up)
         && down.iter().flatten().all(|matrix| matrix.cols() == ffn && is_alike(*matrix));
     if !is_gated_on_the_way {
@@ -360,8 +368,10 @@ mod tests {
 
     #[test]
     fn rows_gated_behind_their_product_have_the_bits_of_one_operation_after_the_other() {
-        // One tile and several of unequal rows; units of several panels and of one; what is not whole panels.
-        for (m, hidden, ffn) in [(8, 64, 96), (33, 96, 64), (70, 544, 64), (40, 64, 48), (300, 64, 320)] {
+        // One tile and several of unequal rows; units of several panels and of one; what is not whole panels; two tiles
+        // that share a stream of bf16.
+        let shapes = [(8, 64, 96), (33, 96, 64), (70, 544, 64), (40, 64, 48), (300, 64, 320), (40, 1056, 96)];
+        for (m, hidden, ffn) in shapes {
             let of_order = [Order::Pairs, Order::Tiles].map(|order| {
                 let float = |n: usize, k: usize, seed: u64| {
                     PackedMatrix::pack(WeightDtype::Bf16, k, &[Weights::F32(&noise(n * k, seed))])
@@ -391,7 +401,8 @@ mod tests {
                         let mut out = noise(m * 5, 6);
                         let gated = multiply_gated(ctx, &product, &sections, &mut columns);
                         let is_packed = matches!(gated, Operand::Packed(_));
-                        assert_eq!(is_packed, in_tiles && m > 32 && ffn.is_multiple_of(32), "{isa:?} {m} {ffn}");
+                        let is_several = in_tiles && m > 32 && !gate_up.shares_stream(isa, m);
+                        assert_eq!(is_packed, is_several && ffn.is_multiple_of(32), "{isa:?} {m} {ffn}");
                         multiply(ctx, &Product { operand: gated, sections, bias: None, add: true }, &mut out);
 
                         let mut want = noise(m * 5, 6);

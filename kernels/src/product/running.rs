@@ -80,7 +80,8 @@ fn run_with(
         }
         // Far from the caches, stores of tiles take as long as the products: what can be done with them at once does
         // not go there.
-        let in_tiles = tiles.count > 1 && packing == Packing::Blocks && !product.add;
+        let in_tiles =
+            tiles.count > 1 && packing == Packing::Blocks && !product.add && !matrix.shares_stream(ctx.isa, num_rows);
         let together = match then {
             Then::Groups(Groups { width, .. }) if in_tiles && (*width).is_multiple_of(PANEL) => {
                 Together::Panels(width / PANEL)
