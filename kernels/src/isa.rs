@@ -151,7 +151,7 @@ impl Isa {
     }
 
     /// Why tiles that the processor has cannot be used, if it has some and they cannot. The system is asked for them
-    /// here, once: by who detects, lists or names them, and by nobody else.
+    /// here, once, by who detects, lists or names them.
     pub fn tiles_refused() -> Option<&'static str> {
         #[cfg(target_arch = "x86_64")]
         {

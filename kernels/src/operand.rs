@@ -69,7 +69,10 @@ impl Operand<'_> {
                 (x, cols)
             }
             Operand::Gated(gate_up) => (gate_up, 2 * cols),
-            Operand::Packed(pairs) => (pairs, cols / 2),
+            Operand::Packed(pairs) => {
+                assert!(cols.is_multiple_of(32), "packed rows of {cols} values: they are whole blocks of 32");
+                (pairs, cols / 2)
+            }
         };
         assert!(values.len().is_multiple_of(width), "{} values are not whole rows of {width}", values.len());
         values.len() / width

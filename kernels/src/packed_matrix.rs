@@ -222,6 +222,11 @@ impl PackedMatrix {
         }
     }
 
+    /// Bytes of a panel as it is stored.
+    pub(crate) fn panel_bytes(&self) -> usize {
+        self.panel_lanes() * 4
+    }
+
     fn panel_lanes(&self) -> usize {
         stored_steps(self.dtype, self.cols) * PANEL
     }

@@ -127,7 +127,7 @@ unsafe fn sample<S: Lanes>(logits: &[f32], params: &SampleParams<'_>) -> Sampled
     };
     let max = highest(logits_drawn_from);
     let token = if params.temperature < GREEDY_BELOW || max == f32::NEG_INFINITY {
-        first_of(logits_drawn_from, max)
+        first_of(logits_drawn_from, max.min(f32::MAX))
     } else {
         draw::<S>(params, logits_drawn_from, max.min(f32::MAX), &mut scratch)
     };
@@ -194,12 +194,12 @@ fn highest(logits: &[f32]) -> f32 {
     lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |max, &x| if x > max { x } else { max })
 }
 
-/// The lowest id that has this logit; 0 if there is none.
+/// The lowest id whose logit is at least this; 0 if there is none.
 #[inline(always)]
 fn first_of(logits: &[f32], logit: f32) -> u32 {
-    let holds = |chunk: &[f32]| chunk.iter().fold(false, |any, &x| any | (x == logit));
+    let holds = |chunk: &[f32]| chunk.iter().fold(false, |any, &x| any | (x >= logit));
     let chunk = logits.chunks(4 * LANES).position(holds).unwrap_or(0) * 4 * LANES;
-    logits[chunk..].iter().position(|&x| x == logit).map_or(0, |at| chunk + at) as u32
+    logits[chunk..].iter().position(|&x| x >= logit).map_or(0, |at| chunk + at) as u32
 }
 
 /// The `n` highest logits, best first.
@@ -295,6 +295,9 @@ mod tests {
         logits[3] = f32::NAN;
         assert_eq!(token(&logits, &SampleParams::GREEDY), 37);
         assert_eq!(token(&[f32::NAN; 5], &SampleParams::GREEDY), 0);
+        // Infinity is the largest number, also where only one of two was touched.
+        let biased = SampleParams { logit_bias: &[(3, 0.0)], ..SampleParams::GREEDY };
+        assert_eq!(token(&[0.0, 1.0, 0.0, f32::INFINITY, 0.0, f32::INFINITY], &biased), 3);
     }
 
     #[test]

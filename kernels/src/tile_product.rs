@@ -9,7 +9,8 @@
 //!
 //! Some blocks of all panels at a time: what they are multiplied with stays in the second-level cache meanwhile, and of
 //! a panel as much as the first-level cache holds beside a tile of rows. Quantized weights are opened there, once for
-//! all tiles of the unit. One tile alone, as in decode, takes panel after panel: weights are one stream from memory.
+//! all tiles of the unit. One tile alone, as in decode, takes panel after panel: weights are one stream from memory. So
+//! do two tiles of long panels, part by part of a panel.
 #![allow(unsafe_code)]
 
 use std::ops::Range;
@@ -31,12 +32,12 @@ const OPENED_PART_BLOCKS: usize = 4;
 /// took as long with 2 to 4.5 KiB, a twelfth longer with 8 KiB.
 const AHEAD_BYTES: usize = 3584;
 
+/// The same of weights that are opened.
+const OPENED_AHEAD_BYTES: usize = 13_056;
+
 /// Blocks of a panel at a time where two tiles of rows share a stream of weights: the second finds them in the
 /// first-level cache.
 const SHARED_PART_BLOCKS: usize = 4;
-
-/// The same of weights that are opened.
-const OPENED_AHEAD_BYTES: usize = 13_056;
 
 /// Lanes of a block of a panel.
 pub(crate) const BLOCK_LANES: usize = TILE_STEPS * PANEL;

@@ -14,6 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::accounting::Kind;
 use crate::fabric::Shared;
+use crate::hello::{HelloFailure, Unwelcome};
 use crate::limits::FabricLimits;
 use crate::link::{CLOSE_DONE, CloseReason, Link};
 use crate::socket::{NUM_STREAMS_AT_FIRST, Socket, Traffic};
@@ -61,24 +62,26 @@ pub(crate) fn may_open(opener: &Hello, accepter: Role, open: &Open) -> bool {
 
 /// Connections of one kind of traffic that may be here at a time, over whatever socket they came. Cheap to clone.
 ///
-/// Whoever has not said hello yet has none of the peers' places: which it would need is not known before. A peer has
-/// one, with all of its bulk connections, as many as there may be to [one peer](FabricLimits::num_stripes_max).
+/// Whoever has not said hello yet has none of the peers' places: which it would need is not known before. A link has
+/// one, and a group of bulk connections, of which there may be [several](FabricLimits::num_stripes_max).
 #[derive(Clone)]
 pub(crate) struct Places {
     peers: Arc<Semaphore>,
-    strangers: Arc<Semaphore>,
     num_max: usize,
+    strangers: Arc<Semaphore>,
+    num_strangers_max: usize,
 }
 
 impl Places {
     pub(crate) fn new(limits: &FabricLimits) -> Self {
         let num_max = limits.num_connections_max;
-        let [peers, strangers] = [(); 2].map(|()| Arc::new(Semaphore::new(num_max)));
-        Self { peers, strangers, num_max }
+        let num_strangers_max = num_max.max(NUM_UNPROVEN_MAX);
+        let [peers, strangers] = [num_max, num_strangers_max].map(|places| Arc::new(Semaphore::new(places)));
+        Self { peers, num_max, strangers, num_strangers_max }
     }
 
     /// A place to say hello from, if there is one for what may be said. A full node still hears a few at a time who may
-    /// join a peer that is here.
+    /// join a group that is here; how many is not exact where several sockets accept.
     fn of_stranger(&self, traffic: Traffic) -> Option<OwnedSemaphorePermit> {
         let may_join = traffic == Traffic::Bulk && self.num_strangers() < NUM_UNPROVEN_MAX;
         let has_room = self.peers.available_permits() > 0 || may_join;
@@ -86,14 +89,14 @@ impl Places {
     }
 
     fn num_strangers(&self) -> usize {
-        self.num_max - self.strangers.available_permits()
+        self.num_strangers_max - self.strangers.available_permits()
     }
 
     /// # Errors
-    /// A sentence: all are taken.
-    fn of_peer(&self) -> Result<OwnedSemaphorePermit, String> {
-        let place = self.peers.clone().try_acquire_owned();
-        place.map_err(|_| format!("{} connections are as many as this node takes", self.num_max))
+    /// All are taken.
+    fn of_peer(&self) -> Result<OwnedSemaphorePermit, Unwelcome> {
+        let full = || format!("too many connections: it takes {} such at a time", self.num_max);
+        self.peers.clone().try_acquire_owned().map_err(|_| Unwelcome::Full(full()))
     }
 }
 
@@ -295,7 +298,7 @@ async fn welcome(
     shared: &Shared,
     socket: &Socket,
     incoming: Incoming,
-    register: impl FnOnce(&Connection, &Hello, BulkGroup) -> Result<Option<Registration>, String>,
+    register: impl FnOnce(&Connection, &Hello, BulkGroup) -> Result<Option<Registration>, Unwelcome>,
 ) -> Option<(Connection, u16, Hello)> {
     let remote = incoming.remote_address();
     let refused = |reason: String| {
@@ -338,6 +341,11 @@ async fn welcome(
     let welcoming = greeter.welcome(&connection, |peer, group| register(&connection, peer, group));
     match tokio::time::timeout_at(deadline, welcoming).await {
         Ok(Ok(peer)) => Some((connection, version, peer)),
+        Ok(Err(HelloFailure::Full(reason))) => {
+            shared.ledger.count_refused_connection("too_many");
+            tell_refusal(shared, remote, socket.traffic, &reason);
+            None
+        }
         Ok(Err(failure)) => {
             refused(format!("{failure:?}"));
             connection.close(CLOSE_DONE, b"no hello");

@@ -307,7 +307,7 @@ impl Shared {
                     HelloFailure::RefusedByPeer(reason) => DialError::RefusedByPeer { addr, reason },
                     HelloFailure::RefusedHere(reason) => DialError::RefusedHere { addr, reason },
                     HelloFailure::Lost(reason) => lost(reason),
-                    HelloFailure::Broken(reason) => unreachable(reason),
+                    HelloFailure::Broken(reason) | HelloFailure::Full(reason) => unreachable(reason),
                 })?;
             Ok(Dialled { connection, version, peer, registration })
         };

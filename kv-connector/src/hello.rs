@@ -14,7 +14,7 @@ use rustls::pki_types::CertificateDer;
 
 use crate::accounting::{Kind, Ledger};
 use crate::certs::CertNames;
-use crate::link::{CLOSE_REFUSED, CloseReason};
+use crate::link::{CLOSE_DONE, CLOSE_REFUSED, CloseReason};
 use crate::socket::Traffic;
 use crate::stream::{ControlReceiver, ControlSender, FrameBudget, RecvError, StreamHold};
 
@@ -41,6 +41,22 @@ pub(crate) enum HelloFailure {
     Lost(CloseReason),
     /// The peer does not speak the protocol.
     Broken(String),
+    /// There is no room for the peer now.
+    Full(String),
+}
+
+/// Why a peer is not welcome.
+pub(crate) enum Unwelcome {
+    /// Whoever it is, or what it wants: somebody must change something first.
+    Refused(String),
+    /// There is no room now. It is told as the end of the connection, which dialling again may mend.
+    Full(String),
+}
+
+impl From<String> for Unwelcome {
+    fn from(reason: String) -> Self {
+        Unwelcome::Refused(reason)
+    }
 }
 
 /// What is needed to exchange hellos.
@@ -80,11 +96,11 @@ impl Greeter<'_> {
     }
 
     /// The accepter's part. `register` runs before the peer is told that it is welcome, and of what it returns: memory
-    /// it may read, or a sentence that refuses it. A bulk connection whose dialler names no group is alone.
+    /// it may read, or why it is not. A bulk connection whose dialler names no group is alone.
     pub(crate) async fn welcome(
         &self,
         connection: &Connection,
-        register: impl FnOnce(&Hello, BulkGroup) -> Result<Option<Registration>, String>,
+        register: impl FnOnce(&Hello, BulkGroup) -> Result<Option<Registration>, Unwelcome>,
     ) -> Result<Hello, HelloFailure> {
         let halves = connection.accept_bi().await.map_err(|error| HelloFailure::Lost(error.into()))?;
         let (mut sender, mut receiver) = self.stream(halves);
@@ -97,10 +113,14 @@ impl Greeter<'_> {
                 return Err(HelloFailure::Broken(reason));
             }
         };
-        let registered = self.judge(connection, &peer).and_then(|()| register(&peer, group));
-        let (reply, verdict) = match registered {
+        let judged = self.judge(connection, &peer).map_err(Unwelcome::from);
+        let (reply, verdict) = match judged.and_then(|()| register(&peer, group)) {
             Ok(registration) => (HelloReply::Welcome { registration, hello: Box::new(self.ours.clone()) }, Ok(())),
-            Err(reason) => (HelloReply::Refused { reason: reason.clone() }, Err(reason)),
+            Err(Unwelcome::Refused(reason)) => (HelloReply::Refused { reason: reason.clone() }, Err(reason)),
+            Err(Unwelcome::Full(reason)) => {
+                connection.close(CLOSE_DONE, reason.as_bytes());
+                return Err(HelloFailure::Full(reason));
+            }
         };
         sender.send(&reply).await.map_err(|error| lost(connection, error.to_string()))?;
         sender.finish();

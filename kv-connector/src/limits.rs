@@ -7,8 +7,8 @@ use common::config::{KV_CONNECTIONS_MAX, WINDOW_BYTES_MIN};
 /// Bounds of one fabric. The defaults serve a cluster of some hundred nodes.
 #[derive(Debug, Clone)]
 pub struct FabricLimits {
-    /// Connections accepted at a time, control and bulk counted apart; the bulk connections of one peer count as one.
-    /// One more is refused.
+    /// Connections accepted at a time, control and bulk counted apart; a group of bulk connections counts as one. One
+    /// more is refused, and so are more than as many who have not said hello yet.
     pub num_connections_max: usize,
     /// Streams that one peer may have open on its control connection; it is allowed a few at first and as many once
     /// it has opened some. Above what any node admits, so that a full node answers `Busy` and nobody waits for a

@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 /// Something to be done at the end of a turn, once for all who have asked for it.
 ///
-/// A turn may end while the thread has a connection locked, and what was put off may be dropped there: neither what is
-/// done nor what is dropped may touch a connection, so nothing that has one in it may be put off.
+/// A turn may end while the thread has a connection or an endpoint locked, and what was put off may be dropped there:
+/// neither what is done nor what is dropped may touch one, so nothing that has one in it may be put off.
 pub(crate) trait AtTurnEnd: Send + Sync {
     /// The turn has ended.
     fn on_turn_end(&self);

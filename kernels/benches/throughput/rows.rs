@@ -46,6 +46,7 @@ fn sampling(bench: &Bench<'_>) {
         ("top_k 50", SampleParams { top_k: 50, ..draw }),
         ("top_p 0.9", SampleParams { top_p: 0.9, ..draw }),
         ("min_p 0.05", SampleParams { min_p: 0.05, ..draw }),
+        ("top_p 0.9, min_p 0.05", SampleParams { top_p: 0.9, min_p: 0.05, ..draw }),
         ("penalties", SampleParams { frequency_penalty: 0.5, token_counts: &counts, ..draw }),
         ("greedy, logprobs 5", SampleParams { num_logprobs: Some(5), ..SampleParams::GREEDY }),
     ];

@@ -13,6 +13,8 @@ use crate::numerics::{EXP_MAGIC, exp_not_positive as exp, exp2_estimate};
 /// no other.
 const NOTED: f32 = 8.0;
 const NOTED_MAX: usize = 16384;
+/// Of what is noted with `min_p`, which is at least this, no other has a weight: `e^-8`.
+const LEAST_NOTED: f32 = 3.4e-4;
 
 /// The lowest power of two that is estimated. Lower weights, and none at all, count as this, where the highest is one.
 const ESTIMATED: f32 = -43.0;
@@ -25,6 +27,7 @@ const ESTIMATE_ERROR: f64 = 2e-5;
 /// Tokens in ascending order, their scaled logits and weights.
 #[derive(Default)]
 pub(super) struct Noted {
+    /// As many as there are scaled logits, and then anything.
     tokens: Vec<u32>,
     scaled: Vec<f32>,
     weights: Vec<f32>,
@@ -33,22 +36,42 @@ pub(super) struct Noted {
 impl Noted {
     pub(super) const EMPTY: Noted = Noted { tokens: Vec::new(), scaled: Vec::new(), weights: Vec::new() };
 
-    #[cfg(test)]
     pub(super) fn tokens(&self) -> &[u32] {
-        &self.tokens
+        &self.tokens[..self.scaled.len()]
     }
 
-    /// What they were is forgotten.
-    fn resize(&mut self, len: usize) {
-        self.tokens.resize(len, 0);
+    /// Has room for as many tokens as are noted, and a chunk.
+    fn make_room(&mut self) {
+        if self.tokens.len() < NOTED_MAX + CHUNK {
+            self.tokens.resize(NOTED_MAX + CHUNK, 0);
+        }
+    }
+
+    /// The first so many tokens; what their logits and weights were is forgotten.
+    fn set_len(&mut self, len: usize) {
         self.scaled.resize(len, 0.0);
         self.weights.resize(len, 0.0);
+    }
+
+    /// Forgets those without a weight.
+    fn drop_weightless(&mut self) {
+        let mut len = 0;
+        for at in 0..self.scaled.len() {
+            if self.weights[at] > 0.0 {
+                self.tokens[len] = self.tokens[at];
+                self.scaled[len] = self.scaled[at];
+                self.weights[len] = self.weights[at];
+                len += 1;
+            }
+        }
+        self.set_len(len);
     }
 
     /// These and no others.
     pub(super) fn set(&mut self, candidates: &mut [Candidate]) {
         candidates.sort_unstable_by_key(|candidate| candidate.token());
-        self.resize(candidates.len());
+        self.set_len(candidates.len());
+        self.tokens.resize(self.tokens.len().max(candidates.len()), 0);
         for (i, candidate) in candidates.iter().enumerate() {
             self.tokens[i] = candidate.token();
             self.scaled[i] = candidate.logit();
@@ -62,18 +85,21 @@ pub(super) type Near = (f64, f64);
 
 impl Row<'_> {
     /// The sum of all weights, of which only those of the highest are made as they are stated. These are noted, in
-    /// ascending order of their tokens: all down to [`NOTED`], and few that lie lower. `None` if they are too many, or if
-    /// it takes exact weights to say which tokens have any.
+    /// ascending order of their tokens: all down to [`NOTED`], and few that lie lower; where no lower one has a weight,
+    /// those that have one. `None` if they are too many, or if it takes exact weights to say which others have any.
     #[inline(always)]
     pub(super) fn estimate<S: Lanes>(&self, noted: &mut Noted) -> Option<Near> {
-        if self.least > 0.0 {
+        let are_others_weightless = self.least > 0.0;
+        if are_others_weightless && self.least < LEAST_NOTED {
             return None;
         }
-        noted.resize(NOTED_MAX + CHUNK);
+        noted.make_room();
         let (mut len, mut estimated) = (0, 0.0);
-        let above = self.logit_below(NOTED);
+        let above = if are_others_weightless { self.weightless } else { self.logit_below(NOTED) };
         for (block, first) in self.logits.chunks(BLOCK).zip((0..).step_by(BLOCK)) {
-            estimated += self.estimate_block(block, above);
+            if !are_others_weightless {
+                estimated += self.estimate_block(block, above);
+            }
             for (chunk, token) in block.chunks(CHUNK).zip((first..).step_by(CHUNK)) {
                 let mut filled_up = [f32::NEG_INFINITY; CHUNK];
                 let chunk = chunk.as_array().unwrap_or_else(|| {
@@ -92,7 +118,7 @@ impl Row<'_> {
                 }
             }
         }
-        noted.resize(len);
+        noted.set_len(len);
         for (scaled, token) in noted.scaled.iter_mut().zip(&noted.tokens) {
             *scaled = self.logits[*token as usize];
         }
@@ -101,14 +127,17 @@ impl Row<'_> {
         for (scaled, weights) in scaled.0.iter_mut().zip(weights.0) {
             for i in 0..CHUNK {
                 scaled[i] = self.scaled(scaled[i]);
-                weights[i] = exp(scaled[i]);
+                weights[i] = self.weight_of_scaled(scaled[i]);
             }
             add_to_lanes(&mut lanes, weights);
         }
         for ((scaled, weight), lane) in scaled.1.iter_mut().zip(weights.1).zip(&mut lanes) {
             *scaled = self.scaled(*scaled);
-            *weight = exp(*scaled);
+            *weight = self.weight_of_scaled(*scaled);
             *lane += f64::from(*weight);
+        }
+        if are_others_weightless {
+            noted.drop_weightless();
         }
         let total = sum_of_lanes(lanes) + estimated;
         let unseen = self.logits.len() as f64 * WEIGHTLESS;
@@ -156,7 +185,7 @@ impl Row<'_> {
             return None;
         }
         near.clear();
-        for (&scaled, &token) in noted.scaled.iter().zip(&noted.tokens) {
+        for (&scaled, &token) in noted.scaled.iter().zip(noted.tokens()) {
             if part_of(scaled) == part {
                 near.push(Candidate::new(scaled, token));
             }
@@ -210,7 +239,7 @@ impl Row<'_> {
         ends.resize(self.logits.len().div_ceil(BLOCK), 0.0);
         let is_kept =
             |scaled: f32, token: u32| (scaled > cut.logit()) | ((scaled == cut.logit()) & (token <= cut.token()));
-        let (tokens, rest_tokens) = noted.tokens.as_chunks::<CHUNK>();
+        let (tokens, rest_tokens) = noted.tokens().as_chunks::<CHUNK>();
         let (scaled, rest_scaled) = noted.scaled.as_chunks::<CHUNK>();
         let (weights, rest_weights) = noted.weights.as_chunks::<CHUNK>();
         for ((tokens, scaled), weights) in tokens.iter().zip(scaled).zip(weights) {

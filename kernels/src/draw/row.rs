@@ -62,7 +62,7 @@ impl<'a> Row<'a> {
     }
 
     #[inline(always)]
-    fn weight_of_scaled(&self, scaled: f32) -> f32 {
+    pub(super) fn weight_of_scaled(&self, scaled: f32) -> f32 {
         let weight = exp(scaled);
         if weight >= self.least { weight } else { 0.0 }
     }

@@ -63,7 +63,7 @@ impl MatrixRef<'_> {
 
     fn panel_bytes(self) -> usize {
         match self {
-            MatrixRef::Float(w) => w.depth() * PANEL * 4,
+            MatrixRef::Float(w) => w.panel_bytes(),
             MatrixRef::Quantized(w) => w.format().panel_bytes(w.cols()),
         }
     }
@@ -123,8 +123,8 @@ pub fn multiply(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32]) {
     multiply_then(ctx, product, out, Then::Nothing);
 }
 
-/// Gate and up `[m, 2 ffn]` in `out`, gated on the way where tiles of the processor multiply both these matrices and the
-/// sections of `down`: `out` is no more than memory then. Returns what `down` is to be multiplied with.
+/// Gate and up `[m, 2 ffn]` in `out`, gated on the way where several tiles of the processor multiply both these matrices
+/// and the sections of `down`, and do not share a stream of weights: `out` is no more than memory then. Returns what `down` is to be multiplied with.
 pub fn multiply_gated<'o>(
     ctx: &Ctx<'_>,
     product: &Product<'_>,
@@ -369,8 +369,9 @@ mod tests {
     #[test]
     fn rows_gated_behind_their_product_have_the_bits_of_one_operation_after_the_other() {
         // One tile and several of unequal rows; units of several panels and of one; what is not whole panels; two tiles
-        // that share a stream of bf16.
-        let shapes = [(8, 64, 96), (33, 96, 64), (70, 544, 64), (40, 64, 48), (300, 64, 320), (40, 1056, 96)];
+        // that share a stream of bf16, before the gate or behind it.
+        let shapes =
+            [(8, 64, 96), (33, 96, 64), (70, 544, 64), (40, 64, 48), (300, 64, 320), (40, 1056, 96), (40, 64, 1056)];
         for (m, hidden, ffn) in shapes {
             let of_order = [Order::Pairs, Order::Tiles].map(|order| {
                 let float = |n: usize, k: usize, seed: u64| {

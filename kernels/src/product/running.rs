@@ -31,6 +31,9 @@ struct JobScratch {
     counts: Vec<AtomicUsize>,
 }
 
+/// Units that each thread has at least where one has whole groups.
+const GROUP_UNITS_PER_THREAD: usize = 4;
+
 thread_local! {
     static SCRATCH: Cell<JobScratch> = const { Cell::new(JobScratch::new()) };
     /// Packed operands, in huge pages since tiles stream through them.
@@ -82,14 +85,19 @@ fn run_with(
         // not go there.
         let in_tiles =
             tiles.count > 1 && packing == Packing::Blocks && !product.add && !matrix.shares_stream(ctx.isa, num_rows);
-        let together = match then {
+        let mut together = match then {
             Then::Groups(Groups { width, .. }) if in_tiles && (*width).is_multiple_of(PANEL) => {
                 Together::Panels(width / PANEL)
             }
             Then::Gate => Together::Gated,
             _ => Together::Nothing,
         };
-        let cut = Cut::of(ctx, matrix, num_rows, &tiles, together);
+        let mut cut = Cut::of(ctx, matrix, num_rows, &tiles, together);
+        // Whole groups may be too few units for many threads.
+        if matches!(together, Together::Panels(_)) && cut.num_units() < GROUP_UNITS_PER_THREAD * ctx.pool.threads() {
+            together = Together::Nothing;
+            cut = Cut::of(ctx, matrix, num_rows, &tiles, together);
+        }
         let (first_unit, first_piece, first_lane) = (unit, piece, lane);
         let part =
             Part { matrix, column, tiles, cut, together, packing, is_packed, first_unit, first_piece, first_lane };
@@ -149,6 +157,12 @@ fn run_with(
     });
 }
 
+/// Values from one row of a unit's products to the next in memory of the thread: lines of one column would be equal sets
+/// of the first-level cache.
+fn column_stride(panels: &Range<usize>) -> usize {
+    panels.len() * PANEL + LANES
+}
+
 /// Where products go, `first` being the row and column that goes to the start.
 struct Place {
     start: *mut f32,
@@ -174,6 +188,14 @@ struct Part<'a> {
 }
 
 impl Part<'_> {
+    /// Where a panel of weights begins.
+    fn panel(&self, panel: usize) -> *const u32 {
+        match self.matrix {
+            MatrixRef::Float(w) => w.panel(panel).as_ptr(),
+            MatrixRef::Quantized(w) => w.panel(panel).as_ptr().cast(),
+        }
+    }
+
     fn num_pieces(&self) -> usize {
         if self.is_packed { 0 } else { self.tiles.count * self.packing.pieces_per_tile(self.matrix.cols()) }
     }
@@ -196,7 +218,8 @@ struct Running<'a> {
 }
 
 // SAFETY: pieces of operands are written by whoever claims them and read when they are made; units write disjoint
-// (tile, panel) rectangles of the output, and a group is touched again only by who ends its last panel.
+// (tile, panel) rectangles of the output, and a group is touched again only by who ends its last panel. Gated units write
+// packed blocks instead: those of their tiles and panels, which are disjoint alike.
 unsafe impl Sync for Running<'_> {}
 
 impl Running<'_> {
@@ -242,8 +265,7 @@ impl Running<'_> {
         let multiply = |panels: Range<usize>, place: Place| self.multiply(part, panels, tiles.clone(), place, next);
         // SAFETY: a column of the output.
         let output = || Place { start: unsafe { self.out.add(part.column) }, first: (0, 0), stride: self.width };
-        // Lines of one column would be equal sets of the first-level cache.
-        let stride = panels.len() * PANEL + LANES;
+        let stride = column_stride(&panels);
         let num_bytes = rows.len() * stride * 4;
         match (self.then, part.together) {
             (Then::Nothing, _) => multiply(panels, output()),
@@ -270,32 +292,44 @@ impl Running<'_> {
                 self.finish(groups, part, panels, part.cut.row_unit(index - part.first_unit), rows);
             }
             (Then::Gate, _) => lend(&COLUMNS, 2 * num_bytes, |columns| {
-                let (num_panels, gate) = (part.matrix.rows() / (2 * PANEL), columns.cast::<f32>());
-                // SAFETY: as much as was lent for either.
-                let up = unsafe { gate.add(rows.len() * stride) };
-                let up_panels = num_panels + panels.start..num_panels + panels.end;
-                multiply(panels.clone(), Place { start: gate, first: (rows.start, panels.start * PANEL), stride });
-                multiply(up_panels.clone(), Place { start: up, first: (rows.start, up_panels.start * PANEL), stride });
-                for tile in tiles.clone() {
-                    let of_tile = part.tiles.rows(tile);
-                    let first = (of_tile.start - rows.start) * stride;
-                    // Blocks of a tile, of 16 pairs of each of its rows: as many columns as a panel has.
-                    let block = of_tile.start * num_panels + panels.start * of_tile.len();
-                    let columns = GatedColumns {
-                        // SAFETY: the tile's rows of both.
-                        gate: unsafe { gate.add(first) },
-                        // SAFETY: as above.
-                        up: unsafe { up.add(first) },
-                        stride,
-                        num_rows: of_tile.len(),
-                        num_columns: panels.len() * PANEL,
-                        // SAFETY: pairs of all rows fit the output, a quarter of it.
-                        into: unsafe { self.out.cast::<u32>().add(block * TILE_STEPS) },
-                    };
-                    // SAFETY: products of so many rows and columns are there; nobody else has these blocks.
-                    unsafe { columns.pack() };
-                }
+                self.gate(part, panels, tiles, columns.cast(), next);
             }),
+        }
+    }
+
+    /// Products of a unit's rows with these panels of the gate and their counterparts of up, in `gate`, which has room
+    /// for both; then they are packed for the product behind.
+    fn gate(&self, part: &Part<'_>, panels: Range<usize>, tiles: Range<usize>, gate: *mut f32, next: *const u32) {
+        let rows = part.tiles.rows(tiles.start).start..part.tiles.rows(tiles.end - 1).end;
+        let stride = column_stride(&panels);
+        let num_panels = part.matrix.rows() / (2 * PANEL);
+        // SAFETY: as much as was lent for either.
+        let up = unsafe { gate.add(rows.len() * stride) };
+        let up_panels = num_panels + panels.start..num_panels + panels.end;
+        let place = |start: *mut f32, panels: &Range<usize>| {
+            let first = (rows.start, panels.start * PANEL);
+            Place { start, first, stride }
+        };
+        self.multiply(part, panels.clone(), tiles.clone(), place(gate, &panels), part.panel(up_panels.start));
+        self.multiply(part, up_panels.clone(), tiles.clone(), place(up, &up_panels), next);
+        for tile in tiles {
+            let of_tile = part.tiles.rows(tile);
+            let first = (of_tile.start - rows.start) * stride;
+            // Blocks of a tile, of 16 pairs of each of its rows: as many columns as a panel has.
+            let block = of_tile.start * num_panels + panels.start * of_tile.len();
+            let columns = GatedColumns {
+                // SAFETY: the tile's rows of both.
+                gate: unsafe { gate.add(first) },
+                // SAFETY: as above.
+                up: unsafe { up.add(first) },
+                stride,
+                num_rows: of_tile.len(),
+                num_columns: panels.len() * PANEL,
+                // SAFETY: pairs of all rows fit the output, a quarter of it.
+                into: unsafe { self.out.cast::<u32>().add(block * TILE_STEPS) },
+            };
+            // SAFETY: products of so many rows and columns are there; nobody else has these blocks.
+            unsafe { columns.pack() };
         }
     }
 
@@ -330,11 +364,7 @@ impl Running<'_> {
         if next >= part.cut.num_units() {
             return std::ptr::null();
         }
-        let panel = part.cut.unit(next, part.tiles.count).0.start;
-        match part.matrix {
-            MatrixRef::Float(w) => w.panel(panel).as_ptr(),
-            MatrixRef::Quantized(w) => w.panel(panel).as_ptr().cast(),
-        }
+        part.panel(part.cut.unit(next, part.tiles.count).0.start)
     }
 
     /// Counts panels that a unit has ended, and goes on with the groups that are complete.

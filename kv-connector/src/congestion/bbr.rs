@@ -52,8 +52,9 @@ const NUM_DRAIN_ROUNDS: u64 = 3;
 /// Between probes beyond a bound, whichever is first. The draft's: Reno would win back what it gave up in as many rounds
 /// as it has datagrams on the way, or in so many. So who was left little asks sooner than who has much.
 const PROBE_ROUNDS: u64 = 62;
-/// Not more often, or probing loses more than the rest.
+/// Not more often, but for up to [`PROBE_SPREAD`] rounds drawn anew in each: more loses more than the rest.
 const PROBE_ROUNDS_MIN: u64 = 24;
+const PROBE_SPREAD: u64 = 16;
 const PROBE_PERIOD: Duration = Duration::from_secs(2);
 /// How long the queue is kept empty, so that those who join in see it empty too.
 const NUM_DOWN_ROUNDS: u64 = 2;
@@ -276,9 +277,9 @@ impl Bbr {
             }
             Phase::Cruise { since_round, since } if is_round => {
                 // Connections that began together do not probe together.
-                let num_datagrams = self.window_bytes / self.datagram_bytes.max(1);
-                let num_rounds = num_datagrams.clamp(PROBE_ROUNDS_MIN, PROBE_ROUNDS)
-                    - self.deliveries.delivered_bytes() / self.datagram_bytes % 16;
+                let datagram_bytes = self.datagram_bytes.max(1);
+                let num_rounds = (self.window_bytes / datagram_bytes).clamp(PROBE_ROUNDS_MIN, PROBE_ROUNDS)
+                    - self.deliveries.delivered_bytes() / datagram_bytes % PROBE_SPREAD;
                 let is_probe_due = self.round >= since_round + num_rounds || now.duration_since(since) >= PROBE_PERIOD;
                 if self.bound_bytes.is_some() && is_probe_due {
                     self.phase = Phase::Up { num_rounds: 0 };

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 
 use crate::turn_end::{self, AtTurnEnd};
 
-/// Both ends. Cheap to clone.
+/// Both ends. Cheap to clone. Notices are plain data: they may be dropped at the end of a turn, see [`AtTurnEnd`].
 pub(super) struct Notices<T>(Arc<Shared<T>>);
 
 struct Shared<T> {

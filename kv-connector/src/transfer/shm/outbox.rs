@@ -113,6 +113,8 @@ impl Outbox {
     fn begin(&self, place: OwnedSemaphorePermit) -> Result<(u64, oneshot::Receiver<bool>), SendExtentError> {
         let mut posted = self.posted();
         if posted.has_ended {
+            // Which asks the connection.
+            drop(posted);
             return Err(self.lost());
         }
         let id = posted.next_id;
