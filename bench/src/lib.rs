@@ -33,6 +33,7 @@ pub mod interference;
 mod kv_workload;
 pub mod mock;
 pub mod mooncake;
+mod own_program;
 pub mod peers;
 pub mod random_checkpoint;
 pub mod ratio;

@@ -21,6 +21,7 @@ use super::report::{Report, Row};
 use super::{ControlBenchArgs, QUESTIONS, node_of};
 use crate::cores::on_core;
 use crate::kv_workload as workload;
+use crate::own_program::own_program;
 
 /// Killed with this value: it has nothing to put in order.
 struct NodeProcess(Child);
@@ -215,12 +216,9 @@ fn start_node(
     core: Option<usize>,
     dir: &Path,
 ) -> anyhow::Result<(NodeProcess, SocketAddr)> {
-    let program = std::env::current_exe().context("find this program")?;
+    let (program, role) = own_program()?;
     let mut command = on_core(core, &program);
-    // The same program may be `tandem`, whose first word is the role.
-    if program.file_stem().is_some_and(|name| name == "tandem") {
-        command.arg("bench");
-    }
+    command.args(role);
     command.arg("control-node").arg("--identity").arg(dir);
     command.args(["--request-mib", &args.request_mib.to_string()]);
     if transport == "shm" {

@@ -14,6 +14,7 @@ use super::PeersBenchArgs;
 use super::holding::Holding;
 use super::process::node;
 use super::report::{End, Report, Row};
+use crate::own_program::own_program;
 use crate::usage::{Usage, of_process};
 
 /// What the kernel and the nodes do about connections that were just made is over by then.
@@ -83,12 +84,9 @@ impl NodeProcess {
         dir: &Path,
         dial: Option<SocketAddr>,
     ) -> anyhow::Result<(Self, String)> {
-        let program = std::env::current_exe().context("find this program")?;
+        let (program, role) = own_program()?;
         let mut command = Command::new(&program);
-        // The same program may be `tandem`, whose first word is the role.
-        if program.file_stem().is_some_and(|name| name == "tandem") {
-            command.arg("bench");
-        }
+        command.args(role);
         command.arg("peers-node").arg("--identity").arg(dir).args(["--holding", holding.as_str()]);
         command.args(["--count", &args.count.to_string()]);
         if let Some(address) = dial {

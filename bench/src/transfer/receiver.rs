@@ -21,6 +21,7 @@ use super::report::{CpuTime, Report, Row};
 use super::{TLS_NAME, TransferBenchArgs, Transport, baseline, copies_name, link, node, parts, parts_name};
 use crate::cores::on_core;
 use crate::kv_workload as workload;
+use crate::own_program::own_program;
 use crate::usage::of_process;
 
 /// One row: a process that sends, and the connections to it.
@@ -247,12 +248,9 @@ fn start_sender(
     core: Option<usize>,
     dir: &std::path::Path,
 ) -> anyhow::Result<(SenderProcess, BufReader<ChildStdout>, SocketAddr, SocketAddr)> {
-    let program = std::env::current_exe().context("find this program")?;
+    let (program, role) = own_program()?;
     let mut command = on_core(core, &program);
-    // The same program may be `tandem`, whose first word is the role.
-    if program.file_stem().is_some_and(|name| name == "tandem") {
-        command.arg("bench");
-    }
+    command.args(role);
     let [address, _] = args.addresses();
     command.arg("transfer-sender").arg("--identity").arg(dir).arg("--address").arg(address.to_string());
     command.arg("--extent-tokens").arg(extent_tokens.to_string());

@@ -35,6 +35,7 @@ use common::config::values::{parse_bytes_above_zero, parse_duration};
 use kv_connector::FabricConfig;
 
 use crate::kv_workload::DEADLINE;
+use crate::own_program::own_program;
 
 pub use process::run_link;
 pub(super) use process::set_congestion_control;
@@ -134,12 +135,9 @@ pub(super) struct Link {
 impl Link {
     /// Returns when packets get through.
     pub(super) fn start(args: &LinkArgs) -> anyhow::Result<Self> {
-        let program = std::env::current_exe().context("find this program")?;
-        let mut words: Vec<OsString> = vec![program.clone().into()];
-        // The same program may be `tandem`, whose first word is the role.
-        if program.file_stem().is_some_and(|name| name == "tandem") {
-            words.push("bench".into());
-        }
+        let (program, role) = own_program()?;
+        let mut words: Vec<OsString> = vec![program.into()];
+        words.extend(role.map(OsString::from));
         words.push("transfer-link".into());
         words.extend(args.to_words().into_iter().map(OsString::from));
         // It stands for a network, which waits for no core: before the two ends, if this user may.
