@@ -13,7 +13,7 @@ use kv_connector::transfer::{BulkReceiver, BulkSender, LandingEvent, LandingZone
 use kv_connector::{BindError, DialError, Fabric, FabricConfig, Link};
 use quinn::Connection;
 use support::file_pool::FilePool;
-use support::raw::{Raw, frame, read_frame};
+use support::raw::{Raw, frame, next_frame};
 use support::relay::{Relay, WayFault};
 use support::values::Values;
 use support::{Cluster, Job, TestMemory, assert_nothing_left, eventually, hello, node, soon};
@@ -265,13 +265,10 @@ impl RawPeer {
         let (mut send, mut recv) = connection.open_bi().await.unwrap();
         let hello = HelloBulk { hello: hello(self.name, Role::DecodeNode), group };
         send.write_all(&frame(&Open::HelloBulk(Box::new(hello)))).await.unwrap();
-        let reply = tokio::select! {
-            biased;
-            reason = connection.closed() => Err(reason.to_string()),
-            reply = read_frame(&mut recv) => match reply {
-                HelloReply::Welcome { .. } => Ok(()),
-                HelloReply::Refused { reason } => Err(reason),
-            },
+        let reply = match next_frame(&mut recv).await {
+            Some(HelloReply::Welcome { .. }) => Ok(()),
+            Some(HelloReply::Refused { reason }) => Err(reason),
+            None => Err(connection.closed().await.to_string()),
         };
         (connection, reply)
     }

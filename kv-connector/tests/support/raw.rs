@@ -80,11 +80,16 @@ pub fn frame<M: Message>(message: &M) -> Vec<u8> {
 }
 
 pub async fn read_frame<M: Message>(stream: &mut RecvStream) -> M {
+    next_frame(stream).await.expect("the connection is there")
+}
+
+/// `None` if the connection ends instead.
+pub async fn next_frame<M: Message>(stream: &mut RecvStream) -> Option<M> {
     let mut length = [0; 4];
-    soon("a length", stream.read_exact(&mut length)).await.unwrap();
+    soon("a length", stream.read_exact(&mut length)).await.ok()?;
     let mut body = vec![0; u32::from_le_bytes(length) as usize];
     soon("a body", stream.read_exact(&mut body)).await.unwrap();
-    wire::decode(&body).unwrap()
+    Some(wire::decode(&body).unwrap())
 }
 
 pub async fn greet(connection: &Connection, hello: Hello) -> HelloReply {
