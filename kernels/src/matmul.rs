@@ -384,7 +384,8 @@ mod tests {
     #[test]
     fn every_instruction_set_gives_the_bits_of_the_reference() {
         let shapes = [(1, 1, 1), (1, 64, 96), (2, 7, 33), (5, 33, 70), (13, 96, 31), (29, 130, 64), (40, 512, 100)];
-        // Several blocks of steps, the last one of them not full; then two tiles of rows that share a stream of weights.
+        // Several blocks of steps, the last one of them not full; then two tiles of rows that share a stream of
+        // weights.
         let long = [(70, 600, 1030), (25, 601, 40), (300, 1200, 40), (3, 4097, 40), (13, 2049, 33)];
         let shared = [(33, 1030, 70), (64, 1201, 100)];
         for (m, k, n) in shapes.into_iter().chain(long).chain(shared) {

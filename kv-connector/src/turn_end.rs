@@ -32,8 +32,8 @@ thread_local! {
     static WAITING: RefCell<Option<Waiting>> = const { RefCell::new(None) };
 }
 
-/// The calling thread is about to sleep, and was or will be told of when its turns [end](on_turn_end). Only from its first
-/// time on is anything put off there: a thread that never calls this, as one for blocking work, does all at once.
+/// The calling thread is about to sleep, and was or will be told of when its turns [end](on_turn_end). Only from its
+/// first time on is anything put off there: a thread that never calls this, as one for blocking work, does all at once.
 pub(crate) fn on_park() {
     let ended = WAITING.replace(Some(Waiting::default()));
     drop(ended);

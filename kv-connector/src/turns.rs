@@ -1,9 +1,9 @@
 //! How the threads that move KV share a core with others: last, and in short turns.
 //!
-//! They have a lower weight than ordinary threads, never take a core from one that runs (`SCHED_BATCH`), and offer it to
-//! whoever waits behind every [`TURN`] of work. A core that nobody else wants is theirs alone; beside a thread that never
-//! sleeps, as an engine's, they have a seventh of it or so, and are off it for some milliseconds at a time: KV always
-//! gets on.
+//! They have a lower weight than ordinary threads, never take a core from one that runs (`SCHED_BATCH`), and offer it
+//! to whoever waits behind every [`TURN`] of work. A core that nobody else wants is theirs alone; beside a thread that
+//! never sleeps, as an engine's, they have a quarter of it or so, and are off it for some milliseconds at a time: KV
+//! always gets on.
 //!
 //! A turn is offered by the work itself, at places where it holds nothing that threads of other kinds wait for (between
 //! two datagrams it holds its connection, which only KV waits for): the kernel looks at who

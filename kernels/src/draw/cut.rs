@@ -163,8 +163,8 @@ impl Row<'_> {
         lanes.iter().map(|&lane| f64::from(lane)).sum()
     }
 
-    /// The token with which the sum, best first, reaches `target`, if it is one of those down to [`NOTED`], and the sums
-    /// at hand tell.
+    /// The token with which the sum, best first, reaches `target`, if it is one of those down to [`NOTED`], and the
+    /// sums at hand tell.
     #[inline(always)]
     pub(super) fn cut_noted(
         &self,

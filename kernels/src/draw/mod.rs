@@ -7,9 +7,9 @@
 //! steps are gone through as they are stated ([`Row::stated_draw`], [`Row::stated_cut`]). Of rows with 150,000 logits
 //! like a bell that is one in some 40,000.
 //!
-//! Where `top_p` cuts is told in the same way by even less: only the few weights that are near to the highest are made as
-//! they are stated, the others estimated and added up in f32 ([`Row::estimate`]). Of such rows one in 200 is not told so
-//! with `top_p` 0.9, and one in 20 with 0.95; these have all weights made and added up in f64, and are cut then
+//! Where `top_p` cuts is told in the same way by even less: only the few weights that are near to the highest are made
+//! as they are stated, the others estimated and added up in f32 ([`Row::estimate`]). Of such rows one in 200 is not
+//! told so with `top_p` 0.9, and one in 20 with 0.95; these have all weights made and added up in f64, and are cut then
 //! ([`Row::cut`]), but for one in 190,000. The cut of 0.999 lies where weights are so small that it is one in 400, and
 //! beyond 0.99999 most rows are sorted.
 //!

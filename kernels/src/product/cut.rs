@@ -176,8 +176,8 @@ impl Tiles {
         first..first + self.base + usize::from(tile < self.num_larger)
     }
 
-    /// Whether they are two tiles that weights pass by as one stream, as they pass by a single one: where panels have so
-    /// many bytes, since the sums of shorter ones come and go too often.
+    /// Whether they are two tiles that weights pass by as one stream, as they pass by a single one: where panels have
+    /// so many bytes, since the sums of shorter ones come and go too often.
     pub(crate) fn share_stream(&self, panel_bytes: usize) -> bool {
         self.count == 2 && panel_bytes >= SHARED_PANEL_BYTES
     }

@@ -123,8 +123,9 @@ pub fn multiply(ctx: &Ctx<'_>, product: &Product<'_>, out: &mut [f32]) {
     multiply_then(ctx, product, out, Then::Nothing);
 }
 
-/// Gate and up `[m, 2 ffn]` in `out`, gated on the way where several tiles of the processor multiply both these matrices
-/// and the sections of `down`, and do not share a stream of weights: `out` is no more than memory then. Returns what `down` is to be multiplied with.
+/// Gate and up `[m, 2 ffn]` in `out`, gated on the way where several tiles of the processor multiply both these
+/// matrices and the sections of `down`, and do not share a stream of weights: `out` is no more than memory then.
+/// Returns what `down` is to be multiplied with.
 pub fn multiply_gated<'o>(
     ctx: &Ctx<'_>,
     product: &Product<'_>,

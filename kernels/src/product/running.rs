@@ -157,8 +157,8 @@ fn run_with(
     });
 }
 
-/// Values from one row of a unit's products to the next in memory of the thread: lines of one column would be equal sets
-/// of the first-level cache.
+/// Values from one row of a unit's products to the next in memory of the thread: lines of one column would be equal
+/// sets of the first-level cache.
 fn column_stride(panels: &Range<usize>) -> usize {
     panels.len() * PANEL + LANES
 }
@@ -218,8 +218,8 @@ struct Running<'a> {
 }
 
 // SAFETY: pieces of operands are written by whoever claims them and read when they are made; units write disjoint
-// (tile, panel) rectangles of the output, and a group is touched again only by who ends its last panel. Gated units write
-// packed blocks instead: those of their tiles and panels, which are disjoint alike.
+// (tile, panel) rectangles of the output, and a group is touched again only by who ends its last panel. Gated units
+// write packed blocks instead: those of their tiles and panels, which are disjoint alike.
 unsafe impl Sync for Running<'_> {}
 
 impl Running<'_> {

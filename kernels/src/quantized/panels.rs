@@ -14,7 +14,8 @@ use crate::simd::Simd;
 /// How a panel format is read: 16 lanes from feature `lane` of the panel on.
 ///
 /// # Safety
-/// As for [`IntSimd`]; `panel` is a whole panel of the format (of [`Opened`]: some groups), the group one of its groups.
+/// As for [`IntSimd`]; `panel` is a whole panel of the format (of [`Opened`]: some groups), the group one of its
+/// groups.
 pub(super) trait Panel: Sized {
     /// Quads of a group of weights; 0 if the group is the whole row.
     const QUADS: usize;

@@ -49,8 +49,8 @@ const NUM_FULL_ROUNDS: u32 = 3;
 const GROWTH: f64 = 1.25;
 /// To drain a queue takes a round trip; more only where the rate was overestimated.
 const NUM_DRAIN_ROUNDS: u64 = 3;
-/// Between probes beyond a bound, whichever is first. The draft's: Reno would win back what it gave up in as many rounds
-/// as it has datagrams on the way, or in so many. So who was left little asks sooner than who has much.
+/// Between probes beyond a bound, whichever is first. The draft's: Reno would win back what it gave up in as many
+/// rounds as it has datagrams on the way, or in so many. So who was left little asks sooner than who has much.
 const PROBE_ROUNDS: u64 = 62;
 /// Not more often, but for up to [`PROBE_SPREAD`] rounds drawn anew in each: more loses more than the rest.
 const PROBE_ROUNDS_MIN: u64 = 24;
@@ -320,8 +320,8 @@ impl Bbr {
         let Some(bound) = self.bound_bytes else { return };
         let raised = bound + (self.datagram_bytes << num_rounds.min(16));
         if raised >= self.cruise_bytes() {
-            // Nothing was lost, so there is no queue to empty. Whoever did would leave the link to those who do not, and
-            // come back to a full one.
+            // Nothing was lost, so there is no queue to empty. Whoever did would leave the link to those who do not,
+            // and come back to a full one.
             self.bound_bytes = None;
             self.phase = cruise;
         } else {

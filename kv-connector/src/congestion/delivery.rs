@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 /// quinn tells of packets with nothing but acknowledgements, too, and never that they arrived. Less than this on the
 /// way is nothing else.
 const ACKNOWLEDGEMENTS_BYTES: u64 = 600;
-/// Sends that are remembered, of more every second one: of a long and fast path there are as many on the way. An end that
-/// only receives sends mostly acknowledgements, which clear nothing away.
+/// Sends that are remembered, of more every second one: of a long and fast path there are as many on the way. An end
+/// that only receives sends mostly acknowledgements, which clear nothing away.
 const NUM_SENT_MAX: usize = 4096;
 
 /// What was known when packets left.

@@ -30,7 +30,8 @@ impl Drop for Ending {
     }
 }
 
-/// A send and, dropped behind it whether it has begun or not, its end: once that is told, nobody reads the extent's blocks.
+/// A send and, dropped behind it whether it has begun or not, its end: once that is told, nobody reads the extent's
+/// blocks.
 struct Sending<F> {
     sending: Pin<Box<F>>,
     ending: Ending,

@@ -32,8 +32,8 @@ pub struct ExtentRequest {
 /// KV that is hashed between two looks at whether its thread has had the core for long enough.
 const BYTES_BETWEEN_TURNS: usize = 64 << 10;
 
-/// An extent that is complete in a pool, to be hashed and sent. What is said of an [`ExtentSource`] and its blocks holds
-/// for this.
+/// An extent that is complete in a pool, to be hashed and sent. What is said of an [`ExtentSource`] and its blocks
+/// holds for this.
 pub struct UnsealedExtent {
     epoch: Epoch,
     binding: ExtentBinding,

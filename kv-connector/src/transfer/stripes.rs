@@ -290,8 +290,8 @@ impl Transport for Stripes {
         Box::pin(async move {
             loop {
                 let on_the_way = self.begin(payload.len())?;
-                // Where it could be sent again, it must be known to have arrived: others may join before this one is lost,
-                // and then its receiver leaves it to them.
+                // Where it could be sent again, it must be known to have arrived: others may join before this one is
+                // lost, and then its receiver leaves it to them.
                 let again = self.is_several().then(|| payload.clone());
                 let sent = on_the_way.stripe.transport.send(header, payload, end, again.is_some()).await;
                 let Err(SendExtentError::ConnectionLost(reason)) = &sent else { return sent };
