@@ -22,13 +22,14 @@ parser.add_argument("--max-model-len", type=int, required=True)
 parser.add_argument("--max-num-seqs", type=int, required=True)
 parser.add_argument("--dtype", choices=["bfloat16", "float32"], required=True)
 args = parser.parse_args()
+cores = sorted(os.sched_getaffinity(0))[:args.threads]
 os.environ.update(
-    VLLM_CPU_OMP_THREADS_BIND=f"0-{args.threads - 1}", HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)), HF_HUB_OFFLINE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0",
     VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1",
 )
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "4")
 # The binding alone leaves it two threads where one was asked for.
-os.sched_setaffinity(0, set(range(args.threads)))
+os.sched_setaffinity(0, cores)
 
 
 def main():

@@ -106,7 +106,8 @@ mod tests {
     use tokio::net::UnixListener;
 
     use crate::tls;
-    use crate::transfer::shm::memory::{as_other_user, sealed_file, send_file};
+    use crate::transfer::shm::memory::{sealed_file, send_file};
+    use crate::transfer::shm::other_user::as_other_user;
 
     const DEADLINE: Duration = Duration::from_millis(200);
 

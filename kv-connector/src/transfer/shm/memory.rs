@@ -169,17 +169,3 @@ pub(super) fn sealed_file(num_bytes: u64, seals: i32) -> std::fs::File {
     assert_eq!(unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) }, 0);
     file
 }
-
-/// Runs `what` on a thread of another user, for tests; `None` where this process may not be another user.
-#[cfg(test)]
-pub(super) fn as_other_user<T: Send + 'static>(what: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    const NOBODY: libc::c_long = 65_534;
-    const UNCHANGED: libc::c_long = -1;
-    let other = std::thread::spawn(move || {
-        // SAFETY: changes the user of the calling thread alone, as the call of the kernel does and the C library's does
-        // not; the thread ends with `what`.
-        let failed = unsafe { libc::syscall(libc::SYS_setresuid, UNCHANGED, NOBODY, UNCHANGED) };
-        (failed == 0).then(what)
-    });
-    other.join().expect("what it runs does not panic")
-}

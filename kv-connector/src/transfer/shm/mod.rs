@@ -40,6 +40,9 @@ mod attach;
 mod inbox;
 mod mailbox;
 mod memory;
+#[cfg(test)]
+#[path = "../../../tests/support/other_user.rs"]
+mod other_user;
 mod outbox;
 mod registrar;
 
