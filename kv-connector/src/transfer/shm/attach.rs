@@ -105,9 +105,9 @@ mod tests {
     use common::ids::Role;
     use tokio::net::UnixListener;
 
+    use crate::test_support::other_user::as_other_user;
     use crate::tls;
     use crate::transfer::shm::memory::{sealed_file, send_file};
-    use crate::transfer::shm::other_user::as_other_user;
 
     const DEADLINE: Duration = Duration::from_millis(200);
 

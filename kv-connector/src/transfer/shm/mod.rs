@@ -40,9 +40,6 @@ mod attach;
 mod inbox;
 mod mailbox;
 mod memory;
-#[cfg(test)]
-#[path = "../../../tests/support/other_user.rs"]
-mod other_user;
 mod outbox;
 mod registrar;
 
