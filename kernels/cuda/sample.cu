@@ -13,11 +13,16 @@
 // how many of those equal to it stay. Weights are summed as integers (2^38 is 1), so that sums do not depend on
 // the order in which threads arrive; that moves a boundary by less than 2^-30 against the CPU's sums.
 //
-//   logits  f32 [_, vocab], vocab below 2^24
-//   out     u32 [num_samples]; logprobs f32 [num_samples] or null: of the token under the row `raw_row`,
-//           (x - highest) - ln(sum exp(x - highest)), the sum in f64, thread t over ids t + 512 j, then by halves
+// A row is one block's: what counts is how often it is read and how many threads add to one number. Digits are of
+// 11 bits, since the upper 8 are nearly the same for all logits of a row, and 64-bit sums are made of 32-bit additions,
+// which shared memory has units for.
 //
-// adjust_logits: grid (rows to adjust), 256 threads. sample: grid (num_samples), 512 threads.
+//   logits  f32 [_, vocab], vocab below 2^24; begins at a multiple of 16 bytes
+//   out     u32 [num_samples]; logprobs f32 [num_samples] or null: of the token under the row `raw_row`,
+//           (x - highest) - ln(sum exp(x - highest)), the sum in f64, thread t over ids 4 (t + 512 j) .. + 4, then by
+//           halves
+//
+// adjust_logits: grid (rows to adjust), 512 threads. sample: grid (num_samples), 512 threads.
 #include "numerics.cuh"
 
 struct Adjustment {
@@ -44,18 +49,38 @@ struct SampleJob {
 
 #define THREADS 512
 #define WARPS (THREADS / 32)
+#define BINS 2048
 #define NO_LOGIT __uint_as_float(0xff800000u) // -infinity
 
 __device__ __forceinline__ float clean(float x) { return x != x ? NO_LOGIT : fminf(x, 3.402823466e38f); }
 
-extern "C" __global__ void __launch_bounds__(256)
+// Calls `take` with ids `first`, `first` + 1, ... below `end` and their logits, four to a load where rows allow it.
+// `first` is a multiple of 4.
+template <typename F>
+__device__ __forceinline__ void take_four(const float* row, u32 vocab, u32 first, u32 end, F take) {
+    if (vocab % 4 == 0) {
+        const uint4 x = *reinterpret_cast<const uint4*>(row + first);
+        take(first, __uint_as_float(x.x)), take(first + 1, __uint_as_float(x.y));
+        take(first + 2, __uint_as_float(x.z)), take(first + 3, __uint_as_float(x.w));
+    } else {
+        for (u32 i = first; i < min(first + 4, end); ++i) take(i, row[i]);
+    }
+}
+
+// All of a row, the threads of the block side by side.
+template <typename F>
+__device__ __forceinline__ void take_row(const float* row, u32 vocab, F take) {
+#pragma unroll 2
+    for (u32 first = 4 * threadIdx.x; first < vocab; first += 4 * THREADS) take_four(row, vocab, first, vocab, take);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 adjust_logits(float* logits, const AdjustRow* rows, const Adjustment* adjustments, u32 vocab) {
     const AdjustRow row = rows[blockIdx.x];
-    const float* from = logits + u64(row.from_row) * vocab;
     float* to = logits + u64(row.to_row) * vocab;
-    for (u32 i = threadIdx.x; i < vocab; i += 256) to[i] = clean(from[i]);
+    take_row(logits + u64(row.from_row) * vocab, vocab, [&](u32 token, float x) { to[token] = clean(x); });
     __syncthreads();
-    for (u32 i = threadIdx.x; i < row.num; i += 256) {
+    for (u32 i = threadIdx.x; i < row.num; i += THREADS) {
         const Adjustment a = adjustments[row.first + i];
         float x = to[a.token] + MUTATE(1, a.bias, 0.0f);
         if (a.is_seen) x = x > 0.0f ? x / row.repetition_penalty : x * MUTATE(2, row.repetition_penalty, 1.0f);
@@ -92,6 +117,40 @@ __device__ __forceinline__ float of_ascending(u32 key) {
 
 __device__ __forceinline__ u64 weight_of(float scaled) { return u64(own_exp(scaled) * 274877906944.0f); } // 2^38
 
+// What the threads of a block share.
+struct Shared {
+    u32 *low, *high; // sums of bins
+    u64* warps;      // one number of each warp
+    u64* found;      // three numbers that one thread tells all
+};
+
+// Adds to a sum that has two halves. Both wrap; no sum does.
+__device__ __forceinline__ void add_to(const Shared& shared, u32 bin, u64 value) {
+    const u32 low = u32(value), before = atomicAdd(&shared.low[bin], low);
+    const u32 high = u32(value >> 32) + MUTATE(7, before + low < low ? 1 : 0, 0);
+    if (high) atomicAdd(&shared.high[bin], high);
+}
+
+// The sum over all threads below this one, and over all.
+__device__ __forceinline__ u64 sum_before(u64 mine, const Shared& shared, u64& total) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    u64 sum = mine;
+    for (u32 by = 1; by < 32; by *= 2) {
+        const u64 other = __shfl_up_sync(FULL_WARP, sum, by);
+        if (lane >= by) sum += other;
+    }
+    __syncthreads(); // what a call before this told has been read
+    if (lane == 31) shared.warps[warp] = sum;
+    __syncthreads();
+    u64 before = sum - mine;
+    total = 0;
+    for (u32 w = 0; w < WARPS; ++w) {
+        if (w < warp) before += shared.warps[w];
+        total += shared.warps[w];
+    }
+    return before;
+}
+
 // What all threads of a block know about their row.
 struct Row {
     const float* logits;
@@ -100,169 +159,160 @@ struct Row {
     u32 threshold; // keys above it stay, and of those equal to it the first `num_equal` by id
     u32 num_equal;
 
-    // The key of a token; 0, which no number has, if min_p or a ban removes it.
-    __device__ u32 key(u32 token) const {
-        const float scaled = (clean(logits[token]) - max) / temperature;
-        return scaled == NO_LOGIT || own_exp(scaled) < min_p ? 0 : ascending(scaled);
+    // The key of a logit; 0, which no number has, if min_p or a ban removes it.
+    __device__ u32 key(float logit) const {
+        const float scaled = (clean(logit) - max) / temperature;
+        const bool is_out = scaled == NO_LOGIT || (min_p > 0.0f && own_exp(scaled) < min_p);
+        return is_out ? 0 : ascending(scaled);
     }
 };
 
-// Finds the highest key at which the sum over keys from the top reaches `target`, among what the row keeps so
-// far; a key counts 1 or, if IS_WEIGHED, its weight. Sets threshold and num_equal to it; leaves them if all
-// of it is less. `bins` is shared, 256 entries; `found` shared, 3.
+// Finds the highest key at which the sum over keys from the top reaches a target, among what the row keeps so far.
+// A key counts 1 and the target is `top_k`; or, if IS_WEIGHED, it counts its weight, and the target is a share `top_p`
+// of the sum of all. Sets threshold and num_equal to it; leaves them if all of it is less.
 template <bool IS_WEIGHED>
-__device__ __forceinline__ void keep_top(Row& row, u64 target, u64* bins, u64* found) {
+__device__ __forceinline__ void keep_top(Row& row, u32 top_k, float top_p, const Shared& shared) {
     u32 prefix = 0;
-    u64 above = 0; // sum over keys above the prefix
-    for (u32 shift = 24;; shift -= 8) {
-        __syncthreads();
-        if (threadIdx.x < 256) bins[threadIdx.x] = 0;
-        __syncthreads();
+    u64 above = 0, target = top_k; // sum over keys above the prefix
 #pragma unroll 1
-        for (u32 token = threadIdx.x; token < row.vocab; token += THREADS) {
-            const u32 key = row.key(token);
-            if (key <= row.threshold || (shift < 24 && (key ^ prefix) >> (shift + 8) != 0)) continue;
-            atomicAdd(&bins[key >> shift & 255], IS_WEIGHED ? weight_of(of_ascending(key)) : u64(1));
+    for (u32 round = 0; round < 3; ++round) {
+        const u32 shift = round == 0 ? 21 : round == 1 ? 10 : 0, num_bins = round == 2 ? BINS / 2 : BINS;
+        const auto is_below = [&](u32 key) { return round == 0 || (key ^ prefix) / num_bins >> shift == 0; };
+        __syncthreads();
+        for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) shared.low[bin] = shared.high[bin] = 0;
+        if (threadIdx.x == 0) shared.found[0] = BINS;
+        __syncthreads();
+        take_row(row.logits, row.vocab, [&](u32, float logit) {
+            const u32 key = row.key(logit);
+            if (key <= row.threshold || !is_below(key)) return;
+            const u64 counts = IS_WEIGHED ? weight_of(of_ascending(key)) : u64(1);
+            if (counts) add_to(shared, key >> shift & (num_bins - 1), counts);
+        });
+        __syncthreads();
+        if (threadIdx.x == 0 && row.threshold != 0 && is_below(row.threshold)) {
+            const u64 each = IS_WEIGHED ? weight_of(of_ascending(row.threshold)) : u64(1);
+            add_to(shared, row.threshold >> shift & (num_bins - 1), each * row.num_equal);
         }
         __syncthreads();
-        if (threadIdx.x == 0) {
-            if (row.threshold != 0 && (shift == 24 || (row.threshold ^ prefix) >> (shift + 8) == 0)) {
-                const u64 each = IS_WEIGHED ? weight_of(of_ascending(row.threshold)) : u64(1);
-                bins[row.threshold >> shift & 255] += each * row.num_equal;
-            }
-            found[0] = 256;
-            u64 sum = above;
-#pragma unroll 1
-            for (u32 digit = 256; digit-- > 0;) {
-                if (sum + bins[digit] >= target) {
-                    found[0] = digit, found[1] = sum, found[2] = bins[digit];
-                    break;
-                }
-                sum += bins[digit];
+        // From the highest bin down, four to a thread.
+        const u32 highest = BINS - 1 - 4 * threadIdx.x;
+        u64 bins[4], mine = 0, total;
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) {
+            bins[i] = u64(shared.high[highest - i]) << 32 | shared.low[highest - i];
+            mine += bins[i];
+        }
+        u64 sum = above + sum_before(mine, shared, total);
+        if (IS_WEIGHED && round == 0) target = max(u64(double(MUTATE(5, top_p, 1.0f)) * double(total)), u64(1));
+        if (sum < target && sum + mine >= target) {
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                if (sum < target && sum + bins[i] >= target)
+                    shared.found[0] = highest - i, shared.found[1] = sum, shared.found[2] = bins[i];
+                sum += bins[i];
             }
         }
         __syncthreads();
-        if (found[0] == 256) return;
-        prefix |= u32(found[0]) << shift;
-        above = found[1];
-        if (shift == 0) break;
+        if (shared.found[0] == BINS) return;
+        prefix |= u32(shared.found[0]) << shift;
+        above = shared.found[1];
     }
     const u64 each = IS_WEIGHED ? weight_of(of_ascending(prefix)) : u64(1), missing = target - above;
-    const u64 all = each == 0 ? 1 : found[2] / each;
-    const u64 wanted = each == 0 ? 1 : (missing + each - 1) / each;
+    const u64 all = shared.found[2] / each, wanted = (missing + each - 1) / each;
     row.threshold = prefix;
     row.num_equal = u32(MUTATE(3, min(wanted, all), all));
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// The token in which the running sum of weights, in ascending id, exceeds a share `uniform` of the sum.
+__device__ __forceinline__ u32 draw(const Row& row, double uniform, const Shared& shared) {
+    const u32 lane = threadIdx.x % 32;
+    // A stretch of ids for each thread: how much is above the threshold, and how many are equal to it.
+    const u32 stretch = (row.vocab + 4 * THREADS - 1) / (4 * THREADS) * 4;
+    const u32 start = min(threadIdx.x * stretch, row.vocab), end = min(start + stretch, row.vocab);
+    u64 mine = 0, total;
+    u32 equal = 0;
+#pragma unroll 2
+    for (u32 first = start; first < end; first += 4)
+        take_four(row.logits, row.vocab, first, end, [&](u32, float logit) {
+            const u32 key = row.key(logit);
+            if (key > row.threshold) mine += weight_of(of_ascending(key));
+            if (key == row.threshold && key != 0) ++equal;
+        });
+    const u64 each = row.threshold ? weight_of(of_ascending(row.threshold)) : 0;
+    const u32 equal_before = u32(min(sum_before(equal, shared, total), u64(row.num_equal)));
+    mine += each * min(equal, row.num_equal - MUTATE(8, equal_before, 0u));
+    u64 before = sum_before(mine, shared, total);
+    const u64 target = min(u64(uniform * double(total)), total - 1);
+    if (before <= target && target < before + mine)
+        shared.found[0] = start, shared.found[1] = before, shared.found[2] = row.num_equal - equal_before;
+    __syncthreads();
+    const u32 owned = u32(shared.found[0]), owned_end = min(owned + stretch, row.vocab);
+    u32 equals_left = u32(shared.found[2]), token = 0;
+    before = shared.found[1];
+    // Every warp walks through the one stretch, and comes to the same end.
+    for (u32 first = owned; first < owned_end; first += 32) {
+        const u32 key = first + lane < owned_end ? row.key(row.logits[first + lane]) : 0;
+        const bool is_equal = key == row.threshold && key != 0;
+        const u32 equals = __ballot_sync(FULL_WARP, is_equal);
+        const bool is_kept = key > row.threshold || (is_equal && u32(__popc(equals & ((1u << lane) - 1))) < equals_left);
+        u64 sum = is_kept ? weight_of(of_ascending(key)) : 0;
+        for (u32 by = 1; by < 32; by *= 2) {
+            const u64 other = __shfl_up_sync(FULL_WARP, sum, by);
+            if (lane >= by) sum += other;
+        }
+        const u32 exceeds = __ballot_sync(FULL_WARP, before + sum > target);
+        if (exceeds) {
+            token = first + u32(__ffs(exceeds)) - 1;
+            break;
+        }
+        before += __shfl_sync(FULL_WARP, sum, 31);
+        equals_left -= min(u32(__popc(equals)), equals_left);
+    }
+    return token;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sample(const float* logits, const SampleJob* samples, u32 vocab, u32* out, float* logprobs) {
-    SHARED_ARRAY(u64, bins, 256);
+    SHARED_ARRAY(u32, low, BINS);
+    SHARED_ARRAY(u32, high, BINS);
+    SHARED_ARRAY(u64, warps, WARPS);
     SHARED_ARRAY(u64, found, 3);
-    SHARED_ARRAY(u64, warp_best, WARPS);
-    SHARED_ARRAY(u64, warp_above, WARPS);
-    SHARED_ARRAY(u32, warp_equal, WARPS);
     SHARED_ARRAY(double, halves, THREADS);
+    const Shared shared = {low, high, warps, found};
     const SampleJob job = samples[blockIdx.x];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Row row = {logits + u64(job.row) * vocab, vocab, 0.0f, job.temperature, fminf(job.min_p, 1.0f), 0, 0};
 
     // The highest logit with the lowest id, as one number.
     u64 best = 0;
-    for (u32 token = threadIdx.x; token < vocab; token += THREADS) {
-        const u64 candidate = u64(ascending(clean(row.logits[token]))) << 32 | MUTATE(4, u32(~token), token);
-        best = max(best, candidate);
-    }
+    take_row(row.logits, vocab, [&](u32 token, float logit) {
+        best = max(best, u64(ascending(clean(logit))) << 32 | MUTATE(4, u32(~token), token));
+    });
     for (int with = 16; with > 0; with /= 2) best = max(best, __shfl_xor_sync(FULL_WARP, best, with));
-    if (lane == 0) warp_best[warp] = best;
+    if (lane == 0) warps[warp] = best;
     __syncthreads();
-    for (u32 w = 0; w < WARPS; ++w) best = max(best, warp_best[w]);
+    for (u32 w = 0; w < WARPS; ++w) best = max(best, warps[w]);
     row.max = of_ascending(u32(best >> 32));
     u32 token = ~u32(best);
 
     if (job.temperature >= 1e-5f && row.max != NO_LOGIT) {
-        if (job.top_k > 0) keep_top<false>(row, job.top_k, bins, found);
-        // Every warp sums one stretch of ids, 64-bit sums of what is above the threshold and counts of equals.
-        const u32 stretch = (vocab + WARPS - 1) / WARPS, start = min(warp * stretch, vocab), end = min(start + stretch, vocab);
-        for (u32 round = job.top_p < 1.0f ? 0 : 1; round < 2; ++round) {
-            u64 above = 0;
-            u32 equal = 0;
-#pragma unroll 1
-            for (u32 i = start + lane; i < end; i += 32) {
-                const u32 key = row.key(i);
-                if (key > row.threshold) above += weight_of(of_ascending(key));
-                if (key == row.threshold && key != 0) ++equal;
-            }
-            for (int with = 16; with > 0; with /= 2) {
-                above += __shfl_xor_sync(FULL_WARP, above, with);
-                equal += __shfl_xor_sync(FULL_WARP, equal, with);
-            }
-            __syncthreads();
-            if (lane == 0) warp_above[warp] = above, warp_equal[warp] = equal;
-            __syncthreads();
-            if (round == 0) {
-                u64 total = row.threshold ? weight_of(of_ascending(row.threshold)) * row.num_equal : 0;
-                for (u32 w = 0; w < WARPS; ++w) total += warp_above[w];
-                const u64 target = u64(double(job.top_p) * double(total));
-                keep_top<true>(row, max(MUTATE(5, target, total), u64(1)), bins, found);
-            }
-        }
-        // The stretch in which the running sum exceeds the target.
-        const u64 each = row.threshold ? weight_of(of_ascending(row.threshold)) : 0;
-        u64 total = 0;
-        u32 equals_left = row.num_equal;
-#pragma unroll 1
-        for (u32 w = 0; w < WARPS; ++w) {
-            const u32 kept = min(warp_equal[w], equals_left);
-            total += warp_above[w] + each * kept;
-            equals_left -= kept;
-        }
-        const u64 target = min(u64(uniform(job.seed, job.choice, job.position) * double(total)), total - 1);
-        u64 before = 0, after = 0;
-        equals_left = row.num_equal;
-        u32 owner = 0;
-#pragma unroll 1
-        for (; owner < WARPS; ++owner) {
-            const u32 kept = min(warp_equal[owner], equals_left);
-            after = before + warp_above[owner] + each * kept;
-            if (after > target) break;
-            before = after, equals_left -= kept;
-        }
-        if (warp == owner) {
-            for (u32 first = start; first < end; first += 32) {
-                const u32 key = first + lane < end ? row.key(first + lane) : 0;
-                const bool is_equal = key == row.threshold && key != 0;
-                const u32 equals = __ballot_sync(FULL_WARP, is_equal);
-                const bool is_kept = key > row.threshold || (is_equal && u32(__popc(equals & ((1u << lane) - 1))) < equals_left);
-                u64 sum = is_kept ? weight_of(of_ascending(key)) : 0;
-                for (u32 by = 1; by < 32; by *= 2) {
-                    const u64 other = __shfl_up_sync(FULL_WARP, sum, by);
-                    if (lane >= by) sum += other;
-                }
-                const u32 exceeds = __ballot_sync(FULL_WARP, before + sum > target);
-                if (exceeds) {
-                    if (lane == 0) found[0] = first + u32(__ffs(exceeds)) - 1;
-                    break;
-                }
-                before += __shfl_sync(FULL_WARP, sum, 31);
-                equals_left -= min(u32(__popc(equals)), equals_left);
-            }
-        }
-        __syncthreads();
-        token = u32(found[0]);
+        if (job.top_k > 0) keep_top<false>(row, job.top_k, 1.0f, shared);
+        if (job.top_p < 1.0f) keep_top<true>(row, 0, job.top_p, shared);
+        token = draw(row, uniform(job.seed, job.choice, job.position), shared);
     }
     if (threadIdx.x == 0) out[blockIdx.x] = token;
     if (!logprobs) return;
 
     const float* raw = logits + u64(job.raw_row) * vocab;
     float highest = NO_LOGIT;
-    for (u32 i = threadIdx.x; i < vocab; i += THREADS) highest = fmaxf(highest, raw[i]);
+    take_row(raw, vocab, [&](u32, float logit) { highest = fmaxf(highest, logit); });
     highest = warp_max(highest);
     __syncthreads();
-    if (lane == 0) warp_best[warp] = ascending(highest);
+    if (lane == 0) warps[warp] = ascending(highest);
     __syncthreads();
-    for (u32 w = 0; w < WARPS; ++w) highest = fmaxf(highest, of_ascending(u32(warp_best[w])));
+    for (u32 w = 0; w < WARPS; ++w) highest = fmaxf(highest, of_ascending(u32(warps[w])));
     double sum = 0.0;
-    for (u32 i = threadIdx.x; i < vocab; i += THREADS) sum += double(own_exp(raw[i] - highest));
+    take_row(raw, vocab, [&](u32, float logit) { sum += double(own_exp(logit - highest)); });
     halves[threadIdx.x] = sum;
     for (u32 half = THREADS / 2; half > 0; half /= 2) {
         __syncthreads();

@@ -553,7 +553,7 @@ pub fn adjust_logits(
         .address(rows.at(num_rows * 28))
         .address(adjustments.at(0))
         .u32(vocab);
-    launch(logits, Lane::Compute, "adjust_logits", [num_rows, 1, 1], 256, 0, &args)
+    launch(logits, Lane::Compute, "adjust_logits", [num_rows, 1, 1], 512, 0, &args)
 }
 
 /// A token for each of `num_samples` `SampleJob`s of sample.cu from `logits` `[num_logit_rows, vocab]` to `out` u32,
