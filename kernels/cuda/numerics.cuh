@@ -57,3 +57,47 @@ __device__ __forceinline__ float warp_max(float x) {
     for (int with = 16; with > 0; with /= 2) x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, with));
     return x;
 }
+
+// g / (1 + exp(-g))
+__device__ __forceinline__ float own_silu(float g) { return g / (1.0f + own_exp(-g)); }
+
+// Four neighbours of a row.
+struct Four { float of[4]; };
+
+// Those from `first` on, a multiple of 4; what lies behind the end of the row is 0. One load where the width is a
+// multiple of 4: rows then begin at multiples of 16 bytes, as memory does.
+__device__ __forceinline__ Four load_four(const float* row, u32 width, u32 first) {
+    if (width % 4 == 0) {
+        const uint4 x = *reinterpret_cast<const uint4*>(row + first);
+        return {{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)}};
+    }
+    Four four = {};
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        if (first + i < width) four.of[i] = row[first + i];
+    return four;
+}
+
+// Likewise.
+__device__ __forceinline__ void store_four(float* row, u32 width, u32 first, const Four& four) {
+    if (width % 4 == 0) {
+        const float* x = four.of;
+        *reinterpret_cast<uint4*>(row + first) =
+            make_uint4(__float_as_uint(x[0]), __float_as_uint(x[1]), __float_as_uint(x[2]), __float_as_uint(x[3]));
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        if (first + i < width) store(row + first + i, four.of[i]);
+}
+
+__device__ __forceinline__ void store_four(bf16* row, u32 width, u32 first, const Four& four) {
+    if (width % 4 == 0) {
+        const auto pair = [&](u32 i) { return u32(round_bf16(four.of[i])) | u32(round_bf16(four.of[i + 1])) << 16; };
+        *reinterpret_cast<uint2*>(row + first) = make_uint2(pair(0), pair(2));
+        return;
+    }
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        if (first + i < width) store(row + first + i, four.of[i]);
+}

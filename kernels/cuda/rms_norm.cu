@@ -1,28 +1,25 @@
-// Root-mean-square normalisation of rows, after adding to the residual stream where there is something to add.
+// Root-mean-square normalisation of rows.
 //
-//   x[row] = x[row] + delta[row]                          only if delta is not null; x is written back
 //   out[row] = x[row] * (1 / sqrt(mean(x[row]^2) + eps)) * weight
 //
-// x, delta f32 [rows, width]; weight f32 [width]; out f32 or bf16 [rows, width], which is how the product that
-// follows wants its operand. Order: thread t of 256 folds x[t + 256 j]^2 over j, a warp's lanes are summed
-// as `warp_sum` says, then the 8 warps in ascending order.
+// x f32 [rows, width]; weight f32 [width]; out f32 or bf16 [rows, width], which is how the product that follows wants
+// its operand. Order: thread t of 256 folds the squares of x[4 (t + 256 j)] and its three neighbours over j, a warp's
+// lanes are summed as `warp_sum` says, then the 8 warps in ascending order.
 //
 // Grid (rows), 256 threads.
 #include "numerics.cuh"
 
 template <typename T>
-__device__ void rms_norm(float* __restrict__ x, const float* __restrict__ delta, const float* __restrict__ weight,
-                         float eps, T* __restrict__ out, u32 width) {
+__device__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, T* __restrict__ out,
+                         u32 width) {
     SHARED_ARRAY(float, sums, 8);
-    float* row = x + u64(blockIdx.x) * width;
+    const float* row = x + u64(blockIdx.x) * width;
     float sum = 0.0f;
-    for (u32 i = threadIdx.x; i < width; i += 256) {
-        float value = row[i];
-        if (delta) {
-            value = MUTATE(1, value + delta[u64(blockIdx.x) * width + i], value);
-            row[i] = value;
-        }
-        sum = fmaf(value, value, sum);
+#pragma unroll 4
+    for (u32 first = 4 * threadIdx.x; first < width; first += 1024) {
+        const Four four = load_four(row, width, first);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) sum = fmaf(four.of[i], MUTATE(1, four.of[i], four.of[0]), sum);
     }
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
@@ -30,16 +27,22 @@ __device__ void rms_norm(float* __restrict__ x, const float* __restrict__ delta,
     float total = sums[0];
     for (u32 w = 1; w < 8; ++w) total += sums[w];
     const float scale = 1.0f / sqrtf(total / float(width) + MUTATE(3, eps, 0.0f));
-    T* to = out + u64(blockIdx.x) * width;
-    for (u32 i = threadIdx.x; i < width; i += 256) store(to + i, row[i] * scale * weight[i]);
+#pragma unroll 4
+    for (u32 first = 4 * threadIdx.x; first < width; first += 1024) {
+        Four four = load_four(row, width, first);
+        const Four factor = load_four(weight, width, first);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) four.of[i] = four.of[i] * scale * factor.of[i];
+        store_four(out + u64(blockIdx.x) * width, width, first, four);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-rms_norm_f32(float* x, const float* delta, const float* weight, float eps, float* out, u32 width) {
-    rms_norm(x, delta, weight, eps, out, width);
+rms_norm_f32(const float* x, const float* weight, float eps, float* out, u32 width) {
+    rms_norm(x, weight, eps, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
-rms_norm_bf16(float* x, const float* delta, const float* weight, float eps, bf16* out, u32 width) {
-    rms_norm(x, delta, weight, eps, out, width);
+rms_norm_bf16(const float* x, const float* weight, float eps, bf16* out, u32 width) {
+    rms_norm(x, weight, eps, out, width);
 }

@@ -5,7 +5,8 @@
 //   pool     see kv_layout.cuh; row r's k (rotated) and v go to slots[r] of the layer
 //
 // Where q_norm and k_norm are given (f32 [head_dim]), every head of q and of k is first divided by its root
-// mean square and multiplied by them; order: lane l folds x[l + 32 j]^2 over j, then `warp_sum`.
+// mean square and multiplied by them; order: lane l folds the squares of x[4 (l + 32 j)] and its three neighbours
+// over j, then `warp_sum`.
 // Rotation by the row's angles, cosines and sines f32 [positions, rot_dim / 2]; feature i < rot_dim / 2 turns
 // with i + rot_dim / 2, features from rot_dim on stay:
 //   (a, b) -> (fma(a, cos, -(b * sin)), fma(b, cos, a * sin))
@@ -40,13 +41,21 @@ __device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qk
     float* x = staged + warp * 256;
     const float* norm = is_v ? nullptr : (is_q ? q_norm : k_norm);
     float sum = 0.0f;
-    for (u32 i = lane; i < dim; i += 32) {
-        x[i] = from[i];
-        sum = fmaf(x[i], x[i], sum);
+    for (u32 first = 4 * lane; first < dim; first += 128) {
+        const Four four = load_four(from, dim, first);
+        store_four(x, dim, first, four);
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i) sum = fmaf(four.of[i], four.of[i], sum);
     }
     if (norm) {
         const float scale = 1.0f / sqrtf(warp_sum(sum) / float(dim) + job.eps);
-        for (u32 i = lane; i < dim; i += 32) x[i] = x[i] * scale * MUTATE(1, norm[i], 1.0f);
+        for (u32 first = 4 * lane; first < dim; first += 128) {
+            Four four = load_four(x, dim, first);
+            const Four factor = load_four(norm, dim, first);
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) four.of[i] = four.of[i] * scale * MUTATE(1, factor.of[i], 1.0f);
+            store_four(x, dim, first, four);
+        }
     }
     // Every lane now reads what others wrote.
     if (MUTATE(2, true, false)) __syncwarp();
@@ -59,25 +68,29 @@ __device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qk
     }
     const u32 half = job.rot_dim / 2;
     const u64 angles = u64(positions[row]) * half;
-    for (u32 i = lane; i < dim; i += 32) {
-        float value = x[i];
-        if (!is_v && i < half) {
-            value = fmaf(value, cosines[angles + i], -(x[i + half] * sines[angles + i]));
-        } else if (!is_v && i < 2 * half) {
-            const u32 j = i - half;
-            value = fmaf(value, cosines[angles + j], MUTATE(3, x[j], -x[j]) * sines[angles + j]);
+    for (u32 first = 4 * lane; first < dim; first += 128) {
+        Four four = load_four(x, dim, first);
+#pragma unroll
+        for (u32 k = 0; k < 4; ++k) {
+            const u32 i = first + k;
+            if (!is_v && i < half) {
+                four.of[k] = fmaf(four.of[k], cosines[angles + i], -(x[i + half] * sines[angles + i]));
+            } else if (!is_v && i < 2 * half) {
+                const u32 j = i - half;
+                four.of[k] = fmaf(four.of[k], cosines[angles + j], MUTATE(3, x[j], -x[j]) * sines[angles + j]);
+            }
         }
-        store(to + i, value);
+        store_four(to, dim, first, four);
     }
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
 rope_kv_write_f32(RopeWrite job, const float* qkv, const float* q_norm, const float* k_norm, const float* cosines,
                   const float* sines, const u32* positions, const u32* slots, float* q_out, float* pool) {
     rope_kv_write(job, qkv, q_norm, k_norm, cosines, sines, positions, slots, q_out, pool);
 }
 
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(128, 8)
 rope_kv_write_bf16(RopeWrite job, const float* qkv, const float* q_norm, const float* k_norm, const float* cosines,
                    const float* sines, const u32* positions, const u32* slots, bf16* q_out, bf16* pool) {
     rope_kv_write(job, qkv, q_norm, k_norm, cosines, sines, positions, slots, q_out, pool);

@@ -54,24 +54,20 @@ struct SampleJob {
 
 __device__ __forceinline__ float clean(float x) { return x != x ? NO_LOGIT : fminf(x, 3.402823466e38f); }
 
-// Calls `take` with ids `first`, `first` + 1, ... below `end` and their logits, four to a load where rows allow it.
-// `first` is a multiple of 4.
+// Calls `take` with `first`, a multiple of 4, and the three ids behind it, as far as there are such, and their logits.
 template <typename F>
-__device__ __forceinline__ void take_four(const float* row, u32 vocab, u32 first, u32 end, F take) {
-    if (vocab % 4 == 0) {
-        const uint4 x = *reinterpret_cast<const uint4*>(row + first);
-        take(first, __uint_as_float(x.x)), take(first + 1, __uint_as_float(x.y));
-        take(first + 2, __uint_as_float(x.z)), take(first + 3, __uint_as_float(x.w));
-    } else {
-        for (u32 i = first; i < min(first + 4, end); ++i) take(i, row[i]);
-    }
+__device__ __forceinline__ void take_four(const float* row, u32 vocab, u32 first, F take) {
+    const Four four = load_four(row, vocab, first);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        if (first + i < vocab) take(first + i, four.of[i]);
 }
 
 // All of a row, the threads of the block side by side.
 template <typename F>
 __device__ __forceinline__ void take_row(const float* row, u32 vocab, F take) {
 #pragma unroll 2
-    for (u32 first = 4 * threadIdx.x; first < vocab; first += 4 * THREADS) take_four(row, vocab, first, vocab, take);
+    for (u32 first = 4 * threadIdx.x; first < vocab; first += 4 * THREADS) take_four(row, vocab, first, take);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -233,7 +229,7 @@ __device__ __forceinline__ u32 draw(const Row& row, double uniform, const Shared
     u32 equal = 0;
 #pragma unroll 2
     for (u32 first = start; first < end; first += 4)
-        take_four(row.logits, row.vocab, first, end, [&](u32, float logit) {
+        take_four(row.logits, row.vocab, first, [&](u32, float logit) {
             const u32 key = row.key(logit);
             if (key > row.threshold) mine += weight_of(of_ascending(key));
             if (key == row.threshold && key != 0) ++equal;

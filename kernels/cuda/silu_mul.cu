@@ -4,19 +4,19 @@
 //
 // gate_up f32 [rows, 2 * ffn]; out f32 or bf16 [rows, ffn]. Every value on its own: no order.
 //
-// Grid (rows, ceil(ffn / 1024)), 256 threads, 4 values each. Along y there are at most 65,535 blocks.
+// Grid (rows, ceil(ffn / 1024)), 256 threads, 4 neighbours each. Along y there are at most 65,535 blocks.
 #include "numerics.cuh"
 
 template <typename T>
 __device__ void silu_mul(const float* __restrict__ gate_up, T* __restrict__ out, u32 ffn) {
-    const float* gate = gate_up + u64(blockIdx.x) * 2 * ffn;
-    const float* up = gate + MUTATE(1, ffn, 0u);
-    T* to = out + u64(blockIdx.x) * ffn;
-    const u32 end = min(ffn, (blockIdx.y + 1) * 1024);
-    for (u32 i = blockIdx.y * 1024 + threadIdx.x; i < end; i += 256) {
-        const float g = gate[i];
-        store(to + i, g / (1.0f + own_exp(MUTATE(2, -g, g))) * up[i]);
-    }
+    const u32 first = blockIdx.y * 1024 + 4 * threadIdx.x;
+    if (first >= ffn) return;
+    const float* of_row = gate_up + u64(blockIdx.x) * 2 * ffn;
+    const Four gate = load_four(of_row, ffn, first), up = load_four(of_row + MUTATE(1, ffn, 0u), ffn, first);
+    Four gated;
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) gated.of[i] = own_silu(MUTATE(2, gate.of[i], -gate.of[i])) * up.of[i];
+    store_four(out + u64(blockIdx.x) * ffn, ffn, first, gated);
 }
 
 extern "C" __global__ void __launch_bounds__(256) silu_mul_f32(const float* gate_up, float* out, u32 ffn) {

@@ -23,7 +23,7 @@ use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
-use crate::weights::{AttentionWeights, ComputeDtype};
+use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
 /// A device, what is computed in, and the step that is being launched. Clones share the memory that steps use one
 /// after the other: a runner has a backend [of its own](Self::for_runner).
@@ -173,6 +173,11 @@ impl CudaBackend {
         self.step.as_ref().expect("whoever runs the decoder says at which step")
     }
 
+    /// Whether so many rows are multiplied by a kernel of our own.
+    fn is_skinny(&self, rows: usize) -> bool {
+        rows <= SKINNY_ROWS_MAX || self.is_batch_invariant()
+    }
+
     fn rows_of(&self, len: usize, width: usize) -> usize {
         debug_assert!(len.is_multiple_of(width), "{len} values in rows of {width}");
         len / width
@@ -180,7 +185,7 @@ impl CudaBackend {
 
     fn multiply(&self, x: &CudaTensor, weight: &CudaMatrix, bias: Option<&Buffer>, add: bool, out: &Buffer) {
         let (m, n, k) = (self.rows_of(x.len, weight.cols), weight.rows, weight.cols);
-        let (x, is_skinny) = (x.of(self.dtype), m <= SKINNY_ROWS_MAX || self.is_batch_invariant());
+        let (x, is_skinny) = (x.of(self.dtype), self.is_skinny(m));
         done(match (&weight.values, self.dtype) {
             (Values::Dense(w), dtype) => {
                 let multiply = Multiply { x, w, bias, out, m, n, k, add };
@@ -385,6 +390,30 @@ impl Backend for CudaBackend {
         let rows = self.rows_of(gate_up.len, 2 * ffn);
         let out = out.sized(self, rows * ffn, self.dtype);
         done(ops::silu_mul(gate_up.of(Dtype::F32), out, self.dtype, rows, ffn));
+    }
+
+    /// In one launch where few rows meet dense weights.
+    fn norm_gate_up_act(
+        &self,
+        spec: &ModelSpec,
+        weights: &MlpWeights<Self>,
+        hidden: &CudaTensor,
+        normed: &mut CudaTensor,
+        gate_up: &mut CudaTensor,
+        out: &mut CudaTensor,
+    ) {
+        let (rows, ffn, k) = (self.rows_of(hidden.len, spec.hidden_size), spec.intermediate_size, spec.hidden_size);
+        self.rms_norm(hidden, &weights.norm, spec.rms_norm_eps, normed);
+        match (&weights.gate_up.values, &weights.gate_up_bias) {
+            (Values::Dense(w), None) if self.dtype == Dtype::Bf16 && self.is_skinny(rows) => {
+                let out = out.sized(self, rows * ffn, Dtype::Bf16);
+                done(ops::skinny_gate_up(normed.of(Dtype::Bf16), w, out, rows, ffn, k));
+            }
+            (_, bias) => {
+                self.matmul(normed, &weights.gate_up, bias.as_ref(), gate_up);
+                self.silu_mul(gate_up, ffn, out);
+            }
+        }
     }
 
     fn sample(&self, logits: &CudaTensor, vocab: usize, logit_rows: &[usize], samples: &[SampleRow], out: &mut Drawn) {

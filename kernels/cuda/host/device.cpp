@@ -67,6 +67,7 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),
         ENTRY_OF(silu_mul_bf16),        ENTRY_OF(silu_mul_f32),         ENTRY_OF(skinny_matmul_bf16),
+        ENTRY_OF(skinny_gate_up_bf16),
     };
     return all;
 }

@@ -1,3 +1,4 @@
+#include "../silu_mul.cu"
 #include "../skinny_matmul.cu"
 #include "harness.h"
 
@@ -34,4 +35,19 @@ TEST(a_row_alone_has_the_bits_it_has_among_others) {
         LAUNCH(order, dim3(2, 1), 256, 0, skinny_matmul_bf16, alone.get(), w.get(), nullptr, one.get(), 1u, n, k, 0u);
         for (u32 i = 0; i < n; ++i) expect_same(bits_of(one[i]), bits_of(all[row * n + i]), "bits", row * n + i);
     }
+}
+
+TEST(gate_and_up_have_the_bits_of_a_product_and_the_gate) {
+    for (u32 m : {1u, 5u, 16u, 21u})
+        for (u32 ffn : {8u, 20u, 48u}) {
+            const u32 k = 328;
+            auto x = random_values<bf16>(m * k), w = random_values<bf16>(2 * ffn * k);
+            Device<float> product(m * 2 * ffn);
+            Device<bf16> wanted(m * ffn), found(m * ffn);
+            LAUNCH(order, dim3((2 * ffn + 15) / 16, (m + 15) / 16), 256, 0, skinny_matmul_bf16, x.get(), w.get(), nullptr,
+                   product.get(), m, 2 * ffn, k, 0u);
+            LAUNCH(order, dim3(m, 1), 256, 0, silu_mul_bf16, product.get(), wanted.get(), ffn);
+            LAUNCH(order, dim3((ffn + 7) / 8, (m + 15) / 16), 256, 0, skinny_gate_up_bf16, x.get(), w.get(), found.get(), m, ffn, k);
+            for (u32 i = 0; i < m * ffn; ++i) expect_same(found[i].bits, wanted[i].bits, "out", i);
+        }
 }

@@ -167,7 +167,6 @@ pub fn rms_norm(
 ) -> Result<(), DeviceError> {
     let args = Args::default()
         .address(x.at(0, rows * width * 4))
-        .address(0)
         .address(weight.at(0, width * 4))
         .f32(eps)
         .address(out.at(0, rows * width * dtype.size()))
@@ -523,6 +522,23 @@ pub fn skinny_matmul(multiply: &Multiply<'_>) -> Result<(), DeviceError> {
     assert!(multiply.k.is_multiple_of(8), "sums over {} values: expected a multiple of 8", multiply.k);
     let grid = [multiply.n.div_ceil(16), multiply.m.div_ceil(16), 1];
     launch(multiply.out, Lane::Compute, "skinny_matmul_bf16", grid, 256, 0, &multiply.args(2))
+}
+
+/// `out` bf16 `[m, ffn]` = silu(gate) * up, the products of `x` `[m, k]` with the two halves of `w` `[2 ffn, k]`, all bf16:
+/// bits and restrictions of [`skinny_matmul`], then [`silu_mul`].
+///
+/// # Errors
+/// What the device says.
+pub fn skinny_gate_up(x: &Buffer, w: &Buffer, out: &Buffer, m: usize, ffn: usize, k: usize) -> Result<(), DeviceError> {
+    assert!(k.is_multiple_of(8), "sums over {k} values: expected a multiple of 8");
+    let args = Args::default()
+        .address(x.at(0, m * k * 2))
+        .address(w.at(0, 2 * ffn * k * 2))
+        .address(out.at(0, m * ffn * 2))
+        .u32(m)
+        .u32(ffn)
+        .u32(k);
+    launch(out, Lane::Compute, "skinny_gate_up_bf16", [ffn.div_ceil(8), m.div_ceil(16), 1], 256, 0, &args)
 }
 
 /// The product of bf16 operands for many rows, by the device's library.
