@@ -109,6 +109,11 @@ fn load_on_gpu(
     num_nodes: usize,
 ) -> Result<LoadedModel, LoadError> {
     let device = engine::cuda::open(ordinal)?;
+    if engine.enable_pdl
+        && let Err(reason) = device.enable_pdl()
+    {
+        tracing::warn!(reason, "--enable-pdl does nothing");
+    }
     let cache_folder = engine::identity::cache_folder_from_env();
     let options = DeviceLoadOptions {
         dtype: weights.dtype,

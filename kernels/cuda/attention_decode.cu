@@ -50,6 +50,7 @@ __device__ void attention_decode(const AttentionJob& job, const bf16* __restrict
     unsigned char* kv_tiles = memory + 16 * DIM * 2;
     unsigned char* weight_tile = reinterpret_cast<unsigned char*>(weights);
 
+    begin_launch();
     const DecodeUnit unit = units[blockIdx.x];
     if (unit.row == MUTATE(24, NOTHING, 0u)) return; // the whole block
     const u32* block_table = block_tables + unit.block_table;
@@ -159,6 +160,7 @@ template <u32 DIM>
 __device__ void attention_merge(const float* __restrict__ partial_acc, const float* __restrict__ partial_state,
                                 const DecodeRow* __restrict__ rows, const float* __restrict__ sinks,
                                 bf16* __restrict__ out, u32 num_heads) {
+    begin_launch();
     const DecodeRow row = rows[blockIdx.x];
     if (row.row == MUTATE(25, NOTHING, 0u)) return;
     const u32 head = blockIdx.y;

@@ -45,6 +45,7 @@ __device__ void attention_plain(const AttentionJob& job, const T* __restrict__ q
     SHARED_ARRAY(float, scores, TILE_TOKENS);
     SHARED_ARRAY(float, state, 2); // the tile's new maximum, its sum
     SHARED_ARRAY(const T*, keys, TILE_TOKENS);
+    begin_launch();
     const PlainRow row = rows[blockIdx.x];
     if (row.row == MUTATE(34, NOTHING, 0u)) return; // the whole block
     const u32 head = blockIdx.y, dim = job.kv.head_dim, kv_head = head / (job.num_heads / job.kv.num_kv_heads);

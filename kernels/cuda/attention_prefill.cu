@@ -28,6 +28,7 @@ __device__ void attention_prefill(const AttentionJob& job, const bf16* __restric
     unsigned char* kv_tiles = memory + PREFILL_ROWS * DIM * 2;
     float* total = reinterpret_cast<float*>(kv_tiles + 4 * TILE_BYTES) + threadIdx.x;
 
+    begin_launch();
     const PrefillTile tile = tiles[blockIdx.x];
     const u32* block_table = block_tables + tile.block_table;
     const u32 head = blockIdx.y, kv_head = head / (job.num_heads / job.kv.num_kv_heads);

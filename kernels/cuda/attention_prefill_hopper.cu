@@ -295,6 +295,7 @@ __device__ __forceinline__ void attention_prefill_hopper(const AttentionJob& job
     static_assert((PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS) * WARPGROUP <= 65536, "registers of a multiprocessor");
     DYNAMIC_SHARED(bytes);
     const HopperMemory<DIM> memory(bytes);
+    begin_launch();
     const PrefillTile tile = tiles[gridDim.x - 1 - blockIdx.x];
     const u32 group = job.num_heads / job.kv.num_kv_heads, pairs = (group + 1) / 2;
     const u32 kv_head = blockIdx.y / pairs, first_head = blockIdx.y % pairs * 2; // within the group

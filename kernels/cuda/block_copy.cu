@@ -11,6 +11,7 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 copy_blocks(uint4* pool, const u32* pairs, u32 num_blocks, u64 block_bytes) {
+    begin_launch();
     const u64 units = block_bytes / 16, layer = u64(blockIdx.y) * num_blocks;
     const uint4* from = pool + (layer + pairs[2 * blockIdx.x + MUTATE(1, 0, 1)]) * units;
     uint4* to = pool + (layer + pairs[2 * blockIdx.x + 1]) * units;
@@ -19,6 +20,7 @@ copy_blocks(uint4* pool, const u32* pairs, u32 num_blocks, u64 block_bytes) {
 
 extern "C" __global__ void __launch_bounds__(256)
 clear_blocks(uint4* pool, const u32* blocks, u32 num_blocks, u64 block_bytes) {
+    begin_launch();
     const u64 units = block_bytes / 16;
     uint4* to = pool + (u64(blockIdx.y) * num_blocks + blocks[blockIdx.x]) * units;
     for (u64 i = threadIdx.x; i < MUTATE(2, units, units - 1); i += 256) to[i] = make_uint4(0, 0, 0, 0);

@@ -8,6 +8,7 @@
 template <u32 BITS>
 __device__ __forceinline__ void dequantize(const u8* __restrict__ codes, const u16* __restrict__ scales,
                                            bf16* __restrict__ out, u32 k) {
+    begin_launch();
     const u32 row = blockIdx.x, eighth = blockIdx.y * 256 + threadIdx.x;
     if (eighth * 8 >= k) return;
     const float scale = widen_f16(scales[u64(row) * (k / QUANTIZED_GROUP) + MUTATE(1, eighth / 4, eighth / 8)]);

@@ -31,3 +31,16 @@ typedef unsigned long long u64;
 #else
 #define MUTATE(n, right, wrong) (fibres::mutation == (n) ? (wrong) : (right))
 #endif
+
+// A launch may begin while the one ahead of it on the lane ends, where the driver was asked for that (programmatic
+// dependent launch, from compute capability 9.0 on). Until a thread has called this, it touches nothing that any launch
+// writes; whatever earlier launches wrote is there behind it. Every thread of every kernel calls it once.
+__device__ __forceinline__ void begin_launch() {
+#ifndef __CUDACC__
+    fibres::begin_thread();
+#elif __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    // The next one may take its places: it waits there for the end of this one.
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}

@@ -80,6 +80,7 @@ extern "C" __global__ void __launch_bounds__(256)
 digest_pieces(const unsigned char* __restrict__ pool, const DigestPiece* __restrict__ pieces, u64 num_bytes,
               u64* __restrict__ out) {
     SHARED_ARRAY(u64, both_sums, 2 * ROUND_BLOCKS * 8);
+    begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, word = lane % 8;
     const u64 last_block = (num_bytes - 1) / 1024, num_stripes = (num_bytes - 1) / 64;
     Cursor cursor{pool, pieces, 0};

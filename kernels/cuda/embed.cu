@@ -18,6 +18,7 @@ __device__ __forceinline__ u32 token_of(const u32* __restrict__ ids, const u32* 
 template <typename T>
 __device__ void embed(const T* __restrict__ table, const u32* __restrict__ ids, const u32* __restrict__ drawn,
                       float* __restrict__ out, u32 width) {
+    begin_launch();
     const u32 row = blockIdx.x;
     const T* from = table + u64(token_of(ids, drawn, row)) * width;
     float* to = out + u64(row) * width;
@@ -27,6 +28,7 @@ __device__ void embed(const T* __restrict__ table, const u32* __restrict__ ids, 
 template <u32 BITS>
 __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict__ scales, const u32* __restrict__ ids,
                             const u32* __restrict__ drawn, float* __restrict__ out, u32 width) {
+    begin_launch();
     const u32 row = blockIdx.x;
     const u64 id = token_of(ids, drawn, row);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x) {

@@ -16,6 +16,7 @@ plain_matmul_f32(const float* __restrict__ x, const float* __restrict__ w, const
                  float* __restrict__ out, u32 m, u32 n, u32 k, u32 add) {
     SHARED_ARRAY(float, rows, 8 * 32);
     SHARED_ARRAY(float, columns, 32 * 33); // a column's values are 33 apart, so that lanes read different banks
+    begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 row = blockIdx.y * 8 + warp, column = blockIdx.x * 32 + lane;
     float acc = 0.0f;

@@ -13,6 +13,7 @@ template <typename T>
 __device__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, T* __restrict__ out,
                          u32 width) {
     SHARED_ARRAY(float, sums, 8);
+    begin_launch();
     const float* row = x + u64(blockIdx.x) * width;
     float sum = 0.0f;
 #pragma unroll 4

@@ -31,6 +31,7 @@ __device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qk
                               const float* __restrict__ sines, const u32* __restrict__ positions,
                               const u32* __restrict__ slots, T* __restrict__ q_out, T* __restrict__ pool) {
     SHARED_ARRAY(float, staged, 4 * 256);
+    begin_launch();
     const u32 row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const u32 q_heads = job.num_q_heads, kv_heads = job.kv.num_kv_heads, dim = job.kv.head_dim;
     const u32 head = blockIdx.y * 4 + warp;

@@ -72,6 +72,7 @@ __device__ __forceinline__ void take_row(const float* row, u32 vocab, F take) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 adjust_logits(float* logits, const AdjustRow* rows, const Adjustment* adjustments, u32 vocab) {
+    begin_launch();
     const AdjustRow row = rows[blockIdx.x];
     float* to = logits + u64(row.to_row) * vocab;
     take_row(logits + u64(row.from_row) * vocab, vocab, [&](u32 token, float x) { to[token] = clean(x); });
@@ -275,6 +276,7 @@ sample(const float* logits, const SampleJob* samples, u32 vocab, u32* out, float
     SHARED_ARRAY(u64, found, 3);
     SHARED_ARRAY(double, halves, THREADS);
     const Shared shared = {low, high, warps, found};
+    begin_launch();
     const SampleJob job = samples[blockIdx.x];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     Row row = {logits + u64(job.row) * vocab, vocab, 0.0f, job.temperature, fminf(job.min_p, 1.0f), 0, 0};

@@ -9,6 +9,7 @@
 
 template <typename T>
 __device__ void silu_mul(const float* __restrict__ gate_up, T* __restrict__ out, u32 ffn) {
+    begin_launch();
     const u32 first = blockIdx.y * 1024 + 4 * threadIdx.x;
     if (first >= ffn) return;
     const float* of_row = gate_up + u64(blockIdx.x) * 2 * ffn;

@@ -47,7 +47,8 @@ __device__ __forceinline__ void skinny_sums(const bf16* __restrict__ x, const bf
             for (u32 i = 0; i < 2; ++i) ahead[c][i] = load_once_16(w_rows[i] + (at < k ? at : 0), at < k && is_column[i]);
         }
     };
-    load_weights(warp);
+    load_weights(warp); // which no launch writes
+    begin_launch();
     float acc[2][4] = {};
 #pragma unroll 1
     for (u32 chunk = warp; chunk * 32 < k; chunk += 8 * SKINNY_AHEAD) {

@@ -98,6 +98,23 @@ pub struct EngineArgs {
     #[arg(long, value_enum, value_name = "KERNEL", default_value_t = PrefillAttention::Portable)]
     pub prefill_attention: PrefillAttention,
 
+    /// Let launches on a GPU begin while the one ahead of each ends (programmatic dependent launch, on compute capability
+    /// 9.0).
+    ///
+    /// Takes away most of the pause between two launches, of which a decode step has hundreds. Off until a GPU has shown
+    /// what it gains; answers do not depend on it.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = false,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_possible_values = true
+    )]
+    pub enable_pdl: bool,
+
     /// Instruction set of a CPU: `auto` takes the fastest of the machine, and the log says which.
     ///
     /// portable, avx2, avx512, avx512vnni and avx512bf16 give the same bits. amx (tile registers, Intel since Sapphire

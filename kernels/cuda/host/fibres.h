@@ -31,6 +31,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -123,7 +124,7 @@ struct Copy { void* to; const void* from; bool is_there; };
 
 struct Fibre {
     jmp_buf resume;
-    bool is_started = false;
+    bool is_started = false, has_begun = false;
     dim3 index;
     bool is_done = false;
     const char* waits_for = nullptr; // a barrier, or nothing
@@ -178,6 +179,12 @@ inline Fibre& self() { return block->fibres[block->current]; }
 inline unsigned lane() { return block->current % 32; }
 inline Warp& warp() { return block->warps[block->current / 32]; }
 
+// What every thread of a kernel of ours calls once, see `begin_launch` of device.cuh; tests of this header itself do not.
+inline bool must_begin = true;
+inline void begin_thread() {
+    if (std::exchange(self().has_begun, true)) fail("thread %u calls begin_launch a second time", block->current);
+}
+
 // Back to who runs the block; returns when this fibre has its next turn.
 inline void leave() {
     if (_setjmp(self().resume) == 0) _longjmp(block->scheduler, 1);
@@ -190,6 +197,7 @@ inline void run_fibre() {
         Fibre& fibre = self();
         for (const auto& group : fibre.copy_groups)
             if (!group.empty()) fail("thread %u ended with asynchronous copies in flight", block->current);
+        if (must_begin && !fibre.has_begun) fail("thread %u ended without begin_launch", block->current);
         fibre.is_done = true;
         leave();
     }
@@ -336,7 +344,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
                 for (unsigned i = 0; i < num_threads; ++i) {
                     Fibre& fibre = here.fibres[i];
                     fibre.index = dim3(i % threads.x, i / threads.x % threads.y, i / threads.x / threads.y);
-                    fibre.is_done = false, fibre.waits_for = nullptr;
+                    fibre.is_done = fibre.has_begun = false, fibre.waits_for = nullptr;
                     fibre.copy_groups.assign(1, {});
                 }
                 run_block(order, random);

@@ -1,6 +1,9 @@
 // The header's own tests: what it must notice, each in a child process that has to fail with a sentence.
 #include "misuse.h"
 
+// Kernels of tests are not launched behind others.
+static const bool is_begun_by_none = fibres::must_begin = false;
+
 TEST(a_barrier_that_one_thread_misses_is_a_sentence) {
     expect_said([&] { fibres::launch(order, 1, 64, 0, [] { if (threadIdx.x != 5) __syncthreads(); }); },
                 "waits at __syncthreads");
@@ -51,4 +54,13 @@ TEST(collectives_give_every_lane_what_cuda_documents) {
         expect_same(__shfl_up_sync(FULL_WARP, lane, 3), lane < 3 ? lane : lane - 3, "shfl_up", lane);
         expect_same(__ballot_sync(FULL_WARP, lane % 3 == 0), 0x49249249u, "ballot", lane);
     });
+}
+
+TEST(a_thread_that_does_not_wait_for_earlier_launches_is_a_sentence) {
+    const auto of_ours = [&](const std::function<void()>& kernel) {
+        fibres::must_begin = true;
+        fibres::launch(order, 1, 32, 0, kernel);
+    };
+    expect_said([&] { of_ours([] { if (threadIdx.x != 7) begin_launch(); }); }, "thread 7 ended without begin_launch");
+    expect_said([&] { of_ours([] { begin_launch(), begin_launch(); }); }, "calls begin_launch a second time");
 }

@@ -2,6 +2,9 @@
 #include "tensor_map.h"
 #ifndef __CUDACC__
 #include "misuse.h"
+
+// Kernels of tests are not launched behind others.
+static const bool is_begun_by_none = fibres::must_begin = false;
 #endif
 
 // Where the memory of a block that is aligned as swizzled panels have to be begins.

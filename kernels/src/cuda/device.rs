@@ -97,6 +97,15 @@ pub trait Event: Send + Sync {
     fn wait(&self) -> Result<(), DeviceError>;
 }
 
+/// Bytes on their way from a device to the host.
+pub trait Landing: Send + Sync {
+    /// They, once they are there.
+    ///
+    /// # Errors
+    /// What the device says, also of what it was to do before.
+    fn bytes(&self) -> Result<&[u8], DeviceError>;
+}
+
 /// A kernel, how many of its blocks and threads, and what it is given.
 #[derive(Debug)]
 pub struct Launch<'a> {
@@ -303,6 +312,15 @@ pub trait Device: Send + Sync {
     /// `from` begins `to.len()` bytes of this device's memory; nobody changes them at that point of the lane.
     unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError>;
 
+    /// Starts copying `num_bytes` from the device on [`Lane::Compute`], behind what is there and before what comes.
+    ///
+    /// # Errors
+    /// What the driver says.
+    ///
+    /// # Safety
+    /// As of [`copy_out`](Self::copy_out).
+    unsafe fn start_copy_out(&self, from: u64, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError>;
+
     /// Copies within the device; the ranges do not overlap.
     ///
     /// # Errors
@@ -338,6 +356,15 @@ pub trait Device: Send + Sync {
     /// # Safety
     /// The arguments are what stands on top of the kernel's file.
     unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError>;
+
+    /// From here on launches on [`Lane::Compute`] may begin while the one ahead of each ends: programmatic dependent launch.
+    /// Every kernel waits by itself for what it reads.
+    ///
+    /// # Errors
+    /// Why the device cannot, as a sentence.
+    fn enable_pdl(&self) -> Result<(), String> {
+        Err(format!("{} has no launches that overlap", self.name()))
+    }
 
     /// Whether it has the kernels for compute capability 9.0 alone.
     ///
@@ -454,6 +481,16 @@ impl Buffer {
         let from = self.at(offset, into.len());
         // SAFETY: as in `write`.
         unsafe { self.device.copy_out(lane, from, into) }
+    }
+
+    /// Starts copying `num_bytes` at `offset` to the host, in the order of [`Lane::Compute`]. Panics beyond the end.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn start_read(&self, offset: usize, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError> {
+        let from = self.at(offset, num_bytes);
+        // SAFETY: as in `write`.
+        unsafe { self.device.start_copy_out(from, num_bytes) }
     }
 
     /// Copies from another buffer of the device. Panics beyond the end of either.

@@ -4,6 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::ffi::{c_char, c_void};
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
@@ -15,7 +16,7 @@ use cudarc::driver::{CudaContext, CudaFunction, CudaGraph, CudaStream, DriverErr
 use cudarc::nvrtc::Ptx;
 
 use super::blas::{Blas, WORKSPACE_BYTES};
-use super::device::{BoxedTensor, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product, TensorMap};
+use super::device::{BoxedTensor, Device, DeviceError, Event, Landing, Lane, Launch, MemoryInfo, Product, TensorMap};
 use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 use super::images::{EMBEDDED, Embedded, Image};
 use super::nvrtc;
@@ -27,6 +28,8 @@ const STAGING_BYTES: usize = 2 << 20;
 const COMPUTE_STAGES: usize = 8;
 /// Pieces of a transfer that may be on their way: one that the device moves, one that the host does.
 const TRANSFER_STAGES: usize = 2;
+/// What comes from the device lands in memory of this size at least.
+const LANDING_BYTES_MIN: usize = 4 << 10;
 /// Memory in multiples of this is cut out of no larger block.
 const SHARED_BLOCK_BYTES: usize = 2 << 20;
 /// Shared memory that a kernel gets without being asked twice for.
@@ -46,11 +49,15 @@ pub struct Gpu {
     functions: HashMap<&'static str, Function>,
     /// Whether the kernels for compute capability 9.0 alone are among them, or why not.
     hopper_kernels: Result<(), String>,
+    /// Whether launches may begin before the one ahead of them has ended.
+    has_pdl: AtomicBool,
     compute: Mutex<LaneState>,
     transfer: Mutex<LaneState>,
     blas: Option<Blas>,
     /// Of the library, on the compute lane; 0 without it.
     workspace: u64,
+    /// Free memory for what comes from the device.
+    landings: Landings,
     /// What was given to users.
     allocations: Mutex<Allocations>,
     /// What threads are recording.
@@ -96,10 +103,67 @@ struct LaneState {
     busy: VecDeque<(Pinned, RecordedEvent)>,
 }
 
-/// Memory of the host that the driver keeps where it is.
-struct Pinned(*mut u8);
+/// Memory of the host that the driver keeps where it is, so that copies reach it by themselves.
+struct Pinned {
+    context: Arc<CudaContext>,
+    start: *mut u8,
+    num_bytes: usize,
+}
 // SAFETY: plain memory with one owner.
 unsafe impl Send for Pinned {}
+// SAFETY: likewise; whoever borrows it reads.
+unsafe impl Sync for Pinned {}
+
+impl Pinned {
+    /// The context is current on this thread.
+    fn new(context: &Arc<CudaContext>, num_bytes: usize) -> Result<Self, DeviceError> {
+        // SAFETY: any size; freed in `drop`.
+        let start = unsafe { result::malloc_host(num_bytes, 0) }.map_err(refused("give memory for copies"))?;
+        Ok(Self { context: context.clone(), start: start.cast(), num_bytes })
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        // A context that is gone has taken its memory with it.
+        if self.context.bind_to_thread().is_ok() {
+            // SAFETY: from `malloc_host`; whoever drops it knows that no copy uses it.
+            let _ = unsafe { result::free_host(self.start.cast::<c_void>()) };
+        }
+    }
+}
+
+/// Memory for bytes that come from the device; as many as ever were on their way at the same time.
+type Landings = Arc<Mutex<Vec<Pinned>>>;
+
+struct GpuLanding {
+    /// There until the landing is dropped.
+    memory: Option<Pinned>,
+    num_bytes: usize,
+    /// Behind the copy.
+    event: RecordedEvent,
+    home: Landings,
+}
+
+impl Landing for GpuLanding {
+    fn bytes(&self) -> Result<&[u8], DeviceError> {
+        self.event.wait()?;
+        let memory = self.memory.as_ref().expect("it is there until the drop");
+        // SAFETY: as many bytes were copied, the copy is done, and nobody writes here before the drop.
+        Ok(unsafe { std::slice::from_raw_parts(memory.start, self.num_bytes) })
+    }
+}
+
+impl Drop for GpuLanding {
+    fn drop(&mut self) {
+        let memory = self.memory.take().expect("dropped once");
+        // The copy may still write.
+        match self.event.wait() {
+            Ok(()) => self.home.lock().unwrap_or_else(PoisonError::into_inner).push(memory),
+            Err(_) => std::mem::forget(memory), // whether it ever ends is not known
+        }
+    }
+}
 
 /// A point of a stream.
 struct RecordedEvent {
@@ -194,10 +258,12 @@ impl Gpu {
             shared_bytes_max,
             functions,
             hopper_kernels,
+            has_pdl: AtomicBool::new(false),
             compute: Mutex::new(compute),
             transfer: Mutex::new(transfer),
             blas,
             workspace,
+            landings: Landings::default(),
             allocations: Mutex::default(),
             captures: Mutex::default(),
             idle_captures: Mutex::default(),
@@ -330,12 +396,7 @@ fn highest_priority(context: &Arc<CudaContext>) -> i32 {
 impl LaneState {
     fn new(context: &Arc<CudaContext>, priority: i32, stages: usize) -> Result<Self, DeviceError> {
         let stream = context.new_stream_with_priority(priority).map_err(refused("make a stream"))?;
-        let mut free = Vec::with_capacity(stages);
-        for _ in 0..stages {
-            // SAFETY: any size; freed in `drop`.
-            let memory = unsafe { result::malloc_host(STAGING_BYTES, 0) };
-            free.push(Pinned(memory.map_err(refused("give memory for copies"))?.cast()));
-        }
+        let free = (0..stages).map(|_| Pinned::new(context, STAGING_BYTES)).collect::<Result<_, _>>()?;
         Ok(Self { stream, free, busy: VecDeque::new() })
     }
 
@@ -357,8 +418,8 @@ impl LaneState {
             let stage = self.stage()?;
             // SAFETY: a stage has room for a piece, and nothing reads it; `to` has room by the caller's contract.
             let copied = unsafe {
-                std::ptr::copy_nonoverlapping(piece.as_ptr(), stage.0, piece.len());
-                let staged = std::slice::from_raw_parts(stage.0, piece.len());
+                std::ptr::copy_nonoverlapping(piece.as_ptr(), stage.start, piece.len());
+                let staged = std::slice::from_raw_parts(stage.start, piece.len());
                 result::memcpy_htod_async(to + (index * STAGING_BYTES) as u64, staged, self.stream.cu_stream())
             };
             let event = RecordedEvent::on(context, self.stream.cu_stream())?;
@@ -379,7 +440,7 @@ impl LaneState {
             let stage = self.stage()?;
             // SAFETY: a stage has room for a piece, and nothing else uses it; `from` has it by the caller's contract.
             let copied = unsafe {
-                let staged = std::slice::from_raw_parts_mut(stage.0, piece.len());
+                let staged = std::slice::from_raw_parts_mut(stage.start, piece.len());
                 result::memcpy_dtoh_async(staged, from + (index * STAGING_BYTES) as u64, self.stream.cu_stream())
             };
             copied.map_err(refused("give a copy"))?;
@@ -394,7 +455,7 @@ impl LaneState {
     fn land(&mut self, (stage, event, to): (Pinned, RecordedEvent, &mut [u8])) -> Result<(), DeviceError> {
         event.wait()?;
         // SAFETY: the copy into the stage is done, by the event.
-        unsafe { std::ptr::copy_nonoverlapping(stage.0, to.as_mut_ptr(), to.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(stage.start, to.as_mut_ptr(), to.len()) };
         self.free.push(stage);
         Ok(())
     }
@@ -404,10 +465,6 @@ impl Drop for LaneState {
     fn drop(&mut self) {
         // Its stages are free when nothing runs any more. What the driver refuses now, it is gone.
         let _ = self.stream.synchronize();
-        for stage in self.free.drain(..).chain(self.busy.drain(..).map(|(stage, _)| stage)) {
-            // SAFETY: from `malloc_host`; nothing uses it any more.
-            let _ = unsafe { result::free_host(stage.0.cast::<c_void>()) };
-        }
     }
 }
 
@@ -517,6 +574,37 @@ impl Device for Gpu {
         self.lane(lane).copy_out(&self.context, from, to)
     }
 
+    unsafe fn start_copy_out(&self, from: u64, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError> {
+        self.check_not_recording(Lane::Compute, "a copy to the host")?;
+        self.bind()?;
+        let free = {
+            let mut landings = self.landings.lock().unwrap_or_else(PoisonError::into_inner);
+            let index = landings.iter().position(|memory| memory.num_bytes >= num_bytes);
+            index.map(|index| landings.swap_remove(index))
+        };
+        let memory = match free {
+            Some(memory) => memory,
+            None => Pinned::new(&self.context, num_bytes.next_power_of_two().max(LANDING_BYTES_MIN))?,
+        };
+        let state = self.lane(Lane::Compute);
+        // SAFETY: the memory has room, and nobody uses it before the event has come; `from` has as much by this
+        // function's contract.
+        let copied = unsafe {
+            let to = std::slice::from_raw_parts_mut(memory.start, num_bytes);
+            result::memcpy_dtoh_async(to, from, state.stream.cu_stream())
+        };
+        copied.map_err(refused("give a copy"))?;
+        match RecordedEvent::on(&self.context, state.stream.cu_stream()) {
+            Ok(event) => {
+                Ok(Box::new(GpuLanding { memory: Some(memory), num_bytes, event, home: self.landings.clone() }))
+            }
+            Err(error) => {
+                std::mem::forget(memory); // the copy is on its way, and nobody hears of its end
+                Err(error)
+            }
+        }
+    }
+
     unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
         self.bind()?;
         self.put(lane, [from, to], |stream| {
@@ -567,20 +655,41 @@ impl Device for Gpu {
         let mut args: Vec<*mut c_void> = launch.args.values().map(|(value, _)| value.cast_mut().cast()).collect();
         let [x, y, z] = launch.grid;
         self.put(lane, launch.args.addresses(), |stream| {
+            let mut overlap = sys::CUlaunchAttribute {
+                id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                pad: [0; 4],
+                value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+            };
+            let config = sys::CUlaunchConfig {
+                gridDimX: x,
+                gridDimY: y,
+                gridDimZ: z,
+                blockDimX: launch.threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: launch.shared_bytes,
+                hStream: stream,
+                attrs: &raw mut overlap,
+                numAttrs: u32::from(lane == Lane::Compute && self.has_pdl.load(Ordering::Relaxed)),
+            };
             // SAFETY: the function's module is loaded for as long as `function` lives; the arguments are the kernel's
-            // by this function's contract, and read before the call returns.
-            unsafe {
-                result::launch_kernel(
-                    function.cu_function(),
-                    (x, y, z),
-                    (launch.threads, 1, 1),
-                    launch.shared_bytes,
-                    stream,
-                    &mut args,
-                )
-            }
-            .map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))
+            // by this function's contract, and read, as the attribute is, before the call returns. Kernels that overlap
+            // wait by themselves, see `begin_launch` of device.cuh.
+            let status = unsafe {
+                sys::cuLaunchKernelEx(&raw const config, function.cu_function(), args.as_mut_ptr(), std::ptr::null_mut())
+            };
+            status.result().map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))
         })
+    }
+
+    fn enable_pdl(&self) -> Result<(), String> {
+        let Self { capability: (major, minor), .. } = *self;
+        if (major, minor) != (9, 0) {
+            // What runs there is made of PTX for compute capability 8.0, which has no instruction to wait with.
+            return Err(format!("the GPU has compute capability {major}.{minor}, launches overlap on 9.0 alone"));
+        }
+        self.has_pdl.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn check_hopper_kernels(&self) -> Result<(), String> {

@@ -14,7 +14,7 @@ use std::thread::ThreadId;
 
 use libloading::{Library, Symbol};
 
-use super::device::{Args, BoxedTensor, Device, DeviceError, Event, Lane, Launch, MemoryInfo, Product, TensorMap};
+use super::device::{Args, BoxedTensor, Device, DeviceError, Event, Landing, Lane, Launch, MemoryInfo, Product, TensorMap};
 use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 
 type Alloc = unsafe extern "C" fn(usize, *mut c_int, *mut usize) -> *mut c_void;
@@ -269,6 +269,13 @@ impl Device for FibreDevice {
         Ok(())
     }
 
+    unsafe fn start_copy_out(&self, from: u64, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError> {
+        let mut bytes = vec![0; num_bytes];
+        // SAFETY: by this function's contract.
+        unsafe { self.copy_out(Lane::Compute, from, &mut bytes) }?;
+        Ok(Box::new(Landed(bytes)))
+    }
+
     unsafe fn copy_within(&self, lane: Lane, from: u64, to: u64, num_bytes: usize) -> Result<(), DeviceError> {
         if self.is_recorded(lane, &[from, to], || Node::Copy { from, to, num_bytes })? {
             return Ok(());
@@ -391,6 +398,15 @@ impl Device for FibreDevice {
         let capture = self.captures().remove(&std::thread::current().id());
         let capture = capture.ok_or_else(|| out_of_order("end a graph", "this thread is recording none"))?;
         Ok(Box::new(FibreGraph { device: self, capture }))
+    }
+}
+
+/// Launches are over when they return, and so are copies.
+struct Landed(Vec<u8>);
+
+impl Landing for Landed {
+    fn bytes(&self) -> Result<&[u8], DeviceError> {
+        Ok(&self.0)
     }
 }
 

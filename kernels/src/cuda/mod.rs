@@ -32,7 +32,7 @@ mod shared;
 
 use std::sync::Arc;
 
-pub use device::{BoxedTensor, Buffer, Device, DeviceError, Event, Lane, MemoryInfo, TensorMap};
+pub use device::{BoxedTensor, Buffer, Device, DeviceError, Event, Landing, Lane, MemoryInfo, TensorMap};
 #[cfg(feature = "cuda")]
 pub use driver::Gpu;
 #[cfg(feature = "fibres")]
