@@ -61,16 +61,43 @@ __device__ __forceinline__ float warp_max(float x) {
 // g / (1 + exp(-g))
 __device__ __forceinline__ float own_silu(float g) { return g / (1.0f + own_exp(-g)); }
 
+// 16 bytes; zeros, without reading, where `is_there` is false. There is no branch, so that many are on their way at once.
+#ifdef __CUDACC__
+#define LOAD_16(kind, x, from, is_there)                                                                               \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\n"             \
+                 "mov.b32 %3, 0;\n@p ld.global" kind ".v4.u32 {%0, %1, %2, %3}, [%4];\n}"                              \
+                 : "=r"((x).x), "=r"((x).y), "=r"((x).z), "=r"((x).w)                                                  \
+                 : "l"(__cvta_generic_to_global(from)), "r"(u32(is_there)) : "memory")
+#else
+#define LOAD_16(kind, x, from, is_there)                                                                               \
+    if (reinterpret_cast<uintptr_t>(from) % 16) fibres::fail("a load of 16 bytes: the address is not aligned");         \
+    x = (is_there) ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0)
+#endif
+
+__device__ __forceinline__ uint4 load_16(const void* from, bool is_there) {
+    uint4 x;
+    LOAD_16("", x, from, is_there);
+    return x;
+}
+
+// Likewise, of what no other load wants and nobody writes while the kernel runs: weights.
+__device__ __forceinline__ uint4 load_once_16(const void* from, bool is_there) {
+    uint4 x;
+    LOAD_16(".nc.L1::no_allocate", x, from, is_there);
+    return x;
+}
+
 // Four neighbours of a row.
 struct Four { float of[4]; };
+
+__device__ __forceinline__ Four four_of(const uint4& x) {
+    return {{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)}};
+}
 
 // Those from `first` on, a multiple of 4; what lies behind the end of the row is 0. One load where the width is a
 // multiple of 4: rows then begin at multiples of 16 bytes, as memory does.
 __device__ __forceinline__ Four load_four(const float* row, u32 width, u32 first) {
-    if (width % 4 == 0) {
-        const uint4 x = *reinterpret_cast<const uint4*>(row + first);
-        return {{__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w)}};
-    }
+    if (width % 4 == 0) return four_of(*reinterpret_cast<const uint4*>(row + first));
     Four four = {};
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
@@ -100,4 +127,39 @@ __device__ __forceinline__ void store_four(bf16* row, u32 width, u32 first, cons
 #pragma unroll
     for (u32 i = 0; i < 4; ++i)
         if (first + i < width) store(row + first + i, four.of[i]);
+}
+
+// Calls `take` with every first = 4 (t + THREADS j) of rows of a width, j ascending, for thread t of THREADS, and the four
+// neighbours from there on of each row. Several loads are on their way at once.
+template <u32 THREADS, u32 N, typename F>
+__device__ __forceinline__ void each_four(const float* const (&rows)[N], u32 width, F take) {
+    constexpr u32 AHEAD = 4;
+    if (width % 4 != 0) {
+        for (u32 first = 4 * threadIdx.x; first < width; first += 4 * THREADS) {
+            Four fours[N];
+#pragma unroll
+            for (u32 n = 0; n < N; ++n) fours[n] = load_four(rows[n], width, first);
+            take(first, fours);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (u32 start = 4 * threadIdx.x; start < width; start += 4 * THREADS * AHEAD) {
+        uint4 loaded[AHEAD][N];
+#pragma unroll
+        for (u32 j = 0; j < AHEAD; ++j) {
+            const u32 first = start + 4 * THREADS * j;
+#pragma unroll
+            for (u32 n = 0; n < N; ++n) loaded[j][n] = load_16(rows[n] + (first < width ? first : 0), first < width);
+        }
+#pragma unroll
+        for (u32 j = 0; j < AHEAD; ++j) {
+            const u32 first = start + 4 * THREADS * j;
+            if (first >= width) break;
+            Four fours[N];
+#pragma unroll
+            for (u32 n = 0; n < N; ++n) fours[n] = four_of(loaded[j][n]);
+            take(first, fours);
+        }
+    }
 }

@@ -16,26 +16,22 @@ __device__ void rms_norm(const float* __restrict__ x, const float* __restrict__ 
     begin_launch();
     const float* row = x + u64(blockIdx.x) * width;
     float sum = 0.0f;
-#pragma unroll 4
-    for (u32 first = 4 * threadIdx.x; first < width; first += 1024) {
-        const Four four = load_four(row, width, first);
+    each_four<256>({row}, width, [&](u32, const Four(&x)[1]) {
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) sum = fmaf(four.of[i], MUTATE(1, four.of[i], four.of[0]), sum);
-    }
+        for (u32 i = 0; i < 4; ++i) sum = fmaf(x[0].of[i], MUTATE(1, x[0].of[i], x[0].of[0]), sum);
+    });
     sum = warp_sum(sum);
     if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
     if (MUTATE(2, true, false)) __syncthreads();
     float total = sums[0];
     for (u32 w = 1; w < 8; ++w) total += sums[w];
     const float scale = 1.0f / sqrtf(total / float(width) + MUTATE(3, eps, 0.0f));
-#pragma unroll 4
-    for (u32 first = 4 * threadIdx.x; first < width; first += 1024) {
-        Four four = load_four(row, width, first);
-        const Four factor = load_four(weight, width, first);
+    each_four<256>({row, weight}, width, [&](u32 first, const Four(&x)[2]) {
+        Four normed;
 #pragma unroll
-        for (u32 i = 0; i < 4; ++i) four.of[i] = four.of[i] * scale * factor.of[i];
-        store_four(out + u64(blockIdx.x) * width, width, first, four);
-    }
+        for (u32 i = 0; i < 4; ++i) normed.of[i] = x[0].of[i] * scale * x[1].of[i];
+        store_four(out + u64(blockIdx.x) * width, width, first, normed);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -66,8 +66,11 @@ __device__ __forceinline__ void take_four(const float* row, u32 vocab, u32 first
 // All of a row, the threads of the block side by side.
 template <typename F>
 __device__ __forceinline__ void take_row(const float* row, u32 vocab, F take) {
-#pragma unroll 2
-    for (u32 first = 4 * threadIdx.x; first < vocab; first += 4 * THREADS) take_four(row, vocab, first, take);
+    each_four<THREADS>({row}, vocab, [&](u32 first, const Four(&x)[1]) {
+#pragma unroll
+        for (u32 i = 0; i < 4; ++i)
+            if (first + i < vocab) take(first + i, x[0].of[i]);
+    });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)

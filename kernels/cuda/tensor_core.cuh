@@ -22,32 +22,6 @@ __device__ __forceinline__ u32 pack_bf16(float even, float odd) {
 #endif
 }
 
-// 16 bytes; zeros, without reading, where `is_there` is false. There is no branch, so that many are on their way at once.
-#ifdef __CUDACC__
-#define LOAD_16(kind, x, from, is_there)                                                                               \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\nmov.b32 %0, 0;\nmov.b32 %1, 0;\nmov.b32 %2, 0;\n"             \
-                 "mov.b32 %3, 0;\n@p ld.global" kind ".v4.u32 {%0, %1, %2, %3}, [%4];\n}"                              \
-                 : "=r"((x).x), "=r"((x).y), "=r"((x).z), "=r"((x).w)                                                  \
-                 : "l"(__cvta_generic_to_global(from)), "r"(u32(is_there)) : "memory")
-#else
-#define LOAD_16(kind, x, from, is_there)                                                                               \
-    if (reinterpret_cast<uintptr_t>(from) % 16) fibres::fail("a load of 16 bytes: the address is not aligned");         \
-    x = (is_there) ? *static_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0)
-#endif
-
-__device__ __forceinline__ uint4 load_16(const void* from, bool is_there) {
-    uint4 x;
-    LOAD_16("", x, from, is_there);
-    return x;
-}
-
-// Likewise, of what no other load wants and nobody writes while the kernel runs: weights.
-__device__ __forceinline__ uint4 load_once_16(const void* from, bool is_there) {
-    uint4 x;
-    LOAD_16(".nc.L1::no_allocate", x, from, is_there);
-    return x;
-}
-
 // 2^x, to the precision of the device's own unit (2 ulp); 0 far below.
 __device__ __forceinline__ float fast_exp2(float x) {
 #ifdef __CUDACC__
