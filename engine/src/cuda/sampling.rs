@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use common::sampling::{SampledToken, SamplingParams};
 use common::tokens::Token;
-use kernels::cuda::{Buffer, Device, Lane, ops};
+use kernels::cuda::{Buffer, Device, Landing, Lane, ops};
 use kernels::{Isa, WorkerPool};
 
 use super::done;
@@ -49,6 +49,10 @@ pub struct Drawn(Option<Arc<OnDevice>>);
 
 struct OnDevice {
     memory: Arc<DrawnMemory>,
+    /// The tokens on their way to the host: a part of the step, in front of its event.
+    tokens: Box<dyn Landing>,
+    /// The log-probabilities, if any is wanted.
+    logprobs: Option<Box<dyn Landing>>,
     /// For each token, whether its log-probability is wanted and how many alternatives.
     wanted: Vec<Option<usize>>,
     vocab: usize,
@@ -61,6 +65,11 @@ fn read<const N: usize>(buffer: &Buffer, bytes: usize) -> Vec<[u8; N]> {
     values.as_chunks::<N>().0.to_vec()
 }
 
+/// The same of what has been sent.
+fn landed(landing: &dyn Landing) -> &[[u8; 4]] {
+    done(landing.bytes()).as_chunks().0
+}
+
 impl Drawn {
     pub(super) fn memory(&self) -> Option<Arc<DrawnMemory>> {
         self.0.as_ref().map(|drawn| drawn.memory.clone())
@@ -68,11 +77,11 @@ impl Drawn {
 
     /// The tokens, in the order of the plan's samples. The step must have ended.
     pub fn read(&self) -> Vec<SampledToken> {
-        let Some(OnDevice { memory, wanted, vocab }) = self.0.as_deref() else { return Vec::new() };
-        let ids = read::<4>(&memory.tokens, wanted.len() * 4).into_iter().map(u32::from_le_bytes);
-        let logprobs: Vec<f32> = match wanted.iter().any(Option::is_some) {
-            true => read::<4>(&memory.logprobs, wanted.len() * 4).into_iter().map(f32::from_le_bytes).collect(),
-            false => vec![0.0; wanted.len()],
+        let Some(OnDevice { memory, tokens, logprobs, wanted, vocab }) = self.0.as_deref() else { return Vec::new() };
+        let ids = landed(tokens.as_ref()).iter().map(|bytes| u32::from_le_bytes(*bytes));
+        let logprobs: Vec<f32> = match logprobs {
+            Some(logprobs) => landed(logprobs.as_ref()).iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
+            None => vec![0.0; wanted.len()],
         };
         let mut alternatives = match wanted.iter().any(|wanted| matches!(wanted, Some(1..))) {
             true => top_logprobs(memory.rows().get(), *vocab, wanted),
@@ -232,6 +241,9 @@ impl Sampler {
             &drawn.tokens,
             logprobs,
         ));
+        let num_bytes = samples.len() * 4;
+        let logprobs = logprobs.map(|logprobs| done(logprobs.start_read(0, num_bytes)));
+        let tokens = done(drawn.tokens.start_read(0, num_bytes));
         let tops: Vec<usize> = logit_rows
             .iter()
             .zip(&wanted)
@@ -246,7 +258,7 @@ impl Sampler {
                 done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
             }
         }
-        Drawn(Some(Arc::new(OnDevice { memory: drawn, wanted, vocab })))
+        Drawn(Some(Arc::new(OnDevice { memory: drawn, tokens, logprobs, wanted, vocab })))
     }
 
     fn memory_for(&self, device: &Arc<dyn Device>, num_samples: usize) -> Arc<DrawnMemory> {

@@ -814,7 +814,7 @@ impl Drop for Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::device::Buffer;
+    use crate::cuda::device::{Buffer, as_bytes};
     use crate::cuda::ops::{self, Multiply, PrefillKernel};
     use crate::cuda::{PeerMemory, Piece};
     use crate::kv_layout::KvLayout;
@@ -853,6 +853,20 @@ mod tests {
             to.read(lane, 0, &mut back).unwrap();
             assert!(back[0] == bytes[0] && back[1..3] == [0, 0] && back[3..] == bytes[3..], "{lane:?}");
         }
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn what_is_read_in_the_order_of_the_lane_lands_by_itself() {
+        let device: Arc<dyn Device> = Arc::new(Gpu::open(0, None).unwrap());
+        let buffer = Buffer::of(&device, &[1u32, 2, 3]).unwrap();
+        let before = buffer.start_read(4, 8).unwrap();
+        buffer.zero(Lane::Compute, 0, 12).unwrap();
+        let behind = buffer.start_read(0, 12).unwrap();
+        assert_eq!((before.bytes().unwrap(), behind.bytes().unwrap()), (as_bytes(&[2u32, 3]), &[0; 12][..]));
+        // The memory of one that nobody waited for is not given to another before its copy is over.
+        (0..100u32).for_each(|_| drop(buffer.start_read(0, 12).unwrap()));
+        assert_eq!(behind.bytes().unwrap(), [0; 12]);
     }
 
     #[test]
