@@ -319,7 +319,7 @@ esac"#;
     fn transformers_computes_where_this_engine_does_and_may_leave_out_what_does_not_fit() {
         let folder = Folder::new("transformers");
         let answers = r#"case "$*" in *"--device cuda:1 --threads 2 --dtype bfloat16 --compile")
-    echo '{"ready": true, "versions": "PyTorch 2"}';; esac
+    echo '{"ready": true, "versions": "PyTorch 2"}';; *) exit 1;; esac
 while read -r question; do
     case "$question" in
     '{"phase":"prefill","num_tokens":512}') echo '{"tokens_per_second": 430.5}';;
