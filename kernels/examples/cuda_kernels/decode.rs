@@ -13,7 +13,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<(), DeviceError> {
             let what = format!("decode attention, {batch} with contexts of {context}");
             match Batch::new(bench, batch, context)? {
                 Some(batch) => bench.say_bytes(&what, bench.seconds(|number| batch.attend(number))?, batch.num_bytes),
-                None => println!("{what:<44} does not fit the memory"),
+                None => println!("{what:<54} does not fit the memory"),
             }
         }
     }
