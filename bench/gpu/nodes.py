@@ -29,8 +29,8 @@ class Nodes:
         self.tandem, self.model = machine.program("tandem"), model
         certs = self.folder / "certs"
         if not certs.exists():
-            names = [word for index in range(2) for word in ("--prefill-node", f"prefill-{index}")]
-            machine.check([self.tandem, "certs", "--dir", certs, *names, "--decode-node", "decode-0", "--proxy", "proxy"])
+            names = ["--prefill-node", "prefill-0", "--prefill-node", "prefill-1", "--decode-node", "decode-0"]
+            machine.check([self.tandem, "certs", "--dir", certs, *names, "--proxy", "proxy"])
         common = ["--tls-dir", certs, "--model", model]
         engine = [*common, "--metrics-port", "0", *flags.split()]
         decode_port, self.port, self.metrics_port = free_port(), free_port(), free_port()
@@ -39,8 +39,10 @@ class Nodes:
         for index in range(num_prefill):
             port = free_port()
             nodes += ["--prefill-node", f"127.0.0.1:{port}"]
-            self.start(f"prefill-{index}", ["prefill-node", "--node-id", f"prefill-{index}", "--port", port, *engine, *prefill_flags.split()])
-        self.start("decode-0", ["decode-node", "--node-id", "decode-0", "--port", decode_port, *engine_of_decode, *decode_flags.split()])
+            names = ["--node-id", f"prefill-{index}", "--port", port]
+            self.start(f"prefill-{index}", ["prefill-node", *names, *engine, *prefill_flags.split()])
+        names = ["--node-id", "decode-0", "--port", decode_port]
+        self.start("decode-0", ["decode-node", *names, *engine_of_decode, *decode_flags.split()])
         self.start("proxy", ["proxy", "--node-id", "proxy", "--port", self.port, *common, *nodes])
 
     def start(self, name, words):
@@ -82,7 +84,8 @@ class Nodes:
 
     def complete(self, tokens, num_tokens, seconds=120):
         """The text that follows a prompt of token ids, drawn greedily."""
-        body = {"model": str(self.model), "prompt": tokens, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"model": str(self.model), "prompt": tokens, "max_tokens": num_tokens, "temperature": 0}
+        body["ignore_eos"] = True
         return self.ask("/v1/completions", body, seconds)["choices"][0]["text"]
 
     def ask(self, path, body, seconds=120):
@@ -92,18 +95,20 @@ class Nodes:
             with urllib.request.urlopen(request, timeout=max(1, min(seconds, self.machine.left()))) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
-            raise Failed(f"{path} was answered {error.code}: {error.read()[:300].decode(errors='replace')}") from error
+            said = error.read()[:300].decode(errors="replace")
+            raise Failed(f"{path} was answered {error.code}: {said}") from error
         except OSError as error:
-            raise Failed(f"{path} was not answered: {error}; the decode node's last words: {self.log('decode-0')[-300:]}") from error
+            last_words = self.log("decode-0")[-300:]
+            raise Failed(f"{path} was not answered: {error}; the decode node's last words: {last_words}") from error
 
     def metric(self, name, **labels):
         """Of the decode node: the sum of what has these labels."""
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{self.metrics_port}/metrics", timeout=5) as page:
+        url, lines = f"http://127.0.0.1:{self.metrics_port}/metrics", []
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as page:
             lines = page.read().decode().splitlines()
-            wanted = [f'{label}="{value}"' for label, value in labels.items()]
-            named = [line for line in lines if re.match(rf"{name}[{{ ]", line) and all(label in line for label in wanted)]
-            return sum(float(line.rsplit(" ", 1)[1]) for line in named)
-        return 0.0
+        labels = [f'{label}="{value}"' for label, value in labels.items()]
+        named = [line for line in lines if re.match(rf"{name}[{{ ]", line) and all(label in line for label in labels)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in named)
 
     def arrived(self, transport):
         return self.metric("tandem_fabric_extent_bytes_total", direction="verified", transport=transport)

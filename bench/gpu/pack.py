@@ -1,23 +1,27 @@
 #!/usr/bin/env python3
 """Collects what a machine with a GPU and without Rust needs for bench/gpu/run.py, in one folder.
 
-    python3 bench/gpu/pack.py                                     builds with --release into target/gpu-pack
-    python3 bench/gpu/pack.py --nixl .venv/lib/python3.12/site-packages
-    python3 bench/gpu/pack.py --parts kernels --profile dev       some of it
+    python3 bench/gpu/pack.py                                 builds with --release into target/gpu-pack
+    python3 bench/gpu/pack.py --nixl FOLDER                   with NIXL, which pip installed to FOLDER
+    python3 bench/gpu/pack.py --parts kernels --profile dev   some of it
 
 | part | what |
 |---|---|
 | tandem | the program with the feature `cuda` |
 | kernels | `cuda_devices`, `cuda_kernels`, and the tests of the crate |
 | engine | the tests of the CUDA engine |
+| kernel-tests | the tests of kernels/cuda/host as programs for compute capability 9.0, which need no nvcc there |
 | sources | kernels for nvcc with their tests, scripts, checkpoints, the demo model |
 
 Needs CUDA_HOME (kernels/cuda/install-nvcc). Programs are stripped; all of it is one archive, pack.tar.xz, which run.py
-unpacks, beside manifest.json and a copy of run.py. Ends with a status that is not 0 if that is more than --max-mib.
+unpacks, beside manifest.json and copies of the scripts. Ends with a status that is not 0 if that is more than
+--max-mib.
 """
 import argparse
+import concurrent.futures
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -28,7 +32,9 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ("cuda_devices", "cuda_kernels")
 ENGINE_TESTS = ("cuda", "cuda_core", "cuda_graphs", "cuda_quantized")
-SOURCES = ("kernels/cuda", "bench/gpu", "bench/peers", "bench/splitting", "tests/checkpoints", "models", "docs/gpu-todo.md")
+PARTS = ["tandem", "kernels", "engine", "kernel-tests", "sources"]
+RUNBOOK = ("run.py", "steps.py", "nodes.py")
+SOURCES = ("kernels/cuda", "bench/gpu", "bench/peers", "bench/splitting", "tests/checkpoints", "models")
 # NIXL's wheel: the library and what it loads.
 NIXL_FOLDERS = (".nixl_cu12.mesonpy.libs", "nixl_cu12.libs")
 
@@ -38,7 +44,8 @@ def cargo(profile, *words):
     command = ["cargo", *words, "--profile", profile, "--message-format=json-render-diagnostics"]
     print("+", " ".join(command), flush=True)
     built = {}
-    for line in subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines():
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    for line in done.stdout.splitlines():
         message = json.loads(line)
         if message.get("executable"):
             built[message["target"]["name"]] = pathlib.Path(message["executable"])
@@ -69,6 +76,22 @@ def build(args):
     return found
 
 
+def kernel_tests(scratch):
+    """As kernels/cuda/check builds them."""
+    nvcc = pathlib.Path(os.environ.get("CUDA_HOME", "")) / "bin/nvcc"
+    if not nvcc.exists():
+        sys.exit("pack: no nvcc: CUDA_HOME=$(kernels/cuda/install-nvcc)")
+    def one(source):
+        program = scratch / source.name.replace("_test.cpp", ".gpu")
+        flags = ["-O3", "-std=c++17", "-fmad=false", "-x", "cu", "-gencode=arch=compute_90a,code=sm_90a"]
+        subprocess.run([str(nvcc), *flags, str(source), "-o", str(program)], check=True)
+        return program
+    sources = sorted((ROOT / "kernels/cuda/host").glob("*_test.cpp"))
+    sources = [path for path in sources if path.name != "fibres_test.cpp"]
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(one, sources))
+
+
 def nixl(folder):
     found = [path for name in NIXL_FOLDERS for path in (folder / name).rglob("*") if path.is_file()]
     if not any(path.name == "libnixl_capi.so" for path in found):
@@ -77,14 +100,14 @@ def nixl(folder):
 
 
 def tracked(under):
-    listed = subprocess.run(["git", "ls-files", "-z", "--", *under], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    return [path for path in listed.decode().split("\0") if path and (ROOT / path).is_file()]
+    listed = subprocess.run(["git", "ls-files", "-z", "--", *under], cwd=ROOT, check=True, stdout=subprocess.PIPE)
+    return [path for path in listed.stdout.decode().split("\0") if path and (ROOT / path).is_file()]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=pathlib.Path, default=ROOT / "target/gpu-pack")
-    parser.add_argument("--parts", type=lambda text: text.split(","), default=["tandem", "kernels", "engine", "sources"])
+    parser.add_argument("--parts", type=lambda text: text.split(","), default=PARTS)
     parser.add_argument("--profile", default="release")
     parser.add_argument("--tandem", type=pathlib.Path, help="this program instead of building one")
     parser.add_argument("--nixl", type=pathlib.Path, help="the folder that nixl-cu12 was installed to")
@@ -102,14 +125,19 @@ def main():
             shutil.copy2(path, stripped)
             subprocess.run(["strip", str(stripped)], check=True)
             add(stripped, f"bin/{name}")
+        if "kernel-tests" in args.parts:
+            for path in kernel_tests(pathlib.Path(scratch)):
+                add(path, f"gpu-tests/{path.name}")
         if "sources" in args.parts:
             for path in tracked(SOURCES):
                 add(ROOT / path, path)
         if args.nixl:
             for path in nixl(args.nixl):
                 add(path.resolve(), f"nixl/{path.relative_to(args.nixl)}")
-    shutil.copy2(ROOT / "bench/gpu/run.py", args.into / "run.py")
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
+    for script in RUNBOOK:
+        shutil.copy2(ROOT / "bench/gpu" / script, args.into / script)
+    describe = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(describe, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout.strip()
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     manifest = {"commit": commit, "profile": args.profile, "sha256": digest, "files": sizes}
     (args.into / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
@@ -117,7 +145,7 @@ def main():
     for name, size in sizes.items():
         if name.startswith("bin/"):
             print(f"{name:<28}{mib(size):>12}")
-    for top in ("kernels", "bench", "tests", "models", "nixl"):
+    for top in ("gpu-tests", "kernels", "bench", "tests", "models", "nixl"):
         if total := sum(size for name, size in sizes.items() if name.startswith(f"{top}/")):
             print(f"{top + '/':<28}{mib(total):>12}")
     total = sum(path.stat().st_size for path in args.into.iterdir())

@@ -82,9 +82,10 @@ class Machine:
     def library_folders(self, home):
         """Where libcublasLt and libnvrtc of CUDA 13 are: of Python's packages, else of the toolkit."""
         folders = [pathlib.Path(path) / "nvidia" for path in sys.path if path.endswith("-packages")]
-        places = [place for folder in folders for place in (folder / "cu13/lib", folder / "cublas/lib", folder / "cuda_nvrtc/lib")]
+        places = [folder / name for folder in folders for name in ("cu13/lib", "cublas/lib", "cuda_nvrtc/lib")]
         places += [pathlib.Path(home) / "lib64"] if home else []
-        return [place for place in places if any(place.glob("libcublasLt.so*")) or any(place.glob("libnvrtc.so*"))]
+        has = lambda place: any(place.glob("libcublasLt.so*")) or any(place.glob("libnvrtc.so*"))
+        return [place for place in places if has(place)]
 
     def program(self, name):
         path = self.bin / name
@@ -95,9 +96,9 @@ class Machine:
     def left(self):
         return self.deadline - time.monotonic()
 
-    def spawn(self, command, env=None, cwd=None, output=subprocess.PIPE):
-        child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT, text=True,
-                                 errors="replace", cwd=cwd or self.root, env={**self.env, **(env or {})}, start_new_session=True)
+    def spawn(self, command, env=None, cwd=None, *, output):
+        child = subprocess.Popen([str(word) for word in command], stdout=output, stderr=subprocess.STDOUT,
+                                 cwd=cwd or self.root, env={**self.env, **(env or {})}, start_new_session=True)
         with self.lock:
             self.started.add(child.pid)
         return child
@@ -127,7 +128,7 @@ class Machine:
         """Its status and what it said; `Failed` if it takes longer than the step may."""
         limit = max(1.0, min(self.left(), seconds or self.left()))
         with tempfile.TemporaryFile("w+", errors="replace") as output:
-            child = self.spawn(command, env, cwd, output)
+            child = self.spawn(command, env, cwd, output=output)
             is_late = False
             try:
                 child.wait(limit)
@@ -148,7 +149,8 @@ class Machine:
         if status != 0:
             lines = [line for line in text.splitlines() if line.strip()]
             telling = [line for line in lines if "FAILED" in line or "panicked" in line or "error" in line.lower()]
-            raise Failed(f"{pathlib.Path(str(command[0])).name} ended with status {status}: {' | '.join((telling or lines)[-3:])[:400]}")
+            said = " | ".join((telling or lines)[-3:])[:400]
+            raise Failed(f"{pathlib.Path(str(command[0])).name} ended with status {status}: {said}")
         return text
 
     def say(self, text):
@@ -163,7 +165,8 @@ class Machine:
         write(path, json.dumps(kept, indent=1))
         lines = []
         for name, titles in kept.items():
-            lines += [line for title, text in titles.items() if isinstance(text, str) for line in (f"## {name}: {title}", text, "")]
+            for title, text in titles.items():
+                lines += [f"## {name}: {title}", text, ""] if isinstance(text, str) else []
         write(self.out / "figures.txt", "\n".join(lines))
 
     def once(self, key, make):
@@ -195,7 +198,8 @@ def table(results, steps):
     count = lambda outcome: sum(result["outcome"] == outcome for result in results.values())
     seconds = sum(result["seconds"] for result in results.values())
     left = sum(step.name not in results for step in steps)
-    lines.append(f"{count('passed')} passed, {count('FAILED')} failed, {count('SKIPPED')} skipped, {left} left; {seconds:.0f} s")
+    counts = f"{count('passed')} passed, {count('FAILED')} failed, {count('SKIPPED')} skipped, {left} left"
+    lines.append(f"{counts}; {seconds:.0f} s")
     return "\n".join(lines)
 
 
@@ -228,11 +232,11 @@ def main():
     parser.add_argument("--list", action="store_true", help="the steps, and ends")
     parser.add_argument("--steps", type=lambda text: text.split(","), help="these, in the order of the list")
     parser.add_argument("--group", action="append", choices=todo.GROUPS, help="the steps of a group")
-    parser.add_argument("--seconds", type=float, default=570, help="begins no step that would not have its time any more")
+    parser.add_argument("--seconds", type=float, default=570, help="of all steps together")
     parser.add_argument("--pack", type=pathlib.Path, help="folder that pack.py made")
     parser.add_argument("--bin", type=pathlib.Path, help="folder of programs, named as in a pack")
-    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/tandem-gpu"), help="a folder for models and "
-                        "what is unpacked, kept between calls")
+    parser.add_argument("--work", type=pathlib.Path, default=pathlib.Path("/tmp/tandem-gpu"),
+                        help="a folder for models and what is unpacked, kept between calls")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(os.environ.get("OUT", "gpu-results")))
     parser.add_argument("--done", type=pathlib.Path, help="an earlier results.json: what passed is not run again")
     parser.add_argument("--again", action="store_true", help="also what has passed")
@@ -248,7 +252,8 @@ def main():
         return
     if unknown := set(args.steps or []) - {step.name for step in todo.STEPS}:
         sys.exit(f"run: no step {', '.join(sorted(unknown))}; --list names them")
-    chosen = [step for step in todo.STEPS if (not args.steps or step.name in args.steps) and (not args.group or step.group in args.group)]
+    is_named = lambda step: (step.name in args.steps) if args.steps else (not args.group or step.group in args.group)
+    chosen = [step for step in todo.STEPS if is_named(step)]
     start, machine = time.monotonic(), Machine(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("run: ended by a signal"))
     path = machine.out / "results.json"
@@ -265,7 +270,7 @@ def main():
                 print(f"{step.name}: left, {left:.0f} s are not enough", flush=True)
                 continue
             results[step.name] = run_step(machine, step, min(step.seconds, left))
-            print(f"{step.name}: {results[step.name]['outcome']} ({results[step.name]['seconds']} s) {results[step.name]['what']}", flush=True)
+            print(f"{step.name}:", "{outcome} ({seconds} s) {what}".format(**results[step.name]), flush=True)
             write(path, json.dumps(results, indent=1))
             write(machine.out / "table.txt", table(results, chosen))
     finally:

@@ -47,7 +47,8 @@ def gpus(m):
     """What cuda_devices says, or why there is no GPU."""
     def ask():
         status, text = m.run([m.program("cuda_devices")], seconds=60)
-        return (text, None) if status == 0 and "cuda:0" in text else ("", text.strip().splitlines()[-1] if text.strip() else "no GPU")
+        last = (text.strip().splitlines() or ["no GPU"])[-1]
+        return (text, None) if status == 0 and "cuda:0" in text else ("", last)
     return m.once("gpus", ask)
 
 
@@ -58,7 +59,7 @@ def capability(m):
 
 def has_python(m, packages):
     def ask():
-        status, text = m.run([m.args.python, "-c", f"import {packages}; print(*(p.__version__ for p in ({packages},)))"], seconds=120)
+        status, _ = m.run([m.args.python, "-c", f"import {packages}"], seconds=120)
         return None if status == 0 else f"{m.args.python} has no {packages} (--python)"
     return m.once(packages, ask)
 
@@ -70,7 +71,8 @@ def nixl_library(m):
 NEEDS = {
     "gpu": lambda m: gpus(m)[1],
     "two gpus": lambda m: None if "cuda:1" in gpus(m)[0] else "there is one GPU",
-    "hopper": lambda m: None if capability(m) == HOPPER else f"it is for compute capability {HOPPER}, not {capability(m)}",
+    "hopper": lambda m: None if capability(m) == HOPPER else f"it is for {HOPPER}, not {capability(m)}",
+    "tests": lambda m: has_tests(m),
     "nvcc": lambda m: None if "CUDA_HOME" in m.env else "no nvcc: set CUDA_HOME",
     "sanitizer": lambda m: None if sanitizer(m) else "no compute-sanitizer in CUDA_HOME",
     "transformers": lambda m: has_python(m, "torch, transformers"),
@@ -84,8 +86,12 @@ def sanitizer(m):
     return path if path.exists() else None
 
 
+def shape(m):
+    return "s" if m.args.tiny else m.args.shape
+
+
 def folder(m):
-    return m.work / f"model-{'s' if m.args.tiny else m.args.shape}"
+    return m.work / f"model-{shape(m)}"
 
 
 # Correctness.
@@ -96,12 +102,14 @@ def devices(m):
     if "cuda:0" not in text:
         raise Failed(f"no GPU was listed: {text.strip()}")
     if "cuBLASLt is there" not in text:
-        raise Failed(f"libcublasLt was not found in {m.env['LD_LIBRARY_PATH'] or 'no folder'} (--cuda-lib): {text.strip()}")
+        folders = m.env["LD_LIBRARY_PATH"] or "no folder"
+        raise Failed(f"libcublasLt was not found in {folders} (--cuda-lib): {text.strip()}")
     return text
 
 
 def driver_tests(m, names):
-    text = m.check([m.program("test-kernels"), "--ignored", "--test-threads=1", "--nocapture", "--skip", "opens_what_was_exported", *names])
+    flags = ["--ignored", "--test-threads=1", "--nocapture", "--skip", "opens_what_was_exported"]
+    text = m.check([m.program("test-kernels"), *flags, *names])
     num = re.search(r"(\d+) passed", text)
     if not num or num.group(1) == "0":
         raise Failed("no test was run")
@@ -114,16 +122,32 @@ def driver(m):
     return driver_tests(m, ["every_embedded", "copies_of", "a_graph_does", "exported_memory", "a_product_of"])
 
 
+def ready_test(m, name):
+    """What pack.py has compiled for compute capability 9.0."""
+    path = m.root / f"gpu-tests/{name}.gpu"
+    return path if path.exists() and capability(m) == HOPPER else None
+
+
+def has_tests(m):
+    """Whether tests of kernels can be run: as they were packed, or compiled here."""
+    is_ready = (m.root / "gpu-tests").exists() and capability(m) == HOPPER
+    return None if is_ready or "CUDA_HOME" in m.env else "no tests for this GPU in the pack, and no nvcc (CUDA_HOME)"
+
+
 def check_gpu(m, names):
-    """`kernels/cuda/check gpu` of each, a limit for each: one that hangs costs no other."""
+    """The test of each, by `kernels/cuda/check gpu` if it is not ready, with a limit for each: one that hangs costs no
+    other."""
     def one(name):
         try:
+            if ready := ready_test(m, name):
+                num = m.check([ready], seconds=60).count("ok ")
+                return name, None if num else "has no tests"
             text = m.check([m.args.python, "kernels/cuda/check", "gpu", name], seconds=150)
         except Failed as reason:
             return name, str(reason)
         passed = re.search(r"(\d+) passed, 0 failed", text)
         return name, None if passed and passed.group(1) != "0" else f"said {text.strip()[-100:]}"
-    outcomes = in_parallel(one, names)
+    outcomes = in_parallel(one, names, 14)
     if bad := [f"{name}: {reason}" for name, reason in outcomes if reason]:
         raise Failed(f"{len(bad)} of {len(outcomes)} failed: {'; '.join(bad)}")
     return f"{len(outcomes)} passed: {', '.join(names)}"
@@ -134,22 +158,25 @@ def test_names(m):
     return [name for name in found if name != "fibres"]
 
 
-@step("kernels", "correctness", 170, "kernels against their references (kernels/cuda/check gpu)", ("gpu", "nvcc"))
+@step("kernels", "correctness", 170, "kernels against their references (kernels/cuda/check gpu)", ("gpu", "tests"))
 def kernels(m):
     return check_gpu(m, [name for name in test_names(m) if "hopper" not in name])
 
 
-@step("hopper-instructions", "correctness", 90, "boxes, swizzle, descriptors, products of warpgroups", ("gpu", "nvcc", "hopper"))
+HOPPER_TESTS = ("gpu", "hopper", "tests")
+
+
+@step("hopper-instructions", "correctness", 90, "boxes, swizzle, descriptors, products of warpgroups", HOPPER_TESTS)
 def hopper_instructions(m):
     return check_gpu(m, ["hopper"])
 
 
-@step("hopper-kernels", "correctness", 150, "attention of prompts by warpgroups, against its reference", ("gpu", "nvcc", "hopper"))
+@step("hopper-kernels", "correctness", 150, "attention of prompts by warpgroups, against its reference", HOPPER_TESTS)
 def hopper_kernels(m):
     return check_gpu(m, [name for name in test_names(m) if "hopper" in name and name != "hopper"])
 
 
-@step("hopper-driver", "correctness", 60, "the same, launched by the driver beside the portable kernel", ("gpu", "hopper"))
+@step("hopper-driver", "correctness", 60, "the same by the driver, beside the portable kernel", ("gpu", "hopper"))
 def hopper_driver(m):
     return driver_tests(m, ["warpgroups"])
 
@@ -168,13 +195,15 @@ for test, about in (
     step(f"engine-{test.replace('_', '-')}", "correctness", 90, about)(lambda m, test=test: engine_tests(m, test))
 
 
-QUESTION = "The code of Nora is 7391. Hugo lives in Oslo. The code of Omar is 2864. Kate owns the lamp. What is the code of Nora?"
+QUESTION = ("The code of Nora is 7391. Hugo lives in Oslo. The code of Omar is 2864. Kate owns the lamp. "
+            "What is the code of Nora?")
 
 
 @step("program", "correctness", 60, "prefill and decode node on the GPU answer the demo's question; over quic")
 def program(m):
     with Nodes(m, "models/demo", f"--device {m.args.device} {SMALL} --kv-transports quic") as nodes:
-        body = {"model": "models/demo", "messages": [{"role": "user", "content": QUESTION}], "max_tokens": 32, "temperature": 0}
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": "models/demo", "messages": messages, "max_tokens": 32, "temperature": 0}
         text = nodes.ask("/v1/chat/completions", body)["choices"][0]["message"]["content"]
         if "7391" not in text:
             raise Failed(f"the answer is {text!r}, the right one has 7391")
@@ -194,7 +223,8 @@ def same_answers(m, transport, flags="", second=None, env=None):
     for kinds in ("quic", f"quic,{transport}"):
         way = kinds.split(",")[-1]
         decode_flags = f"--device {second or m.args.device}"
-        with Nodes(m, "models/demo", f"{SMALL} --kv-transports {kinds} {flags}", f"--device {m.args.device}", decode_flags, env=env) as nodes:
+        both = f"{SMALL} --kv-transports {kinds} {flags}"
+        with Nodes(m, "models/demo", both, f"--device {m.args.device}", decode_flags, env=env) as nodes:
             found[way] = [nodes.complete(prompt(num, num, 300), 24) for num in (40, 500, 1500)]
             if not (num_bytes := nodes.arrived(way)):
                 raise Failed(f"no KV came over {way}: {reason_against(nodes, way)}")
@@ -206,7 +236,8 @@ def same_answers(m, transport, flags="", second=None, env=None):
 
 
 def reason_against(nodes, way):
-    lines = [line for name in nodes.children for line in nodes.log(name).splitlines() if way in line and ("WARN" in line or "does not" in line)]
+    lines = [line for name in nodes.children for line in nodes.log(name).splitlines()]
+    lines = [line for line in lines if way in line and ("WARN" in line or "does not" in line)]
     return lines[-1][-300:] if lines else "no log says why"
 
 
@@ -221,10 +252,12 @@ def nixl(m):
     return same_answers(m, "nixl", flags, env={"UCX_LOG_LEVEL": "warn"})
 
 
+ON_MODEL = ("gpu", "model")
+
+
 @step("model", "figures", 150, "random weights in the shape that is measured", ())
 def model(m):
-    shape = "s" if m.args.tiny else m.args.shape
-    return m.check([m.program("tandem"), "model", "random", shape, folder(m)])
+    return m.check([m.program("tandem"), "model", "random", shape(m), folder(m)])
 
 
 # Figures.
@@ -246,7 +279,8 @@ def bench_engine(m, name, title, *flags, prompts, batches, model=None, rounds=2)
         prompts, batches, rounds = "24", "1,2", 1
         sizes = ["--context", 20, "--num-tokens", 24, "--limit-copy-bytes", "1MiB", "--limit-product", 32]
     rows = ["--prompt-len", prompts, "--batch", batches]
-    command = [m.program("tandem"), "bench", "engine", "--device", m.args.device, "--model", model or folder(m), "--dtype", "bfloat16"]
+    command = [m.program("tandem"), "bench", "engine", "--device", m.args.device, "--model", model or folder(m)]
+    command += ["--dtype", "bfloat16"]
     return table_of(m, name, title, [*command, *rows, *sizes, "--rounds", rounds, *flags])
 
 
@@ -275,7 +309,7 @@ def goals(rows):
     return "; GOALS MISSED: " + ", ".join(missed) if missed else "; goals met"
 
 
-@step("engine", "figures", 240, "decode at 1, 8, 64, prefill at 512 to 32k beside Transformers and limits", ("gpu", "model"))
+@step("engine", "figures", 240, "decode at 1, 8, 64, prefill at 512 to 32k beside Transformers", ON_MODEL)
 def engine(m):
     peer = ["--transformers-python", m.args.python] if not NEEDS["transformers"](m) else []
     rows = bench_engine(m, "engine", "rows", *peer, prompts="512,2048,8192,32768", batches="1,8,64", rounds=2)
@@ -285,32 +319,35 @@ def engine(m):
 
 @step("kernels-alone", "figures", 150, "attention, products, sampling alone (the example cuda_kernels)")
 def kernels_alone(m):
-    small = "--smaller 64 --prompt-len 64 --batch 1 --context 16 --rows 1 --library-rows 32 --samples 1 --rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2"
+    small = ("--smaller 64 --prompt-len 64 --batch 1 --context 16 --rows 1 --library-rows 32 --samples 1 "
+             "--rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")
     flags = shlex.split(small) if m.args.tiny else []
     text = m.check([m.program("cuda_kernels"), "--device", m.args.device, *flags])
     m.figure("kernels-alone", "table", text)
     return f"{len(text.splitlines())} lines in figures.txt"
 
 
-@step("engine-256", "figures", 100, "decode at batch 256", ("gpu", "model"))
+@step("engine-256", "figures", 100, "decode at batch 256", ON_MODEL)
 def engine_256(m):
     return shares(bench_engine(m, "engine-256", "rows", prompts="512", batches="256", rounds=2))
 
 
 @step("hopper-prefill", "figures", 100, "prefill by warpgroups (--prefill-attention auto)", ("gpu", "model", "hopper"))
 def hopper_prefill(m):
-    rows = bench_engine(m, "hopper-prefill", "rows", "--prefill-attention", "auto", prompts="2048,8192,32768", batches="1")
+    flags = ["--prefill-attention", "auto"]
+    rows = bench_engine(m, "hopper-prefill", "rows", *flags, prompts="2048,8192,32768", batches="1")
     return shares(rows) + goals(rows)
 
 
-@step("enforce-eager", "figures", 80, "what graphs save: the same without them", ("gpu", "model"))
+@step("enforce-eager", "figures", 80, "what graphs save: the same without them", ON_MODEL)
 def enforce_eager(m):
     return shares(bench_engine(m, "enforce-eager", "rows", "--enforce-eager", prompts="512", batches="1,8"))
 
 
-@step("batch-invariant", "figures", 100, "the price of --batch-invariant", ("gpu", "model"))
+@step("batch-invariant", "figures", 100, "the price of --batch-invariant", ON_MODEL)
 def batch_invariant(m):
-    return shares(bench_engine(m, "batch-invariant", "rows", "--batch-invariant", prompts="2048,8192", batches="1,8,64"))
+    rows = bench_engine(m, "batch-invariant", "rows", "--batch-invariant", prompts="2048,8192", batches="1,8,64")
+    return shares(rows)
 
 
 @step("quantized", "figures", 120, "q8_0 and q4_0 beside bf16 (shape M)", ())
@@ -331,18 +368,21 @@ def handover(m, transports, flags):
     results = m.work / "handover"
     lengths, rounds, requests = ("256", 1, 4) if m.args.tiny else ("8192", 2, 6)
     cores = ["--beside", "0-3", "--prefill-cores", "4-9", "--decode-cores", "10-15"] if os.cpu_count() >= 16 else []
-    command = [m.args.python, "bench/splitting/run.py", "handover", "--tandem", m.program("tandem"), "--model", folder(m), "--out", results,
-               "--device", m.args.device, "--lengths", lengths, "--rounds", rounds, "--requests", requests, *cores, "--kv-bytes", "3GiB",
-               "--step-tokens", 128 if m.args.tiny else 2048, "--node-flags", flags, "--transports", *transports]
+    sizes = ["--kv-bytes", "3GiB", "--step-tokens", 2048]
+    if m.args.tiny:
+        sizes = ["--kv-bytes", "300MiB", "--step-tokens", 128]
+    command = [m.args.python, "bench/splitting/run.py", "handover", "--tandem", m.program("tandem"), "--out", results,
+               "--model", folder(m), "--device", m.args.device, "--lengths", lengths, "--rounds", rounds,
+               "--requests", requests, *cores, *sizes, f"--node-flags={flags}", "--transports", *transports]
     text = m.check(command)
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     m.figure("handover", "table", "\n".join(rows))
-    if len(rows) < len(transports):
-        raise Failed(f"{len(rows)} rows for {len(transports)} transports")
+    if len(rows) - 1 < len(transports):
+        raise Failed(f"{len(rows) - 1} rows for {len(transports)} transports")
     return " ".join(rows[1:])
 
 
-@step("handover", "handover", 300, "8k tokens handed over on one GPU: quic, cuda-ipc, and nixl if it is there", ("gpu", "model"))
+@step("handover", "handover", 300, "8k tokens over quic, cuda-ipc, and nixl if it is there", ON_MODEL)
 def handover_step(m):
     library = nixl_library(m)
     ways = ["quic", "quic,cuda-ipc"] + (["quic,nixl"] if library else [])
@@ -354,7 +394,9 @@ def long_prompt(m):
 
 
 def big_flags(m):
-    return f"--device {m.args.device} --kv-cache-memory-bytes {'1GiB' if m.args.tiny else '5GiB'} --max-model-len {long_prompt(m) + 200} --log-level info"
+    kv = "300MiB" if m.args.tiny else "5GiB"
+    longest = long_prompt(m) + 200
+    return f"--device {m.args.device} --kv-cache-memory-bytes {kv} --max-model-len {longest} --log-level info"
 
 
 def prefill_node_goes(m, how):
@@ -374,17 +416,18 @@ def prefill_node_goes(m, how):
         if "text" not in answer:
             raise Failed(f"the request was not answered; the decode node: {nodes.log('decode-0')[-400:]}")
         nodes.complete(prompt(100, 3, vocab), 8)
-        if nodes.children["decode-0"].poll() is not None or re.search(r"the runner failed|model runner|the engine stops", nodes.log("decode-0")):
+        is_over = nodes.children["decode-0"].poll() is not None
+        if is_over or re.search(r"model runner failed|the engine stops", nodes.log("decode-0")):
             raise Failed(f"the decode node's device failed: {nodes.log('decode-0')[-400:]}")
         return "the decode node went on" + ("" if was_early else ", but the prompt was computed before the node went")
 
 
-@step("prefill-killed", "handover", 120, "cuda-ipc: the prefill node is killed under a long prompt", ("gpu", "model"))
+@step("prefill-killed", "handover", 120, "cuda-ipc: the prefill node is killed under a long prompt", ON_MODEL)
 def prefill_killed(m):
     return prefill_node_goes(m, signal.SIGKILL)
 
 
-@step("prefill-stopped", "handover", 120, "cuda-ipc: it shuts down in order meanwhile", ("gpu", "model"))
+@step("prefill-stopped", "handover", 120, "cuda-ipc: it shuts down in order meanwhile", ON_MODEL)
 def prefill_stopped(m):
     return prefill_node_goes(m, signal.SIGTERM)
 
@@ -397,7 +440,8 @@ def rebuilt_kernels(m):
     into.mkdir(exist_ok=True)
     sm_90a = "-gencode=arch=compute_90a,code=sm_90a"
     def one(path):
-        m.check([f"{m.env['CUDA_HOME']}/bin/nvcc", "-O3", "-std=c++17", "-fmad=false", "--cubin", sm_90a, path, "-o", into / f"{path.stem}.cubin"])
+        flags = ["-O3", "-std=c++17", "-fmad=false", "--cubin", sm_90a]
+        m.check([f"{m.env['CUDA_HOME']}/bin/nvcc", *flags, path, "-o", into / f"{path.stem}.cubin"])
     in_parallel(one, sorted((m.root / "kernels/cuda").glob("*.cu")))
     return m.check([m.program("cuda_devices")], env={"TANDEM_CUDA_KERNELS": str(into)})
 
@@ -423,9 +467,10 @@ def nixl_without_cuda(m):
         return reason_against(nodes, "nixl")
 
 
-@step("sanitizer", "more", 240, "memcheck and racecheck of kernels (what `kernels` has built)", ("gpu", "nvcc", "sanitizer"))
+@step("sanitizer", "more", 240, "memcheck and racecheck of kernels", ("gpu", "sanitizer"))
 def sanitize(m):
-    programs = sorted((m.work / "target/cuda-check").glob("*.gpu"))
+    programs = [ready_test(m, name) or m.work / f"target/cuda-check/{name}.gpu" for name in test_names(m)]
+    programs = [path for path in programs if path.exists()]
     if not programs:
         raise Skipped("the step `kernels` has built no program")
     def one(item):
@@ -437,4 +482,5 @@ def sanitize(m):
 
 @step("transformers-compile", "more", 240, "decode at batch 1 beside torch.compile", ("gpu", "model", "transformers"))
 def transformers_compile(m):
-    return shares(bench_engine(m, "transformers-compile", "rows", "--transformers-python", m.args.python, "--transformers-compile", prompts="512", batches="1"))
+    flags = ["--transformers-python", m.args.python, "--transformers-compile"]
+    return shares(bench_engine(m, "transformers-compile", "rows", *flags, prompts="512", batches="1"))
