@@ -158,7 +158,8 @@ impl LoadedModel {
                 Box::new(runner)
             }
             LoadedModel::Cuda { model, kv_cache_bytes } => {
-                Box::new(CudaRunner::new(model, block_size, kv_cache_bytes, longest)?)
+                let has_graphs = !engine.enforce_eager;
+                Box::new(CudaRunner::with_graphs(model, block_size, kv_cache_bytes, longest, has_graphs)?)
             }
             LoadedModel::Sim(options) => {
                 let options = options.with_pool_of(engine.kv_cache_bytes_on_cpu(), longest)?;

@@ -33,8 +33,6 @@ import threading
 import urllib.request
 
 PORT = 18100
-# Tokens of a prefill node's step, the default: what leaves it at a time.
-CHUNK = 512
 # Of the trace's lengths: see `goodput`.
 DIVISOR = 16
 CONTEXT = 16384
@@ -95,8 +93,9 @@ class Setups:
         """Three roles as processes; `prefill` has the cores of each prefill node, `decode` those of the decode node."""
         port = self.ports()
         common = f"--tls-dir {self.certs} --model {self.args.model} --log-level warn"
+        device = f"--device {self.args.device}" if self.args.device else ""
         engine = (f"{common} --kv-cache-memory-bytes {self.args.kv_bytes} --threads {threads} --max-model-len {self.context} "
-                  f"{self.args.node_flags}")
+                  f"{device} {self.args.node_flags}")
         lines, nodes = [], f"--decode-node 127.0.0.1:{port + 1}"
         for index, cores in enumerate(prefill):
             at = port + 2 + index
@@ -114,7 +113,8 @@ class Setups:
                 "flags": ["--model", self.args.model], "metrics": f"http://127.0.0.1:{port + 5}/metrics"}
 
     def split(self, name="split", **more):
-        return self.tandem(name, **more)
+        cores = {"prefill": (self.args.prefill_cores,), "decode": self.args.decode_cores}
+        return self.tandem(name, **{**cores, **more})
 
     def colocated(self, cores, name=None, chunk=None):
         """One decode node that prefills by itself, in chunks of `chunk` tokens."""
@@ -258,13 +258,10 @@ def goodput(args, setups):
     table(["objectives", *(f"{name}, good requests/s by round" for name in result["setups"])], rows)
 
 
-# Ways that KV takes from prefill node to decode node: the last of each is taken, since both run on one host.
-TRANSPORTS = ("quic", "quic,shm")
-
-
 def over_each_transport(setups, decode_flags=()):
-    """`split` over each transport, called by it."""
-    flags = {kinds.split(",")[-1]: f"--kv-transports {kinds}" for kinds in TRANSPORTS}
+    """`split` over each of `--transports`, called by it: the last of each is taken, since both nodes run on one host."""
+    step = f"--max-num-batched-tokens {setups.args.step_tokens}"
+    flags = {kinds.split(",")[-1]: f"{step} --kv-transports {kinds}" for kinds in setups.args.transports}
     return [setups.split(name, prefill_flags=(flag,), decode_flags=(flag, *decode_flags)) for name, flag in flags.items()]
 
 
@@ -319,7 +316,7 @@ def handover(args, setups):
             phases = [request["phases"] for r in result["rounds"] for request in r[index]["requests"]]
             assert all(phase["transfer"] for phase in phases), "the decode node prefilled by itself"
             hidden = statistics.median(hidden_share(**phase) for phase in phases)
-            goal = 1 - 1 / (layers * -(-length // CHUNK)) - 0.02
+            goal = 1 - 1 / (layers * -(-length // args.step_tokens)) - 0.02
             rows.append([length, name, f"{mean('median_prefill_ms'):.1f}", extents.of(name, -(-length // 16) * 16 * bytes_of_token),
                          f"{mean('median_transfer_ms'):.1f}",
                          f"{hidden:.1%} / {goal:.1%}", f"{handover:.2f} / {mean('p99_handover_ms'):.2f}", f"{itl:.2f}",
@@ -383,6 +380,14 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for set-ups and results")
     parser.add_argument("--node-flags", default="", help="flags of every prefill and decode node, such as '--device sim' "
                         "to have a GPU's speeds and KV without one: --model is then any folder with a config.json")
+    parser.add_argument("--device", help="of every prefill and decode node, such as cuda:0, which both may share")
+    parser.add_argument("--step-tokens", type=int, default=512, help="handover, arrivals: tokens of a node's step, which "
+                        "is what leaves a prefill node at a time")
+    parser.add_argument("--transports", nargs="+", default=["quic", "quic,shm"], help="handover, arrivals: ways of KV, each "
+                        "as --kv-transports takes it, such as: quic quic,cuda-ipc quic,nixl (the last of each is used; nixl "
+                        "wants --node-flags '--nixl-library FILE')")
+    parser.add_argument("--prefill-cores", default="0", help="cores of a split's prefill node, as taskset takes them")
+    parser.add_argument("--decode-cores", default="1", help="cores of its decode node")
     parser.add_argument("--kv-bytes", default="1GiB", help="KV cache of every node")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--requests", type=int, default=40, help="requests of a run, where a comparison has them")

@@ -5,8 +5,11 @@
 //! weights are a function of the seed. The tokenizer is that of `models/tiny` with names for the further tokens.
 
 use std::fmt;
-use std::io::{BufWriter, Write};
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand, ValueEnum};
@@ -291,25 +294,56 @@ fn write_weights(path: &Path, tensors: &[Tensor], seed: u64) -> anyhow::Result<(
     }
     let mut header = Value::Object(header).to_string();
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-    let mut file = BufWriter::new(std::fs::File::create(path)?);
+    let mut file = File::create(path)?;
     file.write_all(&(header.len() as u64).to_le_bytes())?;
     file.write_all(header.as_bytes())?;
-    for (number, tensor) in tensors.iter().enumerate() {
-        let mut rng = StdRng::seed_from_u64(seed.rotate_left(32) ^ number as u64);
-        // Evenly drawn with the variance that keeps that of a projection's input.
-        let bound = (3.0 / tensor.columns as f32).sqrt();
-        let mut row = Vec::with_capacity(2 * tensor.columns);
-        for _ in 0..tensor.rows {
-            row.clear();
-            for _ in 0..tensor.columns {
-                let weight = if tensor.rows == 1 { 1.0 } else { rng.random_range(-bound..bound) };
-                row.extend_from_slice(&bf16::from_f32(weight).to_le_bytes());
-            }
-            file.write_all(&row)?;
+    let first_byte = 8 + header.len() as u64;
+    // The largest first: they are what others would be waited for at the end.
+    let mut order: Vec<usize> = (0..tensors.len()).collect();
+    order.sort_by_key(|number| std::cmp::Reverse(tensors[*number].num_bytes()));
+    let next = AtomicUsize::new(0);
+    let write_some = || -> std::io::Result<()> {
+        while let Some(&number) = order.get(next.fetch_add(1, Ordering::Relaxed)) {
+            let offset: usize = tensors[..number].iter().map(Tensor::num_bytes).sum();
+            let rng = StdRng::seed_from_u64(seed.rotate_left(32) ^ number as u64);
+            tensors[number].write(&file, first_byte + offset as u64, rng)?;
         }
-    }
-    file.flush()?;
+        Ok(())
+    };
+    std::thread::scope(|scope| {
+        let num_threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let threads: Vec<_> = (0..num_threads).map(|_| scope.spawn(write_some)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("drawing numbers does not panic"))
+    })?;
     Ok(())
+}
+
+/// Bytes that are written at a time, about.
+const WRITE_BYTES: usize = 1 << 20;
+
+impl Tensor {
+    fn num_bytes(&self) -> usize {
+        2 * self.rows * self.columns
+    }
+
+    /// Draws and writes it at `offset`. Each has a generator of its own, so the file does not depend on who is first.
+    fn write(&self, file: &File, mut offset: u64, mut rng: StdRng) -> std::io::Result<()> {
+        // Evenly drawn with the variance that keeps that of a projection's input.
+        let bound = (3.0 / self.columns as f32).sqrt();
+        let mut rows = Vec::with_capacity(WRITE_BYTES + 2 * self.columns);
+        for row in 0..self.rows {
+            for _ in 0..self.columns {
+                let weight = if self.rows == 1 { 1.0 } else { rng.random_range(-bound..bound) };
+                rows.extend_from_slice(&bf16::from_f32(weight).to_le_bytes());
+            }
+            if rows.len() >= WRITE_BYTES || row + 1 == self.rows {
+                file.write_all_at(&rows, offset)?;
+                offset += rows.len() as u64;
+                rows.clear();
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The tokenizer of `models/tiny` with `vocab` tokens: the further ones have names that no text is cut into.

@@ -18,6 +18,7 @@ use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
+use crate::weight_sizes::MatrixSizes;
 use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
 /// Rows of a matrix as a checkpoint holds them, before packing: `[its rows, cols]`.
@@ -127,6 +128,12 @@ pub trait Backend: Clone {
     type Tensor: Default + Send;
     /// The tokens that a step draws, or where they will be, and memory for the next ones; nothing by default.
     type Drawn: Default;
+
+    /// How large a matrix is.
+    fn matrix_sizes(matrix: &Self::Matrix) -> MatrixSizes;
+
+    /// Bytes of a vector.
+    fn vector_bytes(vector: &Self::Vector) -> u64;
 
     /// Packs a matrix of stacked parts, which may be stored differently, for products in `dtype`; `cols` is its input
     /// width.

@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::collections::HashMap;
-use std::ops::{Deref, DerefMut, Range};
+use std::ops::{Add, Deref, DerefMut, Range};
 use std::sync::{Mutex, PoisonError};
 
 use common::kv_spec::GranuleOrder;
@@ -209,6 +209,14 @@ impl Backend for CpuBackend {
     type Rope = RopeAngles;
     type Tensor = CpuTensor;
     type Drawn = Vec<SampledToken>;
+
+    fn matrix_sizes(matrix: &CpuMatrix) -> MatrixSizes {
+        matrix.section_sizes().fold(MatrixSizes::default(), Add::add)
+    }
+
+    fn vector_bytes(vector: &Vec<f32>) -> u64 {
+        4 * vector.len() as u64
+    }
 
     fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CpuMatrix, DeviceError> {
         Ok(CpuMatrix::pack(dtype, self.isa.order(), cols, &parts))

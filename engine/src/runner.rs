@@ -6,6 +6,7 @@ use common::ids::{ChoiceIndex, SequenceId};
 use common::model::ModelInfo;
 use common::sampling::SampledToken;
 
+use crate::cuda::graphs::GraphCounts;
 use crate::plan::{Span, StepPlan};
 use crate::pool::KvPool;
 
@@ -68,6 +69,12 @@ pub trait Runner: Send {
 
     /// The memory its KV is in.
     fn pool(&self) -> &Arc<KvPool>;
+
+    /// How decode steps that were waited for went to the device, and maybe one or two more; `None`: it has no graphs of
+    /// them.
+    fn graph_counts(&self) -> Option<GraphCounts> {
+        None
+    }
 
     /// Starts a step and returns at once. The sink is dropped when the step is done and can be waited for. What the step before it draws may be named in the plan without
     /// being known ([`FromSlot`](crate::plan::FromSlot)).

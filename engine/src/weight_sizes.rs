@@ -3,7 +3,7 @@
 
 use std::ops::{Add, AddAssign};
 
-use crate::cpu::{CpuBackend, CpuMatrix};
+use crate::backend::Backend;
 use crate::weights::Weights;
 
 /// Of some matrices.
@@ -58,17 +58,18 @@ impl WeightSizes {
     }
 }
 
-impl Weights<CpuBackend> {
+impl<B: Backend> Weights<B> {
     /// How large they are.
     pub fn sizes(&self) -> WeightSizes {
         let mut sizes = WeightSizes::default();
-        let bytes = |vector: &Vec<f32>| 4 * vector.len() as u64;
-        let optional = |vector: &Option<Vec<f32>>| vector.as_ref().map_or(0, bytes);
+        let bytes = B::vector_bytes;
+        let optional = |vector: &Option<B::Vector>| vector.as_ref().map_or(0, bytes);
         sizes.vector_bytes = bytes(&self.norm);
         for (index, layer) in self.layers.iter().enumerate() {
             let (attention, mlp) = (&layer.attention, &layer.mlp);
-            let rest = attention.output.sizes() + mlp.gate_up.sizes() + mlp.down.sizes();
-            sizes.up_to_last_kv += attention.qkv.sizes();
+            let rest = [&attention.output, &mlp.gate_up, &mlp.down];
+            let rest = rest.into_iter().map(B::matrix_sizes).fold(MatrixSizes::default(), Add::add);
+            sizes.up_to_last_kv += B::matrix_sizes(&attention.qkv);
             match index + 1 == self.layers.len() {
                 true => sizes.behind_last_kv += rest,
                 false => sizes.up_to_last_kv += rest,
@@ -78,15 +79,8 @@ impl Weights<CpuBackend> {
             sizes.vector_bytes += optional(&attention.qkv_bias) + optional(&attention.output_bias);
             sizes.vector_bytes += optional(&mlp.gate_up_bias) + optional(&mlp.down_bias);
         }
-        sizes.head = self.head.sizes();
-        sizes.table_bytes = self.own_embedding.as_ref().map_or(0, |table| table.sizes().num_bytes);
+        sizes.head = B::matrix_sizes(&self.head);
+        sizes.table_bytes = self.own_embedding.as_ref().map_or(0, |table| B::matrix_sizes(table).num_bytes);
         sizes
-    }
-}
-
-impl CpuMatrix {
-    /// How large it is.
-    pub fn sizes(&self) -> MatrixSizes {
-        self.section_sizes().fold(MatrixSizes::default(), Add::add)
     }
 }

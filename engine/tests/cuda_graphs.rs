@@ -72,7 +72,7 @@ fn assert_replays_are_direct_launches(folder: &Path, dtype: Dtype, lens: &[usize
         let mut runner = runner(&model, lens.len());
         let mut sequences: Vec<_> = lens.iter().enumerate().map(|(id, len)| sequence(id as u32, *len)).collect();
         let drawn = decode(&mut runner, &mut sequences, batches, is_direct);
-        let counts = runner.graph_counts();
+        let counts = runner.graph_counts().unwrap();
         println!("{counts:?}");
         assert_eq!(counts.num_recorded > 1 && counts.num_replayed > 3, !is_direct, "{counts:?}");
         drawn
@@ -132,6 +132,24 @@ fn heads_without_kernels_on_tensor_cores_are_replayed_too() {
 }
 
 #[test]
+fn an_eager_runner_draws_the_tokens_of_replays_and_records_nothing() {
+    let checkpoint = WideHeads::new(64, 2, Some(40));
+    let model = on_fibres::load(checkpoint.folder(), Dtype::Auto);
+    let batches: Vec<&[usize]> = vec![&[0, 1, 2], &[0, 1, 2], &[0, 2], &[0, 1, 2], &[0, 1], &[0, 1, 2]];
+    let [replayed, eager] = [true, false].map(|has_graphs| {
+        let bytes = model.info_for(16, 1).kv_spec.bytes_per_token() * u64::from(3 * BLOCKS_PER_SEQUENCE) * 16;
+        let mut runner = CudaRunner::with_graphs(model.clone(), 16, bytes, None, has_graphs).unwrap();
+        let mut sequences: Vec<_> = [3, 509, 40].iter().zip(0..).map(|(len, id)| sequence(id, *len)).collect();
+        let drawn = decode(&mut runner, &mut sequences, &batches, false);
+        (drawn, runner.graph_counts().unwrap())
+    });
+    assert_eq!(eager.1, GraphCounts { num_direct: batches.len() as u64, num_recorded: 0, num_replayed: 0 });
+    assert!(replayed.1.num_replayed > 1, "{:?}", replayed.1);
+    assert_eq!(replayed.0.0, eager.0.0);
+    assert!(replayed.0.1 == eager.0.1, "the same KV, and nothing beside it");
+}
+
+#[test]
 fn memory_that_grows_makes_graphs_anew() {
     let checkpoint = WideHeads::new(64, 2, None);
     let model = on_fibres::load(checkpoint.folder(), Dtype::Auto);
@@ -145,7 +163,7 @@ fn memory_that_grows_makes_graphs_anew() {
         step(&mut runner, &mut [(&mut other, 70)]);
         parts.push(decode(&mut runner, &mut sequences, &[&[0usize][..]; 4], is_direct));
         if !is_direct {
-            let counts = runner.graph_counts();
+            let counts = runner.graph_counts().unwrap();
             assert_eq!(counts, GraphCounts { num_direct: 2, num_recorded: 2, num_replayed: 4 });
         }
         parts
@@ -205,7 +223,7 @@ fn replays_behind_one_another_draw_the_golden_tokens() {
         assert_eq!(*drawn, greedy[..NUM_STEPS]);
     }
     assert_eq!(
-        runner.graph_counts(),
+        runner.graph_counts().unwrap(),
         GraphCounts { num_direct: 1, num_recorded: 1, num_replayed: NUM_STEPS as u64 - 3 }
     );
 }

@@ -95,7 +95,7 @@ fn logits_are_those_of_the_dequantized_weights() {
             // Arithmetic in bf16; a scale in the wrong place is off by all of it.
             assert!(worst < 0.08 * spread, "{name}, {num_single} single rows: {worst}, logits spread by {spread}");
         }
-        let counts = runner.graph_counts();
+        let counts = runner.graph_counts().unwrap();
         assert_eq!(counts, GraphCounts { num_direct: 1, num_recorded: 1, num_replayed: 2 });
     }
 }

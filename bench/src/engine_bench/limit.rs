@@ -2,17 +2,21 @@
 //!
 //! A step reads all weights that some row is multiplied with and the KV of every sequence once, and multiplies. The
 //! limit is the longer of two times: those bytes at the bandwidth of reading a buffer of the same size, and those
-//! multiply-adds at the peak of the same instruction set, both on the same threads and measured beside the row. What
+//! multiply-adds at the peak of the same instruction set, both on the same threads and measured beside the row. On
+//! a GPU the bandwidth is that of a copy within it, of which bytes read and bytes written both count, and the peak that of
+//! a square product of bf16 by its library ([`engine::cuda::limits`]), measured beside the row, too. What
 //! is not counted (activations, norms, softmax, drawing tokens) makes the limit shorter than any engine can be.
 
 use std::sync::Arc;
 
+use anyhow::Context;
+use engine::backend::Backend;
+use engine::cuda::limits::DeviceProbe;
 use engine::limits::{Arithmetic, ReadProbe, peak_ops_per_second};
 use engine::model::Model;
 use engine::weights::ComputeDtype;
 
 use super::Row;
-use super::load::CHUNK_TOKENS;
 
 /// What one step of decode, or one whole prompt, needs.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -30,8 +34,8 @@ pub struct StepWork {
 }
 
 impl StepWork {
-    /// Of a row with this model.
-    pub fn of(model: &Model, row: &Row) -> Self {
+    /// Of a row with this model, whose prompts are computed in chunks of so many tokens.
+    pub fn of<B: Backend>(model: &Model<B>, row: &Row, chunk_tokens: usize) -> Self {
         let (spec, sizes) = (model.spec(), model.weights().sizes());
         let bytes_per_token = model.info_for(16, 1).kv_spec.bytes_per_token() as f64;
         let float = match model.dtype() {
@@ -61,7 +65,7 @@ impl StepWork {
         let sequences = row.num_sequences() as f64;
         let num_bytes = match *row {
             Row::Prefill { num_tokens } => {
-                let num_chunks = num_tokens.div_ceil(CHUNK_TOKENS) as f64;
+                let num_chunks = num_tokens.div_ceil(chunk_tokens) as f64;
                 sizes.up_to_last_kv.num_bytes as f64 * num_chunks + last.num_bytes as f64
             }
             Row::Decode { .. } => {
@@ -131,31 +135,57 @@ impl Limit {
     }
 }
 
-/// The threads and the memory that limits are measured with.
-pub struct Machine {
-    model: Arc<Model>,
-    probe: ReadProbe,
+/// What limits are measured with.
+pub enum Machine {
+    /// The threads that compute, and memory that they read.
+    Cpu(Arc<Model>, ReadProbe),
+    /// Memory on the device.
+    Device(DeviceProbe),
 }
 
 /// Memory that is read for a limit at most. Larger models read no faster.
 const PROBE_BYTES_MAX: f64 = (2u64 << 30) as f64;
 
+/// Timings of which the best counts: a limit is what is possible.
+const TIMINGS: usize = 3;
+
 impl Machine {
-    /// For these rows of this model.
-    pub fn new(model: &Arc<Model>, rows: &[Row]) -> Self {
-        let bytes = |row: &Row| StepWork::of(model, row).num_bytes;
+    /// The CPU, for these rows of this model.
+    pub fn cpu(model: &Arc<Model>, rows: &[Row], chunk_tokens: usize) -> Self {
+        let bytes = |row: &Row| StepWork::of(model, row, chunk_tokens).num_bytes;
         let least = rows.iter().map(bytes).fold(PROBE_BYTES_MAX, f64::min);
-        Self { model: model.clone(), probe: ReadProbe::new(least as usize) }
+        Self::Cpu(model.clone(), ReadProbe::new(least as usize))
     }
 
-    /// How fast this machine could do the work now. Infinite in arithmetic on the portable instruction set, of
-    /// which no peak is known.
-    pub fn limit(&self, work: &StepWork) -> Limit {
-        let ctx = self.model.backend().ctx();
-        // The best of a few: a limit is what is possible.
-        let bytes = (0..3).map(|_| self.probe.bytes_per_second(&ctx)).fold(0.0, f64::max);
+    /// How fast this machine could do the work now. Infinite in arithmetic of which no peak is known: the portable
+    /// instruction set, and f32 on a device.
+    ///
+    /// # Errors
+    /// What the device says.
+    pub fn limit(&self, work: &StepWork) -> anyhow::Result<Limit> {
+        match self {
+            Self::Cpu(model, probe) => Ok(Self::limit_of_cpu(model, probe, work)),
+            Self::Device(probe) => Self::limit_of_device(probe, work).context("measure what the device can do"),
+        }
+    }
+
+    fn limit_of_device(probe: &DeviceProbe, work: &StepWork) -> anyhow::Result<Limit> {
+        let (mut bytes, mut ops) = (0.0, None);
+        for _ in 0..TIMINGS {
+            bytes = probe.copied_bytes_per_second()?.max(bytes);
+            if work.float == Arithmetic::Bf16 {
+                ops = probe.product_ops_per_second()?.into_iter().chain(ops).reduce(f64::max);
+            }
+        }
+        Ok(Limit::of(work, bytes, ops.unwrap_or(f64::INFINITY), None))
+    }
+
+    fn limit_of_cpu(model: &Model, probe: &ReadProbe, work: &StepWork) -> Limit {
+        let backend = model.backend();
+        let ctx = backend.ctx();
+        let bytes = (0..TIMINGS).map(|_| probe.bytes_per_second(&ctx)).fold(0.0, f64::max);
         let peak = |arithmetic| {
-            let peaks = (0..3).filter_map(|_| peak_ops_per_second(&ctx, arithmetic));
+            let peaks = (0..TIMINGS).filter_map(|_| peak_ops_per_second(&ctx, arithmetic));
             peaks.reduce(f64::max).unwrap_or(f64::INFINITY)
         };
         Limit::of(work, bytes, peak(work.float), (work.int_ops > 0.0).then(|| peak(Arithmetic::Int8)))
@@ -195,7 +225,7 @@ mod tests {
         let (layers, vocab) = (spec.num_layers() as f64, spec.vocab_size as f64);
         let of_layer = qkv * hidden + heads * hidden + 3.0 * ffn * hidden;
 
-        let work = StepWork::of(&model, &Row::Decode { batch: 4, context: 90, num_tokens: 20 });
+        let work = StepWork::of(&model, &Row::Decode { batch: 4, context: 90, num_tokens: 20 }, 2048);
         let attention = layers * 4.0 * heads * 101.0;
         assert_eq!(work.float_ops, 4.0 * (2.0 * (layers * of_layer + vocab * hidden) + attention));
         let kv = 4.0 * 100.0 * model.info_for(16, 1).kv_spec.bytes_per_token() as f64;
@@ -204,7 +234,7 @@ mod tests {
         assert_eq!((work.num_tokens, work.int_ops), (4.0, 0.0));
 
         // Of the last layer, only the last position goes on behind its KV.
-        let work = StepWork::of(&model, &Row::Prefill { num_tokens: 100 });
+        let work = StepWork::of(&model, &Row::Prefill { num_tokens: 100 }, 2048);
         let once = of_layer - qkv * hidden + vocab * hidden;
         let rest = layers * of_layer - (of_layer - qkv * hidden);
         let attention = 4.0 * heads * ((layers - 1.0) * 5050.0 + 100.0);

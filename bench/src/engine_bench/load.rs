@@ -11,16 +11,13 @@ use common::sampling::SamplingParams;
 use common::scheduler::SchedulerLimits;
 use common::sequence::{NewSequence, Work};
 use engine::core::{EngineEvent, EngineHandle, EngineOptions, RequestHandle};
-use engine::cpu_runner::CpuRunner;
-use engine::model::Model;
+use engine::model::LoadError;
 use engine::runner::Runner;
 
 use super::Row;
 
-/// Prompt tokens of a step.
-pub const CHUNK_TOKENS: usize = 2048;
-
-const BLOCK_SIZE: usize = 16;
+/// Tokens of a block of KV.
+pub const BLOCK_SIZE: usize = 16;
 
 /// What a run of decode showed.
 #[derive(Debug, Clone)]
@@ -40,23 +37,27 @@ pub struct EngineLoad {
 }
 
 impl EngineLoad {
-    /// An engine whose pool holds any of the rows.
+    /// An engine whose pool holds any of the rows, with steps of so many tokens at most. `runner` makes one with a pool
+    /// of so many tokens, for sequences of so many.
     ///
     /// # Errors
     /// If the pool cannot be had, or the system gives no threads.
-    pub fn start(model: Arc<Model>, rows: &[Row]) -> anyhow::Result<Self> {
+    pub fn start(
+        rows: &[Row],
+        max_num_batched_tokens: usize,
+        runner: impl FnOnce(usize, usize) -> Result<Box<dyn Runner>, LoadError>,
+    ) -> anyhow::Result<Self> {
         let blocks = |row: &Row| row.num_sequences() * (row.tokens_of_a_sequence().div_ceil(BLOCK_SIZE) + 1);
         let num_tokens_max = BLOCK_SIZE * rows.iter().map(blocks).max().unwrap_or(1);
         let longest = rows.iter().map(Row::tokens_of_a_sequence).max().unwrap_or(1);
-        let bytes = model.info_for(BLOCK_SIZE, 1).kv_spec.bytes_per_token() * num_tokens_max as u64;
-        let runner = CpuRunner::new(model, BLOCK_SIZE, bytes, Some(longest))?;
+        let runner = runner(num_tokens_max, longest)?;
         let info = runner.model().clone();
         let limits = SchedulerLimits {
             block_size: BLOCK_SIZE,
             num_blocks: info.num_blocks as usize,
             max_num_seqs: 1024,
-            max_num_batched_tokens: CHUNK_TOKENS,
-            max_num_prefill_tokens: CHUNK_TOKENS,
+            max_num_batched_tokens,
+            max_num_prefill_tokens: max_num_batched_tokens,
             max_num_waiting: 1024,
             max_model_len: info.max_model_len as usize,
             growth_blocks: 1,
@@ -66,7 +67,7 @@ impl EngineLoad {
             eviction_policy: common::eviction::EvictionPolicy::default(),
         };
         let options = EngineOptions { limits, host_budget: Arc::default(), role: "bench", node: "bench".to_string() };
-        let engine = engine::core::start(Box::new(runner), options).context("start the engine's thread")?;
+        let engine = engine::core::start(runner, options).context("start the engine's thread")?;
         let runtime = tokio::runtime::Builder::new_current_thread().build().context("start the runtime")?;
         Ok(Self { engine, runtime, num_runs: 0 })
     }

@@ -11,24 +11,23 @@ pub mod load;
 pub mod peers;
 pub mod report;
 pub mod sharing;
+pub mod target;
 
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
 
 use anyhow::Context;
 use clap::Args;
-use common::config::Dtype;
-use engine::model::Model;
+use common::config::values::parse_bytes_above_zero;
+use common::config::{DeviceChoice, Dtype, PrefillAttention};
 use engine::weights::ComputeDtype;
 use serde_json::{Value, json};
 
 use crate::serve::provenance::Provenance;
-use limit::{Machine, StepWork};
-use load::EngineLoad;
 use peers::Peer;
 use report::{EngineReport, RowResult};
 use sharing::SharingReport;
+use target::Target;
 
 /// What is measured.
 #[derive(Debug, Args)]
@@ -36,6 +35,9 @@ pub struct EngineBenchArgs {
     /// Checkpoint folder or GGUF file.
     #[arg(long, value_name = "PATH", default_value = "models/tiny")]
     pub model: PathBuf,
+    /// What computes: `cpu`, or a GPU such as `cuda:0`.
+    #[arg(long, value_name = "DEVICE", default_value_t = DeviceChoice::Cpu)]
+    pub device: DeviceChoice,
     /// Element type of weights and KV.
     #[arg(long, value_enum, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
@@ -60,6 +62,24 @@ pub struct EngineBenchArgs {
     /// Instruction set: auto, portable, portable-tiles, avx2, avx512, avx512vnni, avx512bf16 or amx.
     #[arg(long, value_name = "ISA", default_value = "auto")]
     pub isa: String,
+    /// Tokens of a step at most, those of prompts among them.
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub max_num_batched_tokens: usize,
+    /// On a GPU: as the nodes' flag.
+    #[arg(long)]
+    pub batch_invariant: bool,
+    /// On a GPU: as the nodes' flag.
+    #[arg(long)]
+    pub enforce_eager: bool,
+    /// On a GPU: as the nodes' flag.
+    #[arg(long, value_enum, value_name = "KERNEL", default_value_t = PrefillAttention::Portable)]
+    pub prefill_attention: PrefillAttention,
+    /// On a GPU: bytes of the copy that reading is held against.
+    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = parse_bytes_above_zero)]
+    pub limit_copy_bytes: u64,
+    /// On a GPU: rows, columns and what is summed over of the bf16 product that arithmetic is held against.
+    #[arg(long, value_name = "SIZE", default_value_t = 8192)]
+    pub limit_product: usize,
     /// llama.cpp's llama-bench, to run beside; batches need its llama-batched-bench in the same folder.
     #[arg(long, value_name = "PROGRAM")]
     pub llama_bench: Option<PathBuf>,
@@ -72,9 +92,15 @@ pub struct EngineBenchArgs {
     /// The checkpoint folder for it; its weights are not read. Default: --model.
     #[arg(long, value_name = "FOLDER", requires = "vllm_python")]
     pub vllm_model: Option<PathBuf>,
+    /// Python that has PyTorch and Transformers, to run beside on the same device with the same weights.
+    #[arg(long, value_name = "PROGRAM")]
+    pub transformers_python: Option<PathBuf>,
+    /// Its decode steps by torch.compile, which takes a while for each batch.
+    #[arg(long, requires = "transformers_python")]
+    pub transformers_compile: bool,
     /// Instead: an engine that computes prompts of the first length beside one that decodes the first batch, on the same
     /// cores, in one process and in two; each against itself alone.
-    #[arg(long, conflicts_with_all = ["llama_bench", "vllm_python"])]
+    #[arg(long, conflicts_with_all = ["llama_bench", "vllm_python", "transformers_python"])]
     pub sharing: bool,
     /// The process of `--sharing` that prefills, which it starts itself.
     #[arg(long, hide = true)]
@@ -142,6 +168,16 @@ impl EngineBenchArgs {
             let batch = self.batch.iter().copied().max().unwrap_or(1);
             peers.push(Peer::vllm(python, model, threads, dtype, longest, batch)?);
         }
+        if let Some(python) = &self.transformers_python {
+            peers.push(Peer::transformers(
+                python,
+                &self.model,
+                self.device,
+                threads,
+                dtype,
+                self.transformers_compile,
+            )?);
+        }
         Ok(peers)
     }
 }
@@ -206,22 +242,28 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
         Row::Decode { batch, context, .. } => batch > 0 && context > 0,
     };
     anyhow::ensure!(rows.iter().all(has_tokens), "--prompt-len, --batch and --context are at least 1");
-    let isa = engine::Isa::parse(&args.isa)?;
-    let options = engine::model::LoadOptions {
-        dtype: args.dtype,
-        isa,
-        threads: args.threads,
-        cache_folder: engine::identity::cache_folder_from_env(),
-    };
-    let model = Arc::new(Model::load_with(&args.model, options)?);
-    if args.sharing_prefill {
-        sharing::run_other(args, model)?;
-        return Ok(EngineOutcome::Answered);
-    }
-    let outcome = if args.sharing {
-        EngineOutcome::Sharing(sharing::run(args, &model, provenance)?)
+    anyhow::ensure!(
+        args.max_num_batched_tokens >= args.batch.iter().copied().max().unwrap_or(0).max(1),
+        "--max-num-batched-tokens is fewer than the sequences of the largest --batch, each of which takes one"
+    );
+    run_on(args, &Target::load(args)?, rows, provenance)
+}
+
+fn run_on(
+    args: &EngineBenchArgs,
+    target: &Target,
+    rows: Vec<Row>,
+    provenance: Provenance,
+) -> anyhow::Result<EngineOutcome> {
+    let outcome = if args.sharing || args.sharing_prefill {
+        let Target::Cpu(model) = target else { anyhow::bail!("--sharing is about cores: it needs --device cpu") };
+        if args.sharing_prefill {
+            sharing::run_other(args, model.clone())?;
+            return Ok(EngineOutcome::Answered);
+        }
+        EngineOutcome::Sharing(sharing::run(args, model, provenance)?)
     } else {
-        EngineOutcome::Rows(run_rows(args, &model, rows, provenance)?)
+        EngineOutcome::Rows(run_rows(args, target, rows, provenance)?)
     };
     if let Some(path) = &args.save_result {
         let json = serde_json::to_string_pretty(&outcome.to_json()).context("write the result")?;
@@ -232,13 +274,14 @@ pub fn run(args: &EngineBenchArgs, provenance: Provenance) -> anyhow::Result<Eng
 
 fn run_rows(
     args: &EngineBenchArgs,
-    model: &Arc<Model>,
+    target: &Target,
     rows: Vec<Row>,
     provenance: Provenance,
 ) -> anyhow::Result<EngineReport> {
-    let machine = Machine::new(model, &rows);
-    let mut load = EngineLoad::start(model.clone(), &rows).context("start the engine")?;
-    let mut peers = args.peers(model.backend().ctx().pool.threads(), model.dtype())?;
+    // Before the pool, which may leave little.
+    let machine = target.machine(args, &rows)?;
+    let mut load = target.start(args, &rows).context("start the engine")?;
+    let mut peers = args.peers(target.num_threads(), target.dtype())?;
 
     let mut results: Vec<RowResult> = rows.iter().map(|row| RowResult::new(*row, &peers)).collect();
     // The first run of each warms caches and pages, here and at the peers.
@@ -251,7 +294,7 @@ fn run_rows(
     for round in 0..args.rounds {
         for result in &mut results {
             eprintln!("round {} of {}: {}", round + 1, args.rounds, result.row.name());
-            let limit = machine.limit(&StepWork::of(model, &result.row));
+            let limit = machine.limit(&target.work(&result.row, args.max_num_batched_tokens))?;
             result.add(limit, load.measure(&result.row)?);
             for (peer, speeds) in peers.iter_mut().zip(&mut result.peers) {
                 let speed = peer.measure(&result.row).with_context(|| format!("measure {}", peer.name()))?;
@@ -260,11 +303,13 @@ fn run_rows(
         }
     }
     load.stop();
-    Ok(EngineReport::new(model, results, provenance))
+    Ok(EngineReport::new(target.setting(args), results, provenance))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use clap::Parser;
 
     use super::*;
@@ -299,6 +344,42 @@ mod tests {
             }
         }
         assert_eq!(rows[2]["row"]["batch"], json!(3));
+    }
+
+    #[test]
+    fn rows_of_a_device_are_held_against_what_the_device_can_do() {
+        let device: Arc<dyn engine::cuda::Device> = Arc::new(kernels::cuda::FibreDevice::new());
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let line = ["engine", "--device", "cuda:0", "--model", model, "--dtype", "bfloat16", "--rounds", "1"];
+        let rows = ["--prompt-len", "20", "--batch", "2", "--context", "9", "--num-tokens", "12"];
+        let limits = ["--limit-copy-bytes", "64KiB", "--limit-product", "16"];
+        let measure = |more: &[&str]| {
+            let args = Command::parse_from([&line[..], &rows, &limits, more].concat()).args;
+            let target = Target::load_on(&device, &args).unwrap();
+            let provenance = Provenance { command: "bench".into(), commit: None, cpu_model: None, num_cores: None };
+            run_on(&args, &target, args.rows(), provenance).unwrap()
+        };
+        let outcome = measure(&[]);
+        let (text, json) = (outcome.to_string(), outcome.to_json());
+        let setting = json["setting"].as_str().unwrap();
+        for said in ["cuda-blas-1", "with graphs", "bytes read and written counted", "product of 16 cubed"] {
+            assert!(setting.contains(said) && text.contains(said), "{said}: {text}");
+        }
+        for row in json["rows"].as_array().unwrap() {
+            for figures in ["tokens_per_second", "share_of_limit", "bytes_per_second", "float_ops_per_second"] {
+                assert!(row[figures][0].as_f64().is_some_and(|figure| figure > 0.0), "{figures}: {row}");
+            }
+        }
+        let setting = measure(&["--batch-invariant", "--enforce-eager"]).to_json()["setting"].to_string();
+        assert!(setting.contains("cuda-mma-1") && setting.contains("without graphs"), "{setting}");
+    }
+
+    #[test]
+    fn a_batch_that_no_step_has_room_for_is_an_error() {
+        let model = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
+        let args = Command::parse_from(["engine", "--model", model, "--batch", "9", "--max-num-batched-tokens", "8"]);
+        let provenance = Provenance { command: "bench engine".into(), commit: None, cpu_model: None, num_cores: None };
+        assert!(run(&args.args, provenance).unwrap_err().to_string().starts_with("--max-num-batched-tokens"));
     }
 
     #[test]

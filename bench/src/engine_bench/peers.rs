@@ -1,4 +1,4 @@
-//! Other engines under the same rows: llama.cpp, started anew for each, and vLLM, which stays and is asked.
+//! Other engines under the same rows: llama.cpp, started anew for each; vLLM and Transformers, which stay and are asked.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
+use common::config::DeviceChoice;
 use engine::weights::ComputeDtype;
 use serde_json::Value;
 
@@ -23,6 +24,7 @@ const LINE_BYTES_MAX: u64 = 1 << 20;
 const LINES_MAX: usize = 64;
 
 const VLLM_SCRIPT: &str = include_str!("../../peers/vllm_engine.py");
+const TRANSFORMERS_SCRIPT: &str = include_str!("../../peers/transformers_engine.py");
 
 /// Another engine.
 pub enum Peer {
@@ -35,8 +37,8 @@ pub enum Peer {
         /// Threads.
         threads: usize,
     },
-    /// vLLM's CPU build, loaded.
-    Vllm(Talker),
+    /// One that has loaded and answers in lines: vLLM's CPU build, or Transformers.
+    Asked(&'static str, Talker),
 }
 
 impl Peer {
@@ -83,27 +85,55 @@ impl Peer {
         let mut talker = Talker::start(command, "vllm")?;
         let ready = talker.answer().context("start vLLM")?;
         ensure!(ready.get("ready") == Some(&Value::Bool(true)), "vLLM said {ready} and not that it is ready");
-        Ok(Self::Vllm(talker))
+        Ok(Self::Asked("vLLM", talker))
+    }
+
+    /// PyTorch and Transformers with a checkpoint folder's weights, on the same device; returns when it has loaded.
+    ///
+    /// # Errors
+    /// If it does not start.
+    pub fn transformers(
+        python: &Path,
+        model: &Path,
+        device: DeviceChoice,
+        threads: usize,
+        dtype: ComputeDtype,
+        is_compiled: bool,
+    ) -> anyhow::Result<Self> {
+        ensure!(model.is_dir(), "Transformers is given a checkpoint folder, {} is none", model.display());
+        let mut command = Command::new(python);
+        command.args(["-c", TRANSFORMERS_SCRIPT]).arg(model).args(["--device", &device.to_string()]);
+        command.args(["--threads", &threads.to_string(), "--dtype", dtype.as_str()]);
+        command.args(is_compiled.then_some("--compile"));
+        let mut talker = Talker::start(command, "transformers")?;
+        let ready = talker.answer().context("start Transformers")?;
+        ensure!(ready.get("ready") == Some(&Value::Bool(true)), "Transformers said {ready} and not that it is ready");
+        eprintln!("beside {}", ready["versions"]);
+        Ok(Self::Asked("Transformers", talker))
     }
 
     /// As the table names it.
     pub fn name(&self) -> &'static str {
         match self {
             Peer::Llama { .. } => "llama.cpp",
-            Peer::Vllm(_) => "vLLM",
+            Peer::Asked(name, _) => name,
         }
     }
 
-    /// Tokens per second of the row; `None` if there is no program for it.
+    /// Tokens per second of the row; `None` if there is no program for it, or it says that it cannot.
     ///
     /// # Errors
     /// If the peer fails, says something else or takes too long.
     pub fn measure(&mut self, row: &Row) -> anyhow::Result<Option<f64>> {
         match self {
             Peer::Llama { program, model, threads } => llama(program, model, *threads, row),
-            Peer::Vllm(talker) => {
+            Peer::Asked(name, talker) => {
                 talker.ask(&row.to_json())?;
                 let answer = talker.answer()?;
+                if let Some(reason) = answer.get("skipped").and_then(Value::as_str) {
+                    eprintln!("{name} leaves out {}: {reason}", row.name());
+                    return Ok(None);
+                }
                 speed(&answer, "tokens_per_second").map(Some)
             }
         }
@@ -283,6 +313,28 @@ esac"#;
             .unwrap()
             .to_string();
         assert!(error.contains("--vllm-model"), "{error}");
+    }
+
+    #[test]
+    fn transformers_computes_where_this_engine_does_and_may_leave_out_what_does_not_fit() {
+        let folder = Folder::new("transformers");
+        let answers = r#"case "$*" in *"--device cuda:1 --threads 2 --dtype bfloat16 --compile")
+    echo '{"ready": true, "versions": "PyTorch 2"}';; *) exit 1;; esac
+while read -r question; do
+    case "$question" in
+    '{"phase":"prefill","num_tokens":512}') echo '{"tokens_per_second": 430.5}';;
+    *) echo '{"skipped": "out of memory"}';;
+    esac
+done"#;
+        let (program, device) = (folder.program("python", answers), DeviceChoice::Cuda(1));
+        let start =
+            |model: &Path, is_compiled| Peer::transformers(&program, model, device, 2, ComputeDtype::Bf16, is_compiled);
+        let mut peer = start(&folder.0, true).unwrap();
+        assert_eq!(peer.measure(&PREFILL).unwrap(), Some(430.5));
+        assert_eq!(peer.measure(&decode(8)).unwrap(), None);
+        assert!(start(Path::new("m.gguf"), true).err().unwrap().to_string().contains("checkpoint folder"));
+        // Not ready: it was asked for something else.
+        assert!(start(&folder.0, false).is_err());
     }
 
     #[test]

@@ -2,7 +2,6 @@
 
 use std::fmt;
 
-use engine::model::Model;
 use serde_json::{Value, json};
 
 use super::Row;
@@ -86,7 +85,7 @@ fn padded(peer: &PeerSpeeds, num_rounds: usize) -> Vec<f64> {
 /// All of it.
 #[derive(Debug)]
 pub struct EngineReport {
-    /// Model, instruction set, threads.
+    /// Model, what it ran on and how.
     setting: String,
     rows: Vec<RowResult>,
     provenance: Provenance,
@@ -94,16 +93,7 @@ pub struct EngineReport {
 
 impl EngineReport {
     /// Of these rows.
-    pub fn new(model: &Model, rows: Vec<RowResult>, provenance: Provenance) -> Self {
-        let ctx = model.backend().ctx();
-        let setting = format!(
-            "{}, {}, {}, {} threads, {} MiB of weights",
-            model.folder().display(),
-            model.info_for(16, 1).numerics.0,
-            ctx.isa.name(),
-            ctx.pool.threads(),
-            model.weights().sizes().num_bytes().div_ceil(1 << 20)
-        );
+    pub fn new(setting: String, rows: Vec<RowResult>, provenance: Provenance) -> Self {
         Self { setting, rows, provenance }
     }
 
@@ -147,6 +137,14 @@ impl fmt::Display for EngineReport {
                 }
             }
         }
+        let limits = || self.rows.iter().flat_map(|row| &row.limits);
+        let bytes = median(limits().map(|limit| limit.bytes_per_second).collect()).unwrap_or(f64::NAN);
+        write!(f, "\nlimits are of {:.1} GB/s", bytes / 1e9)?;
+        let float = limits().map(|limit| limit.float_ops_per_second).filter(|ops| ops.is_finite());
+        match median(float.collect()) {
+            Some(float) => writeln!(f, " and {:.2} TFLOP/s (medians)", float / 1e12)?,
+            None => writeln!(f, " (median); of the arithmetic no peak is known")?,
+        }
         let commit = self.provenance.commit.as_deref().unwrap_or("unknown");
         let cpu_model = self.provenance.cpu_model.as_deref().unwrap_or("an unknown processor");
         write!(f, "\n{}\ncommit {commit}, {cpu_model}", self.provenance.command)
@@ -181,6 +179,7 @@ mod tests {
         assert!(text.contains("80.0      80 %  100.0 tok/s by memory"), "{text}");
         assert!(text.contains("40.0      40 %  this is 2.000x [2.000, 2.000]"), "{text}");
         assert!(text.contains("no figure"), "{text}");
+        assert!(text.contains("limits are of 0.0 GB/s (median); of the arithmetic no peak is known"), "{text}");
     }
 
     #[test]

@@ -24,9 +24,12 @@ use serde_json::{Value, json};
 
 use super::load::{DecodeRun, EngineLoad};
 use super::peers::Talker;
-use super::{EngineBenchArgs, Row};
+use super::{EngineBenchArgs, Row, target};
 use crate::ratio::Ratio;
 use crate::serve::provenance::Provenance;
+
+/// Of a step at most.
+const SHARED_STEP_TOKENS: usize = 2048;
 
 /// What one arm of a round showed; zero where an engine did not run.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -80,8 +83,8 @@ pub struct SharingReport {
 /// If the other process cannot be started, or an engine fails.
 pub fn run(args: &EngineBenchArgs, model: &Arc<Model>, provenance: Provenance) -> anyhow::Result<SharingReport> {
     let (prefill, decode) = rows(args)?;
-    let mut decoding = EngineLoad::start(model.clone(), &[decode]).context("start the engine that decodes")?;
-    let mut prefilling = EngineLoad::start(model.clone(), &[prefill]).context("start the engine that prefills")?;
+    let mut decoding = start(model, decode).context("start the engine that decodes")?;
+    let mut prefilling = start(model, prefill).context("start the engine that prefills")?;
     let threads = model.backend().ctx().pool.threads();
     let mut other = Talker::start(other_process(args, &prefill, threads)?, "prefill")?;
     other.answer().context("start the process that prefills")?;
@@ -138,13 +141,17 @@ pub fn run(args: &EngineBenchArgs, model: &Arc<Model>, provenance: Provenance) -
     Ok(SharingReport { setting, rounds, provenance })
 }
 
+fn start(model: &Arc<Model>, row: Row) -> anyhow::Result<EngineLoad> {
+    EngineLoad::start(&[row], SHARED_STEP_TOKENS, |num_tokens, longest| target::cpu_runner(model, num_tokens, longest))
+}
+
 /// The process that prefills: a prompt after the other between two lines that it reads, then the speed as a line.
 ///
 /// # Errors
 /// If the engine fails, or nobody reads.
 pub fn run_other(args: &EngineBenchArgs, model: Arc<Model>) -> anyhow::Result<()> {
     let (prefill, _) = rows(args)?;
-    let mut load = EngineLoad::start(model, &[prefill]).context("start the engine")?;
+    let mut load = start(&model, prefill).context("start the engine")?;
     load.measure(&prefill)?;
     let answer = |line: &Value| {
         let mut out = std::io::stdout();

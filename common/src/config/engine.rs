@@ -115,6 +115,21 @@ pub struct EngineArgs {
     )]
     pub enable_pdl: bool,
 
+    /// Launch every kernel of a decode step by itself on a GPU, not all of them at once as a graph.
+    ///
+    /// Slower; for profilers and debuggers, and to see what graphs save. Answers are the same.
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = false,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        hide_possible_values = true
+    )]
+    pub enforce_eager: bool,
+
     /// Instruction set of a CPU: `auto` takes the fastest of the machine, and the log says which.
     ///
     /// portable, avx2, avx512, avx512vnni and avx512bf16 give the same bits. amx (tile registers, Intel since Sapphire

@@ -31,6 +31,7 @@ use tokio::sync::{mpsc, watch};
 use crate::core::handle::{Command, EngineEvent, EngineHandle, EngineStatus, Inbox, RequestTicket};
 use crate::core::parked::ParkedKv;
 use crate::core::plan_builder;
+use crate::cuda::graphs::GraphCounts;
 use crate::plan::{Span, StepPlan};
 use crate::runner::{IN_FLIGHT_MAX, KvSink, Runner, StepError, Ticket};
 use crate::step_thread::text_of;
@@ -85,6 +86,7 @@ pub fn start_reporting(
         pool: runner.pool().clone(),
         next_ticket: Arc::default(),
     };
+    let has_graphs = runner.graph_counts().is_some();
     let parked = ParkedKv::new(options.host_budget.clone(), runner.pool().block_bytes());
     let mut scheduler = Scheduler::new(options.limits);
     if blocks.is_some() {
@@ -109,7 +111,7 @@ pub fn start_reporting(
         last_done_at: Instant::now(),
         num_steps: 0,
         prefill_rate: Rate::default(),
-        gauges: EngineMetrics::new(&options),
+        gauges: EngineMetrics::new(&options, has_graphs),
     };
     std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
     Ok(handle)
@@ -441,6 +443,9 @@ impl Engine {
     fn publish_status(&mut self) {
         let blocks = self.scheduler.block_counts();
         let load = self.scheduler.load(self.num_steps);
+        if let Some(counts) = self.runner.graph_counts() {
+            self.gauges.count_graphs(counts);
+        }
         self.gauges.show(&load, &blocks, self.scheduler.preemptions(), self.parked.num_bytes());
         self.status.send_replace(EngineStatus {
             load,
@@ -478,6 +483,8 @@ impl KvSink for LayerReports {
     }
 }
 
+const DECODE_LAUNCHES: &str = "tandem_decode_launches_total";
+
 /// The engine's numbers, owned here, shown by whoever exports metrics.
 struct EngineMetrics {
     running: Gauge,
@@ -495,6 +502,8 @@ struct EngineMetrics {
     recomputed_sequences: Counter,
     parked_bytes: Gauge,
     steps: Counter,
+    /// Direct, recorded, replayed; none where the runner has no graphs.
+    decode_launches: Option<[Counter; 3]>,
     /// The same under vLLM's names, which dashboards and routers read.
     vllm_kv_usage: Gauge,
     vllm_queried_tokens: Counter,
@@ -503,7 +512,7 @@ struct EngineMetrics {
 }
 
 impl EngineMetrics {
-    fn new(options: &EngineOptions) -> Self {
+    fn new(options: &EngineOptions, has_graphs: bool) -> Self {
         let labels = vec![Label::new("role", options.role), Label::new("node", options.node.clone())];
         let gauge = |name: &'static str, help: &'static str| {
             metrics::describe_gauge!(name, help);
@@ -513,7 +522,13 @@ impl EngineMetrics {
             metrics::describe_counter!(name, help);
             metrics::counter!(name, labels.clone())
         };
+        let launched = |how: &'static str| {
+            let labels = labels.iter().cloned().chain([Label::new("launch", how)]).collect::<Vec<_>>();
+            metrics::describe_counter!(DECODE_LAUNCHES, "Decode steps, by how they were launched on the device");
+            metrics::counter!(DECODE_LAUNCHES, labels)
+        };
         Self {
+            decode_launches: has_graphs.then(|| ["direct", "recorded", "replayed"].map(launched)),
             running: gauge("tandem_num_requests_running", "Sequences in the running batch"),
             waiting: gauge("tandem_num_requests_waiting", "Sequences that wait for blocks or for their turn"),
             kv_usage: gauge("tandem_kv_cache_usage_ratio", "Blocks held by sequences, of all blocks"),
@@ -546,6 +561,12 @@ impl EngineMetrics {
             vllm_hit_tokens: counter("vllm:prefix_cache_hits_total", "Prompt tokens whose KV was in the pool"),
             vllm_preemptions: counter("vllm:num_preemptions_total", "Sequences that gave way to an older one"),
         }
+    }
+
+    fn count_graphs(&self, counts: GraphCounts) {
+        let GraphCounts { num_direct, num_recorded, num_replayed } = counts;
+        let counters = self.decode_launches.iter().flatten();
+        counters.zip([num_direct, num_recorded, num_replayed]).for_each(|(counter, count)| counter.absolute(count));
     }
 
     fn count_lookup(&self, num_tokens: usize, num_cached_tokens: usize) {

@@ -23,6 +23,7 @@ use crate::plan::{SampleRow, StepPlan};
 use crate::pool::KvPool;
 use crate::rope::RopeAngles;
 use crate::spec::ModelSpec;
+use crate::weight_sizes::MatrixSizes;
 use crate::weights::{AttentionWeights, ComputeDtype, MlpWeights};
 
 /// A device, what is computed in, and the step that is being launched. Clones share the memory that steps use one
@@ -249,6 +250,19 @@ impl Backend for CudaBackend {
     type Rope = CudaRope;
     type Tensor = CudaTensor;
     type Drawn = Drawn;
+
+    /// Quantized weights count as what they are multiplied as: bf16.
+    fn matrix_sizes(matrix: &CudaMatrix) -> MatrixSizes {
+        let num_bytes = match &matrix.values {
+            Values::Dense(buffer) => buffer.num_bytes(),
+            Values::Quantized(weights) => weights.num_bytes(),
+        } as u64;
+        MatrixSizes { num_bytes, num_float_weights: (matrix.rows * matrix.cols) as u64, num_quantized_weights: 0 }
+    }
+
+    fn vector_bytes(vector: &Buffer) -> u64 {
+        vector.num_bytes() as u64
+    }
 
     fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CudaMatrix, DeviceError> {
         match self.stack_quantized(cols, &parts)? {

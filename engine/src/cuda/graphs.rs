@@ -23,7 +23,7 @@ const GRAPHS_MAX: usize = 64;
 /// How decode steps went to the device.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct GraphCounts {
-    /// Launch by launch, as the first of their bucket.
+    /// Launch by launch: the first of their bucket, or all where there are no graphs.
     pub num_direct: u64,
     /// Recorded, then launched.
     pub num_recorded: u64,
@@ -34,6 +34,8 @@ pub struct GraphCounts {
 /// What was met, the latest last.
 #[derive(Default)]
 pub(super) struct DecodeGraphs {
+    /// Whether every step is launched directly.
+    is_eager: bool,
     met: Vec<Met>,
     counts: GraphCounts,
     /// Forgotten, and maybe still to run.
@@ -60,6 +62,11 @@ pub(super) enum Way<'a> {
 }
 
 impl DecodeGraphs {
+    /// None yet; and none ever where `is_eager`.
+    pub(super) fn new(is_eager: bool) -> Self {
+        Self { is_eager, ..Self::default() }
+    }
+
     pub(super) fn counts(&self) -> GraphCounts {
         self.counts
     }
@@ -90,6 +97,9 @@ impl DecodeGraphs {
 
     /// A step of this bucket was launched directly; memory has moved so often behind it.
     pub(super) fn on_direct(&mut self, bucket: Bucket, arrays: StepArrays, num_moves: u64) {
+        if self.is_eager {
+            return;
+        }
         if self.met.len() == GRAPHS_MAX {
             self.retired.extend(self.met.remove(0).graph);
         }

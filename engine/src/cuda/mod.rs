@@ -21,7 +21,7 @@ pub mod step;
 pub use backend::CudaBackend;
 pub use runner::CudaRunner;
 
-pub use kernels::cuda::open;
+pub use kernels::cuda::{Device, limits, open};
 
 use kernels::cuda::DeviceError;
 

@@ -35,6 +35,9 @@ fn numerics_family(is_batch_invariant: bool, is_attention_plain: bool, prefill: 
 /// What the driver and the library take beyond what they are asked for.
 const OVERHEAD_BYTES: u64 = 256 << 20;
 
+/// More of them read no faster.
+const LOADING_THREADS_MAX: usize = 8;
+
 /// How to load a model to a device.
 #[derive(Debug, Clone)]
 pub struct DeviceLoadOptions {
@@ -93,7 +96,8 @@ impl Model<CudaBackend> {
             choose(options.prefill_attention, device.as_ref(), &opened.spec, here, is_batch_invariant);
         let family = numerics_family(is_batch_invariant, is_attention_plain, prefill);
         let families = Families { f32: family, rest: family };
-        let model = opened.load(backend.with_prefill(prefill), families, 1, options.cache_folder.as_deref())?;
+        let (backend, cache_folder) = (backend.with_prefill(prefill), options.cache_folder.as_deref());
+        let model = opened.load(backend, families, num_loading_threads(), cache_folder)?;
         tracing::info!(
             device = device.name(), numerics = family, prefill_attention = ?prefill, reason, "the model is on the device"
         );
@@ -141,6 +145,12 @@ impl Model<CudaBackend> {
         let dense = self.backend().dense_bytes_max().next_power_of_two() as u64;
         num_nodes * (step_bytes(self.spec(), kernels, limits) + dense) + OVERHEAD_BYTES
     }
+}
+
+/// The device takes one copy at a time; what the host makes of a tensor before, and pages that come from a disk, are
+/// for several threads. Each has a matrix in memory meanwhile if the file has other numbers than the device wants.
+fn num_loading_threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from).min(LOADING_THREADS_MAX)
 }
 
 fn attention_kernels(dtype: ComputeDtype, spec: &ModelSpec, shared_bytes_max: usize) -> AttentionKernels {

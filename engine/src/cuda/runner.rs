@@ -85,6 +85,21 @@ impl CudaRunner {
         kv_cache_memory_bytes: u64,
         max_model_len: Option<usize>,
     ) -> Result<Self, LoadError> {
+        Self::with_graphs(model, block_size, kv_cache_memory_bytes, max_model_len, true)
+    }
+
+    /// As [`new`](Self::new), without graphs if `has_graphs` says so: then every decode step is launched kernel by
+    /// kernel, the same ones.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn with_graphs(
+        model: Arc<Model<CudaBackend>>,
+        block_size: usize,
+        kv_cache_memory_bytes: u64,
+        max_model_len: Option<usize>,
+        has_graphs: bool,
+    ) -> Result<Self, LoadError> {
         let PoolSize { num_blocks, max_model_len } =
             model.size_pool(block_size, kv_cache_memory_bytes, max_model_len)?;
         let (backend, kv_spec) = (model.backend().for_runner(), model.spec().kv_spec(model.kv_dtype()));
@@ -104,7 +119,7 @@ impl CudaRunner {
             pool: pool.clone(),
             workspace: Workspace::default(),
             padded: StepPlan::default(),
-            graphs: DecodeGraphs::default(),
+            graphs: DecodeGraphs::new(!has_graphs),
             graph_counts: graph_counts.clone(),
             launched,
             drawn: drawn_receiver,
@@ -125,11 +140,6 @@ impl CudaRunner {
             .map_err(|error| LoadError::Thread { reason: error.to_string() })?;
         Ok(runner)
     }
-
-    /// How decode steps that were waited for went to the device, and maybe one or two more.
-    pub fn graph_counts(&self) -> GraphCounts {
-        *self.graph_counts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Runner for CudaRunner {
@@ -139,6 +149,10 @@ impl Runner for CudaRunner {
 
     fn pool(&self) -> &Arc<KvPool> {
         &self.pool
+    }
+
+    fn graph_counts(&self) -> Option<GraphCounts> {
+        Some(*self.graph_counts.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {

@@ -3,6 +3,7 @@
 //! - [`device`]: what a device can do, and memory on it.
 //! - [`ops`]: the kernels as functions; [`DeviceWeights`]: those for quantized weights.
 //! - [`PeerMemory`]: what processes of one host let each other read.
+//! - [`limits`]: what a device can do at most, which speeds are held against.
 //! - [`Graph`]: launches that are recorded once and done again as a whole.
 //! - `driver`, `blas`, `images`, `nvrtc` (feature `cuda`): GPUs through NVIDIA's driver. One program serves machines with and
 //!   without a GPU: the driver is looked for when it is asked for, and its absence is a sentence. Kernels are
@@ -24,6 +25,7 @@ mod fibres;
 mod graph;
 #[cfg(feature = "cuda")]
 mod images;
+pub mod limits;
 #[cfg(feature = "cuda")]
 mod nvrtc;
 pub mod ops;

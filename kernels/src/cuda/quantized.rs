@@ -66,6 +66,11 @@ impl DeviceWeights {
         Ok(Some(Self { codes, scales, bits: first.bits, n, k: first.cols }))
     }
 
+    /// Bytes of codes and scales.
+    pub fn num_bytes(&self) -> usize {
+        self.codes.num_bytes() + self.scales.num_bytes()
+    }
+
     /// Values.
     pub fn num_values(&self) -> usize {
         self.n * self.k
