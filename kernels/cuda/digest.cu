@@ -9,13 +9,14 @@
 //   in a block    acc[i] += low(w ^ key) * high(w ^ key);  acc[i ^ 1] += w      for word i of every stripe
 //   behind it     acc[i] = (acc[i] ^ acc[i] >> 47 ^ key) * PRIME32_1            not behind the last, which may be short
 //   at the end    the last 64 bytes once more, with other keys; then both halves are folded from all acc
-// What a block adds does not depend on the acc before it: warps sum blocks side by side, and one of them walks from block
-// to block, while the others are a round ahead of it and write elsewhere.
+// What a block adds does not depend on the acc before it: 31 warps sum a block each, and one walks from block to block,
+// while the others are a round ahead of it and write elsewhere. That walk is what the time of a digest is; it takes some
+// 30 cycles for a block, in which the others' loads have to come: four from each thread at once.
 //
-// Grid (1), 256 threads.
+// Grid (1), 1,024 threads.
 #include "device.cuh"
 
-#define ROUND_BLOCKS 32
+#define ROUND_BLOCKS 31
 #define PRIME32_1 0x9e3779b1ull
 #define PRIME64_1 0x9e3779b185ebca87ull
 #define PRIME64_2 0xc2b2ae3d27d4eb4full
@@ -70,43 +71,61 @@ struct Cursor {
     const DigestPiece* piece;
     u64 start; // of the piece, in the whole
 
-    __device__ u64 word_at(u64 at) {
+    // The bytes from `at` on, of which as many lie there as the piece has left.
+    __device__ const unsigned char* move_to(u64 at) {
         while (at >= piece->end) start = MUTATE(1, piece->end, 0ull), ++piece;
-        return *reinterpret_cast<const u64*>(pool + piece->offset + (at - start));
+        return pool + piece->offset + (at - start);
     }
+    __device__ u64 word_at(u64 at) { return *reinterpret_cast<const u64*>(move_to(at)); }
 };
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(1024)
 digest_pieces(const unsigned char* __restrict__ pool, const DigestPiece* __restrict__ pieces, u64 num_bytes,
               u64* __restrict__ out) {
     SHARED_ARRAY(u64, both_sums, 2 * ROUND_BLOCKS * 8);
     begin_launch();
-    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, word = lane % 8;
+    // A lane has word `word` of the stripes `stripe`, `stripe` + 4, ... of a block.
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, word = lane % 8, stripe = lane / 8;
     const u64 last_block = (num_bytes - 1) / 1024, num_stripes = (num_bytes - 1) / 64;
+    u64 keys[4];
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i) keys[i] = SECRET[stripe + 4 * i + word];
+    const u64 key = SECRET[16 + word];
     Cursor cursor{pool, pieces, 0};
     u64 acc = START[word];
     for (u64 first = 0; first <= last_block; first += ROUND_BLOCKS) {
         u64* sums = both_sums + first / ROUND_BLOCKS % 2 * (ROUND_BLOCKS * 8);
-        for (u32 b = warp; b < ROUND_BLOCKS; b += 8) {
-            u64 products = 0, words = 0;
-            for (u32 s = lane / 8; s < 16; s += 4) {
-                const u64 stripe = (first + b) * 16 + s;
-                if (stripe >= num_stripes) break;
-                const u64 value = cursor.word_at(stripe * 64 + word * 8), keyed = value ^ SECRET[s + word];
+        const u64 block = first + warp - 1;
+        if (warp > 0 && block <= last_block) {
+            const unsigned char* at = cursor.move_to(block * 1024);
+            const bool is_whole = (block + 1) * 1024 <= MUTATE(6, cursor.piece->end, num_bytes);
+            u64 values[4], products = 0, words = 0;
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                values[i] = 0;
+                if (is_whole) values[i] = *reinterpret_cast<const u64*>(at + (stripe + 4 * i) * 64 + word * 8);
+            }
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u64 of = block * 16 + stripe + 4 * i;
+                if (of >= num_stripes) break;
+                const u64 value = is_whole ? values[i] : cursor.word_at(of * 64 + word * 8), keyed = value ^ keys[i];
                 products += (keyed & 0xffffffffull) * (keyed >> 32);
                 words += value;
             }
             u64 sum = products + __shfl_xor_sync(FULL_WARP, words, MUTATE(2, 1, 2));
             sum += __shfl_xor_sync(FULL_WARP, sum, 8);
             sum += __shfl_xor_sync(FULL_WARP, sum, 16);
-            if (lane < 8) sums[b * 8 + lane] = sum;
+            if (lane < 8) sums[(warp - 1) * 8 + lane] = sum;
         }
         if (MUTATE(4, true, false)) __syncthreads();
         if (warp != 0) continue;
-        for (u32 b = 0; b < ROUND_BLOCKS && first + b <= last_block; ++b) {
+        const u32 num_blocks = u32(min(u64(ROUND_BLOCKS), last_block + 1 - first));
+#pragma unroll 4
+        for (u32 b = 0; b < num_blocks; ++b) {
             acc += sums[b * 8 + word];
             if (first + b < MUTATE(3, last_block, last_block + 1)) {
-                acc ^= acc >> 47 ^ SECRET[16 + word];
+                acc ^= acc >> 47 ^ key;
                 acc *= PRIME32_1;
             }
         }

@@ -59,7 +59,7 @@ static void digested(fibres::Order order, size_t size, std::vector<size_t> cuts)
     }
     auto device_pieces = on_device(pieces);
     Device<u64> out(2);
-    LAUNCH(order, 1, 256, 0, digest_pieces, pool.get(), device_pieces.get(), u64(size), out.get());
+    LAUNCH(order, 1, 1024, 0, digest_pieces, pool.get(), device_pieces.get(), u64(size), out.get());
     unsigned char secret[192];
     const u64 words[24] = {
     0xbe4ba423396cfeb8ull, 0x1cad21f72c81017cull, 0xdb979083e96dd4deull, 0x1f67b3b7a4a44072ull,

@@ -624,7 +624,7 @@ pub fn digest(buffer: &Buffer, pieces: &[(usize, usize)], scratch: &Buffer) -> R
         .address(scratch.at(16, words.len()))
         .u64(end)
         .address(scratch.at(0, 16));
-    launch(buffer, Lane::Transfer, "digest_pieces", [1, 1, 1], 256, 0, &args)?;
+    launch(buffer, Lane::Transfer, "digest_pieces", [1, 1, 1], 1024, 0, &args)?;
     let mut halves = [0; 16];
     scratch.read(Lane::Transfer, 0, &mut halves)?;
     Ok(u128::from_le_bytes(halves))
