@@ -181,8 +181,9 @@ def hopper_driver(m):
     return driver_tests(m, ["warpgroups"])
 
 
-def engine_tests(m, name):
-    text = m.check([m.program(f"test-{name}"), "--test-threads=4"], env={"TANDEM_TEST_DEVICE": m.args.device})
+def engine_tests(m, name, **more):
+    env = {"TANDEM_TEST_DEVICE": m.args.device, **more}
+    text = m.check([m.program(f"test-{name}"), "--test-threads=4"], env=env)
     return re.search(r"\d+ passed", text).group(0)
 
 
@@ -193,6 +194,11 @@ for test, about in (
     ("cuda_quantized", "weights of 8 and 4 bits"),
 ):
     step(f"engine-{test.replace('_', '-')}", "correctness", 90, about)(lambda m, test=test: engine_tests(m, test))
+
+
+@step("engine-pdl", "correctness", 120, "the engine's tests and graphs with --enable-pdl", ("gpu", "hopper"))
+def engine_pdl(m):
+    return ", ".join(engine_tests(m, name, TANDEM_TEST_PDL="1") for name in ("cuda", "cuda_graphs"))
 
 
 QUESTION = ("The code of Nora is 7391. Hugo lives in Oslo. The code of Omar is 2864. Kate owns the lamp. "
@@ -342,6 +348,11 @@ def hopper_prefill(m):
 @step("enforce-eager", "figures", 80, "what graphs save: the same without them", ON_MODEL)
 def enforce_eager(m):
     return shares(bench_engine(m, "enforce-eager", "rows", "--enforce-eager", prompts="512", batches="1,8"))
+
+
+@step("pdl", "figures", 80, "launches that overlap: the same with --enable-pdl", ("gpu", "model", "hopper"))
+def pdl(m):
+    return shares(bench_engine(m, "pdl", "rows", "--enable-pdl", prompts="512", batches="1,8,64"))
 
 
 @step("batch-invariant", "figures", 100, "the price of --batch-invariant", ON_MODEL)

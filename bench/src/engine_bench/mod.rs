@@ -72,6 +72,9 @@ pub struct EngineBenchArgs {
     #[arg(long)]
     pub enforce_eager: bool,
     /// On a GPU: as the nodes' flag.
+    #[arg(long)]
+    pub enable_pdl: bool,
+    /// On a GPU: as the nodes' flag.
     #[arg(long, value_enum, value_name = "KERNEL", default_value_t = PrefillAttention::Portable)]
     pub prefill_attention: PrefillAttention,
     /// On a GPU: bytes of the copy that reading is held against.

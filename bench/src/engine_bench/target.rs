@@ -38,7 +38,13 @@ impl Target {
     pub fn load(args: &EngineBenchArgs) -> anyhow::Result<Self> {
         match args.device {
             DeviceChoice::Cpu => {}
-            DeviceChoice::Cuda(ordinal) => return Self::load_on(&engine::cuda::open(ordinal)?, args),
+            DeviceChoice::Cuda(ordinal) => {
+                let device = engine::cuda::open(ordinal)?;
+                if args.enable_pdl {
+                    device.enable_pdl().map_err(|reason| anyhow::anyhow!("--enable-pdl: {reason}"))?;
+                }
+                return Self::load_on(&device, args);
+            }
             DeviceChoice::Auto | DeviceChoice::Sim => anyhow::bail!("--device is cpu, or a GPU such as cuda:0"),
         }
         let options = LoadOptions {
@@ -143,7 +149,12 @@ impl Target {
                 )
             }
             Self::Device(model) => {
-                let graphs = if args.enforce_eager { "without graphs" } else { "with graphs" };
+                let graphs = match (args.enforce_eager, args.enable_pdl) {
+                    (false, false) => "with graphs",
+                    (false, true) => "with graphs, launches overlap",
+                    (true, false) => "without graphs",
+                    (true, true) => "without graphs, launches overlap",
+                };
                 format!(
                     "{}, {}, {}, {graphs}, steps of {} tokens, {} MiB of weights; limits: a copy of {} MiB within the \
                      device, bytes read and written counted, and a bf16 product of {} cubed by its library",

@@ -1,6 +1,7 @@
 //! Models on the host as a CUDA device, and a checkpoint with heads that tensor cores have kernels for.
 //!
-//! `TANDEM_TEST_DEVICE=cuda:0`, with the feature `cuda`, takes that GPU instead.
+//! `TANDEM_TEST_DEVICE=cuda:0`, with the feature `cuda`, takes that GPU instead; `TANDEM_TEST_PDL` as well has its launches
+//! overlap.
 // Each test binary uses a part of it.
 #![allow(dead_code)]
 
@@ -20,7 +21,11 @@ pub(crate) fn device() -> Arc<dyn Device> {
     match std::env::var("TANDEM_TEST_DEVICE") {
         Ok(name) => {
             let ordinal = name.strip_prefix("cuda:").and_then(|number| number.parse().ok());
-            engine::cuda::open(ordinal.expect("TANDEM_TEST_DEVICE is a GPU such as cuda:0")).unwrap()
+            let device = engine::cuda::open(ordinal.expect("TANDEM_TEST_DEVICE is a GPU such as cuda:0")).unwrap();
+            if std::env::var_os("TANDEM_TEST_PDL").is_some() {
+                device.enable_pdl().unwrap();
+            }
+            device
         }
         Err(_) => Arc::new(FibreDevice::new()),
     }
