@@ -22,8 +22,8 @@ const MAY_KNOW: [(&str, &[&str]); 9] = [
     ("tandem", &["bench", "common", "decode-node", "engine", "kernels", "kv-connector", "prefill-node", "proxy"]),
 ];
 
-/// Who else may be known to a crate's tests: both ends of a hand-over, in one process.
-const TESTS_MAY_KNOW: [(&str, &str); 1] = [("decode-node", "prefill-node")];
+/// Who else may be known to a crate's tests: both ends of a hand-over, in one process; the host as a device.
+const TESTS_MAY_KNOW: [(&str, &str); 2] = [("decode-node", "prefill-node"), ("bench", "kernels")];
 
 /// What the crates without I/O must not know from outside either.
 const PURE_CRATES: [&str; 2] = ["common", "kernels"];

@@ -298,9 +298,15 @@ fn run_rows(
         for result in &mut results {
             eprintln!("round {} of {}: {}", round + 1, args.rounds, result.row.name());
             let limit = machine.limit(&target.work(&result.row, args.max_num_batched_tokens))?;
-            result.add(limit, load.measure(&result.row)?);
+            let speed = load.measure(&result.row)?;
+            // Said at once: whoever cuts it short has these.
+            eprintln!("  {speed:.1} tok/s, limit {:.1} tok/s", limit.tokens_per_second);
+            result.add(limit, speed);
             for (peer, speeds) in peers.iter_mut().zip(&mut result.peers) {
                 let speed = peer.measure(&result.row).with_context(|| format!("measure {}", peer.name()))?;
+                if let Some(speed) = speed {
+                    eprintln!("  {} {speed:.1} tok/s", peer.name());
+                }
                 speeds.tokens_per_second.extend(speed);
             }
         }
