@@ -720,6 +720,26 @@ mod tests {
         );
     }
 
+    /// What only runs where there is a driver, with the one of the host: in processes of their own, one thread each.
+    #[cfg(feature = "fibres")]
+    #[test]
+    fn tests_that_need_a_gpu_pass_on_the_host_driver() {
+        for wishes in ["capability=9.0,seed=1", "capability=8.0,seed=2"] {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["cuda::driver::tests", "--ignored", "--test-threads=1", "--nocapture"])
+                .args(["--skip", "opens_what_was_exported"])
+                .env("LD_LIBRARY_PATH", crate::cuda::host_driver_folder())
+                .env("HOST_CUDA_DRIVER", wishes)
+                .output()
+                .unwrap();
+            let said =
+                format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{wishes}: {said}");
+            assert!(said.contains(" 6 passed"), "{wishes}: {said}");
+            assert!(!said.contains("host driver:"), "{wishes}: {said}");
+        }
+    }
+
     #[test]
     #[ignore = "needs a GPU"]
     fn every_embedded_kernel_loads() {
