@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
@@ -113,7 +113,16 @@ unsafe impl Sync for RecordedEvent {}
 
 fn refused(asked: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
     let asked = asked.into();
-    move |error| DeviceError::Refused { asked, reason: format!("the NVIDIA driver says {error}") }
+    move |error| DeviceError::Refused { asked, reason: format!("the NVIDIA driver says {}", sentence(error)) }
+}
+
+/// An error by its name and in words.
+fn sentence(error: DriverError) -> String {
+    let text = |text: Result<&CStr, _>| text.map(|text: &CStr| text.to_string_lossy().into_owned());
+    match (text(error.error_name()), text(error.error_string())) {
+        (Ok(name), Ok(words)) => format!("{name}: {words}"),
+        _ => format!("error {}", error.0 as u32),
+    }
 }
 
 impl RecordedEvent {
