@@ -164,8 +164,12 @@ impl Gpu {
         if !unsafe { cudarc::driver::sys::is_culib_present() } {
             return Err(DeviceError::NoDriver);
         }
-        let count = CudaContext::device_count().map_err(refused("be counted"))?;
-        Ok(usize::try_from(count).unwrap_or(0))
+        match CudaContext::device_count() {
+            Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+            // A driver that is installed where no GPU is, or where none is to be seen.
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+            Err(error) => Err(refused("be counted")(error)),
+        }
     }
 
     /// The GPU number `ordinal`, with every kernel loaded: from cubins in `folder` if given, else those embedded, or
