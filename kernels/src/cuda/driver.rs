@@ -84,6 +84,8 @@ unsafe impl Sync for GpuGraph {}
 
 struct Function {
     function: CudaFunction,
+    /// Sizes of its parameters as its compiler counts them, if the driver tells.
+    parameters: Option<Vec<usize>>,
     /// Of a block; kernels ask for as much as they want at their first launch.
     shared_bytes: Mutex<u32>,
 }
@@ -326,9 +328,25 @@ fn load_kernel(
     };
     let entries = kernel.entries.iter().map(|&entry| {
         let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
-        Ok((entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) }))
+        let parameters = parameters_of(&function);
+        Ok((entry, Function { function, parameters, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) }))
     });
     entries.collect()
+}
+
+/// Drivers tell since CUDA 12.4. A launch only says where its arguments are, and the driver takes as many bytes there
+/// as the kernel wants: nobody else notices an argument too few, or one of another size.
+fn parameters_of(function: &CudaFunction) -> Option<Vec<usize>> {
+    type ParamInfo = unsafe extern "C" fn(sys::CUfunction, usize, *mut usize, *mut usize) -> sys::CUresult;
+    // SAFETY: the library is loaded already; the type is that of the driver's documentation.
+    let param_info = unsafe { sys::culib().get::<ParamInfo>(b"cuFuncGetParamInfo") }.ok()?;
+    let sizes = (0..).map_while(|index| {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is loaded, the two are exclusively borrowed. Behind the last one it is an error.
+        let status = unsafe { param_info(function.cu_function(), index, &raw mut offset, &raw mut size) };
+        (status == sys::CUresult::CUDA_SUCCESS).then_some(size)
+    });
+    Some(sizes.collect())
 }
 
 /// Of streams; 0 is the default, and what it is where the device has only one.
@@ -563,10 +581,17 @@ impl Device for Gpu {
 
     unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
         self.bind()?;
-        let Some(Function { function, shared_bytes }) = self.functions.get(launch.kernel) else {
+        let Some(Function { function, parameters, shared_bytes }) = self.functions.get(launch.kernel) else {
             let reason = "kernels/cuda has no such kernel".to_string();
             return Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason });
         };
+        if let Some(wanted) = parameters
+            && !launch.args.values().map(|(_, size)| size).eq(wanted.iter().copied())
+        {
+            let given: Vec<usize> = launch.args.values().map(|(_, size)| size).collect();
+            let reason = format!("its arguments are given as {given:?} bytes, the kernel has {wanted:?}");
+            return Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason });
+        }
         {
             let mut allowed = shared_bytes.lock().unwrap_or_else(PoisonError::into_inner);
             if launch.shared_bytes > *allowed {
@@ -718,7 +743,7 @@ impl Drop for Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::device::Buffer;
+    use crate::cuda::device::{Args, Buffer};
     use crate::cuda::ops::{self, Multiply, PrefillKernel};
     use crate::cuda::{PeerMemory, Piece};
     use crate::kv_layout::KvLayout;
@@ -748,7 +773,7 @@ mod tests {
             let said =
                 format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
             assert!(output.status.success(), "{wishes}: {said}");
-            assert!(said.contains(" 6 passed"), "{wishes}: {said}");
+            assert!(said.contains(" 7 passed"), "{wishes}: {said}");
             assert!(!said.contains("host driver:"), "{wishes}: {said}");
         }
     }
@@ -761,6 +786,23 @@ mod tests {
         assert_eq!(is_hopper, gpu.capability == (9, 0), "{:?}", gpu.check_hopper_kernels());
         let wanted = EMBEDDED.iter().filter(|kernel| is_hopper || !kernel.is_hopper());
         assert_eq!(gpu.num_kernels(), wanted.map(|kernel| kernel.entries.len()).sum::<usize>());
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn arguments_of_another_number_or_size_are_refused() {
+        let gpu = Gpu::open(0, None).unwrap();
+        if gpu.functions["silu_mul_f32"].parameters.is_none() {
+            println!("SKIPPED: the driver is older than CUDA 12.4");
+            return;
+        }
+        let two = Args::default().address(0).address(0);
+        for args in [two.clone(), two.clone().u64(8), two.u32(8).u32(1)] {
+            let launch = Launch { kernel: "silu_mul_f32", grid: [1; 3], threads: 32, shared_bytes: 0, args: &args };
+            // SAFETY: it is refused before anything is launched.
+            let said = unsafe { gpu.launch(Lane::Compute, &launch) }.unwrap_err().to_string();
+            assert!(said.contains("bytes, the kernel has [8, 8, 4]"), "{said}");
+        }
     }
 
     #[test]
