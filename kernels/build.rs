@@ -1,7 +1,8 @@
 //! With the `cuda` feature: compiles every kernel of `cuda/` by nvcc, to a cubin for sm_90a and, but for files
 //! `*_hopper.cu`, which are for that alone, to PTX for compute_80, and writes a table of them, and of their sources, that
 //! `src/cuda/images.rs` includes. With the `fibres` feature: compiles all of them by a C++ compiler to the library that
-//! `src/cuda/fibres.rs` loads.
+//! `src/cuda/fibres.rs` loads. With both: compiles a CUDA driver and a cuBLASLt that run on the host, for processes that
+//! tests start.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -15,6 +16,9 @@ fn main() {
     }
     if std::env::var_os("CARGO_FEATURE_FIBRES").is_some() {
         compile_for_the_host();
+        if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
+            compile_host_driver();
+        }
     }
 }
 
@@ -22,37 +26,67 @@ fn main() {
 fn compile_for_the_host() {
     println!("cargo::rerun-if-env-changed=CXX");
     println!("cargo::rerun-if-changed=cuda");
-    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
     let library = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("libfibres.so");
+    link_library(&library, &["cuda/host/device.cpp".into()], &[]);
+    println!("cargo::rustc-env=TANDEM_FIBRES_LIBRARY={}", library.display());
+}
+
+/// About 15 seconds more. The libraries have the names that a program asks the system for.
+fn compile_host_driver() {
+    let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("host-driver");
+    std::fs::create_dir_all(&folder).expect("the output folder is writable");
+    let is_library = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "cpp");
+    let sources = std::fs::read_dir("cuda/host/driver").expect("the driver is beside the kernels");
+    let sources = sources.map(|entry| entry.expect("a readable folder").path()).filter(is_library);
+    let (blas, driver): (Vec<PathBuf>, Vec<PathBuf>) = sources.partition(|path| path.ends_with("blas.cpp"));
+    // NVIDIA's own header: the compiler checks every function against it.
+    let include = format!("-I{}", cuda_home().join("include").display());
+    // Names of its own: what runs as fibres may be in the same process twice.
+    for (name, sources) in [("libcuda.so.1", driver), ("libcublasLt.so.13", blas)] {
+        let soname = format!("-Wl,-soname,{name}");
+        link_library(&folder.join(name), &sources, &["-fvisibility=hidden", "-fno-gnu-unique", &include, &soname]);
+    }
+    println!("cargo::rustc-env=TANDEM_HOST_DRIVER_FOLDER={}", folder.display());
+}
+
+fn link_library(library: &Path, sources: &[PathBuf], options: &[&str]) {
+    let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
     let output = Command::new(&compiler)
         // Where distributions fortify by default, longjmp to another stack ends the program.
-        .args(["-U_FORTIFY_SOURCE", "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-w", "-o"])
-        .arg(&library)
-        .arg("cuda/host/device.cpp")
+        .args(["-U_FORTIFY_SOURCE", "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-w"])
+        .args(options)
+        .arg("-o")
+        .arg(library)
+        .args(sources)
         .output();
     match output {
         Ok(output) if output.status.success() => {}
-        Ok(output) => panic!(
-            "{} does not compile cuda/host/device.cpp:\n{}",
-            compiler.display(),
-            String::from_utf8_lossy(&output.stderr)
-        ),
+        Ok(output) => {
+            panic!("{} does not compile {sources:?}:\n{}", compiler.display(), String::from_utf8_lossy(&output.stderr))
+        }
         Err(error) => panic!(
             "tests of the CUDA engine without a GPU need a C++ compiler, and {} cannot be run ({error}): install g++, \
              or name one in CXX",
             compiler.display()
         ),
     }
-    println!("cargo::rustc-env=TANDEM_FIBRES_LIBRARY={}", library.display());
+}
+
+/// The folder of a toolkit: `CUDA_HOME`, or that of the `nvcc` that the system finds.
+fn cuda_home() -> PathBuf {
+    if let Some(home) = std::env::var_os("CUDA_HOME") {
+        return home.into();
+    }
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let nvcc = std::env::split_paths(&path).map(|folder| folder.join("nvcc")).find(|nvcc| nvcc.exists());
+    let nvcc = nvcc.and_then(|nvcc| nvcc.canonicalize().ok());
+    nvcc.and_then(|nvcc| Some(nvcc.parent()?.parent()?.to_path_buf())).unwrap_or_default()
 }
 
 fn compile_kernels() {
     println!("cargo::rerun-if-env-changed=CUDA_HOME");
     println!("cargo::rerun-if-changed=cuda");
-    let nvcc = match std::env::var_os("CUDA_HOME") {
-        Some(home) => Path::new(&home).join("bin/nvcc"),
-        None => PathBuf::from("nvcc"),
-    };
+    let nvcc = cuda_home().join("bin/nvcc");
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
     let mut sources: Vec<PathBuf> = std::fs::read_dir("cuda")
         .expect("the kernels are beside this file")

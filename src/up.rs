@@ -16,6 +16,8 @@ use crate::{device, endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// What requests get to end with an error when an engine is lost: longer than a proxy waits for another node.
+const FAILED_TIMEOUT: Duration = Duration::from_secs(15);
 
 /// What only those can answer to whom all of the prompt's KV came; in single quotes of a shell, inside JSON.
 const DEMO_QUESTION: &str = "The code of Nora is 7391. Hugo lives in Oslo. The code of Omar is 2864. Kate owns the lamp. \
@@ -79,7 +81,12 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let engine_failed = select_all(running.iter().map(|node| Box::pin(node.failed())));
     tokio::select! {
         () = stop.cancelled() => {}
-        (reason, _, _) = engine_failed => anyhow::bail!("an engine failed: {reason}"),
+        (reason, _, _) = engine_failed => {
+            // Clients hear of it before the process ends; what is left to do nobody here can.
+            stop.cancel();
+            let _ = tokio::time::timeout(FAILED_TIMEOUT, proxy.wait()).await;
+            anyhow::bail!("an engine failed: {reason}");
+        }
     }
     proxy.wait().await.context("serve")?;
     join_all(running.iter().map(|node| node.drain(args.drain_timeout))).await;

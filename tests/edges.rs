@@ -316,7 +316,7 @@ fn mistakes_on_the_command_line_are_said_in_one_sentence() {
         (&["--dtype", "float7"], "float32"),
         (&["--device", "gpu"], "auto, cpu, a GPU such as cuda:0, or sim"),
         // No such GPU, no driver, or a program without CUDA.
-        (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "GPU" } else { "built without CUDA" }),
+        (&["--device", "cuda:4096"], if cfg!(feature = "cuda") { "driver" } else { "built without CUDA" }),
         (&["--kv-transports", "shm"], "add quic"),
         (&["decode-node", "--kv-transports", "rdma"], "quic, shm"),
         (&["--kv-transports", "quic,nixl", "--nixl-library", "/nowhere/libnixl_capi.so"], "/nowhere/libnixl_capi.so"),

@@ -492,3 +492,9 @@ fn what_a_device_cannot_run_is_a_sentence() {
          is computed in: leave it at auto, or use --device cpu"
     );
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn all_of_it_passes_by_nvidias_interface() {
+    on_fibres::run_again_by_a_driver("all_of_it_passes_by_nvidias_interface");
+}

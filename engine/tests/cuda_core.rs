@@ -154,3 +154,9 @@ async fn kv_handed_over_layer_by_layer_goes_on_in_another_engine() {
     assert_nothing_left(&from).await;
     assert_nothing_left(&to).await;
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn all_of_it_passes_by_nvidias_interface() {
+    on_fibres::run_again_by_a_driver("all_of_it_passes_by_nvidias_interface");
+}

@@ -227,3 +227,9 @@ fn replays_behind_one_another_draw_the_golden_tokens() {
         GraphCounts { num_direct: 1, num_recorded: 1, num_replayed: NUM_STEPS as u64 - 3 }
     );
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn all_of_it_passes_by_nvidias_interface() {
+    on_fibres::run_again_by_a_driver("all_of_it_passes_by_nvidias_interface");
+}

@@ -124,3 +124,9 @@ fn codes_are_not_computed_with_in_f32() {
     let said = on_fibres::try_load(&file.path, Dtype::Float32, false).err().unwrap().to_string();
     assert!(said.contains("(q8_0), which is computed with in bfloat16 alone"), "{said}");
 }
+
+#[cfg(feature = "cuda")]
+#[test]
+fn all_of_it_passes_by_nvidias_interface() {
+    on_fibres::run_again_by_a_driver("all_of_it_passes_by_nvidias_interface");
+}

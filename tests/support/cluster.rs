@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::client::Api;
 use super::metrics::Scrape;
-use super::process::{Process, tandem};
+use super::process::{Environment, Process, tandem};
 use super::{accounting, wait};
 
 /// An idle cluster gives everything back within this time; a lost connection alone takes 2 seconds.
@@ -34,6 +34,8 @@ pub(crate) struct Shape {
     pub(crate) decode: Vec<&'static str>,
     /// Flags of the proxy.
     pub(crate) proxy: Vec<&'static str>,
+    /// The environment of each node, by its name; of `""`: of those that have none.
+    pub(crate) environments: BTreeMap<&'static str, Vec<(&'static str, String)>>,
 }
 
 impl Shape {
@@ -72,6 +74,7 @@ impl Default for Shape {
             prefill: vec![],
             decode: vec![],
             proxy: vec![],
+            environments: BTreeMap::new(),
         }
     }
 }
@@ -85,6 +88,7 @@ pub(crate) struct Node {
     /// Its own `/metrics`.
     pub(crate) api: Api,
     args: Vec<String>,
+    environment: Vec<(&'static str, String)>,
     is_frozen: bool,
 }
 
@@ -104,6 +108,11 @@ pub(crate) struct Cluster {
 impl Cluster {
     /// `tandem up` with these flags.
     pub(crate) async fn up(flags: &[&str]) -> Self {
+        Self::up_in(flags, &[]).await
+    }
+
+    /// The same with an environment.
+    pub(crate) async fn up_in(flags: &[&str], environment: &Environment) -> Self {
         let scratch = Scratch::new();
         let mut args = strings(&["up", "--port", "0"]);
         args.extend(strings(flags));
@@ -113,7 +122,7 @@ impl Cluster {
         if !flags.contains(&"--kv-cache-memory-bytes") {
             args.extend(strings(&["--kv-cache-memory-bytes", "64MiB"]));
         }
-        let mut proxy = Process::start("up", &args, scratch.path());
+        let mut proxy = Process::start_in("up", &args, scratch.path(), environment);
         let api = Api::new(&endpoint_url(&mut proxy).await);
         let total_blocks = accounting::total_blocks(&api.try_metrics().await.unwrap());
         let cluster = Self { api, proxy, nodes: vec![], proxy_args: args, total_blocks, scratch };
@@ -137,12 +146,15 @@ impl Cluster {
                 args.extend(strings(&["--model", shape.model]));
                 args.extend(strings(&shape.nodes));
                 args.extend(strings(flags));
-                starting.push((role, Process::start(name, &with_port(&args, 0), dir), args));
+                let of_all = shape.environments.get("");
+                let environment = shape.environments.get(name.as_str()).or(of_all).cloned().unwrap_or_default();
+                let process = Process::start_in(name, &with_port(&args, 0), dir, &environment);
+                starting.push((role, process, args, environment));
             }
         }
         let mut nodes = Vec::new();
-        for (role, process, args) in starting {
-            nodes.push(Node::ready(role, process, args).await);
+        for (role, process, args, environment) in starting {
+            nodes.push(Node::ready(role, process, args, environment).await);
         }
         let mut proxy_args = strings(&["proxy", "--model", shape.model, "--tls-dir", &dir.display().to_string()]);
         for node in &nodes {
@@ -242,9 +254,9 @@ impl Cluster {
         let node = self.node(name);
         node.process.kill();
         let port = node.address.rsplit_once(':').expect("an address has a port").1.parse().expect("a number");
-        let (role, args) = (node.role, node.args.clone());
-        let process = Process::start(name, &with_port(&args, port), &dir);
-        *node = Node::ready(role, process, args).await;
+        let (role, args, environment) = (node.role, node.args.clone(), node.environment.clone());
+        let process = Process::start_in(name, &with_port(&args, port), &dir, &environment);
+        *node = Node::ready(role, process, args, environment).await;
     }
 
     /// Starts another proxy with the same settings and waits until it knows the nodes.
@@ -275,7 +287,12 @@ impl Cluster {
 }
 
 impl Node {
-    async fn ready(role: &'static str, mut process: Process, args: Vec<String>) -> Self {
+    async fn ready(
+        role: &'static str,
+        mut process: Process,
+        args: Vec<String>,
+        environment: Vec<(&'static str, String)>,
+    ) -> Self {
         let prefix = format!("{role} {} ready on ", process.name());
         let address =
             process.stdout_line("that it is ready", |line| line.strip_prefix(&prefix).map(str::to_string)).await;
@@ -283,7 +300,7 @@ impl Node {
         let log = process.log();
         let url = log.lines().rev().find_map(|line| line.split_once("metrics on ")?.1.strip_suffix("/metrics"));
         let api = Api::new(url.unwrap_or_else(|| panic!("no metrics address\n{}", process.tail())));
-        Self { process, role, address, api, args, is_frozen: false }
+        Self { process, role, address, api, args, environment, is_frozen: false }
     }
 
     /// SIGSTOP.

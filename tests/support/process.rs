@@ -29,6 +29,9 @@ pub(crate) fn tandem() -> Command {
     command
 }
 
+/// Variables and their values.
+pub(crate) type Environment = [(&'static str, String)];
+
 /// A running process. Killed when dropped.
 pub(crate) struct Process {
     name: String,
@@ -41,10 +44,16 @@ pub(crate) struct Process {
 impl Process {
     /// Starts `tandem` with `args`; its log goes to `dir`.
     pub(crate) fn start(name: &str, args: &[String], dir: &Path) -> Self {
+        Self::start_in(name, args, dir, &[])
+    }
+
+    /// The same with an environment.
+    pub(crate) fn start_in(name: &str, args: &[String], dir: &Path, environment: &Environment) -> Self {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).expect("the log file can be made");
         let mut child = tandem()
             .args(args)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::piped())
             .stderr(Stdio::from(file))
             .spawn()

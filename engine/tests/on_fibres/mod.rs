@@ -31,6 +31,24 @@ pub(crate) fn device() -> Arc<dyn Device> {
     }
 }
 
+/// Runs all tests of this file once more in a process of its own, on a GPU of NVIDIA's driver, which is one that runs on
+/// the host: whatever is asked of it is done late, and NVIDIA's rules are checked.
+#[cfg(feature = "cuda")]
+pub(crate) fn run_again_by_a_driver(this_test: &str) {
+    if std::env::var_os("TANDEM_TEST_DEVICE").is_some() {
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--skip", this_test])
+        .env("TANDEM_TEST_DEVICE", "cuda:0")
+        .env("LD_LIBRARY_PATH", kernels::cuda::host_driver_folder())
+        .output();
+    let output = output.unwrap();
+    let said = [output.stdout, output.stderr].concat();
+    let said = String::from_utf8_lossy(&said);
+    assert!(output.status.success() && !said.contains("host driver:") && !said.contains(" 0 passed"), "{said}");
+}
+
 pub(crate) fn try_load(folder: &Path, dtype: Dtype, is_invariant: bool) -> Result<Model<CudaBackend>, LoadError> {
     load_to(&device(), folder, DeviceLoadOptions { is_batch_invariant: is_invariant, ..options(dtype) })
 }

@@ -15,14 +15,9 @@
 #pragma once
 
 #include "fibres.h"
+#include "host_tensor_map.h"
 
 namespace fibres {
-
-// What stands for a tensor map: words of it.
-struct HostTensorMap {
-    uint64_t kind, address, dims[4], box[4];
-};
-inline constexpr uint64_t HOST_TENSOR_MAP = 0x70616d5f74736f68;
 
 struct Barrier {
     unsigned count, pending;

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::collections::{HashMap, VecDeque};
-use std::ffi::{c_char, c_void};
+use std::ffi::{CStr, c_char, c_void};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -91,6 +91,8 @@ unsafe impl Sync for GpuGraph {}
 
 struct Function {
     function: CudaFunction,
+    /// Sizes of its parameters as its compiler counts them, if the driver tells.
+    parameters: Option<Vec<usize>>,
     /// Of a block; kernels ask for as much as they want at their first launch.
     shared_bytes: Mutex<u32>,
 }
@@ -177,7 +179,16 @@ unsafe impl Sync for RecordedEvent {}
 
 fn refused(asked: impl Into<String>) -> impl FnOnce(DriverError) -> DeviceError {
     let asked = asked.into();
-    move |error| DeviceError::Refused { asked, reason: format!("the NVIDIA driver says {error}") }
+    move |error| DeviceError::Refused { asked, reason: format!("the NVIDIA driver says {}", sentence(error)) }
+}
+
+/// An error by its name and in words.
+fn sentence(error: DriverError) -> String {
+    let text = |text: Result<&CStr, _>| text.map(|text: &CStr| text.to_string_lossy().into_owned());
+    match (text(error.error_name()), text(error.error_string())) {
+        (Ok(name), Ok(words)) => format!("{name}: {words}"),
+        _ => format!("error {}", error.0 as u32),
+    }
 }
 
 impl RecordedEvent {
@@ -219,8 +230,12 @@ impl Gpu {
         if !unsafe { cudarc::driver::sys::is_culib_present() } {
             return Err(DeviceError::NoDriver);
         }
-        let count = CudaContext::device_count().map_err(refused("be counted"))?;
-        Ok(usize::try_from(count).unwrap_or(0))
+        match CudaContext::device_count() {
+            Ok(count) => Ok(usize::try_from(count).unwrap_or(0)),
+            // A driver that is installed where no GPU is, or where none is to be seen.
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => Ok(0),
+            Err(error) => Err(refused("be counted")(error)),
+        }
     }
 
     /// The GPU number `ordinal`, with every kernel loaded: from cubins in `folder` if given, else those embedded, or
@@ -379,9 +394,25 @@ fn load_kernel(
     };
     let entries = kernel.entries.iter().map(|&entry| {
         let function = module.load_function(entry).map_err(refused(format!("find {entry} in {}", kernel.name)))?;
-        Ok((entry, Function { function, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) }))
+        let parameters = parameters_of(&function);
+        Ok((entry, Function { function, parameters, shared_bytes: Mutex::new(SHARED_BYTES_UNASKED) }))
     });
     entries.collect()
+}
+
+/// Drivers tell since CUDA 12.4. A launch only says where its arguments are, and the driver takes as many bytes there
+/// as the kernel wants: nobody else notices an argument too few, or one of another size.
+fn parameters_of(function: &CudaFunction) -> Option<Vec<usize>> {
+    type ParamInfo = unsafe extern "C" fn(sys::CUfunction, usize, *mut usize, *mut usize) -> sys::CUresult;
+    // SAFETY: the library is loaded already; the type is that of the driver's documentation.
+    let param_info = unsafe { sys::culib().get::<ParamInfo>(b"cuFuncGetParamInfo") }.ok()?;
+    let sizes = (0..).map_while(|index| {
+        let (mut offset, mut size) = (0, 0);
+        // SAFETY: the function is loaded, the two are exclusively borrowed. Behind the last one it is an error.
+        let status = unsafe { param_info(function.cu_function(), index, &raw mut offset, &raw mut size) };
+        (status == sys::CUresult::CUDA_SUCCESS).then_some(size)
+    });
+    Some(sizes.collect())
 }
 
 /// Of streams; 0 is the default, and what it is where the device has only one.
@@ -638,10 +669,17 @@ impl Device for Gpu {
 
     unsafe fn launch(&self, lane: Lane, launch: &Launch<'_>) -> Result<(), DeviceError> {
         self.bind()?;
-        let Some(Function { function, shared_bytes }) = self.functions.get(launch.kernel) else {
+        let Some(Function { function, parameters, shared_bytes }) = self.functions.get(launch.kernel) else {
             let reason = "kernels/cuda has no such kernel".to_string();
             return Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason });
         };
+        if let Some(wanted) = parameters
+            && !launch.args.values().map(|(_, size)| size).eq(wanted.iter().copied())
+        {
+            let given: Vec<usize> = launch.args.values().map(|(_, size)| size).collect();
+            let reason = format!("its arguments are given as {given:?} bytes, the kernel has {wanted:?}");
+            return Err(DeviceError::Refused { asked: format!("launch {}", launch.kernel), reason });
+        }
         {
             let mut allowed = shared_bytes.lock().unwrap_or_else(PoisonError::into_inner);
             if launch.shared_bytes > *allowed {
@@ -814,7 +852,7 @@ impl Drop for Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cuda::device::{Buffer, as_bytes};
+    use crate::cuda::device::{Args, Buffer, as_bytes};
     use crate::cuda::ops::{self, Multiply, PrefillKernel};
     use crate::cuda::{PeerMemory, Piece};
     use crate::kv_layout::KvLayout;
@@ -829,6 +867,26 @@ mod tests {
         );
     }
 
+    /// What only runs where there is a driver, with the one of the host: in processes of their own, one thread each.
+    #[cfg(feature = "fibres")]
+    #[test]
+    fn tests_that_need_a_gpu_pass_on_the_host_driver() {
+        for wishes in ["capability=9.0,seed=1", "capability=8.0,seed=2"] {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args(["cuda::driver::tests", "--ignored", "--test-threads=1", "--nocapture"])
+                .args(["--skip", "opens_what_was_exported"])
+                .env("LD_LIBRARY_PATH", crate::cuda::host_driver_folder())
+                .env("HOST_CUDA_DRIVER", wishes)
+                .output()
+                .unwrap();
+            let said =
+                format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+            assert!(output.status.success(), "{wishes}: {said}");
+            assert!(said.contains(" 9 passed"), "{wishes}: {said}");
+            assert!(!said.contains("host driver:"), "{wishes}: {said}");
+        }
+    }
+
     #[test]
     #[ignore = "needs a GPU"]
     fn every_embedded_kernel_loads() {
@@ -837,6 +895,23 @@ mod tests {
         assert_eq!(is_hopper, gpu.capability == (9, 0), "{:?}", gpu.check_hopper_kernels());
         let wanted = EMBEDDED.iter().filter(|kernel| is_hopper || !kernel.is_hopper());
         assert_eq!(gpu.num_kernels(), wanted.map(|kernel| kernel.entries.len()).sum::<usize>());
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn arguments_of_another_number_or_size_are_refused() {
+        let gpu = Gpu::open(0, None).unwrap();
+        if gpu.functions["silu_mul_f32"].parameters.is_none() {
+            println!("SKIPPED: the driver is older than CUDA 12.4");
+            return;
+        }
+        let two = Args::default().address(0).address(0);
+        for args in [two.clone(), two.clone().u64(8), two.u32(8).u32(1)] {
+            let launch = Launch { kernel: "silu_mul_f32", grid: [1; 3], threads: 32, shared_bytes: 0, args: &args };
+            // SAFETY: it is refused before anything is launched.
+            let said = unsafe { gpu.launch(Lane::Compute, &launch) }.unwrap_err().to_string();
+            assert!(said.contains("bytes, the kernel has [8, 8, 4]"), "{said}");
+        }
     }
 
     #[test]
@@ -887,6 +962,29 @@ mod tests {
         }
         drop(ids);
         assert!(graph.launch().unwrap_err().to_string().contains("was given back"));
+    }
+
+    #[test]
+    #[ignore = "needs a GPU"]
+    fn launches_that_overlap_see_what_the_one_ahead_wrote() {
+        let gpu = Gpu::open(0, None).unwrap();
+        let can_overlap = gpu.capability == (9, 0);
+        let device: Arc<dyn Device> = Arc::new(gpu);
+        assert_eq!(device.enable_pdl().is_ok(), can_overlap, "{:?}", device.enable_pdl());
+        let (rows, width) = (64, 4096);
+        let table: Vec<f32> = (0..width).map(|i| if i % 2 == 0 { 3.0 } else { -3.0 }).collect();
+        let (table, ones) = (Buffer::of(&device, &table).unwrap(), Buffer::of(&device, &vec![1f32; width]).unwrap());
+        let ids = Buffer::of(&device, &vec![0u32; rows]).unwrap();
+        let (x, out) =
+            (Buffer::new(&device, rows * width * 4).unwrap(), Buffer::new(&device, rows * width * 4).unwrap());
+        for _ in 0..20 {
+            x.zero(Lane::Compute, 0, x.num_bytes()).unwrap();
+            ops::embed(&table, ops::Dtype::F32, ops::Part::from(&ids), None, &x, rows, width).unwrap();
+            ops::rms_norm(&x, &ones, 0.0, &out, ops::Dtype::F32, rows, width).unwrap();
+        }
+        let landing = out.start_read(0, out.num_bytes()).unwrap();
+        let signs = landing.bytes().unwrap().as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes));
+        assert!(signs.enumerate().all(|(i, value)| value == if i % 2 == 0 { 1.0 } else { -1.0 }));
     }
 
     /// Values between -1 and 1.

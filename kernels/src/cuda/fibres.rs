@@ -25,7 +25,7 @@ type LaunchKernel =
 /// Blocks along y and along z that GPUs allow.
 const GRID_YZ_MAX: u32 = 65_535;
 
-/// First word of what stands for a tensor map, `HOST_TENSOR_MAP` of host/hopper.h.
+/// First word of what stands for a tensor map, `HOST_TENSOR_MAP` of host/host_tensor_map.h.
 const TENSOR_MAP_KIND: u64 = 0x7061_6d5f_7473_6f68;
 
 /// The host, treated as a device.
@@ -342,7 +342,7 @@ impl Device for FibreDevice {
         Ok(())
     }
 
-    /// `HostTensorMap` of host/hopper.h.
+    /// `HostTensorMap` of host/host_tensor_map.h.
     fn tensor_map(&self, tensor: &BoxedTensor) -> Result<TensorMap, DeviceError> {
         let mut words = [0; 16];
         (words[0], words[1]) = (TENSOR_MAP_KIND, tensor.address);

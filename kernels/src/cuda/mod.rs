@@ -12,7 +12,8 @@
 //!   (`TANDEM_CUDA_KERNELS`), so that kernels can be rebuilt where there is nvcc and no Rust. Where the driver takes
 //!   neither image (it is older than the compiler that made them), `nvrtc` compiles the embedded sources, if NVIDIA's
 //!   library for that is on the machine.
-//! - `fibres` (feature `fibres`): the host as a device, for tests of everything above a device.
+//! - `fibres` (feature `fibres`): the host as a device, for tests of everything above a device. With both features there
+//!   is also a driver of the host, so that tests run all of the above without a GPU: `host_driver_folder`.
 
 #[cfg(feature = "cuda")]
 mod blas;
@@ -44,6 +45,13 @@ pub use graph::{Graph, Recording};
 pub use images::{EMBEDDED, Embedded, Image, ImageError, KERNELS_FOLDER_VARIABLE};
 pub use quantized::DeviceWeights;
 pub use shared::{PeerMemory, Piece};
+
+/// A folder for `LD_LIBRARY_PATH` of processes that tests start: in it are a CUDA driver and a cuBLASLt that run on the
+/// host, and hold a program to NVIDIA's documentation (`kernels/cuda/host/driver`).
+#[cfg(all(feature = "cuda", feature = "fibres"))]
+pub fn host_driver_folder() -> &'static std::path::Path {
+    std::path::Path::new(env!("TANDEM_HOST_DRIVER_FOLDER"))
+}
 
 /// The GPU number `ordinal` of this machine, with all kernels on it.
 ///
