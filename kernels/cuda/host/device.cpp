@@ -13,6 +13,7 @@
 #include "../dequantize.cu"
 #include "../digest.cu"
 #include "../embed.cu"
+#include "../k_quant_matmul.cu"
 #include "../plain_matmul.cu"
 #include "../quantized_matmul.cu"
 #include "../rms_norm.cu"
@@ -20,6 +21,7 @@
 #include "../sample.cu"
 #include "../silu_mul.cu"
 #include "../skinny_matmul.cu"
+#include "../w8a8_matmul.cu"
 
 #include <mutex>
 #include <string>
@@ -64,6 +66,9 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(digest_pieces),        ENTRY_OF(quantized_matmul_4),   ENTRY_OF(quantized_matmul_8),
         ENTRY_OF(embed_4),              ENTRY_OF(embed_8),              ENTRY_OF(embed_bf16),
         ENTRY_OF(embed_f32),
+        ENTRY_OF(embed_k_quant_4),      ENTRY_OF(embed_k_quant_6),      ENTRY_OF(k_quant_matmul_4),
+        ENTRY_OF(k_quant_matmul_6),     ENTRY_OF(k_quant_dequantize_4), ENTRY_OF(k_quant_dequantize_6),
+        ENTRY_OF(w8a8_quantize),        ENTRY_OF(w8a8_matmul),          ENTRY_OF(w8a8_matmul_tiled),
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),
         ENTRY_OF(silu_mul_bf16),        ENTRY_OF(silu_mul_f32),         ENTRY_OF(skinny_matmul_bf16),

@@ -40,7 +40,7 @@ pub use fibres::FibreDevice;
 pub use graph::{Graph, Recording};
 #[cfg(feature = "cuda")]
 pub use images::{EMBEDDED, Embedded, Image, ImageError, KERNELS_FOLDER_VARIABLE};
-pub use quantized::DeviceWeights;
+pub use quantized::{DeviceFormat, DeviceWeights, MultiplyQuantized};
 pub use shared::{PeerMemory, Piece};
 
 /// The GPU number `ordinal` of this machine, with all kernels on it.
