@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use common::config::{Dtype, PrefillAttention};
 use common::kv_spec::KvDtype;
-use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PrefillKernel, partial_bytes};
+use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PrefillKernel, TOP_MAX, partial_bytes};
 use kernels::cuda::{Device, DeviceFormat};
 use kernels::kv_layout::GRANULE_TOKENS;
 
@@ -174,9 +174,9 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     let part = partial_bytes(1, spec.num_heads, spec.head_dim) + windows.len() * 16;
     // Of decode steps, as many units as the next power of two.
     let single_row = (longest.div_ceil(PART_TOKENS)).next_power_of_two() * part;
-    // Rows of logits: all, with a copy of all and one changed by its request, and those that alternatives are found in,
-    // of each step that may not be read yet. Changes are of tokens seen.
-    let logits = (3 + IN_FLIGHT_MAX + 1) * spec.vocab_size;
+    // Rows of logits: all, with a copy of all and one changed by its request. Alternatives are of each step that may not be
+    // read yet. Changes are of tokens seen.
+    let logits = 3 * spec.vocab_size + (IN_FLIGHT_MAX + 1) * 2 * TOP_MAX;
     let changes = 4 * spec.vocab_size.min(longest);
     let block_table = longest.div_ceil(GRANULE_TOKENS);
     let sequence = logits + changes + block_table + 2 * spec.hidden_size;

@@ -1,20 +1,16 @@
 //! Sampling on the device: what each request asks for as arrays, tokens that stay there for the next step, and
-//! their way to the host.
-//!
-//! The most likely alternatives of a token, which few requests ask for, are found by the CPU in a copy of the row.
+//! their way to the host, with the most likely alternatives of those that want some.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::sampling::{SampledToken, SamplingParams};
+use common::sampling::{LOGPROBS_MAX, SampledToken};
 use common::tokens::Token;
-use kernels::cuda::{Buffer, Device, Lane, ops};
-use kernels::{Isa, WorkerPool};
+use kernels::cuda::ops::{self, TOP_MAX};
+use kernels::cuda::{Buffer, Device, Lane};
 
 use super::done;
 use super::step::{Growing, StepMemory, Words};
-use crate::backend::Backend;
-use crate::cpu::{CpuBackend, CpuTensor};
 use crate::plan::SampleRow;
 
 /// Tokens that steps drew. At most one per step in flight and one that the next step reads is in use; memory that
@@ -24,12 +20,12 @@ pub(super) struct Sampler {
     memory: Mutex<Vec<Arc<DrawnMemory>>>,
 }
 
-/// Tokens, log-probabilities and rows for alternatives of one step, on the device.
+/// Tokens, log-probabilities and alternatives of one step, on the device.
 #[derive(Debug)]
 pub(super) struct DrawnMemory {
     tokens: Buffer,
     logprobs: Buffer,
-    rows: Mutex<Growing>,
+    alternatives: Mutex<Growing>,
 }
 
 impl DrawnMemory {
@@ -37,9 +33,9 @@ impl DrawnMemory {
         &self.tokens
     }
 
-    /// Logits of the samples that want alternatives, in their order.
-    fn rows(&self) -> MutexGuard<'_, Growing> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Of the samples that want some, in their order: all ids, then all log-probabilities, [`TOP_MAX`] of each.
+    fn alternatives(&self) -> MutexGuard<'_, Growing> {
+        self.alternatives.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -53,6 +49,9 @@ struct OnDevice {
     wanted: Vec<Option<usize>>,
     vocab: usize,
 }
+
+/// What is asked for has room.
+const _: () = assert!(LOGPROBS_MAX as usize <= TOP_MAX);
 
 /// Values of 32 bits from the device.
 fn read<const N: usize>(buffer: &Buffer, bytes: usize) -> Vec<[u8; N]> {
@@ -75,7 +74,7 @@ impl Drawn {
             false => vec![0.0; wanted.len()],
         };
         let mut alternatives = match wanted.iter().any(|wanted| matches!(wanted, Some(1..))) {
-            true => top_logprobs(memory.rows().get(), *vocab, wanted),
+            true => top_logprobs(memory.alternatives().get(), *vocab, wanted),
             false => Vec::new(),
         }
         .into_iter();
@@ -94,28 +93,13 @@ impl Drawn {
 }
 
 /// The most likely tokens of each row that is wanted with some.
-fn top_logprobs(rows: &Buffer, vocab: usize, wanted: &[Option<usize>]) -> Vec<Vec<(Token, f32)>> {
+fn top_logprobs(alternatives: &Buffer, vocab: usize, wanted: &[Option<usize>]) -> Vec<Vec<(Token, f32)>> {
     let counts: Vec<usize> = wanted.iter().flatten().copied().filter(|count| *count > 0).collect();
-    let logits = read::<4>(rows, counts.len() * vocab * 4).into_iter().map(f32::from_le_bytes).collect();
-    let samples: Vec<SampleRow> = counts.iter().map(|count| greedy_with(*count)).collect();
-    let in_order: Vec<usize> = (0..counts.len()).collect();
-    let cpu = CpuBackend::new(WorkerPool::global(), Isa::detect());
-    let mut sampled = Vec::new();
-    cpu.sample(&CpuTensor::of(logits), vocab, &in_order, &samples, &mut sampled);
-    sampled.into_iter().map(|token| token.top_logprobs).collect()
-}
-
-fn greedy_with(num_top: usize) -> SampleRow {
-    let params = SamplingParams { logprobs: Some(num_top as u32), ..SamplingParams::greedy(1) };
-    SampleRow {
-        row: 0,
-        sequence: common::ids::SequenceId(0),
-        choice: common::ids::ChoiceIndex(0),
-        position: 0,
-        params: Arc::new(params),
-        is_stop_banned: false,
-        history: None,
-    }
+    let values = read::<4>(alternatives, counts.len() * TOP_MAX * 8);
+    let (ids, logprobs) = values.split_at(counts.len() * TOP_MAX);
+    let rows = ids.chunks(TOP_MAX).zip(logprobs.chunks(TOP_MAX)).zip(counts);
+    let pair = |(id, logprob): (&[u8; 4], &[u8; 4])| (u32::from_le_bytes(*id), f32::from_le_bytes(*logprob));
+    rows.map(|((ids, logprobs), count)| ids.iter().zip(logprobs).map(pair).take(count.min(vocab)).collect()).collect()
 }
 
 /// What a request changes about one token.
@@ -198,8 +182,13 @@ impl Sampler {
                 params.top_k,
             ]);
         }
+        let tops: Vec<[u32; 2]> = (samples.iter().zip(logit_rows))
+            .filter_map(|(sample, row)| Some((sample.params.logprobs.filter(|num| *num > 0)?, row)))
+            .map(|(num, row)| [*row as u32, num.min(vocab as u32)])
+            .collect();
         let (mut words, mut uploaded) = (Words::default(), memory.samples());
-        let num_adjusted = adjust_rows.len();
+        let (num_adjusted, num_tops) = (adjust_rows.len(), tops.len());
+        let tops = words.push(tops);
         let jobs = words.push(jobs);
         let (adjust_rows, adjustments) = (words.push(adjust_rows), words.push(adjustments));
         let uploaded = words.upload(device, &mut uploaded, None);
@@ -232,19 +221,10 @@ impl Sampler {
             &drawn.tokens,
             logprobs,
         ));
-        let tops: Vec<usize> = logit_rows
-            .iter()
-            .zip(&wanted)
-            .filter(|(_, wanted)| matches!(wanted, Some(1..)))
-            .map(|(row, _)| *row)
-            .collect();
-        // The logits are overwritten by the next step before anybody has looked at them.
-        if !tops.is_empty() {
-            let mut rows = drawn.rows();
-            let rows = rows.at_least(device, tops.len() * row_bytes, None);
-            for (index, row) in tops.iter().enumerate() {
-                done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
-            }
+        if num_tops > 0 {
+            let mut alternatives = drawn.alternatives();
+            let alternatives = alternatives.at_least(device, num_tops * TOP_MAX * 8, None);
+            done(ops::top_logprobs(logits, num_rows, tops.of(uploaded), num_tops, vocab, alternatives));
         }
         Drawn(Some(Arc::new(OnDevice { memory: drawn, wanted, vocab })))
     }
@@ -259,7 +239,7 @@ impl Sampler {
             return free.clone();
         }
         let (tokens, logprobs) = (done(Buffer::new(device, bytes)), done(Buffer::new(device, bytes)));
-        all.push(Arc::new(DrawnMemory { tokens, logprobs, rows: Mutex::default() }));
+        all.push(Arc::new(DrawnMemory { tokens, logprobs, alternatives: Mutex::default() }));
         all.last().expect("just pushed").clone()
     }
 }

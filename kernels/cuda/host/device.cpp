@@ -21,6 +21,7 @@
 #include "../sample.cu"
 #include "../silu_mul.cu"
 #include "../skinny_matmul.cu"
+#include "../top_logprobs.cu"
 #include "../w8a8_matmul.cu"
 
 #include <mutex>
@@ -72,6 +73,7 @@ const std::map<std::string, Entry>& entries() {
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),
         ENTRY_OF(silu_mul_bf16),        ENTRY_OF(silu_mul_f32),         ENTRY_OF(skinny_matmul_bf16),
+        ENTRY_OF(top_logprobs),
     };
     return all;
 }
