@@ -292,7 +292,7 @@ fn products_of_w8a8_have_the_bits_of_the_cpus() {
         let x: Vec<f32> = random(6, m * k).iter().map(|x| half::bf16::from_f32(*x).to_f32()).collect();
         let mut expected = random(7, m * n);
         let out = Buffer::of(&device, &expected).unwrap();
-        let ctx = Ctx { pool: &pool, isa, priority: Priority::Decode };
+        let ctx = Ctx { pool, isa, priority: Priority::Decode };
         kernels::matmul_quantized(&ctx, &x, m, &on_cpu, Some(&bias), add, &mut expected);
         let x = Buffer::of(&device, &bf16_bytes(&x)).unwrap();
         let scratch = Buffer::new(&device, on_device.scratch_bytes(m)).unwrap();

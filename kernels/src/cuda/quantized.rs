@@ -135,9 +135,10 @@ fn records(format: DeviceFormat, parts: &[&QuantizedWeights]) -> Option<Vec<u8>>
                     let at = (g * 4 + part) * 4;
                     record[at..at + 2].copy_from_slice(&d);
                     record[at + 2..at + 4].copy_from_slice(&scale_bits(mins.scales[of_block])?.to_le_bytes());
-                    for warp in 0..8 {
+                    let groups = group_scales.iter().zip(&mins.group_mins[of_group..]).take(8);
+                    for (warp, (scale, min)) in groups.enumerate() {
                         let at = scales + warp * 64 + g * 8 + part * 2;
-                        (record[at], record[at + 1]) = (group_scales[warp] as u8, mins.group_mins[of_group + warp]);
+                        (record[at], record[at + 1]) = (*scale as u8, *min);
                     }
                 }
                 None => {
