@@ -156,7 +156,7 @@ impl Stacked {
         layers.chain([Self::table(spec)]).chain(head)
     }
 
-    fn table(spec: &ModelSpec) -> Self {
+    pub(crate) fn table(spec: &ModelSpec) -> Self {
         Self { cols: spec.hidden_size, parts: vec![(EMBEDDING.to_string(), spec.vocab_size)] }
     }
 

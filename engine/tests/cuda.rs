@@ -343,7 +343,7 @@ fn draws_penalties_and_log_probabilities_are_those_of_the_cpu() {
     let drawn = SamplingParams { temperature: 0.9, seed: 1 << 40 | 5, ..greedy.clone() };
     let history = || Some((Arc::new((0..200).chain([3, 3, 900]).collect::<Vec<u32>>()), 150));
     let rows: Vec<Asked> = vec![
-        (SamplingParams { logprobs: Some(3), ..greedy.clone() }, None, false),
+        (SamplingParams { logprobs: Some(20), ..greedy.clone() }, None, false),
         (SamplingParams { top_k: 5, ..drawn.clone() }, None, false),
         (SamplingParams { top_p: 0.7, min_p: 0.01, logprobs: Some(0), ..drawn.clone() }, None, false),
         (SamplingParams { logit_bias: vec![(7, 40.0), (5000, 1.0)], ..greedy.clone() }, None, false),
@@ -370,9 +370,13 @@ fn draws_penalties_and_log_probabilities_are_those_of_the_cpu() {
         assert!((found.logprob - wanted.logprob).abs() < 1e-4, "row {index}: {found:?} {wanted:?}");
         let ids = |token: &SampledToken| token.top_logprobs.iter().map(|(id, _)| *id).collect::<Vec<_>>();
         assert_eq!(ids(found), ids(wanted), "row {index}");
+        for ((_, found), (_, wanted)) in found.top_logprobs.iter().zip(&wanted.top_logprobs) {
+            assert!((found - wanted).abs() < 1e-4, "row {index}: {found} {wanted}");
+        }
     }
     assert_eq!((found[3].id, found[4].id), (7, 249));
-    assert_eq!(found[0].top_logprobs[0].0, found[0].id);
+    assert_eq!(found[0].top_logprobs[0], (found[0].id, found[0].logprob));
+    assert_eq!(found.iter().map(|token| token.top_logprobs.len()).collect::<Vec<_>>(), [20, 0, 0, 0, 0, 0, 2]);
 }
 
 /// The plan of the next row of `sequence`, whose token the step before draws.

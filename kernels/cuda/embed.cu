@@ -1,13 +1,14 @@
 // Rows of the embedding table.
 //
 //   out[row, i] = table[ids[row], i]          out f32 [rows, width]; table f32 or bf16 [vocab, width], or codes and
-//                                             scales as quantized.cuh has them (width is a multiple of 32), then what
-//                                             products take: rounded to bf16
+//                                             scales as quantized.cuh has them (width is a multiple of 32), or records
+//                                             of k_quants.cuh (of 256), then what products take: rounded to bf16
 //
 // An id with its highest bit set names entry `id & 0x7fffffff` of `drawn`, the tokens that the step before
 // this one drew: the host need not have seen them. Ids are checked where they enter.
 //
 // Grid (rows), 256 threads.
+#include "k_quants.cuh"
 #include "quantized.cuh"
 
 __device__ __forceinline__ u32 token_of(const u32* __restrict__ ids, const u32* __restrict__ drawn, u32 row) {
@@ -25,6 +26,13 @@ __device__ void embed(const T* __restrict__ table, const u32* __restrict__ ids, 
     for (u32 i = threadIdx.x; i < width; i += blockDim.x) to[i] = widen(from[MUTATE(2, i, i ^ 1u)]);
 }
 
+// 8 values of four pairs.
+__device__ __forceinline__ void store_widened(float* to, uint4 weights) {
+    const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w};
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) to[i] = __uint_as_float(pairs[i / 2] >> (i % 2 * 16) << 16);
+}
+
 template <u32 BITS>
 __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict__ scales, const u32* __restrict__ ids,
                             const u32* __restrict__ drawn, float* __restrict__ out, u32 width) {
@@ -33,12 +41,28 @@ __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict_
     const u64 id = token_of(ids, drawn, row);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x) {
         const float scale = widen_f16(scales[id * (width / QUANTIZED_GROUP) + MUTATE(3, eighth / 4, eighth / 8)]);
-        const uint4 weights = weights_at<BITS>(codes + id * width * BITS / 8, scale, eighth);
-        const u32 pairs[4] = {weights.x, weights.y, weights.z, weights.w};
-        float* to = out + u64(row) * width + eighth * 8;
-#pragma unroll
-        for (u32 i = 0; i < 8; ++i) to[i] = __uint_as_float(pairs[i / 2] >> (i % 2 * 16) << 16);
+        store_widened(out + u64(row) * width + eighth * 8, weights_at<BITS>(codes + id * width * BITS / 8, scale, eighth));
     }
+}
+
+template <u32 BITS>
+__device__ void embed_k_quants(const u8* __restrict__ records, const u32* __restrict__ ids, const u32* __restrict__ drawn,
+                               float* __restrict__ out, u32 width) {
+    begin_launch();
+    const u64 id = token_of(ids, drawn, blockIdx.x);
+    for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x)
+        store_widened(out + u64(blockIdx.x) * width + eighth * 8,
+                      k_weights_at<BITS>(records, id, MUTATE(4, eighth, eighth ^ 1u), width));
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+embed_k_quant_4(const u8* records, const u32* ids, const u32* drawn, float* out, u32 width) {
+    embed_k_quants<4>(records, ids, drawn, out, width);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+embed_k_quant_6(const u8* records, const u32* ids, const u32* drawn, float* out, u32 width) {
+    embed_k_quants<6>(records, ids, drawn, out, width);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

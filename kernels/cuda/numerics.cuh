@@ -20,6 +20,18 @@ __device__ __forceinline__ u16 round_bf16(float x) {
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(u32(x.bits) << 16); }
 __device__ __forceinline__ float widen(float x) { return x; }
 
+// An f16 that is finite; also the tiny ones are exact.
+__device__ __forceinline__ float widen_f16(u16 bits) {
+#ifdef __CUDACC__
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#else
+    const float magnitude = __uint_as_float(u32(bits & 0x7fffu) << 13) * __uint_as_float(0x77800000u); // 2^112
+    return bits & 0x8000u ? -magnitude : magnitude;
+#endif
+}
+
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(bf16* to, float x) { to->bits = round_bf16(x); }
 

@@ -10,12 +10,6 @@
 
 #define QUANTIZED_GROUP 32
 
-// An f16 that is finite; also the tiny ones are exact.
-__device__ __forceinline__ float widen_f16(u16 bits) {
-    const float magnitude = __uint_as_float(u32(bits & 0x7fffu) << 13) * __uint_as_float(0x77800000u); // 2^112
-    return bits & 0x8000u ? -magnitude : magnitude;
-}
-
 // 8 weights from element 8 * eighth of a row on, as four pairs.
 template <u32 BITS>
 __device__ __forceinline__ uint4 weights_at(const u8* __restrict__ row_codes, float scale, u32 eighth) {

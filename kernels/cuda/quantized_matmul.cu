@@ -2,7 +2,8 @@
 //
 //   out[m, n] = sum over k of x[m, k] * w[n, k]  (+ bias[n])  (+ out[m, n] where `add`)
 //
-//   x bf16 [m, k]; w as quantized.cuh has it; bias f32 [n] or null; out f32 [m, n]
+//   x bf16 [m, k]; w as quantized.cuh has it; bias f32 [n] or null; out f32 rows of `width`, of which these
+//   are n columns
 //
 // k is a multiple of 32; any m and n, made for m up to 16. Order: that of skinny_matmul.cu, so the bits are those of its
 // product with the weights that dequantize.cu makes; they do not depend on m or on a row's place.
@@ -14,7 +15,7 @@
 template <u32 BITS>
 __device__ __forceinline__ void quantized_matmul(const bf16* __restrict__ x, const u8* __restrict__ codes,
                                                  const u16* __restrict__ scales, const float* __restrict__ bias,
-                                                 float* __restrict__ out, u32 m, u32 n, u32 k, u32 add) {
+                                                 float* __restrict__ out, u32 m, u32 n, u32 k, u32 width, u32 add) {
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -51,18 +52,18 @@ __device__ __forceinline__ void quantized_matmul(const bf16* __restrict__ x, con
 #pragma unroll
     for (u32 i = 1; i < 8; ++i) sum += partial[i * 256 + threadIdx.x];
     if (bias) sum += bias[column];
-    float* to = out + u64(row) * n + column;
+    float* to = out + u64(row) * MUTATE(4, width, n) + column;
     *to = add ? *to + MUTATE(3, sum, 0.0f) : sum;
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 quantized_matmul_8(const bf16* x, const u8* codes, const u16* scales, const float* bias, float* out, u32 m, u32 n, u32 k,
-                   u32 add) {
-    quantized_matmul<8>(x, codes, scales, bias, out, m, n, k, add);
+                   u32 width, u32 add) {
+    quantized_matmul<8>(x, codes, scales, bias, out, m, n, k, width, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256)
 quantized_matmul_4(const bf16* x, const u8* codes, const u16* scales, const float* bias, float* out, u32 m, u32 n, u32 k,
-                   u32 add) {
-    quantized_matmul<4>(x, codes, scales, bias, out, m, n, k, add);
+                   u32 width, u32 add) {
+    quantized_matmul<4>(x, codes, scales, bias, out, m, n, k, width, add);
 }

@@ -61,7 +61,36 @@ __device__ __forceinline__ void mma_bf16(float* c, const u32* a, u32 b0, u32 b1
 #endif
 }
 
-// Four 8 x 8 matrices of bf16 from shared memory. Lane 8 j + r names the 16 bytes of row r of matrix j; of each
+// The same of 8-bit integers, 32 of k: exact unless a sum leaves 32 bits. One u32 holds four of consecutive k.
+//
+//   A 16 x 32   a[0] (g, 4t..)      a[1] (g + 8, 4t..)   a[2] (g, 4t + 16..)  a[3] (g + 8, 4t + 16..)
+//   B 32 x 8    b0 (4t.., g)        b1 (4t + 16.., g)    C as above
+__device__ __forceinline__ void mma_s8(int* c, const u32* a, u32 b0, u32 b1
+#ifndef __CUDACC__
+                                       , int line = __builtin_LINE()
+#endif
+) {
+#ifdef __CUDACC__
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    const auto two = [](u32 low, u32 high) { return uint64_t(low) | uint64_t(high) << 32; };
+    const fibres::Payload* all = fibres::exchange("mma s8", line, {{two(a[0], a[1]), two(a[2], a[3]), two(b0, b1)}});
+    const auto byte = [](uint64_t word, u32 index) { return int(int8_t(word >> (8 * index))); };
+    const u32 g = fibres::lane() / 4, t = fibres::lane() % 4;
+    for (u32 i = 0; i < 4; ++i) {
+        const u32 is_lower_row = i / 2, n = 2 * t + i % 2;
+        for (u32 k = 0; k < 32; ++k) {
+            const uint64_t a_word = all[4 * g + k % 16 / 4].words[k / 16], b_word = all[4 * n + k % 16 / 4].words[2];
+            c[i] += byte(a_word, 4 * is_lower_row + k % 4) * byte(b_word, k / 16 * 4 + k % 4);
+        }
+    }
+#endif
+}
+
+// Four 8 x 8 matrices of bf16 (as well, rows of 16 bytes) from shared memory. Lane 8 j + r names the 16 bytes of row r of matrix j; of each
 // matrix j the lane gets the elements (g, 2t..), with TRANSPOSED those at (2t.., g).
 template <bool TRANSPOSED>
 __device__ __forceinline__ void ldmatrix_x4(u32* result, const void* row

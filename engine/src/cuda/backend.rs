@@ -13,7 +13,7 @@ use kernels::cuda::ops::{
     self, AttentionKernels, AttentionShape, DecodeParts, Dtype, HeadWeights, Multiply, Part, PrefillKernel,
     SKINNY_ROWS_MAX,
 };
-use kernels::cuda::{Buffer, Device, DeviceError, DeviceWeights, Lane};
+use kernels::cuda::{Buffer, Device, DeviceError, DeviceWeights, Lane, MultiplyQuantized};
 
 use super::done;
 use super::sampling::{Drawn, DrawnMemory, Sampler};
@@ -36,9 +36,17 @@ pub struct CudaBackend {
     prefill: PrefillKernel,
     memory: Arc<StepMemory>,
     sampler: Arc<Sampler>,
-    /// Values of the largest quantized matrix.
-    quantized_values_max: Arc<AtomicUsize>,
+    quantized_max: Arc<QuantizedMax>,
     step: Option<Arc<Step>>,
+}
+
+/// The largest of what is quantized: what products need memory for.
+#[derive(Default)]
+struct QuantizedMax {
+    /// Values of a matrix that becomes bf16.
+    values: AtomicUsize,
+    /// Activations of a row that become integers.
+    activations: AtomicUsize,
 }
 
 /// What is known of a step on the device.
@@ -104,9 +112,9 @@ impl CudaBackend {
             ComputeDtype::F32 => Dtype::F32,
             ComputeDtype::Bf16 => Dtype::Bf16,
         };
-        let (memory, sampler, quantized_values_max) = (Arc::default(), Arc::default(), Arc::default());
+        let (memory, sampler, quantized_max) = (Arc::default(), Arc::default(), Arc::default());
         let prefill = PrefillKernel::Portable;
-        Self { device, dtype, is_batch_invariant, prefill, memory, sampler, quantized_values_max, step: None }
+        Self { device, dtype, is_batch_invariant, prefill, memory, sampler, quantized_max, step: None }
     }
 
     /// The same with this kernel for the attention of prompts, which the device has.
@@ -196,19 +204,28 @@ impl CudaBackend {
                     Dtype::Bf16 => ops::library_matmul(&multiply),
                 }
             }
-            (Values::Quantized(w), _) if is_skinny => w.multiply(x, m, bias, out, add),
             (Values::Quantized(w), _) => {
-                let mut dense = self.memory.dense();
-                let dense = dense.at_least(&self.device, w.num_values() * 2, Some(self.memory.moves()));
-                w.multiply_dense(dense, x, m, bias, out, add)
+                let multiply = MultiplyQuantized { x, m, bias, out, add };
+                if is_skinny && !w.quantizes_activations() {
+                    return done(w.multiply(&multiply));
+                }
+                let mut scratch = self.memory.dense();
+                let scratch = scratch.at_least(&self.device, w.scratch_bytes(m), Some(self.memory.moves()));
+                w.multiply_with(&multiply, scratch)
             }
         });
     }
 
-    /// What a quantized matrix takes as a product of many rows wants it, if there is one.
-    pub(super) fn dense_bytes_max(&self) -> usize {
-        let is_ever_dense = !self.is_batch_invariant();
-        if is_ever_dense { 2 * self.quantized_values_max.load(Ordering::Relaxed) } else { 0 }
+    /// What products with quantized matrices take beside them in steps of `num_rows`: the matrix in bf16, or activations
+    /// as integers with a scale.
+    pub(super) fn scratch_bytes_max(&self, num_rows: usize) -> usize {
+        let of = |max: &AtomicUsize| max.load(Ordering::Relaxed);
+        let dense = if self.is_batch_invariant() { 0 } else { 2 * of(&self.quantized_max.values) };
+        let integers = match of(&self.quantized_max.activations) {
+            0 => 0,
+            width => (num_rows * width).next_multiple_of(16) + num_rows * 4,
+        };
+        dense.max(integers)
     }
 
     /// Stacks quantized parts; `None` if they are not all such as the device multiplies with.
@@ -216,7 +233,10 @@ impl CudaBackend {
         let quantized = parts.iter().map(MatrixPart::quantized);
         let Some(parts) = quantized.collect::<Option<Vec<_>>>() else { return Ok(None) };
         let Some(weights) = DeviceWeights::new(&self.device, &parts)? else { return Ok(None) };
-        self.quantized_values_max.fetch_max(weights.num_values(), Ordering::Relaxed);
+        match weights.quantizes_activations() {
+            true => self.quantized_max.activations.fetch_max(cols, Ordering::Relaxed),
+            false => self.quantized_max.values.fetch_max(weights.num_values(), Ordering::Relaxed),
+        };
         let rows = weights.num_values() / cols.max(1);
         Ok(Some(CudaMatrix { values: Values::Quantized(weights), rows, cols }))
     }
@@ -267,7 +287,16 @@ impl Backend for CudaBackend {
     fn matrix(&self, dtype: ComputeDtype, cols: usize, parts: Vec<MatrixPart<'_>>) -> Result<CudaMatrix, DeviceError> {
         match self.stack_quantized(cols, &parts)? {
             Some(quantized) => Ok(quantized),
-            None => self.stack(dtype, cols, &parts),
+            None => {
+                if parts.iter().any(|part| part.quantized().is_some()) {
+                    tracing::warn!(
+                        cols,
+                        parts = parts.len(),
+                        "a matrix of quantized weights is bfloat16 on the device"
+                    );
+                }
+                self.stack(dtype, cols, &parts)
+            }
         }
     }
 

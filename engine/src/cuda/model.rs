@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use common::config::{Dtype, PrefillAttention};
 use common::kv_spec::KvDtype;
-use kernels::cuda::Device;
-use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PrefillKernel, partial_bytes};
+use kernels::cuda::ops::{AttentionKernels, PART_TOKENS, PrefillKernel, TOP_MAX, partial_bytes};
+use kernels::cuda::{Device, DeviceFormat};
 use kernels::kv_layout::GRANULE_TOKENS;
 
 use super::CudaBackend;
@@ -142,8 +142,9 @@ impl Model<CudaBackend> {
     fn step_bytes(&self, limits: &StepLimits, num_nodes: u64) -> u64 {
         let kernels = attention_kernels(self.dtype(), self.spec(), self.backend().device().shared_bytes_max());
         // Memory grows to the next power of two.
-        let dense = self.backend().dense_bytes_max().next_power_of_two() as u64;
-        num_nodes * (step_bytes(self.spec(), kernels, limits) + dense) + OVERHEAD_BYTES
+        let num_rows = limits.max_num_batched_tokens.max(limits.max_num_seqs);
+        let scratch = self.backend().scratch_bytes_max(num_rows).next_power_of_two() as u64;
+        num_nodes * (step_bytes(self.spec(), kernels, limits) + scratch) + OVERHEAD_BYTES
     }
 }
 
@@ -183,9 +184,9 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     let part = partial_bytes(1, spec.num_heads, spec.head_dim) + windows.len() * 16;
     // Of decode steps, as many units as the next power of two.
     let single_row = (longest.div_ceil(PART_TOKENS)).next_power_of_two() * part;
-    // Rows of logits: all, with a copy of all and one changed by its request, and those that alternatives are found in,
-    // of each step that may not be read yet. Changes are of tokens seen.
-    let logits = (3 + IN_FLIGHT_MAX + 1) * spec.vocab_size;
+    // Rows of logits: all, with a copy of all and one changed by its request. Alternatives are of each step that may not be
+    // read yet. Changes are of tokens seen.
+    let logits = 3 * spec.vocab_size + (IN_FLIGHT_MAX + 1) * 2 * TOP_MAX;
     let changes = 4 * spec.vocab_size.min(longest);
     let block_table = longest.div_ceil(GRANULE_TOKENS);
     let sequence = logits + changes + block_table + 2 * spec.hidden_size;
@@ -194,8 +195,17 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     2 * (4 * words + num_single_rows.next_power_of_two() * single_row as u64) + (4 * longest * spec.head_dim) as u64
 }
 
-/// Formats of weights that stay quantized on a device; what else is in such a file (q6_k for the logits) is made dense.
-const QUANTIZED_FORMATS: [&str; 2] = ["q8_0", "q4_0"];
+/// How a device has weights of a format, by its name in the numerics id; `None` if they are made dense there.
+fn device_format(name: &str) -> Option<DeviceFormat> {
+    Some(match name {
+        "q8_0" => DeviceFormat::Int8,
+        "q4_0" => DeviceFormat::Int4,
+        "q4_k" => DeviceFormat::K4,
+        "q6_k" => DeviceFormat::K6,
+        "w8a8" => DeviceFormat::RowInt8,
+        _ => return None,
+    })
+}
 
 /// What the weights take on a device. Norms, biases and angles are next to nothing beside matrices and counted as one
 /// part in 64.
@@ -206,8 +216,8 @@ fn weight_bytes(opened: &Opened) -> u64 {
             .iter()
             .map(|(name, rows)| {
                 // A tensor that is missing is told by whoever asks for it.
-                let (stored_bytes, format) = opened.checkpoint.size_of(name).unwrap_or_default();
-                Part { num_values: *rows as u64 * matrix.cols as u64, stored_bytes, format }
+                let format = opened.checkpoint.size_of(name).and_then(|(_, format)| format);
+                Part { rows: *rows, cols: matrix.cols, format }
             })
             .collect();
         matrix_bytes(&parts, opened.dtype)
@@ -218,31 +228,32 @@ fn weight_bytes(opened: &Opened) -> u64 {
 
 /// A tensor in its file.
 struct Part {
-    num_values: u64,
-    stored_bytes: u64,
+    rows: usize,
+    cols: usize,
     /// If it is quantized.
     format: Option<String>,
 }
 
-/// Codes with f16 scales, as in the file, if all parts are of one format that stays quantized; else all are made dense.
+/// Codes and scales if all parts are of formats that stay quantized, a scale for each row not beside others; else all are
+/// made dense.
 fn matrix_bytes(parts: &[Part], dtype: ComputeDtype) -> u64 {
-    let is_kept = |format: &String| QUANTIZED_FORMATS.contains(&format.as_str());
-    let kept = parts.first().and_then(|first| first.format.as_ref()).filter(|format| is_kept(format));
-    if kept.is_some() && parts.iter().all(|part| part.format.as_ref() == kept) {
-        return parts.iter().map(|part| part.stored_bytes).sum();
-    }
-    let value_bytes = match dtype {
-        ComputeDtype::F32 => 4,
-        ComputeDtype::Bf16 => 2,
+    let kept: Option<Vec<_>> = parts.iter().map(|part| device_format(part.format.as_deref()?)).collect();
+    let is_in_rows = |format: &DeviceFormat| *format == DeviceFormat::RowInt8;
+    let kept = kept.filter(|formats| formats.iter().all(is_in_rows) || !formats.iter().any(is_in_rows));
+    let bytes = match (kept, dtype) {
+        (Some(formats), _) => {
+            parts.iter().zip(formats).map(|(part, format)| format.num_bytes(part.rows, part.cols)).sum::<usize>()
+        }
+        (None, ComputeDtype::F32) => parts.iter().map(|part| part.rows * part.cols * 4).sum(),
+        (None, ComputeDtype::Bf16) => parts.iter().map(|part| part.rows * part.cols * 2).sum(),
     };
-    parts.iter().map(|part| part.num_values * value_bytes).sum()
+    bytes as u64
 }
 
 fn check_formats(formats: &BTreeSet<String>, dtype: ComputeDtype) -> Result<(), String> {
     let joined = formats.iter().cloned().collect::<Vec<_>>().join(", ");
-    if !formats.is_empty() && !formats.iter().any(|format| QUANTIZED_FORMATS.contains(&format.as_str())) {
-        let known = QUANTIZED_FORMATS.join(" and ");
-        return Err(format!("its weights are quantized ({joined}), there are kernels for {known}"));
+    if let Some(unknown) = formats.iter().find(|format| device_format(format).is_none()) {
+        return Err(format!("its weights are quantized ({joined}), and there is no kernel for {unknown}"));
     }
     if !formats.is_empty() && dtype != ComputeDtype::Bf16 {
         return Err(format!("its weights are quantized ({joined}), which is computed with in bfloat16 alone"));
@@ -255,6 +266,10 @@ fn check_runnable(opened: &Opened) -> Result<(), LoadError> {
     let unsupported = |reason: String| Err(LoadError::NotOnDevice { reason });
     check_formats(&opened.checkpoint.quantized_formats(), opened.dtype).or_else(unsupported)?;
     let spec = &opened.spec;
+    let table = Stacked::table(spec).parts.remove(0).0;
+    if opened.checkpoint.size_of(&table).and_then(|(_, format)| format).is_some_and(|format| format == "w8a8") {
+        return unsupported("no kernel takes rows of an embedding table out of W8A8".to_string());
+    }
     let sums = [spec.hidden_size, spec.intermediate_size, spec.num_heads * spec.head_dim];
     if opened.dtype == ComputeDtype::Bf16
         && let Some(odd) = sums.into_iter().find(|size| !size.is_multiple_of(8))
@@ -272,18 +287,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_matrix_takes_its_codes_if_all_parts_are_of_one_format_that_is_kept() {
+    fn a_matrix_takes_its_codes_if_all_parts_are_of_formats_that_are_kept() {
         let bytes = |formats: &[&str]| {
             let part = |format: &&str| Part {
-                num_values: 64,
-                stored_bytes: 36,
+                rows: 16,
+                cols: 512,
                 format: Some(format.to_string()).filter(|format| !format.is_empty()),
             };
             matrix_bytes(&formats.iter().map(part).collect::<Vec<_>>(), ComputeDtype::Bf16)
         };
-        assert_eq!(bytes(&["q4_0", "q4_0", "q4_0"]), 3 * 36);
-        for dense in [["q4_0", "q8_0"], ["q8_0", ""], ["", "q8_0"], ["q6_k", "q6_k"], ["", ""]] {
-            assert_eq!(bytes(&dense), 2 * 64 * 2, "{dense:?}");
+        assert_eq!(bytes(&["q4_0", "q4_0", "q4_0"]), 3 * 16 * 512 / 32 * 18);
+        assert_eq!(bytes(&["q4_0", "q8_0"]), 16 * 512 / 32 * (18 + 34));
+        assert_eq!(bytes(&["q4_k", "q4_k", "q6_k"]), 2 * 4736 + 6720);
+        assert_eq!(bytes(&["w8a8", "w8a8"]), 2 * 16 * (512 + 4));
+        for dense in [["q8_0", ""], ["", "q8_0"], ["w8a8", "q6_k"], ["", ""], ["w8a8", ""]] {
+            assert_eq!(bytes(&dense), 2 * 16 * 512 * 2, "{dense:?}");
         }
     }
 
@@ -291,12 +309,12 @@ mod tests {
     fn formats_without_a_kernel_are_refused_by_name() {
         let check =
             |formats: &[&str], dtype| check_formats(&formats.iter().map(|format| format.to_string()).collect(), dtype);
-        for taken in [&[][..], &["q8_0"], &["q4_0", "q6_k"]] {
+        for taken in [&[][..], &["q8_0"], &["q4_0", "q6_k"], &["q4_k", "q6_k"], &["w8a8"]] {
             assert_eq!(check(taken, ComputeDtype::Bf16), Ok(()), "{taken:?}");
         }
         assert_eq!(check(&[], ComputeDtype::F32), Ok(()));
-        let said = check(&["q4_k", "q6_k"], ComputeDtype::Bf16).unwrap_err();
-        assert_eq!(said, "its weights are quantized (q4_k, q6_k), there are kernels for q8_0 and q4_0");
+        let said = check(&["q3_k", "q6_k"], ComputeDtype::Bf16).unwrap_err();
+        assert_eq!(said, "its weights are quantized (q3_k, q6_k), and there is no kernel for q3_k");
         let said = check(&["q8_0"], ComputeDtype::F32).unwrap_err();
         assert_eq!(said, "its weights are quantized (q8_0), which is computed with in bfloat16 alone");
     }

@@ -1,20 +1,16 @@
 //! Sampling on the device: what each request asks for as arrays, tokens that stay there for the next step, and
-//! their way to the host.
-//!
-//! The most likely alternatives of a token, which few requests ask for, are found by the CPU in a copy of the row.
+//! their way to the host, with the most likely alternatives of those that want some.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use common::sampling::{SampledToken, SamplingParams};
+use common::sampling::{LOGPROBS_MAX, SampledToken};
 use common::tokens::Token;
-use kernels::cuda::{Buffer, Device, Landing, Lane, ops};
-use kernels::{Isa, WorkerPool};
+use kernels::cuda::ops::{self, TOP_MAX};
+use kernels::cuda::{Buffer, Device, Landing, Lane};
 
 use super::done;
 use super::step::{Growing, StepMemory, Words};
-use crate::backend::Backend;
-use crate::cpu::{CpuBackend, CpuTensor};
 use crate::plan::SampleRow;
 
 /// Tokens that steps drew. At most one per step in flight and one that the next step reads is in use; memory that
@@ -24,12 +20,12 @@ pub(super) struct Sampler {
     memory: Mutex<Vec<Arc<DrawnMemory>>>,
 }
 
-/// Tokens, log-probabilities and rows for alternatives of one step, on the device.
+/// Tokens, log-probabilities and alternatives of one step, on the device.
 #[derive(Debug)]
 pub(super) struct DrawnMemory {
     tokens: Buffer,
     logprobs: Buffer,
-    rows: Mutex<Growing>,
+    alternatives: Mutex<Growing>,
 }
 
 impl DrawnMemory {
@@ -37,9 +33,9 @@ impl DrawnMemory {
         &self.tokens
     }
 
-    /// Logits of the samples that want alternatives, in their order.
-    fn rows(&self) -> MutexGuard<'_, Growing> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Of the samples that want some, in their order: all ids, then all log-probabilities, [`TOP_MAX`] of each.
+    fn alternatives(&self) -> MutexGuard<'_, Growing> {
+        self.alternatives.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -53,19 +49,17 @@ struct OnDevice {
     tokens: Box<dyn Landing>,
     /// The log-probabilities, if any is wanted.
     logprobs: Option<Box<dyn Landing>>,
+    /// The most likely tokens, if any are wanted: what [`DrawnMemory::alternatives`] has.
+    alternatives: Option<Box<dyn Landing>>,
     /// For each token, whether its log-probability is wanted and how many alternatives.
     wanted: Vec<Option<usize>>,
     vocab: usize,
 }
 
-/// Values of 32 bits from the device.
-fn read<const N: usize>(buffer: &Buffer, bytes: usize) -> Vec<[u8; N]> {
-    let mut values = vec![0; bytes];
-    done(buffer.read(Lane::Transfer, 0, &mut values));
-    values.as_chunks::<N>().0.to_vec()
-}
+/// What is asked for has room.
+const _: () = assert!(LOGPROBS_MAX as usize <= TOP_MAX);
 
-/// The same of what has been sent.
+/// Values of 32 bits that have come.
 fn landed(landing: &dyn Landing) -> &[[u8; 4]] {
     done(landing.bytes()).as_chunks().0
 }
@@ -77,17 +71,16 @@ impl Drawn {
 
     /// The tokens, in the order of the plan's samples. The step must have ended.
     pub fn read(&self) -> Vec<SampledToken> {
-        let Some(OnDevice { memory, tokens, logprobs, wanted, vocab }) = self.0.as_deref() else { return Vec::new() };
+        let Some(OnDevice { tokens, logprobs, alternatives, wanted, vocab, .. }) = self.0.as_deref() else {
+            return Vec::new();
+        };
         let ids = landed(tokens.as_ref()).iter().map(|bytes| u32::from_le_bytes(*bytes));
         let logprobs: Vec<f32> = match logprobs {
             Some(logprobs) => landed(logprobs.as_ref()).iter().map(|bytes| f32::from_le_bytes(*bytes)).collect(),
             None => vec![0.0; wanted.len()],
         };
-        let mut alternatives = match wanted.iter().any(|wanted| matches!(wanted, Some(1..))) {
-            true => top_logprobs(memory.rows().get(), *vocab, wanted),
-            false => Vec::new(),
-        }
-        .into_iter();
+        let alternatives = alternatives.as_ref().map(|landing| top_logprobs(landed(landing.as_ref()), *vocab, wanted));
+        let mut alternatives = alternatives.into_iter().flatten();
         let tokens = ids.zip(logprobs).zip(wanted);
         tokens
             .map(|((id, logprob), wanted)| SampledToken {
@@ -103,28 +96,12 @@ impl Drawn {
 }
 
 /// The most likely tokens of each row that is wanted with some.
-fn top_logprobs(rows: &Buffer, vocab: usize, wanted: &[Option<usize>]) -> Vec<Vec<(Token, f32)>> {
+fn top_logprobs(values: &[[u8; 4]], vocab: usize, wanted: &[Option<usize>]) -> Vec<Vec<(Token, f32)>> {
     let counts: Vec<usize> = wanted.iter().flatten().copied().filter(|count| *count > 0).collect();
-    let logits = read::<4>(rows, counts.len() * vocab * 4).into_iter().map(f32::from_le_bytes).collect();
-    let samples: Vec<SampleRow> = counts.iter().map(|count| greedy_with(*count)).collect();
-    let in_order: Vec<usize> = (0..counts.len()).collect();
-    let cpu = CpuBackend::new(WorkerPool::global(), Isa::detect());
-    let mut sampled = Vec::new();
-    cpu.sample(&CpuTensor::of(logits), vocab, &in_order, &samples, &mut sampled);
-    sampled.into_iter().map(|token| token.top_logprobs).collect()
-}
-
-fn greedy_with(num_top: usize) -> SampleRow {
-    let params = SamplingParams { logprobs: Some(num_top as u32), ..SamplingParams::greedy(1) };
-    SampleRow {
-        row: 0,
-        sequence: common::ids::SequenceId(0),
-        choice: common::ids::ChoiceIndex(0),
-        position: 0,
-        params: Arc::new(params),
-        is_stop_banned: false,
-        history: None,
-    }
+    let (ids, logprobs) = values.split_at(counts.len() * TOP_MAX);
+    let rows = ids.chunks(TOP_MAX).zip(logprobs.chunks(TOP_MAX)).zip(counts);
+    let pair = |(id, logprob): (&[u8; 4], &[u8; 4])| (u32::from_le_bytes(*id), f32::from_le_bytes(*logprob));
+    rows.map(|((ids, logprobs), count)| ids.iter().zip(logprobs).map(pair).take(count.min(vocab)).collect()).collect()
 }
 
 /// What a request changes about one token.
@@ -207,8 +184,13 @@ impl Sampler {
                 params.top_k,
             ]);
         }
+        let tops: Vec<[u32; 2]> = (samples.iter().zip(logit_rows))
+            .filter_map(|(sample, row)| Some((sample.params.logprobs.filter(|num| *num > 0)?, row)))
+            .map(|(num, row)| [*row as u32, num.min(vocab as u32)])
+            .collect();
         let (mut words, mut uploaded) = (Words::default(), memory.samples());
-        let num_adjusted = adjust_rows.len();
+        let (num_adjusted, num_tops) = (adjust_rows.len(), tops.len());
+        let tops = words.push(tops);
         let jobs = words.push(jobs);
         let (adjust_rows, adjustments) = (words.push(adjust_rows), words.push(adjustments));
         let uploaded = words.upload(device, &mut uploaded, None);
@@ -244,21 +226,13 @@ impl Sampler {
         let num_bytes = samples.len() * 4;
         let logprobs = logprobs.map(|logprobs| done(logprobs.start_read(0, num_bytes)));
         let tokens = done(drawn.tokens.start_read(0, num_bytes));
-        let tops: Vec<usize> = logit_rows
-            .iter()
-            .zip(&wanted)
-            .filter(|(_, wanted)| matches!(wanted, Some(1..)))
-            .map(|(row, _)| *row)
-            .collect();
-        // The logits are overwritten by the next step before anybody has looked at them.
-        if !tops.is_empty() {
-            let mut rows = drawn.rows();
-            let rows = rows.at_least(device, tops.len() * row_bytes, None);
-            for (index, row) in tops.iter().enumerate() {
-                done(rows.copy_from(Lane::Compute, index * row_bytes, logits, row * row_bytes, row_bytes));
-            }
-        }
-        Drawn(Some(Arc::new(OnDevice { memory: drawn, tokens, logprobs, wanted, vocab })))
+        let alternatives = (num_tops > 0).then(|| {
+            let (mut memory, num_bytes) = (drawn.alternatives(), num_tops * TOP_MAX * 8);
+            let found = memory.at_least(device, num_bytes, None);
+            done(ops::top_logprobs(logits, num_rows, tops.of(uploaded), num_tops, vocab, found));
+            done(found.start_read(0, num_bytes))
+        });
+        Drawn(Some(Arc::new(OnDevice { memory: drawn, tokens, logprobs, alternatives, wanted, vocab })))
     }
 
     fn memory_for(&self, device: &Arc<dyn Device>, num_samples: usize) -> Arc<DrawnMemory> {
@@ -271,7 +245,7 @@ impl Sampler {
             return free.clone();
         }
         let (tokens, logprobs) = (done(Buffer::new(device, bytes)), done(Buffer::new(device, bytes)));
-        all.push(Arc::new(DrawnMemory { tokens, logprobs, rows: Mutex::default() }));
+        all.push(Arc::new(DrawnMemory { tokens, logprobs, alternatives: Mutex::default() }));
         all.last().expect("just pushed").clone()
     }
 }

@@ -11,6 +11,7 @@
 #include "../dequantize.cu"
 #include "../digest.cu"
 #include "../embed.cu"
+#include "../k_quant_matmul.cu"
 #include "../plain_matmul.cu"
 #include "../quantized_matmul.cu"
 #include "../rms_norm.cu"
@@ -18,6 +19,8 @@
 #include "../sample.cu"
 #include "../silu_mul.cu"
 #include "../skinny_matmul.cu"
+#include "../top_logprobs.cu"
+#include "../w8a8_matmul.cu"
 
 #include <string>
 #include <utility>
@@ -64,7 +67,10 @@ inline const std::map<std::string, Entry>& entries() {
         ENTRY_OF(plain_matmul_f32),     ENTRY_OF(rms_norm_bf16),        ENTRY_OF(rms_norm_f32),
         ENTRY_OF(rope_kv_write_bf16),   ENTRY_OF(rope_kv_write_f32),    ENTRY_OF(sample),
         ENTRY_OF(silu_mul_bf16),        ENTRY_OF(silu_mul_f32),         ENTRY_OF(skinny_matmul_bf16),
-        ENTRY_OF(skinny_gate_up_bf16),
+        ENTRY_OF(skinny_gate_up_bf16),  ENTRY_OF(embed_k_quant_4),      ENTRY_OF(embed_k_quant_6),
+        ENTRY_OF(k_quant_matmul_4),     ENTRY_OF(k_quant_matmul_6),     ENTRY_OF(k_quant_dequantize_4),
+        ENTRY_OF(k_quant_dequantize_6), ENTRY_OF(w8a8_quantize),        ENTRY_OF(w8a8_matmul),
+        ENTRY_OF(w8a8_matmul_tiled),    ENTRY_OF(top_logprobs),
     };
     return all;
 }

@@ -43,7 +43,7 @@ pub use fibres::FibreDevice;
 pub use graph::{Graph, Recording};
 #[cfg(feature = "cuda")]
 pub use images::{EMBEDDED, Embedded, Image, ImageError, KERNELS_FOLDER_VARIABLE};
-pub use quantized::DeviceWeights;
+pub use quantized::{DeviceFormat, DeviceWeights, MultiplyQuantized};
 pub use shared::{PeerMemory, Piece};
 
 /// A folder for `LD_LIBRARY_PATH` of processes that tests start: in it are a CUDA driver and a cuBLASLt that run on the

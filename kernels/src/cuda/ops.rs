@@ -596,6 +596,32 @@ pub fn sample(
     launch(logits, Lane::Compute, "sample", [num_samples, 1, 1], 512, 0, &args)
 }
 
+/// Tokens that [`top_logprobs`] finds at most.
+pub const TOP_MAX: usize = 20;
+
+/// The most likely tokens of rows of `logits` `[num_logit_rows, vocab]`, one for each of `num_jobs` `TopJob`s of
+/// top_logprobs.cu: to `out` ids u32 `[num_jobs, TOP_MAX]`, behind all of them log-probabilities f32 likewise.
+///
+/// # Errors
+/// What the device says.
+pub fn top_logprobs(
+    logits: &Buffer,
+    num_logit_rows: usize,
+    jobs: Part<'_>,
+    num_jobs: usize,
+    vocab: usize,
+    out: &Buffer,
+) -> Result<(), DeviceError> {
+    let bytes = num_jobs * TOP_MAX * 4;
+    let args = Args::default()
+        .address(logits.at(0, num_logit_rows * vocab * 4))
+        .address(jobs.at(num_jobs * 8))
+        .u32(vocab)
+        .address(out.at(0, bytes))
+        .address(out.at(bytes, bytes));
+    launch(logits, Lane::Compute, "top_logprobs", [num_jobs, 1, 1], 512, 0, &args)
+}
+
 /// Pieces that [`digest`] takes at most.
 pub const DIGEST_PIECES_MAX: usize = 1024;
 /// Memory that [`digest`] needs for itself.

@@ -1,0 +1,82 @@
+// The product of few rows with a matrix of k-quants: as fast as its codes can be read.
+//
+//   out[m, n] = sum over k of x[m, k] * w[n, k]  (+ bias[n])  (+ out[m, n] where `add`)
+//
+//   x bf16 [m, k]; w as k_quants.cuh has it; bias f32 [n] or null; out f32 rows of `width`, of which these are n columns
+//
+// k is a multiple of 256; any m and n, made for m up to 16. Order: that of skinny_matmul.cu, so the bits are those of its
+// product with the weights that k_quant_dequantize makes; they do not depend on m or on a row's place.
+//
+// Grid (ceil(n / 16), ceil(m / 16)), 256 threads. A lane has the codes of DEPTH records on their way while it multiplies:
+// 16 warps of a multiprocessor then have 37 KiB of 4-bit codes, or 53 KiB of 6-bit ones.
+#include "k_quants.cuh"
+
+template <u32 BITS, u32 DEPTH>
+__device__ __forceinline__ void k_quant_matmul(const bf16* __restrict__ x, const u8* __restrict__ w,
+                                               const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n, u32 k,
+                                               u32 width, u32 add) {
+    constexpr u32 RECORD_BYTES = KQuant<BITS>::RECORD_BYTES;
+    SHARED_ARRAY(float, partial, 8 * 16 * 16);
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const u32 first_row = blockIdx.y * 16, first_column = blockIdx.x * 16;
+    const u32 num_pairs = k_num_pairs(k);
+    const u8* records = w + u64(blockIdx.x) * num_pairs * RECORD_BYTES;
+    float acc[2][4] = {};
+    KLane<BITS> ring[DEPTH];
+#pragma unroll
+    for (u32 depth = 0; depth < DEPTH; ++depth)
+        if (depth < num_pairs) ring[depth].load(records + u64(depth) * RECORD_BYTES, warp, lane);
+    begin_launch(); // which writes no weights
+#pragma unroll 1
+    for (u32 first = 0; first < num_pairs; first += DEPTH) {
+#pragma unroll
+        for (u32 depth = 0; depth < DEPTH; ++depth) {
+            const u32 pair = first + depth;
+            if (pair >= num_pairs) break;
+            uint4 a[2][2];
+#pragma unroll
+            for (u32 i = 0; i < 4; ++i) {
+                const u32 row = first_row + g + 8 * (i % 2), at = (2 * pair + i / 2) * K_BLOCK + warp * 32 + t * 8;
+                // Behind an odd last block there is none.
+                a[i / 2][i % 2] = row < m && MUTATE(1, at < k, true) ? *reinterpret_cast<const uint4*>(x + u64(row) * k + at)
+                                                                   : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (u32 block = 0; block < 2; ++block) {
+                const uint4 *rows = a[block];
+                const u32 low[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
+                const u32 high[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
+#pragma unroll
+                for (u32 i = 0; i < 2; ++i) {
+                    const uint4 b = ring[depth].weights(2 * i + MUTATE(2, block, 0u));
+                    mma_bf16(acc[i], low, b.x, b.y);
+                    mma_bf16(acc[i], high, b.z, b.w);
+                }
+            }
+            const u32 next = pair + DEPTH;
+            if (next < num_pairs) ring[depth].load(records + u64(MUTATE(3, next, pair)) * RECORD_BYTES, warp, lane);
+        }
+    }
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i)
+        partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
+    if (MUTATE(4, true, false)) __syncthreads();
+    const u32 row = first_row + threadIdx.x / 16, column = first_column + threadIdx.x % 16;
+    if (row >= m || column >= n) return;
+    float sum = partial[threadIdx.x];
+#pragma unroll
+    for (u32 i = 1; i < 8; ++i) sum += partial[i * 256 + threadIdx.x];
+    if (bias) sum += bias[column];
+    float* to = out + u64(row) * MUTATE(5, width, n) + column;
+    *to = add ? *to + MUTATE(6, sum, 0.0f) : sum;
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+k_quant_matmul_4(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
+    k_quant_matmul<4, 4>(x, w, bias, out, m, n, k, width, add);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+k_quant_matmul_6(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
+    k_quant_matmul<6, 4>(x, w, bias, out, m, n, k, width, add);
+}
