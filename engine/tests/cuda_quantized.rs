@@ -162,8 +162,8 @@ fn logits_of_w8a8_are_near_those_of_the_dequantized_weights() {
     compare_with_oracle(&folder, "w8a8", 0.12);
 }
 
-/// Log-probabilities at most so many deviations of the logits apart: the arithmetic is in bf16, and a scale in the wrong
-/// place is off by all of it.
+/// Log-probabilities at most so many deviations of the logits apart: the arithmetic is in bf16, and a scale in the
+/// wrong place is off by all of it.
 fn compare_with_oracle(path: &Path, name: &str, tolerance: f32) {
     let model = on_fibres::load(path, Dtype::Auto);
     let numerics = model.info_for(16, 4).numerics.0;

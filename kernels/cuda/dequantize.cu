@@ -31,7 +31,8 @@ dequantize_4(const u8* codes, const u16* scales, bf16* out, u32 k) {
 }
 
 template <u32 BITS>
-__device__ __forceinline__ void k_quant_dequantize(const u8* __restrict__ records, bf16* __restrict__ out, u32 n, u32 k) {
+__device__ __forceinline__ void k_quant_dequantize(const u8* __restrict__ records, bf16* __restrict__ out, u32 n,
+                                                   u32 k) {
     begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u64 record = u64(blockIdx.x) * k_num_pairs(k) + blockIdx.y;

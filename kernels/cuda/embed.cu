@@ -41,13 +41,14 @@ __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict_
     const u64 id = token_of(ids, drawn, row);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x) {
         const float scale = widen_f16(scales[id * (width / QUANTIZED_GROUP) + MUTATE(3, eighth / 4, eighth / 8)]);
-        store_widened(out + u64(row) * width + eighth * 8, weights_at<BITS>(codes + id * width * BITS / 8, scale, eighth));
+        const uint4 weights = weights_at<BITS>(codes + id * width * BITS / 8, scale, eighth);
+        store_widened(out + u64(row) * width + eighth * 8, weights);
     }
 }
 
 template <u32 BITS>
-__device__ void embed_k_quants(const u8* __restrict__ records, const u32* __restrict__ ids, const u32* __restrict__ drawn,
-                               float* __restrict__ out, u32 width) {
+__device__ void embed_k_quants(const u8* __restrict__ records, const u32* __restrict__ ids,
+                               const u32* __restrict__ drawn, float* __restrict__ out, u32 width) {
     begin_launch();
     const u64 id = token_of(ids, drawn, blockIdx.x);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x)

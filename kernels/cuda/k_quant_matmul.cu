@@ -2,19 +2,20 @@
 //
 //   out[m, n] = sum over k of x[m, k] * w[n, k]  (+ bias[n])  (+ out[m, n] where `add`)
 //
-//   x bf16 [m, k]; w as k_quants.cuh has it; bias f32 [n] or null; out f32 rows of `width`, of which these are n columns
+//   x bf16 [m, k]; w as k_quants.cuh has it; bias f32 [n] or null; out f32 rows of `width`, of which these are n
+//   columns
 //
-// k is a multiple of 256; any m and n, made for m up to 16. Order: that of skinny_matmul.cu, so the bits are those of its
-// product with the weights that k_quant_dequantize makes; they do not depend on m or on a row's place.
+// k is a multiple of 256; any m and n, made for m up to 16. Order: that of skinny_matmul.cu, so the bits are those of
+// its product with the weights that k_quant_dequantize makes; they do not depend on m or on a row's place.
 //
-// Grid (ceil(n / 16), ceil(m / 16)), 256 threads. A lane has the codes of DEPTH records on their way while it multiplies:
-// 16 warps of a multiprocessor then have 37 KiB of 4-bit codes, or 53 KiB of 6-bit ones.
+// Grid (ceil(n / 16), ceil(m / 16)), 256 threads. A lane has the codes of DEPTH records on their way while it
+// multiplies: 16 warps of a multiprocessor then have 37 KiB of 4-bit codes, or 53 KiB of 6-bit ones.
 #include "k_quants.cuh"
 
 template <u32 BITS, u32 DEPTH>
 __device__ __forceinline__ void k_quant_matmul(const bf16* __restrict__ x, const u8* __restrict__ w,
-                                               const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n, u32 k,
-                                               u32 width, u32 add) {
+                                               const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
+                                               u32 k, u32 width, u32 add) {
     constexpr u32 RECORD_BYTES = KQuant<BITS>::RECORD_BYTES;
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -38,8 +39,9 @@ __device__ __forceinline__ void k_quant_matmul(const bf16* __restrict__ x, const
             for (u32 i = 0; i < 4; ++i) {
                 const u32 row = first_row + g + 8 * (i % 2), at = (2 * pair + i / 2) * K_BLOCK + warp * 32 + t * 8;
                 // Behind an odd last block there is none.
-                a[i / 2][i % 2] = row < m && MUTATE(1, at < k, true) ? *reinterpret_cast<const uint4*>(x + u64(row) * k + at)
-                                                                   : make_uint4(0, 0, 0, 0);
+                const bool is_there = row < m && MUTATE(1, at < k, true);
+                const bf16* from = x + u64(row) * k + at;
+                a[i / 2][i % 2] = is_there ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
             }
 #pragma unroll
             for (u32 block = 0; block < 2; ++block) {

@@ -1,17 +1,18 @@
 // Weights of k-quants, codes of 4 or 6 bits with scales in two levels, as they lie in device memory.
 //
-//   weight = (d * s) * (code - OFFSET) - (dmin * m) with one rounding to f32, then rounded to bf16, which is what products
-//            are made of; products of d and s are exact
+//   weight = (d * s) * (code - OFFSET) - (dmin * m) with one rounding to f32, then rounded to bf16, which is what
+//            products are made of; products of d and s are exact
 //   4 bits   q4_K: OFFSET 0, s and m u8 for 32 of k
 //   6 bits   q6_K: OFFSET 32, s i8 for 16 of k, no minima
 //            d and dmin f16 for a block of 256 of k
 //
-// A matrix [n, k] is records [ceil(n / 16)][ceil(k / 512)], each of 16 rows and two blocks. A record is what 8 warps take
-// at a time: warp w has chunk w, 32 of k, of both blocks, lane 4 g + t elements 8 t to 8 t + 7 of the chunks of rows g and
-// g + 8. Its four parts are row g of both blocks, then row g + 8 of both. In a record, one behind the other:
+// A matrix [n, k] is records [ceil(n / 16)][ceil(k / 512)], each of 16 rows and two blocks. A record is what 8 warps
+// take at a time: warp w has chunk w, 32 of k, of both blocks, lane 4 g + t elements 8 t to 8 t + 7 of the chunks of
+// rows g and g + 8. Its four parts are row g of both blocks, then row g + 8 of both. In a record, one behind the other:
 //
 //   d        f16 [8 g][4 parts], with 4 bits each with dmin behind it
-//   scales   4 bits: u8 [8 warps][8 g][4 parts], each s with m behind it; 6 bits: i8 [8 warps][8 g][2 halves of 16][4 parts]
+//   scales   4 bits: u8 [8 warps][8 g][4 parts], each s with m behind it
+//            6 bits: i8 [8 warps][8 g][2 halves of 16][4 parts]
 //   low      u32 [8 warps][32 lanes][4 parts]: bits 0 to 3 of element e from bit 4 e on
 //   high     u16 [8 warps][32 lanes][4 parts], only with 6 bits: bits 4 and 5 of element e from bit 2 e on
 //

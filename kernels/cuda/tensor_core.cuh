@@ -90,8 +90,9 @@ __device__ __forceinline__ void mma_s8(int* c, const u32* a, u32 b0, u32 b1
 #endif
 }
 
-// Four 8 x 8 matrices of bf16 (as well, rows of 16 bytes) from shared memory. Lane 8 j + r names the 16 bytes of row r of matrix j; of each
-// matrix j the lane gets the elements (g, 2t..), with TRANSPOSED those at (2t.., g).
+// Four 8 x 8 matrices of bf16, or of 8 rows of 16 bytes of anything, from shared memory. Lane 8 j + r names the 16
+// bytes of row r of matrix j; of each matrix j the lane gets the elements (g, 2t..), with TRANSPOSED those at (2t..,
+// g).
 template <bool TRANSPOSED>
 __device__ __forceinline__ void ldmatrix_x4(u32* result, const void* row
 #ifndef __CUDACC__

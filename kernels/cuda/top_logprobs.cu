@@ -2,9 +2,10 @@
 //
 //   logits     f32 [_, vocab]
 //   jobs       for each block a row and how many tokens, at most vocab and TOP_MAX
-//   ids        u32 [num_jobs, TOP_MAX], most likely first, lower ids first among equals; what is beyond the number stays
-//   logprobs   f32 [num_jobs, TOP_MAX]: (x - highest) - ln(sum exp(x - highest)) in the order of additions of sample.cu, so
-//              that a token has the same bits here and there
+//   ids        u32 [num_jobs, TOP_MAX], most likely first, lower ids first among equals; beyond the number nothing is
+//              written
+//   logprobs   f32 [num_jobs, TOP_MAX]: (x - highest) - ln(sum exp(x - highest)) in the order of additions of
+//              sample.cu, so that a token has the same bits here and there
 //
 // As there NaN counts as -infinity. Each thread has the best of its tokens 4 (t + 512 j) .. + 4. In each round the best of all is
 // taken, and the warp of the thread that had it looks for the next one among that thread's tokens.

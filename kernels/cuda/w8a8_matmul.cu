@@ -6,13 +6,13 @@
 //
 //   out[m, n] = (sum over k of x[m, k] * w[n, k]) * (x_scales[m] * w_scales[n])  (+ bias[n])  (+ out[m, n] where `add`)
 //
-//   x bf16 [m, k] before it is quantized; codes s8 [m, k] and [n, k]; scales f32 [m] and [n]; bias f32 [n] or null; out f32
-//   rows of `width`, of which these are n columns. k is a multiple of 16, and below 2^17.
+//   x bf16 [m, k] before it is quantized; codes s8 [m, k] and [n, k]; scales f32 [m] and [n]; bias f32 [n] or null; out
+//   f32 rows of `width`, of which these are n columns. k is a multiple of 16, and below 2^17.
 //
-// A row of x becomes integers as on the CPU (kernels/src/quantized/activations.rs): max = its largest magnitude, scale =
-// max / 127, code = x * (127 / max) to the nearest, half to even; all 0 where max is below 1e-30, not finite or no number.
-// Sums are exact, in any order, and behind them there are the CPU's roundings: both products give a row the CPU's bits for
-// the same x, whatever else is in the step.
+// A row of x becomes integers as on the CPU (kernels/src/quantized/activations.rs): max = its largest magnitude, scale
+// = max / 127, code = x * (127 / max) to the nearest, half to even; all 0 where max is below 1e-30, not finite or no
+// number. Sums are exact, in any order, and behind them there are the CPU's roundings: both products give a row the
+// CPU's bits for the same x, whatever else is in the step.
 //
 // Grids: (m) of 256 threads; (ceil(n / 16), ceil(m / 16)) of 256; (ceil(n / 128), ceil(m / 128)) of 256, with
 // W8A8_SHARED bytes.
@@ -63,8 +63,8 @@ __device__ __forceinline__ void put(float* to, int dot, float x_scale, float w_s
 
 extern "C" __global__ void __launch_bounds__(256)
 w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const u8* __restrict__ w,
-            const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n, u32 k,
-            u32 width, u32 add) {
+            const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
+            u32 k, u32 width, u32 add) {
     SHARED_ARRAY(int, partial, 8 * 16 * 16);
     begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -82,7 +82,8 @@ w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const 
             a[i] = is_row ? *reinterpret_cast<const uint4*>(x + u64(row) * k + at) : make_uint4(0, 0, 0, 0);
             b[i] = is_column ? *reinterpret_cast<const uint4*>(w + u64(column) * k + at) : make_uint4(0, 0, 0, 0);
         }
-        const u32 low[4] = {a[0].x, a[1].x, a[0].y, a[1].y}, high[4] = {a[0].z, a[1].z, a[0].w, MUTATE(6, a[1].w, a[0].w)};
+        const u32 low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
+        const u32 high[4] = {a[0].z, a[1].z, a[0].w, MUTATE(6, a[1].w, a[0].w)};
 #pragma unroll
         for (u32 i = 0; i < 2; ++i) {
             mma_s8(acc[i], low, b[i].x, b[i].y);
@@ -101,8 +102,8 @@ w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const 
     put(out + u64(row) * width + column, dot, x_scales[row], w_scales[column], bias ? bias + column : nullptr, add);
 }
 
-// A stage has 64 of k of 128 rows of either operand. Lines of 80 bytes: 8 of them, as `ldmatrix` reads, are in different
-// banks.
+// A stage has 64 of k of 128 rows of either operand. Lines of 80 bytes: 8 of them, as `ldmatrix` reads, are in
+// different banks.
 #define TILE 128
 #define STAGES 3
 #define LINE 80
@@ -112,8 +113,8 @@ w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const 
 // Warps are 2 x 4, each with 64 rows and 32 columns.
 extern "C" __global__ void __launch_bounds__(256)
 w8a8_matmul_tiled(const u8* __restrict__ x, const float* __restrict__ x_scales, const u8* __restrict__ w,
-                  const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
-                  u32 k, u32 width, u32 add) {
+                  const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m,
+                  u32 n, u32 k, u32 width, u32 add) {
     DYNAMIC_SHARED(shared);
     begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -147,8 +148,8 @@ w8a8_matmul_tiled(const u8* __restrict__ x, const float* __restrict__ x_scales, 
                 ldmatrix_x4<false>(a[i], from + (warp_row + i * 16 + lane % 16) * LINE + half * 32 + lane / 16 * 16);
 #pragma unroll
             for (u32 j = 0; j < 2; ++j)
-                ldmatrix_x4<false>(b[j], from + (TILE + warp_column + j * 16 + lane / 16 * 8 + lane % 8) * LINE + half * 32
-                                             + MUTATE(10, lane / 8 % 2, 0u) * 16);
+                ldmatrix_x4<false>(b[j], from + (TILE + warp_column + j * 16 + lane / 16 * 8 + lane % 8) * LINE +
+                                             half * 32 + MUTATE(10, lane / 8 % 2, 0u) * 16);
 #pragma unroll
             for (u32 i = 0; i < 4; ++i)
 #pragma unroll

@@ -216,8 +216,8 @@ impl CudaBackend {
         });
     }
 
-    /// What products with quantized matrices take beside them in steps of `num_rows`: the matrix in bf16, or activations
-    /// as integers with a scale.
+    /// What products with quantized matrices take beside them in steps of `num_rows`: the matrix in bf16, or
+    /// activations as integers with a scale.
     pub(super) fn scratch_bytes_max(&self, num_rows: usize) -> usize {
         let of = |max: &AtomicUsize| max.load(Ordering::Relaxed);
         let dense = if self.is_batch_invariant() { 0 } else { 2 * of(&self.quantized_max.values) };

@@ -184,8 +184,8 @@ fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) 
     let part = partial_bytes(1, spec.num_heads, spec.head_dim) + windows.len() * 16;
     // Of decode steps, as many units as the next power of two.
     let single_row = (longest.div_ceil(PART_TOKENS)).next_power_of_two() * part;
-    // Rows of logits: all, with a copy of all and one changed by its request. Alternatives are of each step that may not be
-    // read yet. Changes are of tokens seen.
+    // Rows of logits: all, with a copy of all and one changed by its request. Alternatives are of each step that may
+    // not be read yet. Changes are of tokens seen.
     let logits = 3 * spec.vocab_size + (IN_FLIGHT_MAX + 1) * 2 * TOP_MAX;
     let changes = 4 * spec.vocab_size.min(longest);
     let block_table = longest.div_ceil(GRANULE_TOKENS);
@@ -234,8 +234,8 @@ struct Part {
     format: Option<String>,
 }
 
-/// Codes and scales if all parts are of formats that stay quantized, a scale for each row not beside others; else all are
-/// made dense.
+/// Codes and scales if all parts are of formats that stay quantized, a scale for each row not beside others; else all
+/// are made dense.
 fn matrix_bytes(parts: &[Part], dtype: ComputeDtype) -> u64 {
     let kept: Option<Vec<_>> = parts.iter().map(|part| device_format(part.format.as_deref()?)).collect();
     let is_in_rows = |format: &DeviceFormat| *format == DeviceFormat::RowInt8;

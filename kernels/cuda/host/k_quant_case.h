@@ -28,7 +28,8 @@ struct KQuantCase {
 
     // Normal and tiny, of either sign.
     static u16 random_f16() {
-        return u16((random_below(8) == 0 ? 1 + random_below(0x3ff) : 0x1000 + random_below(0x1000)) | random_below(2) << 15);
+        const u32 magnitude = random_below(8) == 0 ? 1 + random_below(0x3ff) : 0x1000 + random_below(0x1000);
+        return u16(magnitude | random_below(2) << 15);
     }
 
     void put(u8* to, u32 value) { *to = u8(*to | value); }
@@ -36,7 +37,8 @@ struct KQuantCase {
     void pack(u32 row, u32 at) {
         const u32 block = at / 256, warp = at % 256 / 32, t = at % 32 / 8, e = at % 8, g = row % 8, lane = 4 * g + t;
         const u32 part = row % 16 / 8 * 2 + block % 2;
-        const size_t bytes = BITS == 4 ? 4736 : 6720, scales = BITS == 4 ? 128 : 64, low = scales + 512, high = low + 4096;
+        const size_t bytes = BITS == 4 ? 4736 : 6720, scales = BITS == 4 ? 128 : 64;
+        const size_t low = scales + 512, high = low + 4096;
         u8* record = records.get() + (size_t(row / 16) * ((k + 511) / 512) + block / 2) * bytes;
         const size_t of_group = size_t(row) * (k / GROUP) + at / GROUP, of_block = size_t(row) * (k / 256) + block;
         const u32 code = codes[size_t(row) * k + at];

@@ -5,7 +5,8 @@ static void compare(fibres::Order order, const Device<float>& logits, u32 vocab,
     auto device_jobs = on_device(jobs);
     Device<u32> ids(jobs.size() * TOP_MAX);
     Device<float> logprobs(ids.size());
-    LAUNCH(order, u32(jobs.size()), 512, 0, top_logprobs, logits.get(), device_jobs.get(), vocab, ids.get(), logprobs.get());
+    LAUNCH(order, u32(jobs.size()), 512, 0, top_logprobs, logits.get(), device_jobs.get(), vocab, ids.get(),
+           logprobs.get());
     for (size_t job = 0; job < jobs.size(); ++job) {
         const float* row = logits.get() + size_t(jobs[job].row) * vocab;
         std::vector<std::pair<float, u32>> all;

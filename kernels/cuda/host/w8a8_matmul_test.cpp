@@ -14,7 +14,8 @@ static Device<u8> bytes_of(const std::vector<int>& codes) {
 }
 
 template <typename Kernel>
-static void multiplied(fibres::Order order, Kernel kernel, u32 tile, u32 shared, u32 m, u32 n, u32 k, bool has_bias, bool add) {
+static void multiplied(fibres::Order order, Kernel kernel, u32 tile, u32 shared, u32 m, u32 n, u32 k,
+                       bool has_bias, bool add) {
     const u32 width = n + 3; // the last columns are another's
     const auto x = random_codes(size_t(m) * k), w = random_codes(size_t(n) * k);
     auto x_bytes = bytes_of(x), w_bytes = bytes_of(w);
@@ -22,8 +23,9 @@ static void multiplied(fibres::Order order, Kernel kernel, u32 tile, u32 shared,
     auto before = random_values<float>(size_t(m) * width);
     Device<float> out(size_t(m) * width);
     for (size_t i = 0; i < out.size(); ++i) out[i] = before[i];
-    LAUNCH(order, dim3((n + tile - 1) / tile, (m + tile - 1) / tile), 256, shared, kernel, x_bytes.get(), x_scales.get(),
-           w_bytes.get(), w_scales.get(), has_bias ? bias.get() : nullptr, out.get(), m, n, k, width, u32(add));
+    LAUNCH(order, dim3((n + tile - 1) / tile, (m + tile - 1) / tile), 256, shared, kernel, x_bytes.get(),
+           x_scales.get(), w_bytes.get(), w_scales.get(), has_bias ? bias.get() : nullptr, out.get(), m, n, k, width,
+           u32(add));
     for (u32 row = 0; row < m; ++row)
         for (u32 column = 0; column < width; ++column) {
             const size_t at = size_t(row) * width + column;
@@ -57,7 +59,7 @@ TEST(rows_become_integers_with_a_scale) {
     const u32 m = 6, k = 2048 + 16;
     auto x = random_values<bf16>(size_t(m) * k);
     for (u32 i = 0; i < k; ++i) x[size_t(1) * k + i].bits = 0;                               // zeros
-    for (u32 i = 0; i < k; ++i) set(&x[size_t(2) * k + i], 1e-34 * (i + 1));                 // less than there is a scale for
+    for (u32 i = 0; i < k; ++i) set(&x[size_t(2) * k + i], 1e-34 * (i + 1)); // less than there is a scale for
     x[size_t(3) * k + 5].bits = 0x7fc0, x[size_t(4) * k + 2050].bits = 0xff80;               // no number, -infinity
     for (u32 i = 0; i < k; ++i) set(&x[size_t(5) * k + i], i == 1000 ? -254 : int(i % 9) - 4); // halves
     Device<u8> codes(size_t(m) * k);

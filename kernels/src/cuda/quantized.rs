@@ -1,11 +1,13 @@
-//! Quantized weights on a device, and products with them: `kernels/cuda/quantized.cuh`, `k_quants.cuh`, `w8a8_matmul.cu`.
+//! Quantized weights on a device, and products with them: `kernels/cuda/quantized.cuh`, `k_quants.cuh`,
+//! `w8a8_matmul.cu`.
 //!
 //! Of the [logical form](QuantizedWeights) a device takes the [formats](DeviceFormat) below. They stay codes there. Few
-//! rows are multiplied with what is made of them in registers, many with a matrix in bf16 that is made before and forgotten
-//! afterwards; the values are the same. With a scale for each row, activations become integers instead, of many rows too.
+//! rows are multiplied with what is made of them in registers, many with a matrix in bf16 that is made before and
+//! forgotten afterwards; the values are the same. With a scale for each row, activations become integers instead, of
+//! many rows too.
 //!
-//! Parts of one matrix may be in several formats: neighbours of one format are a section, and sections are multiplied one
-//! after the other into their columns.
+//! Parts of one matrix may be in several formats: neighbours of one format are a section, and sections are multiplied
+//! one after the other into their columns.
 
 use std::sync::Arc;
 
@@ -230,8 +232,8 @@ pub struct MultiplyQuantized<'a> {
 }
 
 impl DeviceWeights {
-    /// Parts of one matrix, one below the other; `None` if the device does not multiply with one of them: it is in
-    /// [no format](DeviceFormat) that it has, or has scales that are no f16. A scale for each row is for matrices that have
+    /// Parts of one matrix, one below the other; `None` if the device does not multiply with one of them: it is in [no
+    /// format](DeviceFormat) that it has, or has scales that are no f16. A scale for each row is for matrices that have
     /// nothing else.
     ///
     /// # Errors
@@ -315,8 +317,8 @@ impl DeviceWeights {
         Ok(())
     }
 
-    /// The same with [memory](Self::scratch_bytes) beside it: of many rows by the device's library, from the matrix in bf16;
-    /// with [quantized activations](Self::quantizes_activations) of any number of rows, by kernels.
+    /// The same with [memory](Self::scratch_bytes) beside it: of many rows by the device's library, from the matrix in
+    /// bf16; with [quantized activations](Self::quantizes_activations) of any number of rows, by kernels.
     ///
     /// # Errors
     /// What the device or its library says.
