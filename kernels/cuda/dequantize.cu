@@ -15,9 +15,8 @@ __device__ __forceinline__ void dequantize(const u8* __restrict__ codes, const u
     begin_launch();
     const u32 row = blockIdx.x, eighth = blockIdx.y * 256 + threadIdx.x;
     if (eighth * 8 >= k) return;
-    const float scale = widen_f16(scales[u64(row) * (k / QUANTIZED_GROUP) + MUTATE(1, eighth / 4, eighth / 8)]);
-    *reinterpret_cast<uint4*>(out + u64(row) * k + eighth * 8) =
-        weights_at<BITS>(codes + u64(row) * k * BITS / 8, scale, eighth);
+    const CodesOf8 eight = codes_at<BITS>(codes + u64(row) * k * BITS / 8, scales + u64(row) * (k / QUANTIZED_GROUP), eighth);
+    *reinterpret_cast<uint4*>(out + u64(row) * k + MUTATE(1, eighth, eighth ^ 1u) * 8) = weights_of<BITS>(eight);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -40,9 +40,8 @@ __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict_
     const u32 row = blockIdx.x;
     const u64 id = token_of(ids, drawn, row);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x) {
-        const float scale = widen_f16(scales[id * (width / QUANTIZED_GROUP) + MUTATE(3, eighth / 4, eighth / 8)]);
-        const uint4 weights = weights_at<BITS>(codes + id * width * BITS / 8, scale, eighth);
-        store_widened(out + u64(row) * width + eighth * 8, weights);
+        const CodesOf8 eight = codes_at<BITS>(codes + id * width * BITS / 8, scales + id * (width / QUANTIZED_GROUP), eighth);
+        store_widened(out + u64(row) * width + MUTATE(3, eighth, eighth ^ 1u) * 8, weights_of<BITS>(eight));
     }
 }
 

@@ -10,19 +10,34 @@
 
 #define QUANTIZED_GROUP 32
 
-// 8 weights from element 8 * eighth of a row on, as four pairs.
+// 8 codes of a row with their scale, as they lie in memory.
+struct CodesOf8 {
+    u32 words[2];
+    u16 scale;
+};
+
+// Those from element 8 * eighth of a row on.
 template <u32 BITS>
-__device__ __forceinline__ uint4 weights_at(const u8* __restrict__ row_codes, float scale, u32 eighth) {
+__device__ __forceinline__ CodesOf8 codes_at(const u8* __restrict__ row_codes, const u16* __restrict__ row_scales,
+                                             u32 eighth) {
+    CodesOf8 codes;
+    if (BITS == 8) {
+        const uint2 words = *reinterpret_cast<const uint2*>(row_codes + u64(eighth) * 8);
+        codes.words[0] = words.x, codes.words[1] = words.y;
+    } else {
+        codes.words[0] = *reinterpret_cast<const u32*>(row_codes + u64(eighth) * 4);
+    }
+    codes.scale = row_scales[MUTATE(10, eighth / (QUANTIZED_GROUP / 8), eighth / QUANTIZED_GROUP)];
+    return codes;
+}
+
+// As four pairs of bf16.
+template <u32 BITS>
+__device__ __forceinline__ uint4 weights_of(const CodesOf8& codes) {
     constexpr u32 MASK = (1u << BITS) - 1;
     constexpr float OFFSET = float(1u << (BITS - 1));
-    u32 words[2];
-    if (BITS == 8) {
-        const uint2 codes = *reinterpret_cast<const uint2*>(row_codes + u64(eighth) * 8);
-        words[0] = codes.x, words[1] = codes.y;
-    } else {
-        words[0] = *reinterpret_cast<const u32*>(row_codes + u64(eighth) * 4);
-        words[1] = words[0] >> 16;
-    }
+    const float scale = widen_f16(codes.scale);
+    const u32 words[2] = {codes.words[0], BITS == 8 ? codes.words[1] : codes.words[0] >> 16};
     u32 pairs[4];
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {

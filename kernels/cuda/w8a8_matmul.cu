@@ -61,33 +61,50 @@ __device__ __forceinline__ void put(float* to, int dot, float x_scale, float w_s
     *to = add ? *to + MUTATE(5, sum, 0.0f) : sum;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 2)
 w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const u8* __restrict__ w,
             const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
             u32 k, u32 width, u32 add) {
     SHARED_ARRAY(int, partial, 8 * 16 * 16);
-    begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 first_row = blockIdx.y * 16, first_column = blockIdx.x * 16;
+    // Chunks of weights of a warp that are on their way: 64 KB for two blocks.
+    constexpr u32 DEPTH = 4;
+    uint4 ring[DEPTH][2];
+    const auto load_weights = [&](uint4(&to)[2], u32 chunk) {
+        const u32 at = chunk * 64 + t * 16;
+#pragma unroll
+        for (u32 i = 0; i < 2; ++i) {
+            const u32 column = first_column + g + 8 * i;
+            const bool is_there = at < k && column < n;
+            to[i] = load_once_16(w + (is_there ? u64(column) * k + at : 0), is_there);
+        }
+    };
+#pragma unroll
+    for (u32 depth = 0; depth < DEPTH; ++depth) load_weights(ring[depth], warp + 8 * depth);
+    begin_launch(); // which writes no weights
     int acc[2][4] = {};
     // Which k an `mma` calls its first is free as long as both operands agree: a lane takes 16 in a row.
-#pragma unroll 4
-    for (u32 chunk = warp; chunk * 64 < k; chunk += 8) {
-        const u32 at = chunk * 64 + t * 16;
-        uint4 a[2], b[2];
+#pragma unroll 1
+    for (u32 first = warp; first * 64 < k; first += 8 * DEPTH) {
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const u32 row = first_row + g + 8 * i, column = first_column + g + 8 * i;
-            const bool is_row = at < k && row < m, is_column = at < k && column < n;
-            a[i] = is_row ? *reinterpret_cast<const uint4*>(x + u64(row) * k + at) : make_uint4(0, 0, 0, 0);
-            b[i] = is_column ? *reinterpret_cast<const uint4*>(w + u64(column) * k + at) : make_uint4(0, 0, 0, 0);
-        }
-        const u32 low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
-        const u32 high[4] = {a[0].z, a[1].z, a[0].w, MUTATE(6, a[1].w, a[0].w)};
+        for (u32 depth = 0; depth < DEPTH; ++depth) {
+            const u32 chunk = first + 8 * depth, at = chunk * 64 + t * 16;
+            uint4 a[2];
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            mma_s8(acc[i], low, b[i].x, b[i].y);
-            mma_s8(acc[i], high, b[i].z, b[i].w);
+            for (u32 i = 0; i < 2; ++i) {
+                const u32 row = first_row + g + 8 * i;
+                const bool is_there = at < k && row < m;
+                a[i] = load_16(x + (is_there ? u64(row) * k + at : 0), is_there);
+            }
+            const u32 low[4] = {a[0].x, a[1].x, a[0].y, a[1].y};
+            const u32 high[4] = {a[0].z, a[1].z, a[0].w, MUTATE(6, a[1].w, a[0].w)};
+#pragma unroll
+            for (u32 i = 0; i < 2; ++i) {
+                mma_s8(acc[i], low, ring[depth][i].x, ring[depth][i].y);
+                mma_s8(acc[i], high, ring[depth][i].z, ring[depth][i].w);
+            }
+            load_weights(ring[depth], chunk + 8 * DEPTH);
         }
     }
 #pragma unroll

@@ -134,8 +134,9 @@ EXPORT CUresult CUDAAPI cuLaunchKernelEx(const CUlaunchConfig* config, CUfunctio
     const Function& function = function_of(handle, "cuLaunchKernelEx");
     if (extra || (!parameters && !function.info.parameters.empty())) return CUDA_ERROR_INVALID_VALUE;
     if (function.module->context != context) return CUDA_ERROR_INVALID_HANDLE;
-    if (block_y != 1 || block_z != 1)
+    if (config->blockDimY != 1 || config->blockDimZ != 1)
         misuse("cuLaunchKernelEx", "blocks of more than one dimension: nothing here asks for them");
+    if (const CUresult status = check_attributes(*config); status != CUDA_SUCCESS) return status;
     static uint64_t num_asked = 0;
     if (++num_asked == wishes().refused_launch)
         return refuse(CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES, "cuLaunchKernelEx", "refused, as was asked for");
