@@ -3,7 +3,7 @@
 use kernels::QuantizedWeights;
 use kernels::cuda::limits::uniform_bf16;
 use kernels::cuda::ops::{self, Multiply};
-use kernels::cuda::{Buffer, DeviceError, DeviceWeights};
+use kernels::cuda::{Buffer, DeviceError, DeviceWeights, MultiplyQuantized};
 
 use super::Bench;
 
@@ -74,8 +74,8 @@ pub(crate) fn measure_quantized(bench: &Bench) -> Result<(), DeviceError> {
             for &m in &bench.args.rows {
                 let x = uniform_bf16(&bench.device, 7, m * k)?;
                 let out = Buffer::new(&bench.device, m * n * 4)?;
-                let seconds =
-                    bench.seconds(|number| matrices[number % matrices.len()].multiply(&x, m, None, &out, false))?;
+                let multiply = MultiplyQuantized { x: &x, m, bias: None, out: &out, add: false };
+                let seconds = bench.seconds(|number| matrices[number % matrices.len()].multiply(&multiply))?;
                 bench.say_bytes(&format!("{format} product of {m} rows, {name} [{n}, {k}]"), seconds, num_bytes);
             }
         }

@@ -260,7 +260,8 @@ impl DeviceWeights {
 
     /// Bytes of codes and scales.
     pub fn num_bytes(&self) -> usize {
-        self.codes.num_bytes() + self.scales.num_bytes()
+        let scales = |section: &Section| section.scales.as_ref().map_or(0, Buffer::num_bytes);
+        self.sections.iter().map(|section| section.codes.num_bytes() + scales(section)).sum()
     }
 
     /// Values.
