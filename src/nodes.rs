@@ -30,6 +30,9 @@ use prefill_node::PrefillNode;
 use crate::device::{LoadedModel, load_model};
 use crate::{admin, shutdown, store, telemetry};
 
+/// What a node whose engine has failed waits until its peers have heard of it.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
+
 /// What a node that stops waits for its store to be written out.
 const STORE_CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -161,7 +164,10 @@ async fn run_node(
     println!("{kind} {name} ready on {address}");
     tokio::select! {
         () = stop.cancelled() => {}
-        reason = node.failed() => anyhow::bail!("the engine of {name} failed: {reason}"),
+        reason = node.failed() => {
+            node.leave_at_once().await;
+            anyhow::bail!("the engine of {name} failed: {reason}");
+        }
     }
     node.drain(fabric.identity.drain_timeout).await;
     Ok(())
@@ -388,6 +394,11 @@ impl RunningNode {
                 return "its thread ended".to_string();
             }
         }
+    }
+
+    /// Tells peers that it ends, whose requests then go on elsewhere, and not after they have heard nothing for a while.
+    pub async fn leave_at_once(&self) {
+        let _ = tokio::time::timeout(LEAVE_TIMEOUT, self.fabric.close()).await;
     }
 
     /// Refuses new work, waits for the running requests, closes the fabric, writes the store out.

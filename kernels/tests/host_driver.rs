@@ -1,6 +1,6 @@
 //! The CUDA driver of the host notices what NVIDIA's documents forbid: each misuse in a process of its own, which has to
 //! end with a line, or gets the error that the documents name.
-#![allow(clippy::unwrap_used, unsafe_code, clippy::undocumented_unsafe_blocks)]
+#![allow(clippy::unwrap_used, unsafe_code)]
 
 use std::ffi::{CString, c_void};
 use std::ptr::null_mut;
@@ -76,16 +76,19 @@ fn stream() -> sys::CUstream {
 
 fn event(stream: sys::CUstream) -> sys::CUevent {
     let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING).unwrap();
+    // SAFETY: both were made in the context of this thread.
     unsafe { result::event::record(event, stream) }.unwrap();
     event
 }
 
 fn pinned(num_bytes: usize) -> &'static mut [u8] {
+    // SAFETY: any size; never given back but where that is the test.
     let at = unsafe { result::malloc_host(num_bytes, 0) }.unwrap();
     unsafe { std::slice::from_raw_parts_mut(at.cast(), num_bytes) }
 }
 
 fn memory(num_bytes: usize) -> u64 {
+    // SAFETY: any size.
     unsafe { result::malloc_sync(num_bytes) }.unwrap()
 }
 
@@ -96,6 +99,7 @@ fn embed(capability: (u32, u32)) -> (sys::CUmodule, sys::CUfunction) {
         Image::Cubin(bytes) => bytes.into_owned(),
         Image::Ptx(text) => CString::new(text).unwrap().into_bytes_with_nul(),
     };
+    // SAFETY: an image that is embedded here, and a name that ends with a zero.
     let module = unsafe { result::module::load_data(image.as_ptr().cast()) }.unwrap();
     (module, unsafe { result::module::get_function(module, CString::new("embed_f32").unwrap()) }.unwrap())
 }
@@ -110,11 +114,25 @@ fn launch(
 ) -> Result<(), DriverError> {
     let mut parameters: Vec<*mut c_void> =
         words.iter().map(|word| std::ptr::from_ref(word).cast_mut().cast()).collect();
-    let [x, y, z] = grid;
-    unsafe { result::launch_kernel(function, (x, y, z), (32, 1, 1), shared, on, &mut parameters) }
+    let config = sys::CUlaunchConfig {
+        gridDimX: grid[0],
+        gridDimY: grid[1],
+        gridDimZ: grid[2],
+        blockDimX: 32,
+        blockDimY: 1,
+        blockDimZ: 1,
+        sharedMemBytes: shared,
+        hStream: on,
+        attrs: std::ptr::null_mut(),
+        numAttrs: 0,
+    };
+    // SAFETY: as many parameters as any kernel has; what they mean is what the driver is to judge.
+    unsafe { sys::cuLaunchKernelEx(&raw const config, function, parameters.as_mut_ptr(), std::ptr::null_mut()) }
+        .result()
 }
 
 fn capture(of: sys::CUstream) {
+    // SAFETY: a stream of this thread's context.
     unsafe { result::stream::begin_capture(of, sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL) }
         .unwrap();
 }
@@ -125,6 +143,8 @@ fn misuse() {
     let name = std::env::var(MISUSE).expect("it is run by the other tests");
     let _context = CudaContext::new(0).unwrap();
     let stream = stream();
+    // SAFETY: it is not: each arm breaks one of the driver's rules, which the driver of the host has to notice. No memory of
+    // this process is touched by what it refuses.
     unsafe {
         match name.as_str() {
             "memory freed while a graph names it" => {

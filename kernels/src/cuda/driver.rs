@@ -714,7 +714,12 @@ impl Device for Gpu {
             // by this function's contract, and read, as the attribute is, before the call returns. Kernels that overlap
             // wait by themselves, see `begin_launch` of device.cuh.
             let status = unsafe {
-                sys::cuLaunchKernelEx(&raw const config, function.cu_function(), args.as_mut_ptr(), std::ptr::null_mut())
+                sys::cuLaunchKernelEx(
+                    &raw const config,
+                    function.cu_function(),
+                    args.as_mut_ptr(),
+                    std::ptr::null_mut(),
+                )
             };
             status.result().map_err(refused(format!("launch {} on {:?} blocks", launch.kernel, launch.grid)))
         })

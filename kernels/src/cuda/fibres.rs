@@ -14,7 +14,9 @@ use std::thread::ThreadId;
 
 use libloading::{Library, Symbol};
 
-use super::device::{Args, BoxedTensor, Device, DeviceError, Event, Landing, Lane, Launch, MemoryInfo, Product, TensorMap};
+use super::device::{
+    Args, BoxedTensor, Device, DeviceError, Event, Landing, Lane, Launch, MemoryInfo, Product, TensorMap,
+};
 use super::graph::{Allocations, Graph, Named, not_recordable, out_of_order};
 
 type Alloc = unsafe extern "C" fn(usize, *mut c_int, *mut usize) -> *mut c_void;
