@@ -37,9 +37,9 @@ struct DecodeRow {
 };
 
 template <u32 DIM>
-__device__ void attention_decode(const AttentionJob& job, const bf16* __restrict__ q, const bf16* __restrict__ pool,
-                                 const DecodeUnit* __restrict__ units, const u32* __restrict__ block_tables,
-                                 float* __restrict__ partial_acc, float* __restrict__ partial_state) {
+__device__ void attention_decode(const AttentionJob& job, const bf16* q, const bf16* pool,
+                                 const DecodeUnit* units, const u32* block_tables,
+                                 float* partial_acc, float* partial_state) {
     DYNAMIC_SHARED(memory);
     SHARED_ARRAY(float, maxima, 4 * 16);
     SHARED_ARRAY(float, sums, 4 * 2 * 32);
@@ -157,9 +157,9 @@ __device__ void attention_decode(const AttentionJob& job, const bf16* __restrict
 }
 
 template <u32 DIM>
-__device__ void attention_merge(const float* __restrict__ partial_acc, const float* __restrict__ partial_state,
-                                const DecodeRow* __restrict__ rows, const float* __restrict__ sinks,
-                                bf16* __restrict__ out, u32 num_heads) {
+__device__ void attention_merge(const float* partial_acc, const float* partial_state,
+                                const DecodeRow* rows, const float* sinks,
+                                bf16* out, u32 num_heads) {
     begin_launch();
     const DecodeRow row = rows[blockIdx.x];
     if (row.row == MUTATE(25, NOTHING, 0u)) return;

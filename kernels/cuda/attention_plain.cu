@@ -38,9 +38,9 @@ struct PlainState {
 };
 
 template <typename T>
-__device__ void attention_plain(const AttentionJob& job, const T* __restrict__ q, const T* __restrict__ pool,
-                                const PlainRow* __restrict__ rows, const u32* __restrict__ block_tables,
-                                const float* __restrict__ sinks, T* __restrict__ out) {
+__device__ void attention_plain(const AttentionJob& job, const T* q, const T* pool,
+                                const PlainRow* rows, const u32* block_tables,
+                                const float* sinks, T* out) {
     SHARED_ARRAY(float, query, 256);
     SHARED_ARRAY(float, scores, TILE_TOKENS);
     SHARED_ARRAY(float, state, 2); // the tile's new maximum, its sum

@@ -19,9 +19,9 @@
 #define PREFILL_SHARED(dim) ((dim) * (64 * 2 + 2 * 2 * 64 * 2 + 64 * 4))
 
 template <u32 DIM>
-__device__ void attention_prefill(const AttentionJob& job, const bf16* __restrict__ q, const bf16* __restrict__ pool,
-                                  const PrefillTile* __restrict__ tiles, const u32* __restrict__ block_tables,
-                                  const float* __restrict__ sinks, bf16* __restrict__ out) {
+__device__ void attention_prefill(const AttentionJob& job, const bf16* q, const bf16* pool,
+                                  const PrefillTile* tiles, const u32* block_tables,
+                                  const float* sinks, bf16* out) {
     DYNAMIC_SHARED(memory);
     constexpr u32 TILE_BYTES = TILE_TOKENS * DIM * 2;
     unsigned char* q_tile = memory;

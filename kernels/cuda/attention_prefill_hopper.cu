@@ -288,10 +288,10 @@ __device__ __forceinline__ void consume(const AttentionJob& job, const bf16* q, 
 }
 
 template <u32 DIM>
-__device__ __forceinline__ void attention_prefill_hopper(const AttentionJob& job, const bf16* __restrict__ q,
-                                                         const TensorMap* pool, const PrefillTile* __restrict__ tiles,
-                                                         const u32* __restrict__ block_tables,
-                                                         const float* __restrict__ sinks, bf16* __restrict__ out) {
+__device__ __forceinline__ void attention_prefill_hopper(const AttentionJob& job, const bf16* q,
+                                                         const TensorMap* pool, const PrefillTile* tiles,
+                                                         const u32* block_tables,
+                                                         const float* sinks, bf16* out) {
     static_assert((PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS) * WARPGROUP <= 65536, "registers of a multiprocessor");
     DYNAMIC_SHARED(bytes);
     const HopperMemory<DIM> memory(bytes);

@@ -10,8 +10,8 @@
 #include "quantized.cuh"
 
 template <u32 BITS>
-__device__ __forceinline__ void dequantize(const u8* __restrict__ codes, const u16* __restrict__ scales,
-                                           bf16* __restrict__ out, u32 k) {
+__device__ __forceinline__ void dequantize(const u8* codes, const u16* scales,
+                                           bf16* out, u32 k) {
     begin_launch();
     const u32 row = blockIdx.x, eighth = blockIdx.y * 256 + threadIdx.x;
     if (eighth * 8 >= k) return;
@@ -30,7 +30,7 @@ dequantize_4(const u8* codes, const u16* scales, bf16* out, u32 k) {
 }
 
 template <u32 BITS>
-__device__ __forceinline__ void k_quant_dequantize(const u8* __restrict__ records, bf16* __restrict__ out, u32 n,
+__device__ __forceinline__ void k_quant_dequantize(const u8* records, bf16* out, u32 n,
                                                    u32 k) {
     begin_launch();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;

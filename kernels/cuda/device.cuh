@@ -35,6 +35,8 @@ typedef unsigned long long u64;
 // A launch may begin while the one ahead of it on the lane ends, where the driver was asked for that (programmatic
 // dependent launch, from compute capability 9.0 on). Until a thread has called this, it touches nothing that any launch
 // writes; whatever earlier launches wrote is there behind it. Every thread of every kernel calls it once.
+// Pointers are not `__restrict__`: what a kernel reads by such is read as if nobody wrote it while the kernel is there, and
+// then also ahead of this. `check nvcc` looks for such loads.
 __device__ __forceinline__ void begin_launch() {
 #ifndef __CUDACC__
     fibres::begin_thread();

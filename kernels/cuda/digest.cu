@@ -80,8 +80,8 @@ struct Cursor {
 };
 
 extern "C" __global__ void __launch_bounds__(1024)
-digest_pieces(const unsigned char* __restrict__ pool, const DigestPiece* __restrict__ pieces, u64 num_bytes,
-              u64* __restrict__ out) {
+digest_pieces(const unsigned char* pool, const DigestPiece* pieces, u64 num_bytes,
+              u64* out) {
     SHARED_ARRAY(u64, both_sums, 2 * ROUND_BLOCKS * 8);
     begin_launch();
     // A lane has word `word` of the stripes `stripe`, `stripe` + 4, ... of a block.

@@ -11,14 +11,14 @@
 #include "k_quants.cuh"
 #include "quantized.cuh"
 
-__device__ __forceinline__ u32 token_of(const u32* __restrict__ ids, const u32* __restrict__ drawn, u32 row) {
+__device__ __forceinline__ u32 token_of(const u32* ids, const u32* drawn, u32 row) {
     const u32 id = ids[row];
     return id & 0x80000000u ? drawn[MUTATE(1, id & 0x7fffffffu, 0u)] : id;
 }
 
 template <typename T>
-__device__ void embed(const T* __restrict__ table, const u32* __restrict__ ids, const u32* __restrict__ drawn,
-                      float* __restrict__ out, u32 width) {
+__device__ void embed(const T* table, const u32* ids, const u32* drawn,
+                      float* out, u32 width) {
     begin_launch();
     const u32 row = blockIdx.x;
     const T* from = table + u64(token_of(ids, drawn, row)) * width;
@@ -34,8 +34,8 @@ __device__ __forceinline__ void store_widened(float* to, uint4 weights) {
 }
 
 template <u32 BITS>
-__device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict__ scales, const u32* __restrict__ ids,
-                            const u32* __restrict__ drawn, float* __restrict__ out, u32 width) {
+__device__ void embed_codes(const u8* codes, const u16* scales, const u32* ids,
+                            const u32* drawn, float* out, u32 width) {
     begin_launch();
     const u32 row = blockIdx.x;
     const u64 id = token_of(ids, drawn, row);
@@ -46,8 +46,8 @@ __device__ void embed_codes(const u8* __restrict__ codes, const u16* __restrict_
 }
 
 template <u32 BITS>
-__device__ void embed_k_quants(const u8* __restrict__ records, const u32* __restrict__ ids,
-                               const u32* __restrict__ drawn, float* __restrict__ out, u32 width) {
+__device__ void embed_k_quants(const u8* records, const u32* ids,
+                               const u32* drawn, float* out, u32 width) {
     begin_launch();
     const u64 id = token_of(ids, drawn, blockIdx.x);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x)

@@ -13,8 +13,8 @@
 #include "k_quants.cuh"
 
 template <u32 BITS, u32 DEPTH>
-__device__ __forceinline__ void k_quant_matmul(const bf16* __restrict__ x, const u8* __restrict__ w,
-                                               const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
+__device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w,
+                                               const float* bias, float* out, u32 m, u32 n,
                                                u32 k, u32 width, u32 add) {
     constexpr u32 RECORD_BYTES = KQuant<BITS>::RECORD_BYTES;
     SHARED_ARRAY(float, partial, 8 * 16 * 16);

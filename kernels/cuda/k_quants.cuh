@@ -58,7 +58,7 @@ template <u32 BITS>
 struct KLane {
     u32 low[4], high[2], scales[2], d[4];
 
-    __device__ __forceinline__ void load(const u8* __restrict__ record, u32 warp, u32 lane) {
+    __device__ __forceinline__ void load(const u8* record, u32 warp, u32 lane) {
         const u32 g = lane / 4;
         const uint4 codes = *reinterpret_cast<const uint4*>(record + KQuant<BITS>::LOW + (warp * 32 + lane) * 16);
         low[0] = codes.x, low[1] = codes.y, low[2] = codes.z, low[3] = codes.w;
@@ -94,7 +94,7 @@ struct KLane {
 
 // 8 weights from element 8 * eighth of a row on.
 template <u32 BITS>
-__device__ __forceinline__ uint4 k_weights_at(const u8* __restrict__ records, u64 row, u32 eighth, u32 k) {
+__device__ __forceinline__ uint4 k_weights_at(const u8* records, u64 row, u32 eighth, u32 k) {
     const u32 block = eighth / 32, warp = eighth / 4 % 8, t = eighth % 4, g = u32(row % 8), lane = 4 * g + t;
     const u32 part = u32(row % 16) / 8 * 2 + block % 2;
     const u8* record = records + (row / 16 * k_num_pairs(k) + block / 2) * KQuant<BITS>::RECORD_BYTES;

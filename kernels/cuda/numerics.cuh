@@ -92,10 +92,10 @@ __device__ __forceinline__ uint4 load_16(const void* from, bool is_there) {
     return x;
 }
 
-// Likewise, of what no other load wants and nobody writes while the kernel runs: weights.
+// Likewise, of what no other load wants: weights.
 __device__ __forceinline__ uint4 load_once_16(const void* from, bool is_there) {
     uint4 x;
-    LOAD_16(".nc.L1::no_allocate", x, from, is_there);
+    LOAD_16(".L1::no_allocate", x, from, is_there);
     return x;
 }
 

@@ -12,8 +12,8 @@
 #include "numerics.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-plain_matmul_f32(const float* __restrict__ x, const float* __restrict__ w, const float* __restrict__ bias,
-                 float* __restrict__ out, u32 m, u32 n, u32 k, u32 add) {
+plain_matmul_f32(const float* x, const float* w, const float* bias,
+                 float* out, u32 m, u32 n, u32 k, u32 add) {
     SHARED_ARRAY(float, rows, 8 * 32);
     SHARED_ARRAY(float, columns, 32 * 33); // a column's values are 33 apart, so that lanes read different banks
     begin_launch();

@@ -18,7 +18,7 @@ struct CodesOf8 {
 
 // Those from element 8 * eighth of a row on.
 template <u32 BITS>
-__device__ __forceinline__ CodesOf8 codes_at(const u8* __restrict__ row_codes, const u16* __restrict__ row_scales,
+__device__ __forceinline__ CodesOf8 codes_at(const u8* row_codes, const u16* row_scales,
                                              u32 eighth) {
     CodesOf8 codes;
     if (BITS == 8) {

@@ -14,9 +14,9 @@
 #include "quantized.cuh"
 
 template <u32 BITS, u32 DEPTH>
-__device__ __forceinline__ void quantized_matmul(const bf16* __restrict__ x, const u8* __restrict__ codes,
-                                                 const u16* __restrict__ scales, const float* __restrict__ bias,
-                                                 float* __restrict__ out, u32 m, u32 n, u32 k, u32 width, u32 add) {
+__device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes,
+                                                 const u16* scales, const float* bias,
+                                                 float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 first_row = blockIdx.y * 16, first_column = blockIdx.x * 16, num_groups = k / QUANTIZED_GROUP;

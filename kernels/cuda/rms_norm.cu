@@ -10,7 +10,7 @@
 #include "numerics.cuh"
 
 template <typename T>
-__device__ void rms_norm(const float* __restrict__ x, const float* __restrict__ weight, float eps, T* __restrict__ out,
+__device__ void rms_norm(const float* x, const float* weight, float eps, T* out,
                          u32 width) {
     SHARED_ARRAY(float, sums, 8);
     begin_launch();

@@ -26,10 +26,10 @@ struct RopeWrite {
 };
 
 template <typename T>
-__device__ void rope_kv_write(const RopeWrite& job, const float* __restrict__ qkv, const float* __restrict__ q_norm,
-                              const float* __restrict__ k_norm, const float* __restrict__ cosines,
-                              const float* __restrict__ sines, const u32* __restrict__ positions,
-                              const u32* __restrict__ slots, T* __restrict__ q_out, T* __restrict__ pool) {
+__device__ void rope_kv_write(const RopeWrite& job, const float* qkv, const float* q_norm,
+                              const float* k_norm, const float* cosines,
+                              const float* sines, const u32* positions,
+                              const u32* slots, T* q_out, T* pool) {
     SHARED_ARRAY(float, staged, 4 * 256);
     begin_launch();
     const u32 row = blockIdx.x, lane = threadIdx.x % 32, warp = threadIdx.x / 32;

@@ -177,7 +177,8 @@ __device__ __forceinline__ void keep_top(Row& row, u32 top_k, float top_p, const
 #pragma unroll 1
     for (u32 round = 0; round < 3; ++round) {
         const u32 shift = round == 0 ? 21 : round == 1 ? 10 : 0, num_bins = round == 2 ? BINS / 2 : BINS;
-        const auto is_below = [&](u32 key) { return round == 0 || (key ^ prefix) / num_bins >> shift == 0; };
+        const u32 upper = round == 2 ? 10 : 21; // bits below those that the rounds before have found
+        const auto is_below = [&](u32 key) { return round == 0 || (key ^ prefix) >> upper == 0; };
         __syncthreads();
         for (u32 bin = threadIdx.x; bin < BINS; bin += THREADS) shared.low[bin] = shared.high[bin] = 0;
         if (threadIdx.x == 0) shared.found[0] = BINS;

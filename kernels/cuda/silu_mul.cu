@@ -8,7 +8,7 @@
 #include "numerics.cuh"
 
 template <typename T>
-__device__ void silu_mul(const float* __restrict__ gate_up, T* __restrict__ out, u32 ffn) {
+__device__ void silu_mul(const float* gate_up, T* out, u32 ffn) {
     begin_launch();
     const u32 first = blockIdx.y * 1024 + 4 * threadIdx.x;
     if (first >= ffn) return;

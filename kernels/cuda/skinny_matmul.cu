@@ -26,7 +26,7 @@ struct SkinnyTile {
 #define SKINNY_AHEAD 4
 
 // Leaves the sums of each warp in `partial` [8][16 rows][16 columns] and passes a barrier.
-__device__ __forceinline__ void skinny_sums(const bf16* __restrict__ x, const bf16* __restrict__ w, u32 m, u32 k,
+__device__ __forceinline__ void skinny_sums(const bf16* x, const bf16* w, u32 m, u32 k,
                                             const SkinnyTile& tile, float* partial) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 first_row = blockIdx.y * 16;
@@ -90,8 +90,8 @@ __device__ __forceinline__ float skinny_sum(const float* partial, u32 element) {
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-skinny_matmul_bf16(const bf16* __restrict__ x, const bf16* __restrict__ w, const float* __restrict__ bias,
-                   float* __restrict__ out, u32 m, u32 n, u32 k, u32 add) {
+skinny_matmul_bf16(const bf16* x, const bf16* w, const float* bias,
+                   float* out, u32 m, u32 n, u32 k, u32 add) {
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 first = blockIdx.x * 16;
     skinny_sums(x, w, m, k, {{first, first + 8}, {n, n}}, partial);
@@ -104,7 +104,7 @@ skinny_matmul_bf16(const bf16* __restrict__ x, const bf16* __restrict__ w, const
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-skinny_gate_up_bf16(const bf16* __restrict__ x, const bf16* __restrict__ w, bf16* __restrict__ out, u32 m, u32 ffn, u32 k) {
+skinny_gate_up_bf16(const bf16* x, const bf16* w, bf16* out, u32 m, u32 ffn, u32 k) {
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 first = blockIdx.x * 8;
     skinny_sums(x, w, m, k, {{first, MUTATE(4, ffn, 0u) + first}, {ffn, 2 * ffn}}, partial);

@@ -33,8 +33,8 @@ __device__ __forceinline__ u64 warp_best_of(u64 best) {
 }
 
 extern "C" __global__ void __launch_bounds__(TOP_THREADS)
-top_logprobs(const float* __restrict__ logits, const TopJob* __restrict__ jobs, u32 vocab, u32* __restrict__ ids,
-             float* __restrict__ logprobs) {
+top_logprobs(const float* logits, const TopJob* jobs, u32 vocab, u32* ids,
+             float* logprobs) {
     SHARED_ARRAY(u64, warp_best, TOP_WARPS);
     SHARED_ARRAY(float, warp_highest, TOP_WARPS);
     SHARED_ARRAY(double, halves, TOP_THREADS);

@@ -19,7 +19,7 @@
 #include "tensor_core.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
-w8a8_quantize(const bf16* __restrict__ x, u8* __restrict__ codes, float* __restrict__ scales, u32 k) {
+w8a8_quantize(const bf16* x, u8* codes, float* scales, u32 k) {
     SHARED_ARRAY(u32, warp_max_bits, 8);
     begin_launch();
     const bf16* row = x + u64(blockIdx.x) * k;
@@ -62,8 +62,8 @@ __device__ __forceinline__ void put(float* to, int dot, float x_scale, float w_s
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
-w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const u8* __restrict__ w,
-            const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m, u32 n,
+w8a8_matmul(const u8* x, const float* x_scales, const u8* w,
+            const float* w_scales, const float* bias, float* out, u32 m, u32 n,
             u32 k, u32 width, u32 add) {
     SHARED_ARRAY(int, partial, 8 * 16 * 16);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -129,8 +129,8 @@ w8a8_matmul(const u8* __restrict__ x, const float* __restrict__ x_scales, const 
 
 // Warps are 2 x 4, each with 64 rows and 32 columns.
 extern "C" __global__ void __launch_bounds__(256)
-w8a8_matmul_tiled(const u8* __restrict__ x, const float* __restrict__ x_scales, const u8* __restrict__ w,
-                  const float* __restrict__ w_scales, const float* __restrict__ bias, float* __restrict__ out, u32 m,
+w8a8_matmul_tiled(const u8* x, const float* x_scales, const u8* w,
+                  const float* w_scales, const float* bias, float* out, u32 m,
                   u32 n, u32 k, u32 width, u32 add) {
     DYNAMIC_SHARED(shared);
     begin_launch();

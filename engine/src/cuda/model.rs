@@ -142,7 +142,7 @@ impl Model<CudaBackend> {
     fn step_bytes(&self, limits: &StepLimits, num_nodes: u64) -> u64 {
         let kernels = attention_kernels(self.dtype(), self.spec(), self.backend().device().shared_bytes_max());
         // Memory grows to the next power of two.
-        let num_rows = limits.max_num_batched_tokens.max(limits.max_num_seqs);
+        let num_rows = num_rows_max(limits);
         let scratch = self.backend().scratch_bytes_max(num_rows).next_power_of_two() as u64;
         num_nodes * (step_bytes(self.spec(), kernels, limits) + scratch) + OVERHEAD_BYTES
     }
@@ -162,14 +162,22 @@ fn attention_kernels(dtype: ComputeDtype, spec: &ModelSpec, shared_bytes_max: us
     AttentionKernels::of(dtype, spec.head_dim, shared_bytes_max)
 }
 
-/// Activations, inputs and logits of the largest step, and angles.
-fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) -> u64 {
-    // Decode steps have the rows of their bucket.
-    let num_seqs = match limits.max_num_seqs {
+/// Rows of the largest decode step: those of its bucket.
+fn num_decode_rows_max(limits: &StepLimits) -> usize {
+    match limits.max_num_seqs {
         few if few <= BUCKET_ROWS_MAX => bucket_rows(few),
         many => many,
-    } as u64;
-    let num_rows = (limits.max_num_batched_tokens as u64).max(num_seqs);
+    }
+}
+
+/// Rows of the largest step.
+fn num_rows_max(limits: &StepLimits) -> usize {
+    limits.max_num_batched_tokens.max(num_decode_rows_max(limits))
+}
+
+/// Activations, inputs and logits of the largest step, and angles.
+fn step_bytes(spec: &ModelSpec, kernels: AttentionKernels, limits: &StepLimits) -> u64 {
+    let (num_seqs, num_rows) = (num_decode_rows_max(limits) as u64, num_rows_max(limits) as u64);
     let longest = limits.max_model_len.map_or(spec.max_position, |len| len.min(spec.max_position));
     let heads = spec.num_heads * spec.head_dim;
     // hidden, and two that take turns as norm and qkv; attended; gate and up, and their product; numbers of the row
@@ -237,7 +245,9 @@ struct Part {
 /// Codes and scales if all parts are of formats that stay quantized, a scale for each row not beside others; else all
 /// are made dense.
 fn matrix_bytes(parts: &[Part], dtype: ComputeDtype) -> u64 {
-    let kept: Option<Vec<_>> = parts.iter().map(|part| device_format(part.format.as_deref()?)).collect();
+    let kept =
+        |part: &Part| device_format(part.format.as_deref()?).filter(|format| format.has_products_over(part.cols));
+    let kept: Option<Vec<_>> = parts.iter().map(kept).collect();
     let is_in_rows = |format: &DeviceFormat| *format == DeviceFormat::RowInt8;
     let kept = kept.filter(|formats| formats.iter().all(is_in_rows) || !formats.iter().any(is_in_rows));
     let bytes = match (kept, dtype) {

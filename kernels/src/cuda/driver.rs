@@ -49,6 +49,8 @@ pub struct Gpu {
     functions: HashMap<&'static str, Function>,
     /// Whether the kernels for compute capability 9.0 alone are among them, or why not.
     hopper_kernels: Result<(), String>,
+    /// Whether its kernels are somebody else's, of whom it is not known that they wait.
+    has_foreign_kernels: bool,
     /// Whether launches may begin before the one ahead of them has ended.
     has_pdl: AtomicBool,
     compute: Mutex<LaneState>,
@@ -273,6 +275,7 @@ impl Gpu {
             shared_bytes_max,
             functions,
             hopper_kernels,
+            has_foreign_kernels: folder.is_some(),
             has_pdl: AtomicBool::new(false),
             compute: Mutex::new(compute),
             transfer: Mutex::new(transfer),
@@ -730,6 +733,12 @@ impl Device for Gpu {
         if (major, minor) != (9, 0) {
             // What runs there is made of PTX for compute capability 8.0, which has no instruction to wait with.
             return Err(format!("the GPU has compute capability {major}.{minor}, launches overlap on 9.0 alone"));
+        }
+        if self.has_foreign_kernels {
+            let variable = super::images::KERNELS_FOLDER_VARIABLE;
+            return Err(format!(
+                "its kernels are from {variable}, and it cannot be seen whether they wait for earlier launches"
+            ));
         }
         self.has_pdl.store(true, Ordering::Relaxed);
         Ok(())

@@ -48,11 +48,15 @@ impl DeviceFormat {
             (4, 8, GROUP, GROUP, false, false) => Some(Self::Int4),
             (4, 0, 32, K_BLOCK, true, true) => Some(Self::K4),
             (6, 32, 16, K_BLOCK, true, false) => Some(Self::K6),
-            (8, 128, group, block, false, false) if (group, block) == (*cols, *cols) => {
-                (cols.is_multiple_of(16) && *cols < 1 << 17).then_some(Self::RowInt8)
-            }
+            (8, 128, group, block, false, false) if (group, block) == (*cols, *cols) => Some(Self::RowInt8),
             _ => None,
         }
+        .filter(|format| format.has_products_over(*cols))
+    }
+
+    /// Whether there are products that sum over so many values.
+    pub fn has_products_over(self, cols: usize) -> bool {
+        self != Self::RowInt8 || (cols.is_multiple_of(16) && cols < 1 << 17)
     }
 
     /// What so many rows of `cols` take.

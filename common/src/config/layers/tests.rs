@@ -261,7 +261,7 @@ fn unknown_flag_suggests_a_near_one_or_none() {
     {
         assert!(error(argv).contains(&format!("'{near}'")), "{}", error(argv));
     }
-    for argv in ["--enforce-eager", "--tensor-parallel-size 2", "-x", "--zzz"] {
+    for argv in ["--swap-space 4", "--tensor-parallel-size 2", "-x", "--zzz"] {
         assert!(!error(argv).contains("similar"), "{}", error(argv));
     }
 }
