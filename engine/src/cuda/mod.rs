@@ -8,7 +8,7 @@
 //! - [`runner`]: steps launched ahead of what is known, layers reported by events.
 //! - [`model`]: what of a checkpoint can run there, and how much memory is left for KV.
 //!
-//! Everything here runs on whatever is a [`Device`](kernels::cuda::Device): a GPU, or the host in tests.
+//! Everything here runs on whatever is a [`Device`]: a GPU, or the host in tests.
 
 mod attention;
 pub mod backend;
