@@ -10,6 +10,7 @@
 //
 // Grid (ceil(n / 16), ceil(m / 16)), 256 threads. A lane has the codes of DEPTH records on their way while it
 // multiplies: 16 warps of a multiprocessor then have 37 KiB of 4-bit codes, or 53 KiB of 6-bit ones.
+#include "few_rows.cuh"
 #include "k_quants.cuh"
 
 template <u32 BITS, u32 DEPTH>
@@ -59,18 +60,8 @@ __device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w,
             if (next < num_pairs) ring[depth].load(records + u64(MUTATE(3, next, pair)) * RECORD_BYTES, warp, lane);
         }
     }
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i)
-        partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
-    if (MUTATE(4, true, false)) __syncthreads();
-    const u32 row = first_row + threadIdx.x / 16, column = first_column + threadIdx.x % 16;
-    if (row >= m || column >= n) return;
-    float sum = partial[threadIdx.x];
-#pragma unroll
-    for (u32 i = 1; i < 8; ++i) sum += partial[i * 256 + threadIdx.x];
-    if (bias) sum += bias[column];
-    float* to = out + u64(row) * MUTATE(5, width, n) + column;
-    *to = add ? *to + MUTATE(6, sum, 0.0f) : sum;
+    put_sums(partial, acc);
+    put_tile(partial, bias, out, m, n, width, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)

@@ -11,6 +11,7 @@
 // Grid (ceil(n / 16), ceil(m / 16)), 256 threads. A warp's chunk of k is a group: a lane reads 8 codes of a row, with
 // one scale, and makes them operands. DEPTH chunks of each warp are on their way: for two blocks
 // 32 KB of codes of 8 bits, 16 KB of 4. More do not fit the registers.
+#include "few_rows.cuh"
 #include "quantized.cuh"
 
 template <u32 BITS, u32 DEPTH>
@@ -61,18 +62,8 @@ __device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes,
             load_codes(ring[depth], chunk + 8 * DEPTH);
         }
     }
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i)
-        partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
-    if (MUTATE(2, true, false)) __syncthreads();
-    const u32 row = first_row + threadIdx.x / 16, column = first_column + threadIdx.x % 16;
-    if (row >= m || column >= n) return;
-    float sum = partial[threadIdx.x];
-#pragma unroll
-    for (u32 i = 1; i < 8; ++i) sum += partial[i * 256 + threadIdx.x];
-    if (bias) sum += bias[column];
-    float* to = out + u64(row) * MUTATE(4, width, n) + column;
-    *to = add ? *to + MUTATE(3, sum, 0.0f) : sum;
+    put_sums(partial, acc);
+    put_tile(partial, bias, out, m, n, width, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)

@@ -14,7 +14,7 @@
 //
 // Grid (ceil(n / 16) or ceil(ffn / 8), ceil(m / 16)), 256 threads. A lane reads 16 bytes of a row at a time, straight
 // into the operands: which k an `mma` calls its first is free as long as both operands agree.
-#include "tensor_core.cuh"
+#include "few_rows.cuh"
 
 // Of a block: 16 columns of w, as two times 8 that begin at `columns`; those from `end` on are not there.
 struct SkinnyTile {
@@ -75,18 +75,7 @@ __device__ __forceinline__ void skinny_sums(const bf16* x, const bf16* w, u32 m,
             }
         }
     }
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i)
-        partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
-    if (MUTATE(2, true, false)) __syncthreads();
-}
-
-// Of the tile's element (row, column) as 16 * row + column.
-__device__ __forceinline__ float skinny_sum(const float* partial, u32 element) {
-    float sum = partial[element];
-#pragma unroll
-    for (u32 i = 1; i < 8; ++i) sum += partial[i * 256 + element];
-    return sum;
+    put_sums(partial, acc);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
@@ -95,20 +84,15 @@ skinny_matmul_bf16(const bf16* x, const bf16* w, const float* bias,
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 first = blockIdx.x * 16;
     skinny_sums(x, w, m, k, {{first, first + 8}, {n, n}}, partial);
-    const u32 row = blockIdx.y * 16 + threadIdx.x / 16, column = first + threadIdx.x % 16;
-    if (row >= m || column >= n) return;
-    float sum = skinny_sum(partial, threadIdx.x);
-    if (bias) sum += bias[column];
-    float* to = out + u64(row) * n + column;
-    *to = add ? *to + MUTATE(3, sum, 0.0f) : sum;
+    put_tile(partial, bias, out, m, n, n, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 skinny_gate_up_bf16(const bf16* x, const bf16* w, bf16* out, u32 m, u32 ffn, u32 k) {
     SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 first = blockIdx.x * 8;
-    skinny_sums(x, w, m, k, {{first, MUTATE(4, ffn, 0u) + first}, {ffn, 2 * ffn}}, partial);
+    skinny_sums(x, w, m, k, {{first, MUTATE(2, ffn, 0u) + first}, {ffn, 2 * ffn}}, partial);
     const u32 row = blockIdx.y * 16 + threadIdx.x / 8, column = first + threadIdx.x % 8, gate = threadIdx.x / 8 * 16 + threadIdx.x % 8;
     if (threadIdx.x >= 128 || row >= m || column >= ffn) return;
-    store(out + u64(row) * ffn + column, own_silu(skinny_sum(partial, gate)) * skinny_sum(partial, gate + MUTATE(5, 8, 0)));
+    store(out + u64(row) * ffn + column, own_silu(sum_of(partial, gate)) * sum_of(partial, gate + MUTATE(3, 8, 0)));
 }

@@ -16,7 +16,7 @@
 //
 // Grids: (m) of 256 threads; (ceil(n / 16), ceil(m / 16)) of 256; (ceil(n / 128), ceil(m / 128)) of 256, with
 // W8A8_SHARED bytes.
-#include "tensor_core.cuh"
+#include "few_rows.cuh"
 
 extern "C" __global__ void __launch_bounds__(256)
 w8a8_quantize(const bf16* x, u8* codes, float* scales, u32 k) {
@@ -107,15 +107,10 @@ w8a8_matmul(const u8* x, const float* x_scales, const u8* w,
             load_weights(ring[depth], chunk + 8 * DEPTH);
         }
     }
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i)
-        partial[(warp * 16 + g + i % 4 / 2 * 8) * 16 + i / 4 * 8 + 2 * t + i % 2] = acc[i / 4][i % 4];
-    if (MUTATE(7, true, false)) __syncthreads();
+    put_sums(partial, acc);
     const u32 row = first_row + threadIdx.x / 16, column = first_column + threadIdx.x % 16;
     if (row >= m || column >= n) return;
-    int dot = 0;
-#pragma unroll
-    for (u32 i = 0; i < 8; ++i) dot += partial[i * 256 + threadIdx.x];
+    const int dot = sum_of(partial, threadIdx.x);
     put(out + u64(row) * width + column, dot, x_scales[row], w_scales[column], bias ? bias + column : nullptr, add);
 }
 
