@@ -31,14 +31,16 @@ fn compile_for_the_host() {
     println!("cargo::rustc-env=TANDEM_FIBRES_LIBRARY={}", library.display());
 }
 
-/// About 15 seconds more. The libraries have the names that a program asks the system for.
+/// About 30 seconds more. The libraries have the names that a program asks the system for.
 fn compile_host_driver() {
     let folder = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it")).join("host-driver");
     std::fs::create_dir_all(&folder).expect("the output folder is writable");
     let is_library = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "cpp");
     let sources = std::fs::read_dir("cuda/host/driver").expect("the driver is beside the kernels");
     let sources = sources.map(|entry| entry.expect("a readable folder").path()).filter(is_library);
-    let (blas, driver): (Vec<PathBuf>, Vec<PathBuf>) = sources.partition(|path| path.ends_with("blas.cpp"));
+    let sources = sources.filter(|path| !path.ends_with("compiled.cpp"));
+    let (blas, mut driver): (Vec<PathBuf>, Vec<PathBuf>) = sources.partition(|path| path.ends_with("blas.cpp"));
+    driver.push(compile_compiled_kernels());
     // NVIDIA's own header: the compiler checks every function against it.
     let include = format!("-I{}", cuda_home().join("include").display());
     // Names of its own: what runs as fibres may be in the same process twice.
@@ -49,14 +51,42 @@ fn compile_host_driver() {
     println!("cargo::rustc-env=TANDEM_HOST_DRIVER_FOLDER={}", folder.display());
 }
 
+/// What nvcc has made of the kernels for sm_90a, as C++ and that as an object file: of instructions, whose registers are
+/// bits. With less optimisation it is compiled several times as fast.
+fn compile_compiled_kernels() -> PathBuf {
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
+    let mut includes = String::new();
+    for source in kernel_files() {
+        let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
+        let output = Command::new("python3").arg("cuda/host/ptx.py").arg(out.join(format!("{name}.sm_90a.ptx"))).output();
+        let output = output.unwrap_or_else(|error| {
+            panic!("tests of compiled kernels need Python, and python3 cannot be run ({error}): install it")
+        });
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let header = out.join(format!("{name}.ptx.h"));
+        std::fs::write(&header, output.stdout).expect("the output folder is writable");
+        includes += &format!("#include {header:?}\n");
+    }
+    std::fs::write(out.join("compiled_kernels.h"), includes).expect("the output folder is writable");
+    let object = out.join("compiled_kernels.o");
+    let include = format!("-I{}", out.display());
+    let options = ["-c", "-O1", "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", &include, "-Icuda/host"];
+    compile_cpp(&object, &["cuda/host/driver/compiled.cpp".into()], &options);
+    object
+}
+
 fn link_library(library: &Path, sources: &[PathBuf], options: &[&str]) {
+    compile_cpp(library, sources, &[&["-O2", "-shared"], options].concat());
+}
+
+fn compile_cpp(to: &Path, sources: &[PathBuf], options: &[&str]) {
     let compiler = std::env::var_os("CXX").unwrap_or_else(|| "g++".into());
     let output = Command::new(&compiler)
         // Where distributions fortify by default, longjmp to another stack ends the program.
-        .args(["-U_FORTIFY_SOURCE", "-std=c++17", "-O2", "-shared", "-fPIC", "-ffp-contract=off", "-w"])
+        .args(["-U_FORTIFY_SOURCE", "-std=c++17", "-fPIC", "-ffp-contract=off", "-w"])
         .args(options)
         .arg("-o")
-        .arg(library)
+        .arg(to)
         .args(sources)
         .output();
     match output {
@@ -89,26 +119,23 @@ fn compile_kernels() {
     let home = cuda_home();
     let nvcc = if home.as_os_str().is_empty() { PathBuf::from("nvcc") } else { home.join("bin/nvcc") };
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
-    let mut sources: Vec<PathBuf> = std::fs::read_dir("cuda")
-        .expect("the kernels are beside this file")
-        .map(|entry| entry.expect("a readable folder").path())
-        .filter(|path| path.extension().is_some_and(|extension| extension == "cu"))
-        .collect();
-    sources.sort();
     let mut table =
         String::from("/// Every kernel file, in alphabetical order.\npub static EMBEDDED: &[Embedded] = &[\n");
-    for source in &sources {
+    for source in &kernel_files() {
         let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
-        let (cubin, ptx) = (out.join(format!("{name}.cubin")), out.join(format!("{name}.ptx")));
-        run_nvcc(&nvcc, &["--cubin", "-gencode=arch=compute_90a,code=sm_90a"], source, &cubin);
+        let [cubin, exact, ptx] = ["cubin", "sm_90a.ptx", "ptx"].map(|suffix| out.join(format!("{name}.{suffix}")));
+        run_nvcc(&nvcc, &["--ptx", "-arch=compute_90a"], source, &exact);
+        run_nvcc(&nvcc, &["--cubin", "-arch=sm_90a"], &exact, &cubin);
         let is_hopper = name.ends_with("_hopper");
-        // What is for sm_90a alone is not embedded as text, which says only which kernels there are.
-        run_nvcc(&nvcc, &["--ptx", if is_hopper { "-arch=compute_90a" } else { "-arch=compute_80" }], source, &ptx);
+        if !is_hopper {
+            run_nvcc(&nvcc, &["--ptx", "-arch=compute_80"], source, &ptx);
+        }
+        // What is for sm_90a alone is not embedded as text.
         let embedded_ptx = if is_hopper { "None".to_string() } else { format!("Some(include_str!({ptx:?}))") };
         let flat = out.join(format!("{name}.flat.cu"));
         let whole = with_headers(source, &mut Vec::new());
         std::fs::write(&flat, whole).expect("the output folder is writable");
-        let text = std::fs::read_to_string(&ptx).expect("nvcc wrote it");
+        let text = std::fs::read_to_string(&exact).expect("nvcc wrote it");
         let entries = entries(&text);
         table += &format!(
             "    Embedded {{ name: {name:?}, entries: &{entries:?}, cubin: include_bytes!({cubin:?}), ptx: {embedded_ptx}, source: include_str!({flat:?}) }},\n"
@@ -116,6 +143,15 @@ fn compile_kernels() {
     }
     table += "];\n";
     std::fs::write(out.join("cuda_kernels.rs"), table).expect("the output folder is writable");
+}
+
+/// In alphabetical order.
+fn kernel_files() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir("cuda").expect("the kernels are beside this file");
+    let paths = entries.map(|entry| entry.expect("a readable folder").path());
+    let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|extension| extension == "cu")).collect();
+    files.sort();
+    files
 }
 
 /// A source with the headers of this folder in their place, each once: a compiler without files takes it.

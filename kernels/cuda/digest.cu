@@ -133,6 +133,7 @@ digest_pieces(const unsigned char* pool, const DigestPiece* pieces, u64 num_byte
     if (warp != 0) return;
     const u64 value = cursor.word_at(num_bytes - 64 + word * 8), keyed = value ^ secret_at(MUTATE(5, 121, 128) + 8 * word);
     acc += (keyed & 0xffffffffull) * (keyed >> 32) + __shfl_xor_sync(FULL_WARP, value, 1);
+    __syncwarp(); // all lanes have read the last sums
     if (lane < 8) both_sums[lane] = acc;
     __syncwarp();
     if (lane == 0) out[0] = fold_all(both_sums, 11, num_bytes * PRIME64_1);

@@ -165,6 +165,7 @@ struct Block {
     uint64_t generation = 0;
     int line = 0;
     unsigned current = 0;
+    uint64_t number = 0; // of all blocks so far
     jmp_buf scheduler;
     const std::function<void()>* kernel = nullptr;
     std::map<int, Guarded> shared; // static shared memory by the place that declares it
@@ -326,6 +327,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
         fail("blocks of %u threads: expected whole warps, at most 1024 threads", num_threads);
     if (grid.y > 65535 || grid.z > 65535) fail("%u x %u x %u blocks: at most 65535 along y and z", grid.x, grid.y, grid.z);
     std::mt19937 random(1);
+    static uint64_t num_blocks = 0;
     Block here;
     block = &here;
     here.kernel = &kernel;
@@ -336,6 +338,7 @@ inline void launch(Order order, dim3 grid, dim3 threads, size_t num_dynamic, con
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
                 blockIdx = dim3(x, y, z);
+                here.number = num_blocks++;
                 here.warps.assign(num_threads / 32, Warp{});
                 here.arrived = 0, here.generation = 0;
                 here.poisoned.clear();

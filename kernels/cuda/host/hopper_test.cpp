@@ -109,7 +109,7 @@ TEST(products_of_a_warpgroup_are_those_of_the_matrices) {
     }
 }
 
-#ifndef __CUDACC__
+#if !defined(__CUDACC__) && !defined(COMPILED_KERNELS)
 static const u32 SHARED_BYTES = 1024 + 128 * LINE_BYTES + 16;
 
 // A block of one warpgroup and what it shares: two panels and a barrier of one arrival.

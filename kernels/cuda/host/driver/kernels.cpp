@@ -45,12 +45,17 @@ bool is_run_safely(const std::function<void()>& run) {
 
 void run_kernel(const std::string& name, const unsigned grid[3], unsigned threads, size_t shared_bytes,
                 const std::vector<std::vector<unsigned char>>& parameters) {
-    const fibres::Entry& entry = fibres::entries().at(name);
-    std::vector<const void*> args;
+    std::vector<const unsigned char*> args;
     for (const auto& value : parameters) args.push_back(value.data());
     static unsigned turn = 0; // threads run in another order every time
-    fibres::launch(fibres::ORDERS[turn++ % 3], dim3(grid[0], grid[1], grid[2]), dim3(threads), shared_bytes,
-                   [&] { entry.call(args.data()); });
+    const auto launch = [&](auto call) {
+        fibres::launch(fibres::ORDERS[turn++ % 3], dim3(grid[0], grid[1], grid[2]), dim3(threads), shared_bytes,
+                       [&] { call(args.data()); });
+    };
+    if (wishes().major == 9) return launch(compiled_kernel(name));
+    launch([call = fibres::entries().at(name).call](const unsigned char* const* values) {
+        call(reinterpret_cast<const void* const*>(values));
+    });
 }
 
 std::vector<size_t> host_parameters(const std::string& name, bool& is_known) {

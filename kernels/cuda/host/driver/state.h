@@ -8,7 +8,8 @@
 //   stream.cpp   streams, events, captures, graphs: when something is done
 //   copy.cpp     copies and fills
 //   module.cpp   modules, functions, launches
-//   kernels.cpp  the kernels, as fibres
+//   kernels.cpp  the kernels, as fibres: on compute capability 9.0 what nvcc has made of them, else their sources
+//   compiled.cpp what nvcc has made of them, translated by the build script
 //
 // Nothing that is asked for is done before somebody waits for it: a program that does not wait finds the memory as it
 // was. Every call holds `lock`, and so does what is done.
@@ -213,6 +214,8 @@ CUresult run_until(Stream& stream, uint64_t num);
 CUresult run_all(Context& context);
 
 // Runs a kernel with the bytes of its parameters.
+using CompiledKernel = void (*)(const unsigned char* const* parameters);
+CompiledKernel compiled_kernel(const std::string& name);
 void run_kernel(const std::string& name, const unsigned grid[3], unsigned threads, size_t shared_bytes,
                 const std::vector<std::vector<unsigned char>>& parameters);
 // Runs something that touches memory of the device; false: it touched what is not there.
