@@ -40,9 +40,9 @@ fn compile_host_driver() {
     let sources = sources.map(|entry| entry.expect("a readable folder").path()).filter(is_library);
     let sources = sources.filter(|path| !path.ends_with("compiled.cpp"));
     let (blas, mut driver): (Vec<PathBuf>, Vec<PathBuf>) = sources.partition(|path| path.ends_with("blas.cpp"));
-    driver.push(compile_compiled_kernels());
     // NVIDIA's own header: the compiler checks every function against it.
     let include = format!("-I{}", cuda_home().join("include").display());
+    driver.push(compile_compiled_kernels(&include));
     // Names of its own: what runs as fibres may be in the same process twice.
     for (name, sources) in [("libcuda.so.1", driver), ("libcublasLt.so.13", blas)] {
         let soname = format!("-Wl,-soname,{name}");
@@ -53,7 +53,7 @@ fn compile_host_driver() {
 
 /// What nvcc has made of the kernels for sm_90a, as C++ and that as an object file: of instructions, whose registers are
 /// bits. With less optimisation it is compiled several times as fast.
-fn compile_compiled_kernels() -> PathBuf {
+fn compile_compiled_kernels(include_cuda: &str) -> PathBuf {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
     let mut includes = String::new();
     for source in kernel_files() {
@@ -70,8 +70,9 @@ fn compile_compiled_kernels() -> PathBuf {
     std::fs::write(out.join("compiled_kernels.h"), includes).expect("the output folder is writable");
     let object = out.join("compiled_kernels.o");
     let include = format!("-I{}", out.display());
-    let options = ["-c", "-O1", "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique", &include, "-Icuda/host"];
-    compile_cpp(&object, &["cuda/host/driver/compiled.cpp".into()], &options);
+    let includes = [include_cuda, &include, "-Icuda/host"];
+    let options = [&["-c", "-O1", "-fno-strict-aliasing", "-fvisibility=hidden", "-fno-gnu-unique"], &includes[..]];
+    compile_cpp(&object, &["cuda/host/driver/compiled.cpp".into()], &options.concat());
     object
 }
 
