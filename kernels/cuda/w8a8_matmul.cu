@@ -114,13 +114,16 @@ w8a8_matmul(const u8* x, const float* x_scales, const u8* w,
     put(out + u64(row) * width + column, dot, x_scales[row], w_scales[column], bias ? bias + column : nullptr, add);
 }
 
-// A stage has 64 of k of 128 rows of either operand. Lines of 80 bytes: 8 of them, as `ldmatrix` reads, are in
-// different banks.
+// A stage has 64 of k of 128 rows of either operand, each a line of four times 16 bytes, which every other line has in
+// another order: neither 8 lines, as `ldmatrix` reads them, nor 2, as they are written, meet in a bank.
 #define TILE 128
 #define STAGES 3
-#define LINE 80
+#define LINE 64
 #define STAGE_BYTES (2 * TILE * LINE)
 #define W8A8_SHARED (STAGES * STAGE_BYTES)
+
+// Where the 16 bytes `piece` of a line are.
+__device__ __forceinline__ u32 place_in_stage(u32 line, u32 piece) { return line * LINE + (piece ^ line / 2 % 4) * 16; }
 
 // Warps are 2 x 4, each with 64 rows and 32 columns.
 extern "C" __global__ void __launch_bounds__(256)
@@ -137,8 +140,8 @@ w8a8_matmul_tiled(const u8* x, const float* x_scales, const u8* w,
         for (u32 i = threadIdx.x; step < num_steps && i < TILE * 4; i += 256) {
             const u32 line = i / 4, at = step * 64 + i % 4 * 16, row = first_row + line, column = first_column + line;
             const bool is_row = at < k && row < m, is_column = at < k && column < n;
-            copy_async_16(to + line * LINE + i % 4 * 16, is_row ? x + u64(row) * k + at : x, is_row);
-            copy_async_16(to + (TILE + line) * LINE + i % 4 * 16, is_column ? w + u64(column) * k + at : w, is_column);
+            copy_async_16(to + place_in_stage(line, i % 4), is_row ? x + u64(row) * k + at : x, is_row);
+            copy_async_16(to + place_in_stage(TILE + line, i % 4), is_column ? w + u64(column) * k + at : w, is_column);
         }
         copy_commit();
     };
@@ -157,11 +160,11 @@ w8a8_matmul_tiled(const u8* x, const float* x_scales, const u8* w,
             u32 a[4][4], b[2][4];
 #pragma unroll
             for (u32 i = 0; i < 4; ++i)
-                ldmatrix_x4<false>(a[i], from + (warp_row + i * 16 + lane % 16) * LINE + half * 32 + lane / 16 * 16);
+                ldmatrix_x4<false>(a[i], from + place_in_stage(warp_row + i * 16 + lane % 16, half * 2 + lane / 16));
 #pragma unroll
             for (u32 j = 0; j < 2; ++j)
-                ldmatrix_x4<false>(b[j], from + (TILE + warp_column + j * 16 + lane / 16 * 8 + lane % 8) * LINE +
-                                             half * 32 + MUTATE(10, lane / 8 % 2, 0u) * 16);
+                ldmatrix_x4<false>(b[j], from + place_in_stage(TILE + warp_column + j * 16 + lane / 16 * 8 + lane % 8,
+                                                               half * 2 + MUTATE(10, lane / 8 % 2, 0u)));
 #pragma unroll
             for (u32 i = 0; i < 4; ++i)
 #pragma unroll

@@ -224,4 +224,7 @@ int main() {
         if (std::getenv("DIGESTS")) std::printf("digest %016llx\n", digest_of_results);
         std::fflush(stdout);
     }
+#ifdef COMPILED_KERNELS
+    if (counts::are_wanted()) counts::print();
+#endif
 }

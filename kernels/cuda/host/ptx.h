@@ -16,6 +16,7 @@
 
 #include "../hopper.cuh"
 #include "../tensor_core.cuh"
+#include "counts.h"
 
 namespace ptx {
 
@@ -43,6 +44,7 @@ struct Piece { Touch write, reads[2]; };
 // Of the block that runs.
 struct Watch {
     u64 number = ~0ull;
+    const char* kernel = "";
     unsigned char* statics = nullptr;
     size_t static_bytes = 0;
     std::vector<Piece> of_statics, of_dynamic;
@@ -55,10 +57,11 @@ inline Watch& watch() {
     return one;
 }
 
-inline void begin(size_t static_bytes) {
+inline void begin(const char* kernel, size_t static_bytes) {
     Watch& w = watch();
     if (w.number == fibres::block->number) return;
     w.number = fibres::block->number;
+    w.kernel = kernel;
     w.static_bytes = static_bytes;
     w.statics = static_bytes ? fibres::shared<unsigned char>(-1, static_bytes) : nullptr;
     const auto make_room = [](std::vector<Piece>& pieces, size_t num_bytes) {
@@ -81,7 +84,7 @@ inline bool are_ordered(const Touch& earlier, const Touch& now) {
                  earlier.thread, what, earlier.line, now.thread, now_what, now.line);
 }
 
-enum class Access { Read, Write, Atomic };
+enum class Access { Read, Write, Atomic, Landing /* of a copy, which was counted when it began */ };
 
 // Bytes of shared memory as the host has them, after all that can be wrong with touching them.
 inline unsigned char* shared_bytes(u32 address, u32 size, Access access, int line) {
@@ -93,6 +96,7 @@ inline unsigned char* shared_bytes(u32 address, u32 size, Access access, int lin
     if ((!is_static && address < DYNAMIC) || size_t(offset) + size > total)
         fibres::fail("line %d of the PTX: %u bytes at %u, shared memory has %zu", line, size, offset, total);
     const u32 current = fibres::block->current;
+    if (counts::are_wanted() && access != Access::Landing) counts::note(w.kernel, line, true, address, size);
     w.generation = w.first_generation + fibres::block->generation;
     const Touch now{u16(current), w.warp_generations[current / 32], u32(w.generation), line};
     Piece* pieces = (is_static ? w.of_statics : w.of_dynamic).data() + offset / PIECE_BYTES;
@@ -117,6 +121,7 @@ inline unsigned char* shared_bytes(u32 address, u32 size, Access access, int lin
 
 inline unsigned char* other_bytes(u64 address, u32 size, int line) {
     if (address % size) fibres::fail("line %d of the PTX: %u bytes at an address that is not aligned", line, size);
+    if (counts::are_wanted()) counts::note(watch().kernel, line, false, address, size);
     return reinterpret_cast<unsigned char*>(address);
 }
 
@@ -139,8 +144,8 @@ void static_assert_piece() {
     }
 LOADS_OF(global, other_bytes(address, sizeof(T) * N, line))
 LOADS_OF(generic, other_bytes(address, sizeof(T) * N, line))
-LOADS_OF(param, other_bytes(address, sizeof(T) * N, line))
-LOADS_OF(const, other_bytes(address, sizeof(T) * N, line))
+LOADS_OF(param, reinterpret_cast<const unsigned char*>(address))
+LOADS_OF(const, reinterpret_cast<const unsigned char*>(address))
 LOADS_OF(shared, (static_assert_piece<T>(), shared_bytes(u32(address), sizeof(T) * N, Access::Read, line)))
 #undef LOADS_OF
 
@@ -209,7 +214,8 @@ void ldmatrix(u32 (&to)[4], u64 address, int line) {
 // Written from now until it is waited for.
 inline void copy_async(u64 to, u64 from, u32 num_bytes, int line) {
     if (num_bytes != 0 && num_bytes != 16) fibres::fail("line %d of the PTX: a copy of %u of 16 bytes", line, num_bytes);
-    copy_async_16(shared_bytes(u32(to), 16, Access::Write, line), reinterpret_cast<const void*>(from), num_bytes == 16);
+    const void* bytes = num_bytes ? other_bytes(from, 16, line) : reinterpret_cast<const void*>(from);
+    copy_async_16(shared_bytes(u32(to), 16, Access::Write, line), bytes, num_bytes == 16);
 }
 template <int NUM_OPEN>
 void copy_wait(int line) {
@@ -219,7 +225,7 @@ void copy_wait(int line) {
             const auto offset = static_cast<unsigned char*>(copy.to) - fibres::block->dynamic.data();
             const bool is_dynamic = offset >= 0 && size_t(offset) < fibres::block->dynamic.size();
             const u32 address = is_dynamic ? DYNAMIC + u32(offset) : STATIC + u32(static_cast<unsigned char*>(copy.to) - watch().statics);
-            shared_bytes(address, 16, Access::Write, line);
+            shared_bytes(address, 16, Access::Landing, line);
         }
     ::copy_wait<NUM_OPEN>();
 }

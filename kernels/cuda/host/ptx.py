@@ -317,7 +317,7 @@ class Kernel:
         names = {(name if re.match(r"s\d+_", name) else "r_" + name[1:]): kind for name, kind in self.registers.items()}
         declared = [f"{TYPES[kind]} {name} = {TYPES[kind]}(0xfffffffffffffff0ull);" for name, kind in names.items()
                     if name in used]
-        begin = f"ptx::begin({self.static_bytes});"
+        begin = f'ptx::begin("{self.name}", {self.static_bytes});'
         inside = "\n".join([*declared, *self.lines, begin, *code])
         return f"inline void run_{self.name}(const unsigned char* const* parameters) {{\n{inside}\n}}\n"
 

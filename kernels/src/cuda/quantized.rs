@@ -22,7 +22,7 @@ const K_BLOCK: usize = 256;
 /// Of a record of k_quants.cuh.
 const RECORD_ROWS: usize = 16;
 /// `W8A8_SHARED` of w8a8_matmul.cu.
-const W8A8_SHARED: usize = 3 * 2 * 128 * 80;
+const W8A8_SHARED: usize = 3 * 2 * 128 * 64;
 
 /// What weights can lie on a device as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
