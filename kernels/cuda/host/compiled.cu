@@ -32,7 +32,7 @@ extern "C" __global__ void writes_what_others_read(u32* out, u32 has_barrier) {
 }
 
 // All threads add to one place, which thread 0 then reads, behind a barrier or not.
-extern "C" __global__ void counts(u32* out, u32 has_barrier) {
+extern "C" __global__ void adds_up(u32* out, u32 has_barrier) {
     SHARED_ARRAY(u32, total, 1);
     begin_launch();
     if (threadIdx.x == 0) *total = 0;
@@ -80,4 +80,13 @@ extern "C" __global__ void multiplies_a_panel(float* out, u32 is_waited_for) {
 #endif
     wgmma_wait<0>(d);
     out[threadIdx.x] = is_waited_for ? d[0][0][0] : early;
+}
+
+// What earlier launches write, ahead of what waits for them or behind it.
+extern "C" __global__ void reads_what_launches_write(const u32* from, u32* out, u32 waits_first) {
+    u32 value = 0;
+    if (!waits_first) value = from[threadIdx.x];
+    begin_launch();
+    if (waits_first) value = from[threadIdx.x];
+    out[threadIdx.x] = value;
 }

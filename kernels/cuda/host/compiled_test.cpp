@@ -22,9 +22,9 @@ TEST(threads_of_a_warp_that_do_not_wait_for_one_another_are_a_sentence) {
 }
 
 TEST(atomic_operations_are_no_race_with_each_other_but_with_all_else) {
-    EXPECT_RACE(counts, 1);
+    EXPECT_RACE(adds_up, 1);
     Device<u32> out(1);
-    LAUNCH(order, 1, 64, 0, counts, out.get(), 1u);
+    LAUNCH(order, 1, 64, 0, adds_up, out.get(), 1u);
     expect_same(out[0], 64, "count", 0);
 }
 
@@ -39,6 +39,19 @@ TEST(accesses_that_are_not_aligned_or_beyond_shared_memory_are_a_sentence) {
     expect_said([&] { reads(nullptr, 64 * 4); }, "shared memory has 256");
     reads(bytes, 8);
     expect_same(out[5], bits_of(memory[2]), "value", 5);
+}
+
+TEST(reading_what_launches_write_before_they_were_waited_for_is_a_sentence) {
+    auto memory = random_values<float>(64 * 3);
+    u32 *from = reinterpret_cast<u32*>(memory.get()), *to = from + 64, *out = from + 128;
+    const auto reads = [&](const u32* values, u32* out, u32 waits_first) {
+        LAUNCH(order, 1, 32, 0, reads_what_launches_write, values, out, waits_first);
+    };
+    ptx::are_addresses_unique = true;
+    expect_said([&] { reads(from, to, 1), reads(to, out, 0); }, "touches, before begin_launch, memory that launches write");
+    expect_said([&] { reads(from, to, 0), reads(to, from, 1); }, "writes what launches read before begin_launch");
+    expect_said([&] { reads(from, to, 0), reads(to, out, 1), reads(from, to, 0), fibres::fail("all right"); }, "all right");
+    ptx::are_addresses_unique = false;
 }
 
 TEST(registers_of_a_product_are_nothing_before_it_was_waited_for) {

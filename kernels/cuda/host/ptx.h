@@ -6,13 +6,15 @@
 // wrong place, a load moved to before what makes it right), accesses that are not aligned to their size, and races in
 // shared memory: two threads touch the same byte, one of them writes, and neither a barrier of the block nor, within a
 // warp, `bar.warp.sync` lies between. (Shuffles and votes order no memory.) Kernels with barriers in shared memory are
-// excepted; host/hopper.h watches their units.
+// excepted; host/hopper.h watches their units. And, where no address is given twice (host/driver), that what is read
+// ahead of `griddepcontrol.wait` is written by no launch.
 //
 // The forms of instructions are those that nvcc has used so far: another is an error when this is compiled.
 #pragma once
 
 #include <cmath>
 #include <tuple>
+#include <unordered_set>
 
 #include "../hopper.cuh"
 #include "../tensor_core.cuh"
@@ -119,7 +121,37 @@ inline unsigned char* shared_bytes(u32 address, u32 size, Access access, int lin
     return is_static ? w.statics + offset : fibres::block->dynamic.data() + offset;
 }
 
-inline unsigned char* other_bytes(u64 address, u32 size, int line) {
+// Blocks of global memory that launches have stored to, and those that they have read ahead of `begin_launch`, when others
+// may still store: none is both. Known only where no address is given twice.
+inline bool are_addresses_unique = false;
+struct Blocks {
+    static constexpr u64 BYTES = 256; // memory is given in multiples of it
+    std::unordered_set<u64> all;
+    u64 last = ~0ull;
+
+    bool has(u64 block) const { return block == last || all.count(block) != 0; }
+    void add(u64 block) {
+        if (block != last) all.insert(last = block);
+    }
+};
+struct Launches { Blocks stored, read_early; };
+inline Launches& launches() {
+    static auto& one = *new Launches;
+    return one;
+}
+
+inline unsigned char* global_bytes(u64 address, u32 size, Access access, int line) {
+    if (are_addresses_unique) {
+        const u64 block = address / Blocks::BYTES;
+        Launches& l = launches();
+        const bool is_early = !fibres::self().has_begun, is_read = access == Access::Read;
+        if (is_early && (!is_read || l.stored.has(block)))
+            fibres::fail("line %d of the PTX: %s touches, before begin_launch, memory that launches write", line, watch().kernel);
+        if (!is_read && l.read_early.has(block))
+            fibres::fail("line %d of the PTX: %s writes what launches read before begin_launch", line, watch().kernel);
+        if (!is_read) l.stored.add(block);
+        if (is_early) l.read_early.add(block);
+    }
     if (address % size) fibres::fail("line %d of the PTX: %u bytes at an address that is not aligned", line, size);
     if (counts::are_wanted()) counts::note(watch().kernel, line, false, address, size);
     return reinterpret_cast<unsigned char*>(address);
@@ -142,8 +174,8 @@ void static_assert_piece() {
     Values<T, N> ld_##space(u64 address, int line) {                                                                   \
         return loaded<T, N>(bytes);                                                                                    \
     }
-LOADS_OF(global, other_bytes(address, sizeof(T) * N, line))
-LOADS_OF(generic, other_bytes(address, sizeof(T) * N, line))
+LOADS_OF(global, global_bytes(address, sizeof(T) * N, Access::Read, line))
+LOADS_OF(generic, global_bytes(address, sizeof(T) * N, Access::Read, line))
 LOADS_OF(param, reinterpret_cast<const unsigned char*>(address))
 LOADS_OF(const, reinterpret_cast<const unsigned char*>(address))
 LOADS_OF(shared, (static_assert_piece<T>(), shared_bytes(u32(address), sizeof(T) * N, Access::Read, line)))
@@ -151,7 +183,7 @@ LOADS_OF(shared, (static_assert_piece<T>(), shared_bytes(u32(address), sizeof(T)
 
 template <typename T, u32 N>
 void st_global(u64 address, const Values<T, N>& values, int line) {
-    std::memcpy(other_bytes(address, sizeof values, line), &values, sizeof values);
+    std::memcpy(global_bytes(address, sizeof values, Access::Write, line), &values, sizeof values);
 }
 template <typename T, u32 N>
 void st_shared(u64 address, const Values<T, N>& values, int line) {
@@ -214,7 +246,7 @@ void ldmatrix(u32 (&to)[4], u64 address, int line) {
 // Written from now until it is waited for.
 inline void copy_async(u64 to, u64 from, u32 num_bytes, int line) {
     if (num_bytes != 0 && num_bytes != 16) fibres::fail("line %d of the PTX: a copy of %u of 16 bytes", line, num_bytes);
-    const void* bytes = num_bytes ? other_bytes(from, 16, line) : reinterpret_cast<const void*>(from);
+    const void* bytes = num_bytes ? global_bytes(from, 16, Access::Read, line) : reinterpret_cast<const void*>(from);
     copy_async_16(shared_bytes(u32(to), 16, Access::Write, line), bytes, num_bytes == 16);
 }
 template <int NUM_OPEN>
