@@ -32,8 +32,9 @@ const TRANSFER_STAGES: usize = 2;
 const LANDING_BYTES_MIN: usize = 4 << 10;
 /// Memory in multiples of this is cut out of no larger block.
 const SHARED_BLOCK_BYTES: usize = 2 << 20;
-/// Shared memory that a kernel gets without being asked twice for.
-const SHARED_BYTES_UNASKED: u32 = 48 << 10;
+/// Shared memory that a launch may ask for without more: of 48 KiB, what the kernel itself and the driver have (1 KiB on
+/// compute capability 9.0) counts as well.
+const SHARED_BYTES_UNASKED: u32 = 32 << 10;
 
 /// A GPU of this machine, with the kernels on it.
 pub struct Gpu {
