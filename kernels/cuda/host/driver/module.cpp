@@ -1,5 +1,6 @@
 // Modules, functions, launches: "CUDA Driver API", module management and execution control; limits of a launch as in
 // the "CUDA C++ Programming Guide", compute capabilities.
+#include <algorithm>
 #include <cstring>
 
 #include "state.h"
@@ -31,9 +32,7 @@ CUresult check_launch(const Function& f, const unsigned grid[3], unsigned num_th
     if (grid[0] > 0x7fffffffu || grid[1] > 65535 || grid[2] > 65535) return invalid("too many blocks");
     if (num_threads > 1024 || num_threads > f.info.max_threads) return invalid("more threads than it was compiled for");
     if (shared_bytes > f.dynamic_bytes_max) return invalid("more shared memory than cuFuncSetAttribute has allowed");
-    const size_t num_shared = shared_bytes + f.info.static_shared_bytes;
-    if (num_shared > shared_bytes_max() ||
-        (f.dynamic_bytes_max <= SHARED_BYTES_UNASKED && num_shared > SHARED_BYTES_UNASKED))
+    if (shared_bytes + f.info.static_shared_bytes > shared_bytes_max())
         return invalid("more shared memory than a block has");
     // Registers are given to warps in units of 256.
     const size_t per_warp = (size_t(f.info.num_registers) * 32 + 255) / 256 * 256;
@@ -79,6 +78,8 @@ EXPORT CUresult CUDAAPI cuModuleLoadData(CUmodule* made, const void* image) {
             misuse("host driver", "the parameters of %s in the image are not those of the source", name.c_str());
         auto function = std::make_unique<Function>();
         function->module = module, function->name = name, function->info = info;
+        const size_t static_bytes = info.static_shared_bytes;
+        function->dynamic_bytes_max = SHARED_BYTES_UNASKED - std::min(static_bytes, SHARED_BYTES_UNASKED);
         state().functions.insert(function.get());
         module->functions[name] = std::move(function);
     }

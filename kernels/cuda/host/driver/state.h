@@ -143,7 +143,7 @@ struct Function {
     Module* module;
     std::string name;
     KernelInfo info;
-    size_t dynamic_bytes_max = 48 << 10;
+    size_t dynamic_bytes_max = 0;
 };
 
 // Things of one kind that exist. Addresses of those that are gone are never used again.
