@@ -7,6 +7,8 @@ use std::process::ExitCode;
 use clap::Parser;
 use common::config::{CertsArgs, DecodeNodeArgs, PrefillNodeArgs, ProxyArgs, UpArgs};
 
+use crate::console;
+
 const OVERVIEW: &str = "\
 Tandem serves large language models with prefill and decode on separate nodes.
 
@@ -102,7 +104,7 @@ fn settings<T: Parser>(
     let variables = std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
     let variables = variables.map(|(name, value)| (name, value.to_string_lossy().into_owned()));
     for unknown in common::config::unknown_variables(variables) {
-        eprintln!("tandem: {unknown}");
+        console::complain(format_args!("tandem: {unknown}"));
     }
     validate(&settings)?;
     Ok(settings)
@@ -137,12 +139,12 @@ fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
     if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum }) {
-        eprintln!("tandem: the limit of open files stays as it is: {error}");
+        console::complain(format_args!("tandem: the limit of open files stays as it is: {error}"));
     }
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    eprintln!("tandem: {}", told(error));
+    console::complain(format_args!("tandem: {}", told(error)));
     ExitCode::FAILURE
 }
 

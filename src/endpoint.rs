@@ -11,7 +11,7 @@ use kv_connector::check_holder;
 use proxy::ProxyConfig;
 use proxy::text::ModelText;
 
-use crate::{nodes, shutdown, telemetry};
+use crate::{console, nodes, shutdown, telemetry};
 
 /// `tandem proxy`
 ///
@@ -28,10 +28,11 @@ pub async fn run(args: ProxyArgs) -> anyhow::Result<()> {
     let config = ProxyConfig::from_args(&args)?;
     let (num_decode, num_prefill) = (config.decode_nodes.len().max(1), config.prefill_nodes.len());
     let proxy = proxy::serve(config, text, identity, recorder, stop.clone()).await?;
-    println!("proxy {name} listening on http://{}, fabric on {}", proxy.http_addr(), proxy.fabric_addr());
+    let (http, fabric) = (proxy.http_addr(), proxy.fabric_addr());
+    console::say(format_args!("proxy {name} listening on http://{http}, fabric on {fabric}"));
     tokio::select! {
         () = proxy.ready(num_decode, num_prefill) => {
-            println!("ready: {num_decode} decode and {num_prefill} prefill nodes");
+            console::say(format_args!("ready: {num_decode} decode and {num_prefill} prefill nodes"));
         }
         () = stop.cancelled() => {}
     }

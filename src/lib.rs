@@ -7,13 +7,14 @@
 //! 1. [`cli`]: which command, with which settings.
 //! 2. [`up`]: all roles in one process. [`nodes`]: one prefill or decode node. [`endpoint`]: the proxy.
 //!    [`device`]: what it computes on. [`store`]: what a node keeps KV in beyond its pool.
-//! 3. [`telemetry`], [`admin`]: logs, metrics, a node's own HTTP listener.
+//! 3. [`telemetry`], [`admin`], [`console`]: logs, metrics, a node's own HTTP listener, lines for who started it.
 //! 4. [`certs`]: the cluster's CA.
 #![forbid(unsafe_code)]
 
 pub mod admin;
 pub mod certs;
 pub mod cli;
+pub mod console;
 pub mod device;
 pub mod endpoint;
 pub mod nodes;

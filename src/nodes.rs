@@ -28,7 +28,7 @@ use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, 
 use prefill_node::PrefillNode;
 
 use crate::device::{LoadedModel, load_model};
-use crate::{admin, shutdown, store, telemetry};
+use crate::{admin, console, shutdown, store, telemetry};
 
 /// What a node whose engine has failed waits until its peers have heard of it.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -161,7 +161,7 @@ async fn run_node(
         let (fabric, proxy) = (node.fabric.clone(), resolve(proxy).await?);
         tokio::spawn(stay_registered(fabric, proxy, kind, address));
     }
-    println!("{kind} {name} ready on {address}");
+    console::say(format_args!("{kind} {name} ready on {address}"));
     tokio::select! {
         () = stop.cancelled() => {}
         reason = node.failed() => {

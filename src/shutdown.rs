@@ -30,8 +30,8 @@ pub fn on_signal() -> anyhow::Result<CancellationToken> {
             }
         };
         let name = next().await;
-        tracing::info!("{name}: draining; once more ends at once");
         cancelled.cancel();
+        tracing::info!("{name}: draining; once more ends at once");
         let told_at = Instant::now();
         while told_at.elapsed() < SAME_REQUEST {
             next().await;

@@ -22,6 +22,8 @@ pub fn init(log: &LogArgs) -> anyhow::Result<PrometheusHandle> {
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(std::io::stderr().is_terminal())
+        // Who reads the log may go before the process does, which then still serves.
+        .log_internal_errors(false)
         .with_writer(std::io::stderr);
     let installed = match log.log_format {
         LogFormat::Text => subscriber.try_init(),

@@ -12,7 +12,7 @@ use kv_connector::certs::ClusterCa;
 use proxy::ProxyConfig;
 
 use crate::nodes::{self, NodeSetup, RoleArgs};
-use crate::{device, endpoint, shutdown, telemetry};
+use crate::{console, device, endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -101,11 +101,10 @@ fn greet(args: &UpArgs, address: SocketAddr) {
     let body = format!(
         r#"{{"model":"{model}","messages":[{{"role":"user","content":"{question}"}}],"max_tokens":32,"temperature":0}}"#
     );
-    println!(
-        "Tandem is ready on http://{address}: {} prefill, {} decode.",
-        args.num_prefill_nodes, args.num_decode_nodes
-    );
-    println!("\n  curl http://{address}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n");
+    let (num_prefill, num_decode) = (args.num_prefill_nodes, args.num_decode_nodes);
+    console::say(format_args!("Tandem is ready on http://{address}: {num_prefill} prefill, {num_decode} decode."));
+    let url = format!("http://{address}/v1/chat/completions");
+    console::say(format_args!("\n  curl {url}{key} -H 'Content-Type: application/json' -d '{body}'\n"));
 }
 
 fn loopback() -> SocketAddr {

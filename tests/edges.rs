@@ -225,6 +225,22 @@ async fn sigterm_of_the_proxy_finishes_running_streams() {
     cluster.shut_down().await;
 }
 
+/// As where the output goes to `head`, or to a shipper of logs that dies.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_whose_output_nobody_reads_any_more_serves_and_leaves_in_order() {
+    let scratch = Scratch::new();
+    let flags = ["up", "--port", "0", "--model", NOISE_MODEL, "--kv-cache-memory-bytes", "64MiB"];
+    let mut process = Process::start_unread("up", &strings(&flags), scratch.path());
+    let api = Api::new(&endpoint_url(&mut process).await);
+    for _ in 0..3 {
+        let answer = wait::within("an answer", SOON, api.complete(&corpus::greedy(&[7; 60], 20))).await;
+        assert_eq!(answer.choices[0].finish.as_deref(), Some("length"));
+    }
+    process.terminate();
+    let status = process.exited(SOON).await;
+    assert!(status.success(), "{status}");
+}
+
 /// `timeout` signals its child and then the whole group: one request to leave arrives twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn two_signals_at_once_are_one_and_a_later_one_ends_the_process() {

@@ -51,11 +51,22 @@ impl Process {
     pub(crate) fn start_in(name: &str, args: &[String], dir: &Path, environment: &Environment) -> Self {
         let log = dir.join(format!("{name}.log"));
         let file = File::options().create(true).append(true).open(&log).expect("the log file can be made");
+        Self::spawn(name, args, log, environment, Stdio::from(file))
+    }
+
+    /// One whose log goes into a pipe that nobody reads any more.
+    pub(crate) fn start_unread(name: &str, args: &[String], dir: &Path) -> Self {
+        let mut process = Self::spawn(name, args, dir.join("nothing.log"), &[], Stdio::piped());
+        drop(process.child.stderr.take());
+        process
+    }
+
+    fn spawn(name: &str, args: &[String], log: PathBuf, environment: &Environment, stderr: Stdio) -> Self {
         let mut child = tandem()
             .args(args)
             .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdout(Stdio::piped())
-            .stderr(Stdio::from(file))
+            .stderr(stderr)
             .spawn()
             .unwrap_or_else(|error| panic!("cannot start {TANDEM}: {error}"));
         let lines: Arc<Mutex<Vec<String>>> = Arc::default();
