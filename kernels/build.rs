@@ -58,7 +58,8 @@ fn compile_compiled_kernels(include_cuda: &str) -> PathBuf {
     let mut includes = String::new();
     for source in kernel_files() {
         let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
-        let output = Command::new("python3").arg("cuda/host/ptx.py").arg(out.join(format!("{name}.sm_90a.ptx"))).output();
+        let output =
+            Command::new("python3").arg("cuda/host/ptx.py").arg(out.join(format!("{name}.sm_90a.ptx"))).output();
         let output = output.unwrap_or_else(|error| {
             panic!("tests of compiled kernels need Python, and python3 cannot be run ({error}): install it")
         });
@@ -150,7 +151,8 @@ fn compile_kernels() {
 fn kernel_files() -> Vec<PathBuf> {
     let entries = std::fs::read_dir("cuda").expect("the kernels are beside this file");
     let paths = entries.map(|entry| entry.expect("a readable folder").path());
-    let mut files: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|extension| extension == "cu")).collect();
+    let mut files: Vec<PathBuf> =
+        paths.filter(|path| path.extension().is_some_and(|extension| extension == "cu")).collect();
     files.sort();
     files
 }

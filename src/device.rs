@@ -65,6 +65,11 @@ fn load(folder: &Path, weights: &WeightsArgs, engine: &EngineArgs, num_nodes: us
             Err(error) => return Err(error),
         },
     }
+    for (flag, is_set) in [("--enable-pdl", engine.enable_pdl), ("--enforce-eager", engine.enforce_eager)] {
+        if is_set {
+            tracing::warn!("{flag} does nothing: it is for GPUs, and the CPU computes");
+        }
+    }
     let threads = engine.threads.map(|threads| threads as usize);
     let cache_folder = engine::identity::cache_folder_from_env();
     let options = LoadOptions { dtype: weights.dtype, isa, threads, cache_folder };

@@ -44,7 +44,8 @@ pub enum LoadError {
     },
     /// A sequence of the longest length would not fit the pool.
     #[error(
-        "--kv-cache-memory-bytes {bytes} hold {held} tokens ({bytes_per_token} bytes each, blocks of {block_size}), fewer than the {needed} needed: give more memory or lower --max-model-len"
+        "--kv-cache-memory-bytes {bytes} hold {held} tokens ({bytes_per_token} bytes each, blocks of {block_size}), fewer than the {needed} needed: give {} bytes or more{}",
+        bytes_per_token * (needed.div_ceil(*block_size) * block_size) as u64, if *held > 0 { " or lower --max-model-len" } else { "" }
     )]
     PoolTooSmall {
         /// Memory given.

@@ -62,6 +62,8 @@ pub struct AnswerPlan {
     pub skip_special_tokens: bool,
     /// Pass log probabilities on.
     pub has_logprobs: bool,
+    /// Pass tokens on that show nothing yet, or never will: somebody counts them as they come.
+    pub tells_each_token: bool,
     /// When the request arrived.
     pub arrived: Instant,
     /// When it is given up.
@@ -200,12 +202,15 @@ impl Answer {
             }
             self.plan.metrics.on_finished(reason.as_str());
         }
-        if text.is_empty() && finish.is_none() {
-            return None; // its log probabilities go with the text it becomes part of
+        let is_shown = !text.is_empty() || finish.is_some();
+        if !is_shown && !self.plan.tells_each_token {
+            return None;
         }
         let num_tokens = u64::from(choice.num_tokens - choice.num_tokens_passed);
         choice.num_tokens_passed = choice.num_tokens;
-        Some(Piece { text, num_tokens, logprobs: std::mem::take(&mut choice.logprobs), finish })
+        // Log probabilities go with the text that their token becomes part of.
+        let logprobs = if is_shown { std::mem::take(&mut choice.logprobs) } else { Vec::new() };
+        Some(Piece { text, num_tokens, logprobs, finish })
     }
 
     fn clock_token(&mut self, choice: usize) {

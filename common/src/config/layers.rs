@@ -13,7 +13,7 @@ use clap::error::{ContextKind, ContextValue};
 use clap::{Arg, Args, Command, CommandFactory, Parser};
 use toml::{Table, Value};
 
-use super::misspelt::{nearest, with_near_suggestion};
+use super::misspelt::{near, nearest, with_near_suggestion};
 use super::roles::{CertsArgs, DecodeNodeArgs, PrefillNodeArgs, ProxyArgs, UpArgs};
 
 const COMMON: &str = "common";
@@ -70,7 +70,7 @@ pub enum ConfigError {
         nearest: String,
     },
     /// No flag has this name.
-    #[error("{}: [{section}] has no setting \"{key}\": did you mean \"{nearest}\"?", path.display())]
+    #[error("{}: [{section}] has no setting \"{key}\": {}", path.display(), advice(near.as_deref()))]
     UnknownKey {
         /// The file.
         path: PathBuf,
@@ -78,8 +78,8 @@ pub enum ConfigError {
         section: String,
         /// The key.
         key: String,
-        /// The one with the nearest name.
-        nearest: String,
+        /// One with a name that is near.
+        near: Option<String>,
     },
     /// The same setting twice, once with `-` and once with `_`.
     #[error("{}: [{section}] has \"{key}\" twice, once with - and once with _: remove one", path.display())]
@@ -123,6 +123,13 @@ pub enum ConfigError {
     /// prints it and ends the process with the right code.
     #[error(transparent)]
     Args(#[from] clap::Error),
+}
+
+fn advice(near: Option<&str>) -> String {
+    match near {
+        Some(near) => format!("did you mean \"{near}\"?"),
+        None => "settings have the names of flags, as `--help` shows them".to_string(),
+    }
 }
 
 /// Reads the settings of a command.
@@ -231,8 +238,8 @@ impl File {
             for (name, value) in settings {
                 let key = name.replace('_', "-");
                 if !known_keys.is_empty() && !known_keys.contains(&key) {
-                    let nearest = nearest(&key, known_keys);
-                    return Err(ConfigError::UnknownKey { path, section, key: name, nearest });
+                    let near = near(&key, known_keys);
+                    return Err(ConfigError::UnknownKey { path, section, key: name, near });
                 }
                 let setting = match read_setting(value) {
                     Ok(setting) => setting,

@@ -17,12 +17,16 @@ const WITHOUT_A_FLAG: [&str; 3] = ["config", "bin", "test-seed"];
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct UnknownVariable {
     name: String,
-    nearest: String,
+    near: Option<String>,
 }
 
 impl fmt::Display for UnknownVariable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "the environment variable {} sets nothing: did you mean {}?", self.name, self.nearest)
+        write!(f, "the environment variable {} sets nothing: ", self.name)?;
+        match &self.near {
+            Some(near) => write!(f, "did you mean {near}?"),
+            None => write!(f, "those that set something have the names of flags, as `--help` shows them"),
+        }
     }
 }
 
@@ -35,8 +39,8 @@ pub fn unknown_variables(variables: impl IntoIterator<Item = (String, String)>) 
         if known.contains(&key) || is_of_kubernetes(&name, &value) {
             return None;
         }
-        let nearest = format!("{PREFIX}{}", nearest(&key, &known).replace('-', "_").to_uppercase());
-        Some(UnknownVariable { name, nearest })
+        let near = near(&key, &known).map(|near| format!("{PREFIX}{}", near.replace('-', "_").to_uppercase()));
+        Some(UnknownVariable { name, near })
     };
     variables.into_iter().filter_map(unknown).collect()
 }
@@ -56,14 +60,19 @@ pub(super) fn with_near_suggestion(mut error: Error, command: &mut Command) -> E
     }
     let name = flag.trim_start_matches('-').to_owned();
     let known: Vec<String> = command.get_arguments().filter_map(|arg| arg.get_long().map(str::to_owned)).collect();
-    let suggested = nearest(&name, &known);
-    let is_near = suggested.starts_with(&name) || num_edits(&name, &suggested) <= (name.len() / 3).max(2);
     error.remove(ContextKind::SuggestedArg);
-    if is_near {
+    if let Some(suggested) = near(&name, &known) {
         error.insert(ContextKind::SuggestedArg, ContextValue::String(format!("--{suggested}")));
     }
     error.insert(ContextKind::Usage, ContextValue::StyledStr(command.render_usage()));
     error
+}
+
+/// The nearest known name, if it is near enough to have been meant.
+pub(super) fn near<'a>(name: &str, known: impl IntoIterator<Item = &'a String>) -> Option<String> {
+    let nearest = nearest(name, known);
+    let is_near = nearest.starts_with(name) || num_edits(name, &nearest) <= (name.len() / 3).max(2);
+    is_near.then_some(nearest)
 }
 
 /// The known name that `name` begins, or else the one with the fewest edits.

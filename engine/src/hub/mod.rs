@@ -46,6 +46,14 @@ pub enum HubError {
         /// What was given.
         name: String,
     },
+    /// A folder of something else.
+    #[error(
+        "{name} is no checkpoint: it has neither config.json nor tokenizer.json; give a folder in Hugging Face's layout, a GGUF file, or a Hub id"
+    )]
+    NoCheckpoint {
+        /// What was given.
+        name: String,
+    },
     /// A GGUF file that is not there.
     #[error("{name} is not a file here: give the path of a GGUF file, a folder in Hugging Face's layout, or a Hub id")]
     NoGguf {
@@ -193,7 +201,9 @@ fn shards(index: &[u8]) -> Option<Vec<String>> {
 /// [`HubError`], a sentence with what to do.
 pub async fn resolve(name: &str, revision: Option<&str>, settings: &HubSettings) -> Result<PathBuf, HubError> {
     if Path::new(name).is_dir() {
-        return Ok(PathBuf::from(name));
+        // A proxy needs no more than the tokenizer, which says itself what it lacks.
+        let is_checkpoint = ["config.json", "tokenizer.json"].iter().any(|file| Path::new(name).join(file).exists());
+        return if is_checkpoint { Ok(name.into()) } else { Err(HubError::NoCheckpoint { name: name.to_string() }) };
     }
     // `org/name.gguf` would pass as a Hub id.
     if is_gguf(Path::new(name)) {

@@ -145,6 +145,7 @@ fn start(
             min_tokens: request.sampling.min_tokens,
             skip_special_tokens: request.skip_special_tokens,
             has_logprobs: request.sampling.logprobs.is_some(),
+            tells_each_token: request.stream && request.stream_options.continuous_usage_stats,
             arrived,
             deadline: prompt.request.deadline,
             metrics: app.metrics.clone(),

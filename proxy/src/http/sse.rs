@@ -132,7 +132,9 @@ impl ChunkStream {
         }
         self.num_tokens[choice] += piece.num_tokens;
         so_far.completion_tokens = self.num_tokens[choice];
-        if !piece.text.is_empty() || !piece.logprobs.is_empty() {
+        // A token that shows nothing has an event where tokens are counted by events, unless the end is one.
+        let is_counted = shape.stream_options.continuous_usage_stats && piece.finish.is_none();
+        if !piece.text.is_empty() || !piece.logprobs.is_empty() || is_counted {
             let text_offset = &mut self.text_offsets[choice];
             self.chunks.push_back(shape.text_chunk(choice, piece, so_far, text_offset, tokenizer));
         }

@@ -131,6 +131,11 @@ fn unknown_key_is_refused_with_the_nearest_one() {
     assert_eq!(error, "t.toml: [decode-node] has no setting \"blok-size\": did you mean \"block-size\"?");
     let error = message(decode("--config t.toml", &[], "[common]\nmodle = \"x\""));
     assert!(error.ends_with("did you mean \"model\"?"), "{error}");
+    let error = message(decode("--config t.toml", &[], "[common]\nfoo = 1"));
+    assert!(
+        error.ends_with("has no setting \"foo\": settings have the names of flags, as `--help` shows them"),
+        "{error}"
+    );
     let error = message(decode("--config t.toml", &[], "[proxy]\nblock-size = 16"));
     assert!(error.contains("[proxy] has no setting"), "sections of other commands are checked too: {error}");
     let error = message(decode("--config t.toml", &[], "[common]\nno-enable-prefix-caching = true"));
