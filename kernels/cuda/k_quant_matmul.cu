@@ -13,12 +13,10 @@
 #include "few_rows.cuh"
 #include "k_quants.cuh"
 
-template <u32 BITS, u32 DEPTH>
-__device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w,
-                                               const float* bias, float* out, u32 m, u32 n,
-                                               u32 k, u32 width, u32 add) {
+template <u32 BITS, u32 DEPTH, u32 ROWS>
+__device__ __forceinline__ void k_quant_rows(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k,
+                                             u32 width, u32 add, float* partial) {
     constexpr u32 RECORD_BYTES = KQuant<BITS>::RECORD_BYTES;
-    SHARED_ARRAY(float, partial, 8 * 16 * 16);
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 first_row = blockIdx.y * 16;
     const u32 num_pairs = k_num_pairs(k);
@@ -34,19 +32,11 @@ __device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w,
     const auto multiply = [&](u32 which, bool has_second) {
 #pragma unroll
         for (u32 block = 0; block < 2; ++block) {
-            uint4 rows[2];
+            const uint4 columns[2] = {ring[which].weights(MUTATE(2, block, 0u)), ring[which].weights(2 + block)};
             // Behind an odd last block there is none: weights are 0 there, and what they are multiplied with is some other.
+            const u32 at = which * (2 * K_BLOCK) + (has_second ? block : 0) * K_BLOCK;
 #pragma unroll
-            for (u32 i = 0; i < 2; ++i)
-                rows[i] = *reinterpret_cast<const uint4*>(row_x[i] + which * (2 * K_BLOCK) + (has_second ? block : 0) * K_BLOCK);
-            const u32 low[4] = {rows[0].x, rows[1].x, rows[0].y, rows[1].y};
-            const u32 high[4] = {rows[0].z, rows[1].z, rows[0].w, rows[1].w};
-#pragma unroll
-            for (u32 i = 0; i < 2; ++i) {
-                const uint4 b = ring[which].weights(2 * i + MUTATE(2, block, 0u));
-                mma_bf16(acc[i], low, b.x, b.y);
-                mma_bf16(acc[i], high, b.z, b.w);
-            }
+            for (u32 i = 0; i < ROWS / 8; ++i) multiply_columns(acc[i], columns, *reinterpret_cast<const uint4*>(row_x[i] + at));
         }
     };
     const auto go_on = [&] {
@@ -74,16 +64,28 @@ __device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w,
         }
         if (left <= DEPTH) break;
     }
-    put_sums(partial, acc);
+    put_sums_of_columns(partial, acc);
     put_tile(partial, bias, out, m, n, width, add);
+}
+
+// Up to 8 rows are half of the products; what is on the way fits the registers.
+template <u32 BITS>
+__device__ __forceinline__ void k_quant_matmul(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k,
+                                               u32 width, u32 add) {
+    SHARED_ARRAY(float, partial, 8 * 16 * 16);
+    if (m <= MUTATE(4, 8u, 9u)) {
+        k_quant_rows<BITS, 4, 8>(x, w, bias, out, m, n, k, width, add, partial);
+    } else {
+        k_quant_rows<BITS, BITS == 4 ? 3 : 4, 16>(x, w, bias, out, m, n, k, width, add, partial);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 k_quant_matmul_4(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
-    k_quant_matmul<4, 4>(x, w, bias, out, m, n, k, width, add);
+    k_quant_matmul<4>(x, w, bias, out, m, n, k, width, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 k_quant_matmul_6(const bf16* x, const u8* w, const float* bias, float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
-    k_quant_matmul<6, 4>(x, w, bias, out, m, n, k, width, add);
+    k_quant_matmul<6>(x, w, bias, out, m, n, k, width, add);
 }

@@ -15,11 +15,10 @@
 #include "few_rows.cuh"
 #include "quantized.cuh"
 
-template <u32 BITS, u32 DEPTH>
-__device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes,
-                                                 const u16* scales, const float* bias,
-                                                 float* out, u32 m, u32 n, u32 k, u32 width, u32 add) {
-    SHARED_ARRAY(float, partial, 8 * 16 * 16);
+template <u32 BITS, u32 DEPTH, u32 ROWS>
+__device__ __forceinline__ void quantized_rows(const bf16* x, const u8* codes,
+                                               const u16* scales, const float* bias,
+                                               float* out, u32 m, u32 n, u32 k, u32 width, u32 add, float* partial) {
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const u32 first_row = blockIdx.y * 16, first_column = blockIdx.x * 16, num_groups = k / QUANTIZED_GROUP;
     // Of the lane's rows and columns, at the warp's next chunk; one that is not there is another's, whose sums nobody takes.
@@ -43,16 +42,10 @@ __device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes,
     };
     float acc[2][4] = {};
     const auto multiply = [&](u32 which) {
-        uint4 a[2];
+        const uint4 columns[2] = {weights_of<BITS>(ring[which][0]), weights_of<BITS>(ring[which][1])};
 #pragma unroll
-        for (u32 i = 0; i < 2; ++i) a[i] = *reinterpret_cast<const uint4*>(row_x[i] + which * 256);
-        const u32 low[4] = {a[0].x, a[1].x, a[0].y, a[1].y}, high[4] = {a[0].z, a[1].z, a[0].w, a[1].w};
-#pragma unroll
-        for (u32 i = 0; i < 2; ++i) {
-            const uint4 b = weights_of<BITS>(ring[which][i]);
-            mma_bf16(acc[i], low, b.x, b.y);
-            mma_bf16(acc[i], high, b.z, b.w);
-        }
+        for (u32 i = 0; i < ROWS / 8; ++i)
+            multiply_columns(acc[i], columns, *reinterpret_cast<const uint4*>(row_x[i] + which * 256));
     };
     const auto go_on = [&] {
         left -= DEPTH;
@@ -78,18 +71,30 @@ __device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes,
         }
         if (left <= DEPTH) break;
     }
-    put_sums(partial, acc);
+    put_sums_of_columns(partial, acc);
     put_tile(partial, bias, out, m, n, width, add);
+}
+
+// Up to 8 rows are half of the products.
+template <u32 BITS>
+__device__ __forceinline__ void quantized_matmul(const bf16* x, const u8* codes, const u16* scales, const float* bias, float* out,
+                                                 u32 m, u32 n, u32 k, u32 width, u32 add) {
+    SHARED_ARRAY(float, partial, 8 * 16 * 16);
+    if (m <= MUTATE(2, 8u, 9u)) {
+        quantized_rows<BITS, 4, 8>(x, codes, scales, bias, out, m, n, k, width, add, partial);
+    } else {
+        quantized_rows<BITS, 4, 16>(x, codes, scales, bias, out, m, n, k, width, add, partial);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 quantized_matmul_8(const bf16* x, const u8* codes, const u16* scales, const float* bias, float* out, u32 m, u32 n, u32 k,
                    u32 width, u32 add) {
-    quantized_matmul<8, 4>(x, codes, scales, bias, out, m, n, k, width, add);
+    quantized_matmul<8>(x, codes, scales, bias, out, m, n, k, width, add);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
 quantized_matmul_4(const bf16* x, const u8* codes, const u16* scales, const float* bias, float* out, u32 m, u32 n, u32 k,
                    u32 width, u32 add) {
-    quantized_matmul<4, 4>(x, codes, scales, bias, out, m, n, k, width, add);
+    quantized_matmul<4>(x, codes, scales, bias, out, m, n, k, width, add);
 }

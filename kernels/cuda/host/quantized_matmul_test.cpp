@@ -29,6 +29,8 @@ TEST(products_are_those_of_the_weights_that_codes_stand_for) {
     multiplied<8>(order, quantized_matmul_8, 1, 16, 32, false, false);
     multiplied<8>(order, quantized_matmul_8, 5, 19, 320, true, false);
     multiplied<8>(order, quantized_matmul_8, 18, 7, 96, false, true);
+    multiplied<8>(order, quantized_matmul_8, 8, 16, 96, false, false);
+    multiplied<8>(order, quantized_matmul_8, 9, 16, 96, false, false);
     multiplied<4>(order, quantized_matmul_4, 1, 16, 32, false, false);
     multiplied<4>(order, quantized_matmul_4, 5, 19, 320, true, true);
     multiplied<4>(order, quantized_matmul_4, 18, 7, 96, false, false);
