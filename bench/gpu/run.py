@@ -15,6 +15,7 @@ Ends only processes that it started.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ import traceback
 
 LOG_BYTES_MAX = 300_000  # of a step
 FILE_BYTES_MAX = 15 << 20
+END_SECONDS = 3  # what was told to end has so long
 
 
 class Failed(Exception):
@@ -103,26 +105,21 @@ class Machine:
             self.started.add(child.pid)
         return child
 
-    def end(self, child, how=signal.SIGKILL):
-        """The process and what it started: they are a session of their own."""
+    def end(self, *children):
+        """Processes and what they started."""
         with self.lock:
-            is_ours = child.pid in self.started
-            self.started.discard(child.pid)
-        if is_ours:
-            try:
-                os.killpg(child.pid, how)
-            except ProcessLookupError:
-                pass
-        child.wait()
+            ours = {child.pid for child in children} & self.started
+            self.started -= ours
+        end_sessions(ours)
+        for child in children:
+            # One that a device holds ends when that lets it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
 
     def end_all(self):
         with self.lock:
-            pids, self.started = list(self.started), set()
-        for pid in pids:
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            ours, self.started = self.started, set()
+        end_sessions(ours)
 
     def run(self, command, env=None, cwd=None, seconds=None):
         """Its status and what it said; `Failed` if it takes longer than the step may."""
@@ -175,6 +172,38 @@ class Machine:
         if not is_there:
             self.cache[key] = make()
         return self.cache[key]
+
+
+def of_sessions(sessions):
+    """Processes of these sessions that have not ended. A child of ours is the leader of one, and what it starts stays in
+    it, also in a process group of its own."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # Behind the name, which may have any characters: state, parent, group, session.
+            state, _, _, session = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+        if int(session) in sessions and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def end_sessions(sessions):
+    """Told to end, and killed if that takes them long."""
+    for how, seconds in (signal.SIGTERM, END_SECONDS), (signal.SIGKILL, 10):
+        limit = time.monotonic() + seconds
+        told = set()
+        while sessions and time.monotonic() < limit:
+            pids = of_sessions(sessions)
+            if not pids:
+                return
+            # Also those that were started meanwhile.
+            for pid in set(pids) - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, how)
+            told.update(pids)
+            time.sleep(0.05)
 
 
 def write(path, text):
