@@ -2,16 +2,16 @@
 """What awaits a GPU, docs/gpu-todo.md, step by step: each with a limit of time and its outcome checked.
 
     python3 bench/gpu/run.py --list
-    python3 run.py --pack . --out results --group correctness --seconds 570
+    python3 run.py --pack . --group correctness --steps model --seconds 480
     python3 run.py --pack . --out results --steps engine,handover --again
 
 With --pack (what pack.py made) on a machine without Rust; without it from a checkout whose programs --bin names. Python
 3.11 or later, nothing else. Steps that lack something (a GPU, nvcc, PyTorch, NIXL) are SKIPPED, with what they lack.
 
 Results are written as they come: it may be cut at any time, and goes on behind what has passed when it is called again
-with the same --out, or with --done naming an earlier results.json. In --out are results.json and table.txt (outcome and
-time of each step), figures.json and figures.txt (what was measured), log.txt (what programs said, the end of each).
-Ends only processes that it started.
+with the same --out, or with --done naming an earlier results.json. --out is $OUT if that is set; there are results.json
+and table.txt (outcome and time of each step), figures.json and figures.txt (what was measured), log.txt (what programs
+said, the end of each). Ends only processes that it started.
 """
 import argparse
 import concurrent.futures
@@ -68,10 +68,8 @@ class Machine:
         return into
 
     def environment(self):
-        found = {"TANDEM_TEST_ROOT": str(self.root), "CARGO_TARGET_DIR": str(self.work / "target"), "NO_COLOR": "1",
+        found = {"CARGO_TARGET_DIR": str(self.work / "target"), "NO_COLOR": "1",
                  "XDG_CACHE_HOME": str(self.work / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-        if (library := self.bin / "libfibres.so").exists():
-            found["TANDEM_FIBRES_LIBRARY"] = str(library)
         nvcc = shutil.which("nvcc")
         home = os.environ.get("CUDA_HOME") or (str(pathlib.Path(nvcc).resolve().parents[1]) if nvcc else None)
         if home and (pathlib.Path(home) / "bin/nvcc").exists():
@@ -80,6 +78,12 @@ class Machine:
         given = os.environ.get("LD_LIBRARY_PATH")
         found["LD_LIBRARY_PATH"] = ":".join([*filter(None, [given]), *map(str, libraries)])
         return found
+
+    def test_environment(self):
+        """What tests were compiled with and has another place here; the program itself would warn of it."""
+        library = self.bin / "libfibres.so"
+        found = {"TANDEM_FIBRES_LIBRARY": str(library)} if library.exists() else {}
+        return {**found, "TANDEM_TEST_ROOT": str(self.root)}
 
     def library_folders(self, home):
         """Where libcublasLt and libnvrtc of CUDA 13 are: of Python's packages, else of the toolkit."""
@@ -175,8 +179,8 @@ class Machine:
 
 
 def of_sessions(sessions):
-    """Processes of these sessions that have not ended. A child of ours is the leader of one, and what it starts stays in
-    it, also in a process group of its own."""
+    """Processes of these sessions that have not ended. A child of ours leads one, and what it starts stays in it, also
+    in a process group of its own."""
     found = []
     for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
         try:
@@ -260,7 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the steps, and ends")
     parser.add_argument("--steps", type=lambda text: text.split(","), help="these, in the order of the list")
-    parser.add_argument("--group", action="append", choices=todo.GROUPS, help="the steps of a group")
+    parser.add_argument("--group", action="append", choices=todo.GROUPS, help="the steps of a group, beside --steps")
     parser.add_argument("--seconds", type=float, default=570, help="of all steps together")
     parser.add_argument("--pack", type=pathlib.Path, help="folder that pack.py made")
     parser.add_argument("--bin", type=pathlib.Path, help="folder of programs, named as in a pack")
@@ -281,8 +285,8 @@ def main():
         return
     if unknown := set(args.steps or []) - {step.name for step in todo.STEPS}:
         sys.exit(f"run: no step {', '.join(sorted(unknown))}; --list names them")
-    is_named = lambda step: (step.name in args.steps) if args.steps else (not args.group or step.group in args.group)
-    chosen = [step for step in todo.STEPS if is_named(step)]
+    steps, groups = args.steps or [], args.group or ([] if args.steps else todo.GROUPS)
+    chosen = [step for step in todo.STEPS if step.name in steps or step.group in groups]
     start, machine = time.monotonic(), Machine(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("run: ended by a signal"))
     path = machine.out / "results.json"
@@ -292,10 +296,12 @@ def main():
             results |= json.loads(earlier.read_text())
     try:
         for step in chosen:
-            if results.get(step.name, {}).get("outcome") == "passed" and not args.again:
+            has_passed = results.get(step.name, {}).get("outcome") == "passed"
+            # On another machine what an earlier run has made is not there.
+            if has_passed and step.is_there(machine) and not args.again:
                 continue
             left = args.seconds - (time.monotonic() - start)
-            if left < min(step.seconds, 20):
+            if left < step.seconds / 3:
                 print(f"{step.name}: left, {left:.0f} s are not enough", flush=True)
                 continue
             results[step.name] = run_step(machine, step, min(step.seconds, left))

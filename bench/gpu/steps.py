@@ -25,6 +25,7 @@ class Step:
     about: str
     run: typing.Callable
     needs: tuple
+    is_there: typing.Callable  # whether what later steps need of it is on this machine
 
     def lack(self, machine):
         """The first thing that it needs and that is not there, as a sentence."""
@@ -34,9 +35,9 @@ class Step:
 STEPS = []
 
 
-def step(name, group, seconds, about, needs=("gpu",)):
+def step(name, group, seconds, about, needs=("gpu",), is_there=lambda machine: True):
     def added(run):
-        STEPS.append(Step(name, group, seconds, about, run, needs))
+        STEPS.append(Step(name, group, seconds, about, run, needs, is_there))
         return run
     return added
 
@@ -77,7 +78,7 @@ NEEDS = {
     "sanitizer": lambda m: None if sanitizer(m) else "no compute-sanitizer in CUDA_HOME",
     "transformers": has_transformers,
     "nixl": lambda m: None if nixl_library(m) else "the pack has no NIXL (pack.py --nixl)",
-    "model": lambda m: None if (folder(m) / "config.json").exists() else "the step `model` has not written the model",
+    "model": lambda m: None if has_model(m) else "the step `model` has not written the model",
 }
 
 
@@ -94,6 +95,11 @@ def folder(m):
     return m.work / f"model-{shape(m)}"
 
 
+def has_model(m):
+    """The template is written last."""
+    return (folder(m) / "chat_template.jinja").exists()
+
+
 # Correctness.
 
 @step("devices", "correctness", 60, "the driver takes what is embedded; cuBLASLt is found", ())
@@ -107,9 +113,10 @@ def devices(m):
     return text
 
 
-def driver_tests(m, names):
+def driver_tests(m, *chosen):
+    """Those that need a GPU; one is a part of another, which runs it."""
     flags = ["--ignored", "--test-threads=1", "--nocapture", "--skip", "opens_what_was_exported"]
-    text = m.check([m.program("test-kernels"), *flags, *names])
+    text = m.check([m.program("test-kernels"), *flags, *chosen], env=m.test_environment())
     # The last: a test that runs another process shows what that says, too.
     num = re.findall(r"(\d+) passed", text)[-1:]
     if num in ([], ["0"]):
@@ -118,9 +125,9 @@ def driver_tests(m, names):
     return "; ".join([f"{num[0]} tests", *told])
 
 
-@step("driver", "correctness", 60, "copies, graphs, a product of cuBLASLt, memory of another process")
+@step("driver", "correctness", 60, "copies, graphs, launches that overlap, cuBLASLt, memory of another process")
 def driver(m):
-    return driver_tests(m, ["every_embedded", "copies_of", "a_graph_does", "exported_memory", "a_product_of"])
+    return driver_tests(m, "--skip", "warpgroups")
 
 
 def ready_test(m, name):
@@ -155,8 +162,7 @@ def check_gpu(m, names):
 
 
 def test_names(m):
-    found = sorted(path.name.removesuffix("_test.cpp") for path in (m.root / "kernels/cuda/host").glob("*_test.cpp"))
-    return [name for name in found if name != "fibres"]
+    return m.once("tests", lambda: m.check([m.args.python, "kernels/cuda/check", "names"], seconds=30).split())
 
 
 @step("kernels", "correctness", 170, "kernels against their references (kernels/cuda/check gpu)", ("gpu", "tests"))
@@ -179,11 +185,11 @@ def hopper_kernels(m):
 
 @step("hopper-driver", "correctness", 60, "the same by the driver, beside the portable kernel", ("gpu", "hopper"))
 def hopper_driver(m):
-    return driver_tests(m, ["warpgroups"])
+    return driver_tests(m, "warpgroups")
 
 
 def engine_tests(m, name, **more):
-    env = {"TANDEM_TEST_DEVICE": m.args.device, **more}
+    env = {"TANDEM_TEST_DEVICE": m.args.device, **m.test_environment(), **more}
     text = m.check([m.program(f"test-{name}"), "--test-threads=4"], env=env)
     return re.search(r"\d+ passed", text).group(0)
 
@@ -263,7 +269,7 @@ def nixl(m):
 ON_MODEL = ("gpu", "model")
 
 
-@step("model", "figures", 150, "random weights in the shape that is measured", ())
+@step("model", "figures", 150, "random weights in the shape that is measured", (), has_model)
 def model(m):
     return m.check([m.program("tandem"), "model", "random", shape(m), folder(m)])
 
@@ -466,7 +472,7 @@ def rebuilt_kernels(m):
 
 @step("nvrtc", "more", 60, "every kernel compiles by NVRTC", ())
 def nvrtc(m):
-    text = m.check([m.program("test-kernels"), "nvrtc", "--nocapture"])
+    text = m.check([m.program("test-kernels"), "nvrtc", "--nocapture"], env=m.test_environment())
     return re.search(r"\d+ passed", text).group(0)
 
 
