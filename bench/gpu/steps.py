@@ -341,7 +341,7 @@ def engine(m):
 @step("kernels-alone", "figures", 150, "attention, products, sampling alone (the example cuda_kernels)")
 def kernels_alone(m):
     small = ("--smaller 64 --prompt-len 64 --batch 1 --context 16 --rows 1 --library-rows 32 --samples 1 "
-             "--rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")
+             "--extent-kib 64 --rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")
     flags = shlex.split(small) if m.args.tiny else []
     text = m.check([m.program("cuda_kernels"), "--device", m.args.device, *flags])
     m.figure("kernels-alone", "table", text)
