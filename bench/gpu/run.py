@@ -277,7 +277,7 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="Python that has PyTorch and Transformers")
     parser.add_argument("--cuda-lib", type=pathlib.Path, help="folder of libcublasLt and libnvrtc, if it is not found")
     parser.add_argument("--shape", default="8b", help="of the model that is measured: a shape of `tandem model random`")
-    parser.add_argument("--tiny", action="store_true", help="all sizes small, to try the steps out")
+    parser.add_argument("--tiny", action="store_true", help="all sizes small and limits long, to try the steps out")
     args = parser.parse_args()
     if args.list:
         for step in todo.STEPS:
@@ -300,11 +300,11 @@ def main():
             # On another machine what an earlier run has made is not there.
             if has_passed and step.is_there(machine) and not args.again:
                 continue
-            left = args.seconds - (time.monotonic() - start)
+            left, limit = args.seconds - (time.monotonic() - start), step.seconds * (4 if args.tiny else 1)
             if left < step.seconds / 3:
                 print(f"{step.name}: left, {left:.0f} s are not enough", flush=True)
                 continue
-            results[step.name] = run_step(machine, step, min(step.seconds, left))
+            results[step.name] = run_step(machine, step, min(limit, left))
             print(f"{step.name}:", "{outcome} ({seconds} s) {what}".format(**results[step.name]), flush=True)
             write(path, json.dumps(results, indent=1))
             write(machine.out / "table.txt", table(results, chosen))
