@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ("cuda_devices", "cuda_kernels")
 ENGINE_TESTS = ("cuda", "cuda_core", "cuda_graphs", "cuda_quantized")
 PARTS = ["tandem", "kernels", "engine", "kernel-tests", "sources"]
-RUNBOOK = ("run.py", "steps.py", "nodes.py")
+RUNBOOK = ("run.py", "steps.py", "needs.py", "nodes.py")
 SOURCES = ("kernels/cuda", "bench/gpu", "bench/peers", "bench/splitting", "tests/checkpoints", "models")
 # NIXL's wheel: the library and what it loads.
 NIXL_FOLDERS = (".nixl_cu12.mesonpy.libs", "nixl_cu12.libs")

@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import shlex
 import shutil
@@ -12,11 +11,11 @@ import threading
 import time
 import typing
 
+from needs import NEEDS, folder, has_model, nixl_library, ready_test, sanitizer, shape
 from nodes import Nodes, prompt
 from run import Failed, Skipped, in_parallel
 
 GROUPS = ("correctness", "figures", "handover", "more")
-HOPPER = "9.0"
 
 
 @dataclasses.dataclass
@@ -42,64 +41,6 @@ def step(name, group, seconds, about, needs=("gpu",), is_there=lambda machine: T
         STEPS.append(Step(name, group, seconds, about, run, needs, is_there))
         return run
     return added
-
-
-# What steps need.
-
-def gpus(m):
-    """What cuda_devices says, or why there is no GPU."""
-    def ask():
-        status, text = m.run([m.program("cuda_devices")], seconds=60)
-        last = (text.strip().splitlines() or ["no GPU"])[-1]
-        return (text, None) if status == 0 and "cuda:0" in text else ("", last)
-    return m.once("gpus", ask)
-
-
-def capability(m):
-    found = re.search(r"compute capability (\d+\.\d+)", gpus(m)[0])
-    return found.group(1) if found else "none"
-
-
-def has_transformers(m):
-    def ask():
-        status, _ = m.run([m.args.python, "-c", "import torch, transformers; torch.zeros(1).cuda()"], seconds=120)
-        return None if status == 0 else f"{m.args.python} has no PyTorch with this GPU and Transformers (--python)"
-    return m.once("transformers", ask)
-
-
-def nixl_library(m):
-    return next(m.root.glob("nixl/**/libnixl_capi.so"), None)
-
-
-NEEDS = {
-    "gpu": lambda m: gpus(m)[1],
-    "two gpus": lambda m: None if "cuda:1" in gpus(m)[0] else "there is one GPU",
-    "hopper": lambda m: None if capability(m) == HOPPER else f"it is for {HOPPER}, not {capability(m)}",
-    "tests": lambda m: has_tests(m),
-    "nvcc": lambda m: None if "CUDA_HOME" in m.env else "no nvcc: set CUDA_HOME",
-    "sanitizer": lambda m: None if sanitizer(m) else "no compute-sanitizer, in CUDA_HOME or PATH",
-    "transformers": has_transformers,
-    "nixl": lambda m: None if nixl_library(m) else "the pack has no NIXL (pack.py --nixl)",
-    "model": lambda m: None if has_model(m) else "the step `model` has not written the model",
-}
-
-
-def sanitizer(m):
-    path = pathlib.Path(m.env.get("CUDA_HOME", "/none")) / "bin/compute-sanitizer"
-    return path if path.exists() else shutil.which("compute-sanitizer")
-
-
-def shape(m):
-    return "tiny" if m.args.tiny else m.args.shape
-
-
-def folder(m):
-    return m.work / f"model-{shape(m)}"
-
-
-def has_model(m):
-    """The template is written last."""
-    return (folder(m) / "chat_template.jinja").exists()
 
 
 # Correctness.
@@ -130,18 +71,6 @@ def driver_tests(m, *chosen):
 @step("driver", "correctness", 60, "copies, graphs, launches that overlap, cuBLASLt, memory of another process")
 def driver(m):
     return driver_tests(m, "--skip", "warpgroups")
-
-
-def ready_test(m, name):
-    """What pack.py has compiled for compute capability 9.0."""
-    path = m.root / f"gpu-tests/{name}.gpu"
-    return path if path.exists() and capability(m) == HOPPER else None
-
-
-def has_tests(m):
-    """Whether tests of kernels can be run: as they were packed, or compiled here."""
-    is_ready = (m.root / "gpu-tests").exists() and capability(m) == HOPPER
-    return None if is_ready or "CUDA_HOME" in m.env else "no tests for this GPU in the pack, and no nvcc (CUDA_HOME)"
 
 
 def check_gpu(m, names):
