@@ -67,8 +67,8 @@ class Nodes:
             raise
 
     def __exit__(self, *_):
-        for name, child in self.children.items():
-            self.machine.end(child)
+        self.machine.end(*self.children.values())
+        for name in self.children:
             self.machine.say(f"--- {name}\n{self.log(name)[-20_000:]}")
 
     def are_ready(self):

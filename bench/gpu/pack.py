@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXAMPLES = ("cuda_devices", "cuda_kernels")
 ENGINE_TESTS = ("cuda", "cuda_core", "cuda_graphs", "cuda_quantized")
 PARTS = ["tandem", "kernels", "engine", "kernel-tests", "sources"]
-RUNBOOK = ("run.py", "steps.py", "nodes.py")
+RUNBOOK = ("run.py", "steps.py", "needs.py", "nodes.py")
 SOURCES = ("kernels/cuda", "bench/gpu", "bench/peers", "bench/splitting", "tests/checkpoints", "models")
 # NIXL's wheel: the library and what it loads.
 NIXL_FOLDERS = (".nixl_cu12.mesonpy.libs", "nixl_cu12.libs")
@@ -86,8 +86,9 @@ def kernel_tests(scratch):
         flags = ["-O3", "-std=c++17", "-fmad=false", "-x", "cu", "-gencode=arch=compute_90a,code=sm_90a"]
         subprocess.run([str(nvcc), *flags, str(source), "-o", str(program)], check=True)
         return program
-    sources = sorted((ROOT / "kernels/cuda/host").glob("*_test.cpp"))
-    sources = [path for path in sources if path.name != "fibres_test.cpp"]
+    names = subprocess.run([sys.executable, str(ROOT / "kernels/cuda/check"), "names"], check=True, text=True,
+                           stdout=subprocess.PIPE).stdout.split()
+    sources = [ROOT / f"kernels/cuda/host/{name}_test.cpp" for name in names]
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(one, sources))
 
@@ -111,7 +112,7 @@ def main():
     parser.add_argument("--profile", default="release")
     parser.add_argument("--tandem", type=pathlib.Path, help="this program instead of building one")
     parser.add_argument("--nixl", type=pathlib.Path, help="the folder that nixl-cu12 was installed to")
-    parser.add_argument("--max-mib", type=float, default=60)
+    parser.add_argument("--max-mib", type=float, default=50, help="of the folder that is carried to the machine")
     args = parser.parse_args()
     args.into.mkdir(parents=True, exist_ok=True)
     archive = args.into / "pack.tar.xz"

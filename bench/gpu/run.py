@@ -2,19 +2,20 @@
 """What awaits a GPU, docs/gpu-todo.md, step by step: each with a limit of time and its outcome checked.
 
     python3 bench/gpu/run.py --list
-    python3 run.py --pack . --out results --group correctness --seconds 570
+    python3 run.py --pack . --group correctness --steps model --seconds 480
     python3 run.py --pack . --out results --steps engine,handover --again
 
 With --pack (what pack.py made) on a machine without Rust; without it from a checkout whose programs --bin names. Python
 3.11 or later, nothing else. Steps that lack something (a GPU, nvcc, PyTorch, NIXL) are SKIPPED, with what they lack.
 
 Results are written as they come: it may be cut at any time, and goes on behind what has passed when it is called again
-with the same --out, or with --done naming an earlier results.json. In --out are results.json and table.txt (outcome and
-time of each step), figures.json and figures.txt (what was measured), log.txt (what programs said, the end of each).
-Ends only processes that it started.
+with the same --out, or with --done naming an earlier results.json. --out is $OUT if that is set; there are results.json
+and table.txt (outcome and time of each step), figures.json and figures.txt (what was measured), log.txt (what programs
+said, the end of each). Ends only processes that it started.
 """
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import os
 import pathlib
@@ -30,6 +31,7 @@ import traceback
 
 LOG_BYTES_MAX = 300_000  # of a step
 FILE_BYTES_MAX = 15 << 20
+END_SECONDS = 3  # what was told to end has so long
 
 
 class Failed(Exception):
@@ -66,10 +68,8 @@ class Machine:
         return into
 
     def environment(self):
-        found = {"TANDEM_TEST_ROOT": str(self.root), "CARGO_TARGET_DIR": str(self.work / "target"), "NO_COLOR": "1",
+        found = {"CARGO_TARGET_DIR": str(self.work / "target"), "NO_COLOR": "1",
                  "XDG_CACHE_HOME": str(self.work / "cache"), "PYTHONDONTWRITEBYTECODE": "1"}
-        if (library := self.bin / "libfibres.so").exists():
-            found["TANDEM_FIBRES_LIBRARY"] = str(library)
         nvcc = shutil.which("nvcc")
         home = os.environ.get("CUDA_HOME") or (str(pathlib.Path(nvcc).resolve().parents[1]) if nvcc else None)
         if home and (pathlib.Path(home) / "bin/nvcc").exists():
@@ -78,6 +78,12 @@ class Machine:
         given = os.environ.get("LD_LIBRARY_PATH")
         found["LD_LIBRARY_PATH"] = ":".join([*filter(None, [given]), *map(str, libraries)])
         return found
+
+    def test_environment(self):
+        """What tests were compiled with and has another place here; the program itself would warn of it."""
+        library = self.bin / "libfibres.so"
+        found = {"TANDEM_FIBRES_LIBRARY": str(library)} if library.exists() else {}
+        return {**found, "TANDEM_TEST_ROOT": str(self.root)}
 
     def library_folders(self, home):
         """Where libcublasLt and libnvrtc of CUDA 13 are: of Python's packages, else of the toolkit."""
@@ -103,26 +109,21 @@ class Machine:
             self.started.add(child.pid)
         return child
 
-    def end(self, child, how=signal.SIGKILL):
-        """The process and what it started: they are a session of their own."""
+    def end(self, *children):
+        """Processes and what they started."""
         with self.lock:
-            is_ours = child.pid in self.started
-            self.started.discard(child.pid)
-        if is_ours:
-            try:
-                os.killpg(child.pid, how)
-            except ProcessLookupError:
-                pass
-        child.wait()
+            ours = {child.pid for child in children} & self.started
+            self.started -= ours
+        end_sessions(ours)
+        for child in children:
+            # One that a device holds ends when that lets it.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(END_SECONDS)
 
     def end_all(self):
         with self.lock:
-            pids, self.started = list(self.started), set()
-        for pid in pids:
-            try:
-                os.killpg(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            ours, self.started = self.started, set()
+        end_sessions(ours)
 
     def run(self, command, env=None, cwd=None, seconds=None):
         """Its status and what it said; `Failed` if it takes longer than the step may."""
@@ -175,6 +176,38 @@ class Machine:
         if not is_there:
             self.cache[key] = make()
         return self.cache[key]
+
+
+def of_sessions(sessions):
+    """Processes of these sessions that have not ended. A child of ours leads one, and what it starts stays in it, also
+    in a process group of its own."""
+    found = []
+    for stat in pathlib.Path("/proc").glob("[0-9]*/stat"):
+        try:
+            # Behind the name, which may have any characters: state, parent, group, session.
+            state, _, _, session = stat.read_text(errors="replace").rpartition(")")[2].split()[:4]
+        except (OSError, ValueError):
+            continue  # it ended meanwhile
+        if int(session) in sessions and state not in "ZX":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def end_sessions(sessions):
+    """Told to end, and killed if that takes them long."""
+    for how, seconds in (signal.SIGTERM, END_SECONDS), (signal.SIGKILL, 10):
+        limit = time.monotonic() + seconds
+        told = set()
+        while sessions and time.monotonic() < limit:
+            pids = of_sessions(sessions)
+            if not pids:
+                return
+            # Also those that were started meanwhile.
+            for pid in set(pids) - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, how)
+            told.update(pids)
+            time.sleep(0.05)
 
 
 def write(path, text):
@@ -231,7 +264,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the steps, and ends")
     parser.add_argument("--steps", type=lambda text: text.split(","), help="these, in the order of the list")
-    parser.add_argument("--group", action="append", choices=todo.GROUPS, help="the steps of a group")
+    parser.add_argument("--group", action="append", choices=todo.GROUPS, help="the steps of a group, beside --steps")
     parser.add_argument("--seconds", type=float, default=570, help="of all steps together")
     parser.add_argument("--pack", type=pathlib.Path, help="folder that pack.py made")
     parser.add_argument("--bin", type=pathlib.Path, help="folder of programs, named as in a pack")
@@ -244,7 +277,7 @@ def main():
     parser.add_argument("--python", default=sys.executable, help="Python that has PyTorch and Transformers")
     parser.add_argument("--cuda-lib", type=pathlib.Path, help="folder of libcublasLt and libnvrtc, if it is not found")
     parser.add_argument("--shape", default="8b", help="of the model that is measured: a shape of `tandem model random`")
-    parser.add_argument("--tiny", action="store_true", help="all sizes small, to try the steps out")
+    parser.add_argument("--tiny", action="store_true", help="all sizes small and limits long, to try the steps out")
     args = parser.parse_args()
     if args.list:
         for step in todo.STEPS:
@@ -252,8 +285,8 @@ def main():
         return
     if unknown := set(args.steps or []) - {step.name for step in todo.STEPS}:
         sys.exit(f"run: no step {', '.join(sorted(unknown))}; --list names them")
-    is_named = lambda step: (step.name in args.steps) if args.steps else (not args.group or step.group in args.group)
-    chosen = [step for step in todo.STEPS if is_named(step)]
+    steps, groups = args.steps or [], args.group or ([] if args.steps else todo.GROUPS)
+    chosen = [step for step in todo.STEPS if step.name in steps or step.group in groups]
     start, machine = time.monotonic(), Machine(args)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("run: ended by a signal"))
     path = machine.out / "results.json"
@@ -263,13 +296,15 @@ def main():
             results |= json.loads(earlier.read_text())
     try:
         for step in chosen:
-            if results.get(step.name, {}).get("outcome") == "passed" and not args.again:
+            has_passed = results.get(step.name, {}).get("outcome") == "passed"
+            # On another machine what an earlier run has made is not there.
+            if has_passed and step.is_there(machine) and not args.again:
                 continue
-            left = args.seconds - (time.monotonic() - start)
-            if left < min(step.seconds, 20):
+            left, limit = args.seconds - (time.monotonic() - start), step.seconds * (4 if args.tiny else 1)
+            if left < step.seconds / 3:
                 print(f"{step.name}: left, {left:.0f} s are not enough", flush=True)
                 continue
-            results[step.name] = run_step(machine, step, min(step.seconds, left))
+            results[step.name] = run_step(machine, step, min(limit, left))
             print(f"{step.name}:", "{outcome} ({seconds} s) {what}".format(**results[step.name]), flush=True)
             write(path, json.dumps(results, indent=1))
             write(machine.out / "table.txt", table(results, chosen))

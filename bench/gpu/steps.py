@@ -2,19 +2,20 @@
 import dataclasses
 import json
 import os
-import pathlib
 import re
 import shlex
+import shutil
 import signal
+import statistics
 import threading
 import time
 import typing
 
+from needs import NEEDS, folder, has_model, nixl_library, ready_test, sanitizer, shape
 from nodes import Nodes, prompt
 from run import Failed, Skipped, in_parallel
 
 GROUPS = ("correctness", "figures", "handover", "more")
-HOPPER = "9.0"
 
 
 @dataclasses.dataclass
@@ -25,6 +26,7 @@ class Step:
     about: str
     run: typing.Callable
     needs: tuple
+    is_there: typing.Callable  # whether what later steps need of it is on this machine
 
     def lack(self, machine):
         """The first thing that it needs and that is not there, as a sentence."""
@@ -34,64 +36,11 @@ class Step:
 STEPS = []
 
 
-def step(name, group, seconds, about, needs=("gpu",)):
+def step(name, group, seconds, about, needs=("gpu",), is_there=lambda machine: True):
     def added(run):
-        STEPS.append(Step(name, group, seconds, about, run, needs))
+        STEPS.append(Step(name, group, seconds, about, run, needs, is_there))
         return run
     return added
-
-
-# What steps need.
-
-def gpus(m):
-    """What cuda_devices says, or why there is no GPU."""
-    def ask():
-        status, text = m.run([m.program("cuda_devices")], seconds=60)
-        last = (text.strip().splitlines() or ["no GPU"])[-1]
-        return (text, None) if status == 0 and "cuda:0" in text else ("", last)
-    return m.once("gpus", ask)
-
-
-def capability(m):
-    found = re.search(r"compute capability (\d+\.\d+)", gpus(m)[0])
-    return found.group(1) if found else "none"
-
-
-def has_transformers(m):
-    def ask():
-        status, _ = m.run([m.args.python, "-c", "import torch, transformers; torch.zeros(1).cuda()"], seconds=120)
-        return None if status == 0 else f"{m.args.python} has no PyTorch with this GPU and Transformers (--python)"
-    return m.once("transformers", ask)
-
-
-def nixl_library(m):
-    return next(m.root.glob("nixl/**/libnixl_capi.so"), None)
-
-
-NEEDS = {
-    "gpu": lambda m: gpus(m)[1],
-    "two gpus": lambda m: None if "cuda:1" in gpus(m)[0] else "there is one GPU",
-    "hopper": lambda m: None if capability(m) == HOPPER else f"it is for {HOPPER}, not {capability(m)}",
-    "tests": lambda m: has_tests(m),
-    "nvcc": lambda m: None if "CUDA_HOME" in m.env else "no nvcc: set CUDA_HOME",
-    "sanitizer": lambda m: None if sanitizer(m) else "no compute-sanitizer in CUDA_HOME",
-    "transformers": has_transformers,
-    "nixl": lambda m: None if nixl_library(m) else "the pack has no NIXL (pack.py --nixl)",
-    "model": lambda m: None if (folder(m) / "config.json").exists() else "the step `model` has not written the model",
-}
-
-
-def sanitizer(m):
-    path = pathlib.Path(m.env.get("CUDA_HOME", "/none")) / "bin/compute-sanitizer"
-    return path if path.exists() else None
-
-
-def shape(m):
-    return "tiny" if m.args.tiny else m.args.shape
-
-
-def folder(m):
-    return m.work / f"model-{shape(m)}"
 
 
 # Correctness.
@@ -107,9 +56,10 @@ def devices(m):
     return text
 
 
-def driver_tests(m, names):
+def driver_tests(m, *chosen):
+    """Those that need a GPU; one is a part of another, which runs it."""
     flags = ["--ignored", "--test-threads=1", "--nocapture", "--skip", "opens_what_was_exported"]
-    text = m.check([m.program("test-kernels"), *flags, *names])
+    text = m.check([m.program("test-kernels"), *flags, *chosen], env=m.test_environment())
     # The last: a test that runs another process shows what that says, too.
     num = re.findall(r"(\d+) passed", text)[-1:]
     if num in ([], ["0"]):
@@ -118,21 +68,9 @@ def driver_tests(m, names):
     return "; ".join([f"{num[0]} tests", *told])
 
 
-@step("driver", "correctness", 60, "copies, graphs, a product of cuBLASLt, memory of another process")
+@step("driver", "correctness", 60, "copies, graphs, launches that overlap, cuBLASLt, memory of another process")
 def driver(m):
-    return driver_tests(m, ["every_embedded", "copies_of", "a_graph_does", "exported_memory", "a_product_of"])
-
-
-def ready_test(m, name):
-    """What pack.py has compiled for compute capability 9.0."""
-    path = m.root / f"gpu-tests/{name}.gpu"
-    return path if path.exists() and capability(m) == HOPPER else None
-
-
-def has_tests(m):
-    """Whether tests of kernels can be run: as they were packed, or compiled here."""
-    is_ready = (m.root / "gpu-tests").exists() and capability(m) == HOPPER
-    return None if is_ready or "CUDA_HOME" in m.env else "no tests for this GPU in the pack, and no nvcc (CUDA_HOME)"
+    return driver_tests(m, "--skip", "warpgroups")
 
 
 def check_gpu(m, names):
@@ -148,20 +86,26 @@ def check_gpu(m, names):
             return name, str(reason)
         passed = re.search(r"(\d+) passed, 0 failed", text)
         return name, None if passed and passed.group(1) != "0" else f"said {text.strip()[-100:]}"
-    outcomes = in_parallel(one, names, 14)
+    # They take managed memory, of which many programs at once may take more than is good for a GPU.
+    outcomes = in_parallel(one, names, 4)
     if bad := [f"{name}: {reason}" for name, reason in outcomes if reason]:
         raise Failed(f"{len(bad)} of {len(outcomes)} failed: {'; '.join(bad)}")
     return f"{len(outcomes)} passed: {', '.join(names)}"
 
 
 def test_names(m):
-    found = sorted(path.name.removesuffix("_test.cpp") for path in (m.root / "kernels/cuda/host").glob("*_test.cpp"))
-    return [name for name in found if name != "fibres"]
+    return m.once("tests", lambda: m.check([m.args.python, "kernels/cuda/check", "names"], seconds=30).split())
 
 
-@step("kernels", "correctness", 170, "kernels against their references (kernels/cuda/check gpu)", ("gpu", "tests"))
+@step("kernels", "correctness", 200, "kernels against their references (kernels/cuda/check gpu)", ("gpu", "tests"))
 def kernels(m):
-    return check_gpu(m, [name for name in test_names(m) if "hopper" not in name])
+    # One alone first: where that fails, the others would only take longer to say so.
+    first = "digest"
+    try:
+        check_gpu(m, [first])
+    except Failed as reason:
+        raise Failed(f"{reason}; so the others are not run") from reason
+    return f"{first} alone, " + check_gpu(m, [name for name in test_names(m) if "hopper" not in name and name != first])
 
 
 HOPPER_TESTS = ("gpu", "hopper", "tests")
@@ -179,11 +123,11 @@ def hopper_kernels(m):
 
 @step("hopper-driver", "correctness", 60, "the same by the driver, beside the portable kernel", ("gpu", "hopper"))
 def hopper_driver(m):
-    return driver_tests(m, ["warpgroups"])
+    return driver_tests(m, "warpgroups")
 
 
 def engine_tests(m, name, **more):
-    env = {"TANDEM_TEST_DEVICE": m.args.device, **more}
+    env = {"TANDEM_TEST_DEVICE": m.args.device, **m.test_environment(), **more}
     text = m.check([m.program(f"test-{name}"), "--test-threads=4"], env=env)
     return re.search(r"\d+ passed", text).group(0)
 
@@ -263,7 +207,7 @@ def nixl(m):
 ON_MODEL = ("gpu", "model")
 
 
-@step("model", "figures", 150, "random weights in the shape that is measured", ())
+@step("model", "figures", 150, "random weights in the shape that is measured", (), has_model)
 def model(m):
     return m.check([m.program("tandem"), "model", "random", shape(m), folder(m)])
 
@@ -281,7 +225,7 @@ def table_of(m, name, title, command, seconds=None):
     return found["rows"]
 
 
-def bench_engine(m, name, title, *flags, prompts, batches, model=None, rounds=2):
+def bench_engine(m, name, title, *flags, prompts, batches, model=None, rounds=3):
     sizes = ["--context", 512, "--num-tokens", 192]
     if m.args.tiny:
         prompts, batches, rounds = "24", "1,2", 1
@@ -293,7 +237,7 @@ def bench_engine(m, name, title, *flags, prompts, batches, model=None, rounds=2)
 
 
 def shares(rows):
-    middle = lambda values: sorted(values)[len(values) // 2]
+    middle = statistics.median
     name = lambda row: f"prefill {row['num_tokens']}" if row["phase"] == "prefill" else f"decode {row['batch']}"
     said = []
     for row in rows:
@@ -309,7 +253,7 @@ def goals(rows):
     """The goals of the engine on a GPU that rows of the 8B shape miss."""
     missed = []
     for row in rows:
-        share = sorted(row["share_of_limit"])[len(row["share_of_limit"]) // 2]
+        share = statistics.median(row["share_of_limit"])
         if row["row"]["phase"] == "decode" and row["row"]["batch"] == 1 and share < 0.8:
             missed.append(f"decode at batch 1 has {share:.0%} of its limit, wanted 80 %")
         if row["row"]["phase"] == "prefill" and share < 0.5:
@@ -317,32 +261,34 @@ def goals(rows):
     return "; GOALS MISSED: " + ", ".join(missed) if missed else "; goals met"
 
 
-@step("engine", "figures", 240, "decode at 1, 8, 64, prefill at 512 to 32k beside Transformers", ON_MODEL)
+ALL_ROWS = {"prompts": "512,2048,8192,32768", "batches": "1,8,64"}
+
+
+@step("engine", "figures", 150, "decode at 1, 8, 64, prefill at 512 to 32k, beside the limits", ON_MODEL)
 def engine(m):
-    lack = has_transformers(m)
-    measure = lambda *peer: bench_engine(m, "engine", "rows", *peer, prompts="512,2048,8192,32768", batches="1,8,64")
-    try:
-        rows = measure() if lack else measure("--transformers-python", m.args.python)
-    except Failed as reason:
-        if lack or m.left() < 60:
-            raise
-        rows, lack = measure(), f"with Transformers it failed: {reason}"
-    return shares(rows) + goals(rows) + (f" ({lack})" if lack else "")
+    rows = bench_engine(m, "engine", "rows", **ALL_ROWS)
+    return shares(rows) + goals(rows)
 
 
 @step("kernels-alone", "figures", 150, "attention, products, sampling alone (the example cuda_kernels)")
 def kernels_alone(m):
     small = ("--smaller 64 --prompt-len 64 --batch 1 --context 16 --rows 1 --library-rows 32 --samples 1 "
-             "--rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")
+             "--extent-kib 64 --rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")
     flags = shlex.split(small) if m.args.tiny else []
     text = m.check([m.program("cuda_kernels"), "--device", m.args.device, *flags])
     m.figure("kernels-alone", "table", text)
     return f"{len(text.splitlines())} lines in figures.txt"
 
 
+@step("engine-transformers", "figures", 240, "the same rows beside Transformers", ("gpu", "model", "transformers"))
+def engine_transformers(m):
+    flags = ["--transformers-python", m.args.python]
+    return shares(bench_engine(m, "engine-transformers", "rows", *flags, rounds=2, **ALL_ROWS))
+
+
 @step("engine-256", "figures", 100, "decode at batch 256", ON_MODEL)
 def engine_256(m):
-    return shares(bench_engine(m, "engine-256", "rows", prompts="512", batches="256", rounds=2))
+    return shares(bench_engine(m, "engine-256", "rows", prompts="512", batches="256"))
 
 
 @step("hopper-prefill", "figures", 100, "prefill by warpgroups (--prefill-attention auto)", ("gpu", "model", "hopper"))
@@ -368,17 +314,23 @@ def batch_invariant(m):
     return shares(rows)
 
 
-@step("quantized", "figures", 120, "q8_0 and q4_0 beside bf16 (shape M)", ())
+@step("quantized", "figures", 200, "W8A8, q8_0, q4_0, q4_K_M beside bf16 (shape M): decode, prompts of W8A8")
 def quantized(m):
-    lack = NEEDS["gpu"](m)
-    if lack:
-        raise Skipped(lack)
     plain, said = m.work / "model-m", []
-    m.check([m.program("tandem"), "model", "random", "tiny" if m.args.tiny else "m", plain])
-    for ty in ("bf16", "q8_0", "q4_0"):
+    tandem = m.program("tandem")
+    m.check([tandem, "model", "random", "tiny" if m.args.tiny else "m", plain])
+    def measure(ty, path, prompts):
+        rows = bench_engine(m, "quantized", ty, model=path, prompts=prompts, batches="1,16")
+        said.append(f"{ty}: {shares(rows)}")
+    measure("bf16", plain, "2048,8192")
+    w8a8 = m.work / "m-w8a8"
+    shutil.rmtree(w8a8, ignore_errors=True)  # what is there is not written over
+    m.check([tandem, "model", "w8a8", plain, w8a8])
+    measure("w8a8", w8a8, "2048,8192")
+    for ty in ("q8_0", "q4_0", "q4_k_m"):
         path = m.work / f"m-{ty}.gguf"
-        m.check([m.program("tandem"), "model", "gguf", plain, path, "--type", ty])
-        said.append(f"{ty}: {shares(bench_engine(m, 'quantized', ty, model=path, prompts='512', batches='1'))}")
+        m.check([tandem, "model", "gguf", plain, path, "--type", ty])
+        measure(ty, path, "512")
     return "; ".join(said)
 
 
@@ -418,26 +370,36 @@ def big_flags(m):
 
 
 def prefill_node_goes(m, how):
-    """A prompt is computed by a prefill node that goes: the answer comes all the same, and the next one, too."""
-    vocab = json.loads((folder(m) / "config.json").read_text())["vocab_size"]
+    """A prompt is computed by a prefill node that goes when the first of its KV has come: the answer comes all the
+    same, and the next one, too."""
+    config = json.loads((folder(m) / "config.json").read_text())
+    vocab, num_tokens = config["vocab_size"], long_prompt(m)
+    # K and V in bf16.
+    all_bytes = 4 * num_tokens * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
     with Nodes(m, folder(m), f"{big_flags(m)} --kv-transports quic,cuda-ipc") as nodes:
+        # So that what a first request waits for is there.
         nodes.complete(prompt(64, 1, vocab), 4)
-        answer = {}
-        tokens = prompt(long_prompt(m), 2, vocab)
+        before, come, answer = nodes.arrived("cuda-ipc"), 0, {}
+        tokens = prompt(num_tokens, 2, vocab)
         asking = threading.Thread(target=lambda: answer.update(text=nodes.complete(tokens, 8)))
         asking.start()
-        while asking.is_alive() and not nodes.arrived("cuda-ipc"):
+        while asking.is_alive() and come <= 0:
             time.sleep(0.002)
-        was_early = asking.is_alive()
+            come = nodes.arrived("cuda-ipc") - before
         nodes.kill("prefill-0", how)
+        share, was_early = come / all_bytes, asking.is_alive()
         asking.join()
+        if come <= 0:
+            raise Failed(f"no KV came over cuda-ipc: {reason_against(nodes, 'cuda-ipc')}")
+        if not was_early or share > 0.95:
+            raise Failed(f"{share:.0%} of the KV had come when the prefill node went: the prompt is too short")
         if "text" not in answer:
             raise Failed(f"the request was not answered; the decode node: {nodes.log('decode-0')[-400:]}")
         nodes.complete(prompt(100, 3, vocab), 8)
         is_over = nodes.children["decode-0"].poll() is not None
         if is_over or re.search(r"model runner failed|the engine stops", nodes.log("decode-0")):
             raise Failed(f"the decode node's device failed: {nodes.log('decode-0')[-400:]}")
-        return "the decode node went on" + ("" if was_early else ", but the prompt was computed before the node went")
+        return f"the decode node went on; {share:.0%} of the KV had come"
 
 
 @step("prefill-killed", "handover", 120, "cuda-ipc: the prefill node is killed under a long prompt", ON_MODEL)
@@ -466,7 +428,7 @@ def rebuilt_kernels(m):
 
 @step("nvrtc", "more", 60, "every kernel compiles by NVRTC", ())
 def nvrtc(m):
-    text = m.check([m.program("test-kernels"), "nvrtc", "--nocapture"])
+    text = m.check([m.program("test-kernels"), "nvrtc", "--nocapture"], env=m.test_environment())
     return re.search(r"\d+ passed", text).group(0)
 
 
@@ -494,7 +456,7 @@ def sanitize(m):
     def one(item):
         tool, path = item
         m.check([sanitizer(m), "--tool", tool, "--error-exitcode", "9", path])
-    in_parallel(one, [(tool, path) for path in programs for tool in ("memcheck", "racecheck")], 6)
+    in_parallel(one, [(tool, path) for path in programs for tool in ("memcheck", "racecheck")], 4)
     return f"no error in {len(programs)} programs"
 
 

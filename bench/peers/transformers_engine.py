@@ -120,11 +120,12 @@ def main():
                     return {"tokens_per_second": prefill(row["num_tokens"])}
                 return {"tokens_per_second": decode(row["batch"], row["context"], row["num_tokens"])}
         except torch.OutOfMemoryError as error:
-            return {"skipped": str(error).splitlines()[0]}
-        finally:
-            if is_gpu:
-                # The engine beside it has a use for the memory.
-                torch.cuda.empty_cache()
+            reason = str(error).splitlines()[0]
+        # Behind the handler, whose error holds what was allocated. Only now: memory that was given back has to be had
+        # again, which would be a part of the next row's time.
+        if is_gpu:
+            torch.cuda.empty_cache()
+        return {"skipped": reason}
 
     versions = f"PyTorch {torch.__version__}, Transformers {transformers.__version__}"
     print(json.dumps({"ready": True, "versions": versions}), file=answers)

@@ -108,9 +108,11 @@ impl EngineReport {
     }
 }
 
+/// Of an even number the mean of the middle two.
 fn median(mut values: Vec<f64>) -> Option<f64> {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
+    let (low, high) = (values.get(values.len().checked_sub(1)? / 2)?, values.get(values.len() / 2)?);
+    Some(low.midpoint(*high))
 }
 
 impl fmt::Display for EngineReport {
@@ -180,6 +182,12 @@ mod tests {
         assert!(text.contains("40.0      40 %  this is 2.000x [2.000, 2.000]"), "{text}");
         assert!(text.contains("no figure"), "{text}");
         assert!(text.contains("limits are of 0.0 GB/s (median); of the arithmetic no peak is known"), "{text}");
+    }
+
+    #[test]
+    fn of_two_rounds_the_middle_is_between_them() {
+        let medians = [vec![], vec![3.0], vec![4.0, 1.0], vec![9.0, 2.0, 4.0], vec![8.0, 1.0, 2.0, 4.0]].map(median);
+        assert_eq!(medians, [None, Some(3.0), Some(2.5), Some(4.0), Some(3.0)]);
     }
 
     #[test]

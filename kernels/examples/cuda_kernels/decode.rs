@@ -12,7 +12,10 @@ pub(crate) fn measure(bench: &Bench) -> Result<(), DeviceError> {
         for &batch in &bench.args.batch {
             let what = format!("decode attention, {batch} with contexts of {context}");
             match Batch::new(bench, batch, context)? {
-                Some(batch) => bench.say_bytes(&what, bench.seconds(|number| batch.attend(number))?, batch.num_bytes),
+                Some(batch) => {
+                    let seconds = bench.seconds(batch.layout.num_layers, |number| batch.attend(number))?;
+                    bench.say_bytes(&what, seconds, batch.num_bytes);
+                }
                 None => println!("{what:<54} does not fit the memory"),
             }
         }

@@ -1,6 +1,6 @@
 //! Measures kernels alone on a GPU, in the shapes of a model of 8B, each as a share of what a copy or a product of the
 //! same run reaches: attention of prompts and of decode, products of few rows in bf16 and quantized, the library's
-//! products, and sampling. Fails if the two kernels for attention of prompts are far apart.
+//! products, sampling, and digests of KV. Fails if the two kernels for attention of prompts are far apart.
 //!
 //! ```text
 //! CUDA_HOME=$(kernels/cuda/install-nvcc) cargo run --release -p kernels --features cuda --example cuda_kernels
@@ -11,6 +11,7 @@
 //! holds. `--device host`, with the feature `fibres`, tries the program out where there is no GPU.
 
 mod decode;
+mod digests;
 mod prefill;
 mod products;
 mod sampling;
@@ -34,7 +35,7 @@ struct Args {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "prefill,decode,products,library,quantized,sampling"
+        default_value = "prefill,decode,products,library,quantized,sampling,digests"
     )]
     only: Vec<Part>,
     /// Tokens of prompts.
@@ -55,6 +56,9 @@ struct Args {
     /// Rows that are sampled.
     #[arg(long, value_delimiter = ',', default_value = "1,8,64")]
     samples: Vec<usize>,
+    /// KiB of what is hashed: extents of a transfer.
+    #[arg(long, value_delimiter = ',', default_value = "1024,8192,32768")]
+    extent_kib: Vec<usize>,
     /// MiB that launches go through at least before they come to the same memory again.
     #[arg(long, default_value_t = 512)]
     rotate_mib: usize,
@@ -67,7 +71,7 @@ struct Args {
     /// The shapes divided by this, to try the program out.
     #[arg(long, default_value_t = 1)]
     smaller: usize,
-    /// Launches of a graph, each of the next memory.
+    /// Launches of a graph at least, each of the next memory; more where there is more memory to go through.
     #[arg(long, default_value_t = 16)]
     launches: usize,
     /// Milliseconds of launches in one timing, of which the best of three counts.
@@ -83,6 +87,7 @@ enum Part {
     Library,
     Quantized,
     Sampling,
+    Digests,
 }
 
 /// The shapes of a model of 8B.
@@ -157,18 +162,24 @@ impl Bench {
     }
 
     /// Of one launch of many that are recorded as a graph, so that the host, which launches slower than a small kernel
-    /// runs, is not what is measured. `launch` is told its number.
-    fn seconds(&self, mut launch: impl FnMut(usize) -> Result<(), DeviceError>) -> Result<f64, DeviceError> {
+    /// runs, is not what is measured. `launch` is told its number, which begins anew with each replay: a graph has all
+    /// of the `num_rotating` memories that numbers go through.
+    fn seconds(
+        &self,
+        num_rotating: usize,
+        mut launch: impl FnMut(usize) -> Result<(), DeviceError>,
+    ) -> Result<f64, DeviceError> {
+        let num_launches = self.args.launches.max(num_rotating);
         // Directly, so that the library has its plan.
         launch(0)?;
         let recording = Recording::begin(&self.device)?;
-        (0..self.args.launches).try_for_each(&mut launch)?;
+        (0..num_launches).try_for_each(&mut launch)?;
         let graph = recording.end()?;
         let (time, mut best) = (Duration::from_millis(self.args.millis), f64::INFINITY);
         for _ in 0..TIMINGS {
             best = best.min(seconds_of(&self.device, time, || graph.launch())?);
         }
-        Ok(best / self.args.launches as f64)
+        Ok(best / num_launches as f64)
     }
 
     /// A line of what is bound by memory.
@@ -231,6 +242,7 @@ fn measure(args: Args) -> Result<bool, DeviceError> {
             Part::Library => products::measure_library(&bench)?,
             Part::Quantized => products::measure_quantized(&bench)?,
             Part::Sampling => sampling::measure(&bench)?,
+            Part::Digests => digests::measure(&bench)?,
         }
     }
     Ok(are_close)

@@ -24,7 +24,7 @@ pub(crate) fn measure(bench: &Bench) -> Result<bool, DeviceError> {
         let prompts = Prompts::new(bench, len)?;
         let mut results = Vec::new();
         for &kernel in &kernels {
-            let seconds = bench.seconds(|_| prompts.attend(kernel))?;
+            let seconds = bench.seconds(1, |_| prompts.attend(kernel))?;
             bench.say_ops(&format!("attention of prompts of {len}, {kernel:?}"), seconds, prompts.num_operations());
             results.push(prompts.result()?);
         }

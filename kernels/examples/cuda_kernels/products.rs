@@ -47,7 +47,7 @@ fn dense(bench: &Bench, rows: &[usize], say: impl Fn(&Bench, &str, f64, &Multipl
                 k,
                 add: false,
             };
-            let seconds = bench.seconds(|number| match m <= ops::SKINNY_ROWS_MAX {
+            let seconds = bench.seconds(matrices.len(), |number| match m <= ops::SKINNY_ROWS_MAX {
                 true => ops::skinny_matmul(&multiply(number)),
                 false => ops::library_matmul(&multiply(number)),
             })?;
@@ -75,7 +75,8 @@ pub(crate) fn measure_quantized(bench: &Bench) -> Result<(), DeviceError> {
                 let x = uniform_bf16(&bench.device, 7, m * k)?;
                 let out = Buffer::new(&bench.device, m * n * 4)?;
                 let multiply = MultiplyQuantized { x: &x, m, bias: None, out: &out, add: false };
-                let seconds = bench.seconds(|number| matrices[number % matrices.len()].multiply(&multiply))?;
+                let seconds =
+                    bench.seconds(matrices.len(), |number| matrices[number % matrices.len()].multiply(&multiply))?;
                 bench.say_bytes(&format!("{format} product of {m} rows, {name} [{n}, {k}]"), seconds, num_bytes);
             }
         }

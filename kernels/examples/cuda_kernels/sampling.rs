@@ -1,5 +1,6 @@
-//! From logits to tokens: greedy, and within a share of the probability. The logits may lie in the second-level cache, as
-//! they do behind the product that made them; the bytes are those of reading them once.
+//! From logits to tokens: greedy, within a share of the probability, and the most likely ones as alternatives. The logits
+//! may lie in the second-level cache, as they do behind the product that made them; the bytes are those of reading them
+//! once.
 
 use kernels::cuda::limits::uniform_bf16;
 use kernels::cuda::ops::{self, Multiply, Part};
@@ -18,10 +19,18 @@ pub(crate) fn measure(bench: &Bench) -> Result<(), DeviceError> {
             let jobs: Vec<[u32; 10]> = (0..num_rows as u32).map(job).collect();
             let jobs = Buffer::of(device, jobs.as_flattened())?;
             let seconds =
-                bench.seconds(|_| ops::sample(&logits, num_rows, Part::from(&jobs), num_rows, vocab, &out, None))?;
+                bench.seconds(1, |_| ops::sample(&logits, num_rows, Part::from(&jobs), num_rows, vocab, &out, None))?;
             let what = format!("sampling {num_rows} rows of {vocab}, {way}");
             bench.say_bytes(&what, seconds, num_rows * vocab * 4);
         }
+        // As `TopJob` of top_logprobs.cu.
+        let jobs: Vec<[u32; 2]> = (0..num_rows as u32).map(|row| [row, ops::TOP_MAX as u32]).collect();
+        let jobs = Buffer::of(device, jobs.as_flattened())?;
+        let out = Buffer::new(device, 2 * num_rows * ops::TOP_MAX * 4)?;
+        let seconds =
+            bench.seconds(1, |_| ops::top_logprobs(&logits, num_rows, Part::from(&jobs), num_rows, vocab, &out))?;
+        let what = format!("the {} most likely of {vocab}, {num_rows} rows", ops::TOP_MAX);
+        bench.say_bytes(&what, seconds, num_rows * vocab * 4);
     }
     Ok(())
 }
