@@ -280,13 +280,15 @@ async fn a_device_that_is_lost_in_the_drain_is_an_error() {
         assert!(found("the engine stops") < found(sentence), "{log}");
         assert!(!log.contains("after main has returned"), "{log}");
     };
-    let (mut cluster, _stream) = up_while_it_answers(&[], "launch=3000").await;
+    let (mut cluster, _stream) = up_while_it_answers(&["--drain-timeout", "100s"], "launch=700").await;
     cluster.proxy.terminate();
     assert!(!cluster.proxy.exited(PATIENCE).await.success(), "{}", cluster.proxy.tail());
     assert_told(&cluster.proxy, "tandem: an engine failed: ");
 
-    let environments = BTreeMap::from([("", driver("seed=1")), ("decode-0", driver("launch=3000"))]);
-    let mut cluster = Cluster::start(Shape { environments, ..on_gpus("quic") }).await;
+    let environments = BTreeMap::from([("", driver("seed=1")), ("decode-0", driver("launch=700"))]);
+    let mut shape = Shape { environments, ..on_gpus("quic") };
+    shape.decode.extend(["--drain-timeout", "100s"]);
+    let mut cluster = Cluster::start(shape).await;
     let mut stream = cluster.api.stream(&corpus::greedy(&[7; 60], 1500)).await;
     stream.read_chunks(2).await;
     let node = &mut cluster.node("decode-0").process;
