@@ -8,18 +8,35 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
+use tokio::net::TcpSocket;
+
+/// Connections that wait to be let in.
+const BACKLOG: u32 = 1024;
 
 /// Whether the node is well; the sentence says what is wrong.
 pub type Health = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 
-/// Serves `/metrics` and `/health` on `address` until the process ends; returns the bound address.
+/// Takes `address` for [`serve`], before which nobody is let in.
 ///
 /// # Errors
-/// If the address cannot be bound.
-pub async fn serve(address: SocketAddr, metrics: PrometheusHandle, health: Health) -> anyhow::Result<SocketAddr> {
-    let listener = tokio::net::TcpListener::bind(address)
-        .await
-        .with_context(|| format!("listen on {address} for metrics (--metrics-port): is the port taken?"))?;
+/// If it cannot be bound.
+pub fn bind(address: SocketAddr) -> anyhow::Result<TcpSocket> {
+    let bound = || {
+        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+        // As a listener has it: connections of an earlier process do not keep the port.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok::<_, std::io::Error>(socket)
+    };
+    bound().with_context(|| format!("listen on {address} for metrics (--metrics-port): is the port taken?"))
+}
+
+/// Serves `/metrics` and `/health` until the process ends; returns the bound address.
+///
+/// # Errors
+/// If somebody else listens there since.
+pub fn serve(socket: TcpSocket, metrics: PrometheusHandle, health: Health) -> anyhow::Result<SocketAddr> {
+    let listener = socket.listen(BACKLOG).context("listen for metrics (--metrics-port): is the port taken?")?;
     let bound = listener.local_addr().context("read the metrics address")?;
     let app = Router::new().route("/metrics", get(move || std::future::ready(metrics.render()))).route(
         "/health",

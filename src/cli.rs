@@ -3,11 +3,16 @@
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use common::config::{CertsArgs, DecodeNodeArgs, PrefillNodeArgs, ProxyArgs, UpArgs};
+use tokio::runtime::Runtime;
 
-use crate::console;
+use crate::{console, shutdown};
+
+/// What still runs when a role is over gets so much time to end.
+const END_TIMEOUT: Duration = Duration::from_secs(5);
 
 const OVERVIEW: &str = "\
 Tandem serves large language models with prefill and decode on separate nodes.
@@ -128,10 +133,25 @@ fn run_role<T: Parser, F: Future<Output = anyhow::Result<()>>>(
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::Error::new(error).context("start the async runtime")),
     };
-    match runtime.block_on(role(settings)) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => fail(&error),
+    let status = match runtime.block_on(role(settings)) {
+        Ok(()) => 0,
+        Err(error) => {
+            complain(&error);
+            1
+        }
+    };
+    end(runtime, status)
+}
+
+/// Waits for what still runs: engines above all, which give back what they have of a device. What does not end in time
+/// must not meet the process's exit handlers, behind which no call of CUDA is defined.
+fn end(runtime: Runtime, status: u8) -> ExitCode {
+    let told_at = Instant::now();
+    runtime.shutdown_timeout(END_TIMEOUT);
+    if told_at.elapsed() >= END_TIMEOUT {
+        shutdown::leave_at_once(status);
     }
+    ExitCode::from(status)
 }
 
 /// Each client connection is a file: the soft limit is often 1024, fewer than the proxy takes or a load opens.
@@ -144,8 +164,12 @@ fn raise_file_limit() {
 }
 
 fn fail(error: &anyhow::Error) -> ExitCode {
-    console::complain(format_args!("tandem: {}", told(error)));
+    complain(error);
     ExitCode::FAILURE
+}
+
+fn complain(error: &anyhow::Error) {
+    console::complain(format_args!("tandem: {}", told(error)));
 }
 
 /// The error and its causes, without those that the sentence before them quotes already.

@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use anyhow::Context;
@@ -26,6 +27,7 @@ use kv_connector::store::NodeStore;
 use kv_connector::transfer::{Nixl, NixlError, NixlPool, SharedPool};
 use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, compatible_models};
 use prefill_node::PrefillNode;
+use tokio::sync::oneshot;
 
 use crate::device::{LoadedModel, load_model};
 use crate::{admin, console, shutdown, store, telemetry};
@@ -135,41 +137,51 @@ async fn run_node(
     let tls = fabric.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
     check_holder(&identity, kind, &name)?;
-    let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-    let loaded = load_model(model_folder(&model).await?, &weights, &engine, 1).await?;
-    let setup = NodeSetup {
-        node: name.clone(),
-        identity,
-        listen,
-        bulk_port,
-        kv_transports: fabric.kv_transports.clone(),
-        nixl: fabric.nixl.clone(),
-        kv_quic: fabric.kv_quic.clone(),
-        busy_poll: fabric.busy_poll,
-        engine,
-        max_model_len: weights.max_model_len,
-        store,
-        role,
-    };
-    let node = start(loaded, setup).await?;
-    let address = node.address();
-    if let Some(port) = fabric.metrics_port {
-        let metrics = admin::serve(SocketAddr::new(listen.ip(), port), recorder, node.health()).await?;
-        tracing::info!("metrics on http://{metrics}/metrics");
-    }
-    for proxy in &fabric.register {
-        let (fabric, proxy) = (node.fabric.clone(), resolve(proxy).await?);
-        tokio::spawn(stay_registered(fabric, proxy, kind, address));
-    }
-    console::say(format_args!("{kind} {name} ready on {address}"));
-    tokio::select! {
-        () = stop.cancelled() => {}
-        reason = node.failed() => {
-            node.leave_at_once().await;
-            anyhow::bail!("the engine of {name} failed: {reason}");
+    let starting = async {
+        let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
+        // Before the weights: what is wrong with a name or a port should not be told after minutes.
+        let metrics = fabric.metrics_port.map(|port| admin::bind(SocketAddr::new(listen.ip(), port))).transpose()?;
+        let mut proxies = Vec::new();
+        for proxy in &fabric.register {
+            proxies.push(resolve(proxy).await?);
         }
+        let loaded = load_model(model_folder(&model).await?, &weights, &engine, 1).await?;
+        let setup = NodeSetup {
+            node: name.clone(),
+            identity,
+            listen,
+            bulk_port,
+            kv_transports: fabric.kv_transports.clone(),
+            nixl: fabric.nixl.clone(),
+            kv_quic: fabric.kv_quic.clone(),
+            busy_poll: fabric.busy_poll,
+            engine,
+            max_model_len: weights.max_model_len,
+            store,
+            role,
+        };
+        let node = start(loaded, setup).await?;
+        let address = node.address();
+        if let Some(socket) = metrics {
+            let metrics = admin::serve(socket, recorder, node.health())?;
+            tracing::info!("metrics on http://{metrics}/metrics");
+        }
+        for proxy in proxies {
+            tokio::spawn(stay_registered(node.fabric.clone(), proxy, kind, address));
+        }
+        anyhow::Ok(node)
+    };
+    let Some(node) = shutdown::until_ready(&stop, starting).await else { return Ok(()) };
+    let node = node?;
+    console::say(format_args!("{kind} {name} ready on {}", node.address()));
+    let left = tokio::select! {
+        () = stop.cancelled() => node.drain(fabric.identity.drain_timeout).await,
+        reason = node.failed() => Err(reason),
+    };
+    if let Err(reason) = left {
+        node.leave_at_once().await;
+        anyhow::bail!("the engine of {name} failed: {reason}");
     }
-    node.drain(fabric.identity.drain_timeout).await;
     Ok(())
 }
 
@@ -226,8 +238,9 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
     let options =
         EngineOptions { limits, host_budget: host_budget.clone(), role: role.role().as_str(), node: node.to_string() };
     let blocks = Arc::new(BlockFeed::default());
-    let engine =
+    let (engine, engine_thread) =
         engine::core::start_reporting(runner, options, Some(blocks.clone())).context("start the engine's thread")?;
+    wait_at_the_end(engine_thread).await;
     let opened = store::open(&store, &node, role.role(), &engine, host_budget, blocks.clone()).await;
     let store = opened.with_context(|| format!("open the prefix-block store of {node}"))?;
     let hello = Hello {
@@ -276,6 +289,18 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         }
     };
     Ok(RunningNode { name: node, fabric, presence, engine, store, role })
+}
+
+/// The runtime's end waits for a thread that uses the device, see [`cli`](crate::cli).
+async fn wait_at_the_end(thread: JoinHandle<()>) {
+    let (began, has_begun) = oneshot::channel();
+    tokio::task::spawn_blocking(move || {
+        let _ = began.send(());
+        // Its panics were told.
+        let _ = thread.join();
+    });
+    // A task that has not begun is not waited for.
+    let _ = has_begun.await;
 }
 
 /// Takes peers whose model fits, and of nodes only those whose KV and ours can be made into one another.
@@ -399,10 +424,31 @@ impl RunningNode {
     /// Tells peers that it ends, whose requests then go on elsewhere, and not after they have heard nothing for a while.
     pub async fn leave_at_once(&self) {
         let _ = tokio::time::timeout(LEAVE_TIMEOUT, self.fabric.close()).await;
+        self.wait_for_kv_threads().await;
+    }
+
+    async fn wait_for_kv_threads(&self) {
+        if let Some(thread) = self.fabric.take_kv_thread() {
+            wait_at_the_end(thread).await;
+        }
     }
 
     /// Refuses new work, waits for the running requests, closes the fabric, writes the store out.
-    pub async fn drain(&self, timeout: Duration) {
+    ///
+    /// # Errors
+    /// Why its engine failed meanwhile.
+    pub async fn drain(&self, timeout: Duration) -> Result<(), String> {
+        tokio::select! {
+            biased;
+            reason = self.failed() => return Err(reason),
+            () = self.finish(timeout) => {}
+        }
+        self.engine.shutdown();
+        tracing::info!(node = %self.name, "drained");
+        Ok(())
+    }
+
+    async fn finish(&self, timeout: Duration) {
         self.presence.drain();
         let is_finished = match &self.role {
             RunningRole::Prefill(node) => node.finished(timeout).await,
@@ -412,11 +458,10 @@ impl RunningNode {
             tracing::warn!(node = %self.name, "the drain timed out; running requests move to other nodes");
         }
         self.fabric.close().await;
+        self.wait_for_kv_threads().await;
         if let Some(store) = &self.store {
             store.close(STORE_CLOSE_TIMEOUT).await;
         }
-        self.engine.shutdown();
-        tracing::info!(node = %self.name, "drained");
     }
 }
 

@@ -12,6 +12,21 @@ use tokio_util::sync::CancellationToken;
 /// Signals this soon after the first are part of it.
 const SAME_REQUEST: Duration = Duration::from_secs(1);
 
+/// Ends the process with `status` and without exit handlers: other threads may be computing, and handlers take down what
+/// they use.
+pub fn leave_at_once(status: u8) -> ! {
+    signal_hook::low_level::exit(status.into())
+}
+
+/// [`None`] if `stop` comes before `starting` is over, as its caller then leaves: nothing serves yet that could be drained.
+pub async fn until_ready<T>(stop: &CancellationToken, starting: impl Future<Output = T>) -> Option<T> {
+    let started = stop.run_until_cancelled(starting).await;
+    if started.is_none() {
+        tracing::info!("it leaves before it is ready");
+    }
+    started
+}
+
 /// A token that is cancelled by the first SIGTERM or SIGINT. One more than a second later exits with
 /// status 130.
 ///
@@ -36,7 +51,7 @@ pub fn on_signal() -> anyhow::Result<CancellationToken> {
         while told_at.elapsed() < SAME_REQUEST {
             next().await;
         }
-        std::process::exit(130);
+        leave_at_once(130);
     });
     Ok(token)
 }

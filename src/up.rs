@@ -2,16 +2,19 @@
 //! process.
 
 use std::net::{Ipv4Addr, SocketAddr};
+use std::pin::pin;
 use std::time::Duration;
 
 use anyhow::Context;
 use common::config::{DEMO_MODEL, HostPort, UpArgs};
 use common::ids::{NodeId, Role};
-use futures::future::{join_all, select_all};
+use futures::future::{join_all, select_all, try_join_all};
 use kv_connector::certs::ClusterCa;
-use proxy::ProxyConfig;
+use metrics_exporter_prometheus::PrometheusHandle;
+use proxy::{ProxyConfig, ProxyHandle};
+use tokio_util::sync::CancellationToken;
 
-use crate::nodes::{self, NodeSetup, RoleArgs};
+use crate::nodes::{self, NodeSetup, RoleArgs, RunningNode};
 use crate::{console, device, endpoint, shutdown, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
@@ -30,6 +33,35 @@ const DEMO_QUESTION: &str = "The code of Nora is 7391. Hugo lives in Oslo. The c
 pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let recorder = telemetry::init(&args.log)?;
     let stop = shutdown::on_signal()?;
+    let Some(started) = shutdown::until_ready(&stop, start(&args, recorder, &stop)).await else { return Ok(()) };
+    let (proxy, running) = started?;
+    greet(&args, proxy.http_addr());
+    let mut serving = pin!(proxy.wait());
+    let left = tokio::select! {
+        (reason, _, _) = select_all(running.iter().map(|node| Box::pin(node.failed()))) => {
+            // Clients hear of it before the process ends; what is left to do nobody here can.
+            stop.cancel();
+            let _ = tokio::time::timeout(FAILED_TIMEOUT, serving).await;
+            Err(reason)
+        }
+        served = &mut serving => {
+            served.context("serve")?;
+            try_join_all(running.iter().map(|node| node.drain(args.drain_timeout))).await.map(|_| ())
+        }
+    };
+    if let Err(reason) = left {
+        join_all(running.iter().map(RunningNode::leave_at_once)).await;
+        anyhow::bail!("an engine failed: {reason}");
+    }
+    Ok(())
+}
+
+/// All roles, ready.
+async fn start(
+    args: &UpArgs,
+    recorder: PrometheusHandle,
+    stop: &CancellationToken,
+) -> anyhow::Result<(ProxyHandle, Vec<RunningNode>)> {
     let ca = ClusterCa::generate().context("make the process's own CA")?;
     let folder = nodes::model_folder(&args.model).await?;
     // Before the weights: what is wrong with a few kilobytes should not be told after minutes.
@@ -77,20 +109,7 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let proxy = proxy::serve(config, text, identity, recorder, stop.clone()).await?;
     let ready = proxy.ready(args.num_decode_nodes as usize, args.num_prefill_nodes as usize);
     tokio::time::timeout(READY_TIMEOUT, ready).await.context("the nodes did not become ready")?;
-    greet(&args, proxy.http_addr());
-    let engine_failed = select_all(running.iter().map(|node| Box::pin(node.failed())));
-    tokio::select! {
-        () = stop.cancelled() => {}
-        (reason, _, _) = engine_failed => {
-            // Clients hear of it before the process ends; what is left to do nobody here can.
-            stop.cancel();
-            let _ = tokio::time::timeout(FAILED_TIMEOUT, proxy.wait()).await;
-            anyhow::bail!("an engine failed: {reason}");
-        }
-    }
-    proxy.wait().await.context("serve")?;
-    join_all(running.iter().map(|node| node.drain(args.drain_timeout))).await;
-    Ok(())
+    Ok((proxy, running))
 }
 
 /// Says that it is ready, with a line to paste.

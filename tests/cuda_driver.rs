@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::client::Answer;
+use support::client::{Answer, AnswerStream};
 use support::cluster::Scratch;
 use support::process::{Process, tandem};
 use support::{Cluster, Seed, Shape, corpus, wait};
@@ -19,10 +19,11 @@ use support::{Cluster, Seed, Shape, corpus, wait};
 const PATIENCE: Duration = Duration::from_secs(120);
 const STEPS: [&str; 4] = ["--max-num-batched-tokens", "64", "--max-num-seqs", "4"];
 
-/// What finds the driver of the host, with what it is asked for.
+/// What finds the driver of the host, with what it is asked for. The process takes a while to end, in which no thread may
+/// call the driver any more.
 fn driver(wishes: &str) -> Vec<(&'static str, String)> {
     let folder = kernels::cuda::host_driver_folder().display().to_string();
-    vec![("LD_LIBRARY_PATH", folder), ("HOST_CUDA_DRIVER", wishes.to_string())]
+    vec![("LD_LIBRARY_PATH", folder), ("HOST_CUDA_DRIVER", format!("{wishes},linger=300"))]
 }
 
 fn on_gpus(transports: &'static str) -> Shape {
@@ -71,8 +72,7 @@ async fn a_gpu_answers_as_the_cpu_does_in_f32() {
         let cluster = Cluster::up_in(&flags, &environment).await;
         answers.push(ask_all(&cluster, requests).await);
         cluster.settle().await;
-        assert_no_rule_broken(&cluster.proxy);
-        cluster.shut_down().await;
+        assert_no_rule_broken(&cluster.shut_down().await.proxy);
     }
     assert_eq!(texts(&answers[1]), texts(&answers[0]), "compute capability 9.0");
     assert_eq!(texts(&answers[2]), texts(&answers[0]), "compute capability 8.0");
@@ -89,9 +89,9 @@ async fn the_demo_is_right_on_a_gpu_whose_memory_is_shared_out() {
     let body = json!({"messages": [{"role": "user", "content": question}], "max_tokens": 32, "temperature": 0});
     let reply = support::client::Api::new(&url).post("/v1/chat/completions", &body).await;
     assert_eq!(reply.body["choices"][0]["message"]["content"], "The code of Nora is 7391.", "{}", reply.body);
-    assert_no_rule_broken(&process);
     process.terminate();
     assert!(process.exited(PATIENCE).await.success(), "{}", process.tail());
+    assert_no_rule_broken(&process);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -107,8 +107,7 @@ async fn kv_between_processes_with_gpus_goes_over_cuda_ipc_with_the_answers_of_q
         assert!(metrics.sum("tandem_fabric_extent_bytes_total", &arrived) > 0.0, "{carrier}");
         let log: String = cluster.nodes.iter().map(|node| node.process.log()).collect();
         assert_eq!(log.contains("transport=\"cuda-ipc\""), carrier == "cuda-ipc", "{log}");
-        cluster.nodes.iter().for_each(|node| assert_no_rule_broken(&node.process));
-        cluster.shut_down().await;
+        cluster.shut_down().await.nodes.iter().for_each(|node| assert_no_rule_broken(&node.process));
     }
     assert_eq!(answers[0], answers[1]);
 }
@@ -145,8 +144,7 @@ async fn a_prefill_node_that_is_killed_or_leaves_does_not_take_the_decode_nodes_
         assert_eq!(texts(&[cluster.api.complete(&request).await]), texts(&[answer]), "killed: {is_killed}");
         cluster.settle().await;
     }
-    assert_no_rule_broken(&cluster.node("decode-0").process);
-    cluster.shut_down().await;
+    assert_no_rule_broken(&cluster.shut_down().await.node("decode-0").process);
 }
 
 /// Runs a command that has to end by itself, and gives its status and what it says.
@@ -243,4 +241,58 @@ async fn a_client_of_the_only_process_hears_that_its_device_is_lost() {
         "{}",
         cluster.proxy.tail()
     );
+}
+
+/// `tandem up` on the driver of the host, with a request whose answer has begun and takes long.
+async fn up_while_it_answers(flags: &[&str], wishes: &str) -> (Cluster, AnswerStream) {
+    let flags = [&["--device", "cuda:0", "--kv-cache-memory-bytes", "16MiB"], flags, &STEPS].concat();
+    let cluster = Cluster::up_in(&flags, &driver(wishes)).await;
+    let mut stream = cluster.api.stream(&corpus::greedy(&[7; 60], 1500)).await;
+    stream.read_chunks(2).await;
+    (cluster, stream)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nothing_is_asked_of_the_driver_after_main_however_the_process_leaves() {
+    let (mut cut, _cut_stream) = up_while_it_answers(&["--drain-timeout", "0s"], "seed=1").await;
+    cut.proxy.terminate();
+    assert!(cut.proxy.exited(PATIENCE).await.success(), "{}", cut.proxy.tail());
+    assert_no_rule_broken(&cut.proxy);
+
+    let (mut pressed, _stream) = up_while_it_answers(&[], "seed=2").await;
+    let status = wait::until("it ends at once", PATIENCE, async || {
+        pressed.proxy.exit_status().ok_or_else(|| {
+            pressed.proxy.interrupt();
+            "it drains".to_string()
+        })
+    })
+    .await;
+    assert_eq!(status.code(), Some(130), "{}", pressed.proxy.tail());
+    assert_no_rule_broken(&pressed.proxy);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_device_that_is_lost_in_the_drain_is_an_error() {
+    let assert_told = |process: &Process, sentence: &str| {
+        let log = process.log();
+        let found = |part: &str| log.find(part).unwrap_or_else(|| panic!("no \"{part}\": {log}"));
+        assert!(found("draining; once more") < found("the engine stops"), "{log}");
+        assert!(found("the engine stops") < found(sentence), "{log}");
+        assert!(!log.contains("after main has returned"), "{log}");
+    };
+    let (mut cluster, _stream) = up_while_it_answers(&["--drain-timeout", "100s"], "launch=700").await;
+    cluster.proxy.terminate();
+    assert!(!cluster.proxy.exited(PATIENCE).await.success(), "{}", cluster.proxy.tail());
+    assert_told(&cluster.proxy, "tandem: an engine failed: ");
+
+    let environments = BTreeMap::from([("", driver("seed=1")), ("decode-0", driver("launch=700"))]);
+    let mut shape = Shape { environments, ..on_gpus("quic") };
+    shape.decode.extend(["--drain-timeout", "100s"]);
+    let mut cluster = Cluster::start(shape).await;
+    let mut stream = cluster.api.stream(&corpus::greedy(&[7; 60], 1500)).await;
+    stream.read_chunks(2).await;
+    let node = &mut cluster.node("decode-0").process;
+    node.terminate();
+    assert!(!node.exited(PATIENCE).await.success(), "{}", node.tail());
+    assert_told(node, "tandem: the engine of decode-0 failed: ");
 }

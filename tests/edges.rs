@@ -4,7 +4,8 @@
 
 mod support;
 
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::time::{Duration, Instant};
 
@@ -118,7 +119,7 @@ async fn the_proxy_takes_no_more_requests_than_it_may() {
 }
 
 /// A proxy at which nodes announce themselves at `registry`.
-async fn start_registry(dir: &std::path::Path, registry: &str) -> (Process, Api) {
+async fn start_registry(dir: &Path, registry: &str) -> (Process, Api) {
     let port = registry.rsplit_once(':').unwrap().1;
     let dir_name = dir.display().to_string();
     let args = strings(&["proxy", "--model", NOISE_MODEL, "--tls-dir", &dir_name, "--fabric-port", port]);
@@ -132,7 +133,7 @@ fn free_udp_port() -> u16 {
     std::net::UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-fn start_node(role: &str, name: &str, dir: &std::path::Path, registry: &str, more: &[&str]) -> Process {
+fn start_node(role: &str, name: &str, dir: &Path, registry: &str, more: &[&str]) -> Process {
     let mut args = node_args(role, name, dir);
     args.extend(strings(&["--model", NOISE_MODEL, "--register", registry]));
     args.extend(strings(&["--threads", "1", "--kv-cache-memory-bytes", "32MiB"]));
@@ -278,6 +279,75 @@ async fn two_signals_at_once_are_one_and_a_later_one_ends_the_process() {
     drop(stream);
     cluster.restart_proxy().await;
     cluster.shut_down().await;
+}
+
+/// A checkpoint of which one file is a pipe that nobody writes: reading it takes forever.
+fn endless_model(dir: &Path, endless: &str) -> PathBuf {
+    let folder = dir.join(format!("without-{endless}"));
+    std::fs::create_dir_all(&folder).unwrap();
+    for entry in std::fs::read_dir(Path::new(ROOT).join(NOISE_MODEL)).unwrap() {
+        let entry = entry.unwrap();
+        if entry.file_name() != endless {
+            std::os::unix::fs::symlink(entry.path(), folder.join(entry.file_name())).unwrap();
+        }
+    }
+    let made = std::process::Command::new("mkfifo").arg(folder.join(endless)).status().unwrap();
+    assert!(made.success());
+    folder
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_says_before_it_loads_what_is_wrong_with_its_ports_and_proxies() {
+    let scratch = Scratch::new();
+    let dir = scratch.path();
+    make_certs(dir, &[], &strings(&["decode-0"]));
+    let model = endless_model(dir, "config.json").display().to_string();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    for (flags, expected) in [
+        (["--metrics-port", &port], format!("listen on 127.0.0.1:{port} for metrics (--metrics-port)")),
+        (["--register", "nowhere.invalid:1"], "look up nowhere.invalid:1".to_string()),
+    ] {
+        let tls = dir.display().to_string();
+        let mut args = strings(&["decode-node", "--node-id", "decode-0", "--tls-dir", &tls, "--model", &model]);
+        args.extend(strings(&flags));
+        let mut process = Process::start("decode-0", &with_port(&args, 0), dir);
+        assert!(!process.exited(SOON).await.success(), "{}", process.tail());
+        assert!(process.log().contains(&expected), "{}", process.tail());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_process_that_loads_leaves_when_it_is_told_to() {
+    let scratch = Scratch::new();
+    let dir = scratch.path();
+    make_certs(dir, &[], &strings(&["decode-0"]));
+    let mut loading = Vec::new();
+    for (role, endless) in [("up", "tokenizer.json"), ("proxy", "tokenizer.json"), ("decode-node", "config.json")] {
+        let folder = endless_model(&dir.join(role), endless);
+        let mut args = match role {
+            "up" => strings(&[role]),
+            "proxy" => strings(&[role, "--tls-dir", &dir.display().to_string(), "--decode-node", "127.0.0.1:1"]),
+            _ => node_args(role, "decode-0", dir),
+        };
+        args.extend(strings(&["--model", &folder.display().to_string()]));
+        loading.push((Process::start(role, &with_port(&args, 0), dir), folder.join(endless)));
+    }
+    let mut pipes = Vec::new();
+    for (process, pipe) in &mut loading {
+        // There is a reader only once it loads.
+        let opened = wait::until("it reads the model", SOON, async || {
+            let write = std::fs::File::options().write(true).custom_flags(libc::O_NONBLOCK).open(&*pipe);
+            write.map_err(|error| format!("{error}: {}", process.tail()))
+        });
+        pipes.push(opened.await);
+        process.terminate();
+    }
+    for (process, _) in &mut loading {
+        assert!(process.exited(SOON).await.success(), "{}", process.tail());
+        assert!(process.log().contains("it leaves before it is ready"), "{}", process.tail());
+    }
+    drop(pipes);
 }
 
 #[tokio::test(flavor = "multi_thread")]

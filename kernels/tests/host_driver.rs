@@ -29,6 +29,7 @@ fn said_by(name: &str, wishes: &str) -> (bool, String) {
 fn what_is_undefined_ends_the_process_with_the_rule() {
     for (name, expected) in [
         ("memory freed while a graph names it", "cuMemFree: a graph's a fill names memory at"),
+        ("memory freed under a fill", "cuMemFree: a fill names memory at"),
         ("memory freed twice", "cuMemFree: 0x"),
         ("a stream destroyed twice", "cuStreamDestroy: stream 0x"),
         ("an event used after its end", "cuEventRecord: event 0x"),
@@ -37,8 +38,9 @@ fn what_is_undefined_ends_the_process_with_the_rule() {
         ("a copy onto itself", "cuMemcpyDtoDAsync: the two overlap"),
         ("a part of a block exported", "cuIpcGetMemHandle: 1000 bytes are no whole blocks"),
         ("a description destroyed twice", "cublasLtMatmulDescDestroy: it does not exist"),
+        ("a call after main", "Initialization: cuMemGetInfo_v2 after main has returned"),
     ] {
-        let (is_success, said) = said_by(name, "seed=1");
+        let (is_success, said) = said_by(name, "seed=1,linger=60000");
         assert!(!is_success && said.contains(&format!("host driver: {expected}")), "{name}: {said}");
     }
 }
@@ -156,6 +158,19 @@ fn misuse() {
                 result::free_sync(memory).unwrap();
                 result::graph::launch(graph, stream).unwrap();
                 result::stream::synchronize(stream).unwrap();
+            }
+            "memory freed under a fill" => {
+                let memory = memory(1000);
+                result::memset_d8_async(memory, 0, 1000, stream).unwrap();
+                result::free_sync(memory).unwrap();
+                result::stream::synchronize(stream).unwrap();
+            }
+            "a call after main" => {
+                let context = result::ctx::get_current().unwrap().unwrap() as usize;
+                std::thread::spawn(move || {
+                    result::ctx::set_current(context as sys::CUcontext).unwrap();
+                    while result::mem_get_info().is_ok() {}
+                });
             }
             "memory freed twice" => {
                 let memory = memory(1000);

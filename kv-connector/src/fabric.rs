@@ -378,6 +378,11 @@ impl Fabric {
         self.shared.ledger.snapshot()
     }
 
+    /// What ends when the fabric's own threads have, behind the last of its handles; asked for once, and if there are any.
+    pub fn take_kv_thread(&self) -> Option<std::thread::JoinHandle<()>> {
+        self.shared.kv_threads.get().and_then(KvThreads::take_thread)
+    }
+
     /// Closes every connection and waits until the peers were told and the fabric's tasks have ended. Call
     /// it before the process ends, or the peers learn of it from the silence only.
     pub async fn close(&self) {

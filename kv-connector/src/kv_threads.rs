@@ -8,7 +8,8 @@
 
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::config::KV_CONNECTIONS_MAX;
@@ -36,6 +37,8 @@ fn num_threads() -> usize {
 pub(crate) struct KvThreads {
     handle: Handle,
     endpoints: mpsc::Sender<Endpoint>,
+    /// That the others end with, until somebody takes it.
+    thread: Mutex<Option<JoinHandle<()>>>,
 }
 
 impl KvThreads {
@@ -63,16 +66,21 @@ impl KvThreads {
         let handle = runtime.handle().clone();
         handle.spawn(time.tell(ledger.clone()));
         let (endpoints, told) = mpsc::channel(NUM_ENDPOINTS_MAX);
-        std::thread::Builder::new().name("kv".to_string()).spawn(move || {
+        let thread = std::thread::Builder::new().name("kv".to_string()).spawn(move || {
             begin();
             runtime.block_on(until_idle(told));
         })?;
-        Ok(Self { handle, endpoints })
+        Ok(Self { handle, endpoints, thread: Mutex::new(Some(thread)) })
     }
 
     /// To run something on them.
     pub(crate) fn handle(&self) -> &Handle {
         &self.handle
+    }
+
+    /// What ends when all of them have, the first time it is asked for.
+    pub(crate) fn take_thread(&self) -> Option<JoinHandle<()>> {
+        self.thread.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// What has been closed on `endpoint` is said before the threads end.

@@ -268,7 +268,7 @@ impl Cluster {
     }
 
     /// Ends every process by SIGTERM; each must drain and leave with status 0.
-    pub(crate) async fn shut_down(mut self) {
+    pub(crate) async fn shut_down(mut self) -> Self {
         self.settle().await;
         self.proxy.terminate();
         assert!(self.proxy.exited(EXIT_DEADLINE).await.success(), "{}", self.proxy.tail());
@@ -278,6 +278,7 @@ impl Cluster {
                 assert!(node.process.exited(EXIT_DEADLINE).await.success(), "{}", node.process.tail());
             }
         }
+        self
     }
 
     /// Where its certificates and logs are.

@@ -13,6 +13,7 @@ use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc as std_mpsc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use common::block_events::BlockSink;
@@ -65,10 +66,11 @@ pub struct EngineOptions {
 /// # Errors
 /// If the operating system refuses a thread.
 pub fn start(runner: Box<dyn Runner>, options: EngineOptions) -> std::io::Result<EngineHandle> {
-    start_reporting(runner, options, None)
+    start_reporting(runner, options, None).map(|(handle, _)| handle)
 }
 
-/// [`start`], and tells `blocks` after each step what happened to named blocks of the pool.
+/// [`start`], and tells `blocks` after each step what happened to named blocks of the pool. When the thread has ended,
+/// its runner is gone.
 ///
 /// # Errors
 /// If the operating system refuses a thread.
@@ -76,7 +78,7 @@ pub fn start_reporting(
     runner: Box<dyn Runner>,
     options: EngineOptions,
     blocks: Option<Arc<dyn BlockSink>>,
-) -> std::io::Result<EngineHandle> {
+) -> std::io::Result<(EngineHandle, JoinHandle<()>)> {
     let (inbox, commands) = std_mpsc::channel();
     let (status_sender, status) = watch::channel(EngineStatus { is_idle: true, ..EngineStatus::default() });
     let handle = EngineHandle {
@@ -113,8 +115,8 @@ pub fn start_reporting(
         prefill_rate: Rate::default(),
         gauges: EngineMetrics::new(&options, has_graphs),
     };
-    std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
-    Ok(handle)
+    let thread = std::thread::Builder::new().name(format!("engine-{}", options.node)).spawn(move || engine.run())?;
+    Ok((handle, thread))
 }
 
 struct Request {

@@ -73,6 +73,7 @@ EXPORT CUresult CUDAAPI cuInit(unsigned flags) {
     HOLD;
     if (flags != 0) return CUDA_ERROR_INVALID_VALUE;
     if (wishes().num_devices == 0) return CUDA_ERROR_NO_DEVICE;
+    watch_main();
     state().is_initialised = true;
     state().contexts.resize(size_t(wishes().num_devices));
     for (int i = 0; i < wishes().num_devices; ++i) state().contexts[size_t(i)].device = i;

@@ -132,14 +132,13 @@ EXPORT CUresult CUDAAPI cuMemFree_v2(CUdeviceptr at) {
     if (found == state().memory.end() || found->second.is_opened)
         misuse("cuMemFree", "%#llx was not given by cuMemAlloc, or was given back", at);
     if (const CUresult status = check_unsafe("cuMemFree"); status != CUDA_SUCCESS) return status;
-    // "CUDA C++ Programming Guide", implicit synchronization: everything that was asked for is done before.
-    const CUresult status = run_all(*context);
+    // "Memory Management": it "may perform implicit synchronization", and here does not. See `check_named`.
     const size_t num_bytes = found->second.num_bytes;
     Header& header = header_of(at, num_bytes);
     header.is_there = 0;
     // cuIpcOpenMemHandle: undefined. What the others read from now on is zero here.
     if (header.num_openers > 0)
-        refuse(status, "cuIpcOpenMemHandle", "memory was given back that %u other processes have open",
+        refuse(CUDA_SUCCESS, "cuIpcOpenMemHandle", "memory was given back that %u other processes have open",
                unsigned(header.num_openers));
     const Layout layout = layout_of(num_bytes);
     auto* const base = reinterpret_cast<unsigned char*>(&header);
@@ -148,7 +147,7 @@ EXPORT CUresult CUDAAPI cuMemFree_v2(CUdeviceptr at) {
               off_t(layout.num_bytes - page_bytes()));
     mmap(base, layout.num_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
     state().memory.erase(found);
-    return status;
+    return CUDA_SUCCESS;
 }
 
 EXPORT CUresult CUDAAPI cuMemGetAddressRange_v2(CUdeviceptr* base, size_t* num_bytes, CUdeviceptr at) {

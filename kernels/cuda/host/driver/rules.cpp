@@ -1,6 +1,9 @@
 // What a program may not do, said in one line; what a test asks to go wrong.
 #include "state.h"
 
+#include <time.h>
+
+#include <atomic>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -62,13 +65,36 @@ Wishes parse(const char* text) {
             wishes.failing_copy = number;
         else if (is_number && key == "refuse")
             wishes.refused_launch = number;
+        else if (is_number && key == "linger")
+            wishes.linger_ms = number;
         else
             misuse("HOST_CUDA_DRIVER", "\"%s\" is not known", one.c_str());
     }
     return wishes;
 }
 
+std::atomic<bool> is_main_over = false;
+
+// Handlers of a process's end are called in the opposite order of their registration: those of whoever came before this
+// driver are still to come, and take a while.
+void on_end_of_main() {
+    is_main_over = true;
+    timespec left = {time_t(wishes().linger_ms / 1000), long(wishes().linger_ms % 1000) * 1'000'000};
+    while (nanosleep(&left, &left) != 0) {}
+}
+
 } // namespace
+
+void watch_main() {
+    static const int registered = std::atexit(on_end_of_main);
+    if (registered != 0) misuse("host driver", "the end of main cannot be watched");
+}
+
+// "CUDA C++ Programming Guide", initialization: the driver's state ends with the program and it cannot tell; a call during
+// termination after main is undefined.
+void check_main_runs(const char* call) {
+    if (is_main_over) misuse("Initialization", "%s after main has returned", call);
+}
 
 const Wishes& wishes() {
     static const Wishes& all = *new Wishes(parse(std::getenv("HOST_CUDA_DRIVER")));

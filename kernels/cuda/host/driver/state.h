@@ -56,6 +56,7 @@ struct Wishes {
     uint64_t seed = 1;
     uint64_t failing_launch = 0, failing_copy = 0; // which of them touches an illegal address; 0: none
     uint64_t refused_launch = 0;                   // which is refused when it is asked for
+    uint64_t linger_ms = 0;                        // how long the process takes from the end of `main` to its own
 };
 const Wishes& wishes();
 
@@ -64,6 +65,10 @@ const Wishes& wishes();
 // The same line for what has an error of its own, which it returns.
 CUresult refuse(CUresult error, const char* rule, const char* format, ...) __attribute__((format(printf, 3, 4)));
 const char* name_of(CUresult error);
+// From here on the end of `main`, or `exit`, is noticed; again it does nothing.
+void watch_main();
+// Ends the process if that was before this call.
+void check_main_runs(const char* call);
 
 struct Parameter {
     size_t offset, size;
@@ -226,7 +231,9 @@ std::vector<size_t> host_parameters(const std::string& name, bool& is_known);
 } // namespace driver
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
-#define HOLD const std::lock_guard<driver::FairLock> hold(driver::lock)
+#define HOLD                                                      \
+    const std::lock_guard<driver::FairLock> hold(driver::lock); \
+    driver::check_main_runs(__func__)
 #define CONTEXT_OR_RETURN                                            \
     CUresult context_error = CUDA_SUCCESS;                           \
     driver::Context* const context = driver::current(context_error); \
