@@ -7,7 +7,7 @@
 // k_quant_dequantize: the matrix as k_quants.cuh has it, k a multiple of 256; grid (ceil(n / 16), ceil(k / 512)), 256
 // threads, a record for each block.
 #include "k_quants.cuh"
-#include "quantized.cuh"
+#include "quantized_row.cuh"
 
 template <u32 BITS>
 __device__ __forceinline__ void dequantize(const u8* codes, const u16* scales,
@@ -15,7 +15,7 @@ __device__ __forceinline__ void dequantize(const u8* codes, const u16* scales,
     begin_launch();
     const u32 row = blockIdx.x, eighth = blockIdx.y * 256 + threadIdx.x;
     if (eighth * 8 >= k) return;
-    const CodesOf8 eight = codes_at<BITS>(codes + u64(row) * k * BITS / 8, scales + u64(row) * (k / QUANTIZED_GROUP), eighth);
+    const CodesOf8 eight = codes_of_row<BITS>(codes, scales, row, k, eighth);
     *reinterpret_cast<uint4*>(out + u64(row) * k + MUTATE(1, eighth, eighth ^ 1u) * 8) = weights_of<BITS>(eight);
 }
 

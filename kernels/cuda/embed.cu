@@ -9,7 +9,7 @@
 //
 // Grid (rows), 256 threads.
 #include "k_quants.cuh"
-#include "quantized.cuh"
+#include "quantized_row.cuh"
 
 __device__ __forceinline__ u32 token_of(const u32* ids, const u32* drawn, u32 row) {
     const u32 id = ids[row];
@@ -40,7 +40,7 @@ __device__ void embed_codes(const u8* codes, const u16* scales, const u32* ids,
     const u32 row = blockIdx.x;
     const u64 id = token_of(ids, drawn, row);
     for (u32 eighth = threadIdx.x; eighth * 8 < width; eighth += blockDim.x) {
-        const CodesOf8 eight = codes_at<BITS>(codes + id * width * BITS / 8, scales + id * (width / QUANTIZED_GROUP), eighth);
+        const CodesOf8 eight = codes_of_row<BITS>(codes, scales, id, width, eighth);
         store_widened(out + u64(row) * width + MUTATE(3, eighth, eighth ^ 1u) * 8, weights_of<BITS>(eight));
     }
 }

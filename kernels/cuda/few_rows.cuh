@@ -6,9 +6,9 @@
 template <typename T>
 struct alignas(8) SumPair { T of[2]; };
 
-// Where the element 16 * row + column of a tile is: every other two rows have their halves the other way round, so that
-// neither those who write nor those who read meet in a bank.
-__device__ __forceinline__ u32 place_in_tile(u32 element) { return element ^ (element >> 5 & 1) << 3; }
+// Where the element 16 * row + column of a tile is: eights of columns of two rows in an order that depends on the rows, so
+// that neither those who write nor those who read meet in a bank.
+__device__ __forceinline__ u32 place_in_tile(u32 element) { return element ^ (element >> 5 & 3) << 3; }
 
 // Each warp's sums, as `mma` leaves them for two times 8 columns, to `partial` [8][16 rows][16 columns]; all are there then.
 template <typename T>
@@ -21,6 +21,23 @@ __device__ __forceinline__ void put_sums(T* partial, const T (&acc)[2][4]) {
         *reinterpret_cast<SumPair<T>*>(partial + warp * 256 + place) = {{sums[0], sums[1]}};
     }
     if (MUTATE(51, true, false)) __syncthreads();
+}
+
+// Likewise of the other way round: of 16 columns times two times 8 rows.
+__device__ __forceinline__ void put_sums_of_columns(float* partial, const float (&acc)[2][4]) {
+    const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i)
+        partial[warp * 256 + place_in_tile((i / 4 * 8 + 2 * t + i % 2) * 16 + i % 4 / 2 * 8 + g)] = acc[i / 4][i % 4];
+    if (MUTATE(51, true, false)) __syncthreads();
+}
+
+// Adds 16 columns of weights times 8 rows of activations: those of rows g and g + 8 as operand, 8 of k of each.
+__device__ __forceinline__ void multiply_columns(float* acc, const uint4 (&columns)[2], const uint4& row) {
+    const u32 low[4] = {columns[0].x, columns[1].x, columns[0].y, columns[1].y};
+    const u32 high[4] = {columns[0].z, columns[1].z, columns[0].w, columns[1].w};
+    mma_bf16(acc, low, row.x, row.y);
+    mma_bf16(acc, high, row.z, row.w);
 }
 
 // Over the warps, in ascending order, of the element 16 * row + column of the tile.

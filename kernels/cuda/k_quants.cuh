@@ -12,9 +12,10 @@
 //
 //   d        f16 [8 g][4 parts], with 4 bits each with dmin behind it
 //   scales   4 bits: u8 [8 warps][8 g][4 parts], each s with m behind it
-//            6 bits: i8 [8 warps][8 g][2 halves of 16][4 parts]
+//            6 bits: u8 [8 warps][8 g][2 halves of 16][4 parts], s + 128
 //   low      u32 [8 warps][32 lanes][4 parts]: bits 0 to 3 of element e from bit 4 e on
-//   high     u16 [8 warps][32 lanes][4 parts], only with 6 bits: bits 4 and 5 of element e from bit 2 e on
+//   high     u32 [8 warps][32 lanes][2], only with 6 bits: bits 4 and 5 of element e of parts 2 j and 2 j + 1 from bit
+//            8 (e / 2) + 2 (e % 2) on, those of the second part 4 further
 //
 // So a lane's codes are one load of 16 bytes, and one of 8, those of a warp lie in a row. What is beyond n or k is 0.
 #pragma once
@@ -32,25 +33,29 @@ struct KQuant {
 
 __device__ __forceinline__ u32 k_num_pairs(u32 k) { return (k / K_BLOCK + 1) / 2; }
 
-// An integer below 2^23, in two operations of full speed: behind the highest digit of 2^23 there is room for it.
-__device__ __forceinline__ float small_value(u32 x) { return __uint_as_float(x | 0x4b000000u) - 8388608.0f; }
+// Of 6 bits.
+__device__ __forceinline__ float signed_scale(u32 scales, u32 which) { return based_byte(scales, which) - (BYTE_BASE + 128.0f); }
 
 // Which 16 of a chunk a lane's elements are in.
 __device__ __forceinline__ u32 k_half(u32 t) { return MUTATE(23, t / 2, 0u); }
 
-// 8 weights as four pairs. With 4 bits `high` is not looked at; with 6 its lower half is.
+// 8 weights as four pairs. With 4 bits `high` is not looked at; with 6 it is of this part, which is the second of the two
+// that share it if `is_second`, and there are no minima: the scale has 19 digits and SMALL_BASE + OFFSET 3, so their product
+// is exact.
 template <u32 BITS>
-__device__ __forceinline__ uint4 k_weights(u32 low, u32 high, float scale, float min) {
-    float values[8];
-#pragma unroll
-    for (u32 e = 0; e < 8; ++e) {
-        u32 code = low >> (4 * e) & 15u;
-        if (BITS == 6) code |= (MUTATE(21, high >> (2 * e), high) & 3u) << 4;
-        const float centred = __uint_as_float(code | 0x4b000000u) - (8388608.0f + KQuant<BITS>::OFFSET);
-        values[e] = fmaf(scale, centred, MUTATE(22, -min, 0.0f));
+__device__ __forceinline__ uint4 k_weights(u32 low, u32 high, bool is_second, float scale, float min) {
+    u32 even = low & 0x0f0f0f0fu, odd = low >> 4 & 0x0f0f0f0fu;
+    if (BITS == 6) {
+        even |= (is_second ? high : high << 4) & 0x30303030u;
+        odd |= MUTATE(21, is_second ? high >> 2 : high << 2, high) & 0x30303030u;
     }
-    return make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]), pack_bf16(values[4], values[5]),
-                      pack_bf16(values[6], values[7]));
+    const float base = -(SMALL_BASE + KQuant<BITS>::OFFSET) * scale;
+    const auto weight = [&](u32 bytes, u32 which) {
+        const float based = based_small(bytes, which);
+        return BITS == 6 ? fmaf(scale, based, MUTATE(22, base, 0.0f)) : fmaf(scale, based - SMALL_BASE, MUTATE(22, -min, 0.0f));
+    };
+    return make_uint4(pack_bf16(weight(even, 0), weight(odd, 0)), pack_bf16(weight(even, 1), weight(odd, 1)),
+                      pack_bf16(weight(even, 2), weight(odd, 2)), pack_bf16(weight(even, 3), weight(odd, 3)));
 }
 
 // What a lane has of a record.
@@ -79,16 +84,14 @@ struct KLane {
 
     // Those of a part.
     __device__ __forceinline__ uint4 weights(u32 part) const {
-        const u32 odd = part % 2 * 16;
         if (BITS == 4) {
-            const u32 s_and_m = scales[part / 2] >> odd, d_and_dmin = d[part];
-            const float scale = widen_f16(u16(d_and_dmin & 0xffffu)) * small_value(s_and_m & 255u);
-            const float min = widen_f16(u16(d_and_dmin >> 16)) * small_value(s_and_m >> 8 & 255u);
-            return k_weights<4>(low[part], 0, scale, min);
+            const u32 s_and_m = scales[part / 2], first = part % 2 * 2;
+            const float scale = widen_f16(u16(d[part] & 0xffffu)) * (based_small(s_and_m, first) - SMALL_BASE);
+            const float min = widen_f16(u16(d[part] >> 16)) * (based_small(s_and_m, first + 1) - SMALL_BASE);
+            return k_weights<4>(low[part], 0, false, scale, min);
         }
-        const int s = int(scales[0] << (24 - 8 * part)) >> 24;
-        const float scale = widen_f16(u16(d[part / 2] >> odd & 0xffffu)) * float(s);
-        return k_weights<6>(low[part], high[part / 2] >> odd, scale, 0.0f);
+        const float scale = widen_f16(u16(d[part / 2] >> part % 2 * 16 & 0xffffu)) * signed_scale(scales[0], part);
+        return k_weights<6>(low[part], high[part / 2], part % 2, scale, 0.0f);
     }
 };
 
@@ -102,11 +105,11 @@ __device__ __forceinline__ uint4 k_weights_at(const u8* records, u64 row, u32 ei
     const u32 low = reinterpret_cast<const u32*>(record + KQuant<BITS>::LOW)[(warp * 32 + lane) * 4 + part];
     const u16* d = reinterpret_cast<const u16*>(record);
     if (BITS == 4) {
-        const float scale = widen_f16(d[(g * 4 + part) * 2]) * small_value(of_warp[part * 2]);
-        const float min = widen_f16(d[(g * 4 + part) * 2 + 1]) * small_value(of_warp[part * 2 + 1]);
-        return k_weights<4>(low, 0, scale, min);
+        const float scale = widen_f16(d[(g * 4 + part) * 2]) * (based_small(of_warp[part * 2], 0) - SMALL_BASE);
+        const float min = widen_f16(d[(g * 4 + part) * 2 + 1]) * (based_small(of_warp[part * 2 + 1], 0) - SMALL_BASE);
+        return k_weights<4>(low, 0, false, scale, min);
     }
-    const u32 high = reinterpret_cast<const u16*>(record + KQuant<BITS>::HIGH)[(warp * 32 + lane) * 4 + part];
-    const int s = int(u32(of_warp[k_half(t) * 4 + part]) << 24) >> 24;
-    return k_weights<6>(low, high, widen_f16(d[g * 4 + part]) * float(s), 0.0f);
+    const u32 high = reinterpret_cast<const u32*>(record + KQuant<BITS>::HIGH)[(warp * 32 + lane) * 2 + part / 2];
+    const float scale = widen_f16(d[g * 4 + part]) * signed_scale(of_warp[k_half(t) * 4 + part], 0);
+    return k_weights<6>(low, high, part % 2, scale, 0.0f);
 }

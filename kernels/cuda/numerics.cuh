@@ -32,6 +32,19 @@ __device__ __forceinline__ float widen_f16(u16 bits) {
 #endif
 }
 
+// A byte of `bytes` as a float, and BYTE_BASE more: it comes to be the digits from 2^0 on. One operation of full speed,
+// which conversions are not.
+#define BYTE_BASE 32768.0f
+__device__ __forceinline__ float based_byte(u32 bytes, u32 which) {
+    return __uint_as_float(__byte_perm(bytes, 0x00004700u, 0x5404u | which << 4));
+}
+
+// The same of a byte below 128, and SMALL_BASE more, which leaves products with it more digits.
+#define SMALL_BASE 128.0f
+__device__ __forceinline__ float based_small(u32 bytes, u32 which) {
+    return __uint_as_float(__byte_perm(bytes, 0x00004300u, 0x5044u | which << 8));
+}
+
 __device__ __forceinline__ void store(float* to, float x) { *to = x; }
 __device__ __forceinline__ void store(bf16* to, float x) { to->bits = round_bf16(x); }
 

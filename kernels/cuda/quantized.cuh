@@ -16,35 +16,31 @@ struct CodesOf8 {
     u16 scale;
 };
 
-// Those from element 8 * eighth of a row on.
 template <u32 BITS>
-__device__ __forceinline__ CodesOf8 codes_at(const u8* row_codes, const u16* row_scales,
-                                             u32 eighth) {
+__device__ __forceinline__ CodesOf8 codes_at(const u8* at, const u16* scale) {
     CodesOf8 codes;
     if (BITS == 8) {
-        const uint2 words = *reinterpret_cast<const uint2*>(row_codes + u64(eighth) * 8);
+        const uint2 words = *reinterpret_cast<const uint2*>(at);
         codes.words[0] = words.x, codes.words[1] = words.y;
     } else {
-        codes.words[0] = *reinterpret_cast<const u32*>(row_codes + u64(eighth) * 4);
+        codes.words[0] = *reinterpret_cast<const u32*>(at);
     }
-    codes.scale = row_scales[MUTATE(10, eighth / (QUANTIZED_GROUP / 8), eighth / QUANTIZED_GROUP)];
+    codes.scale = *scale;
     return codes;
 }
 
-// As four pairs of bf16.
+// As four pairs of bf16. Whatever the scale, BYTE_BASE + OFFSET times it is exact: weights are rounded once.
 template <u32 BITS>
 __device__ __forceinline__ uint4 weights_of(const CodesOf8& codes) {
-    constexpr u32 MASK = (1u << BITS) - 1;
     constexpr float OFFSET = float(1u << (BITS - 1));
-    const float scale = widen_f16(codes.scale);
-    const u32 words[2] = {codes.words[0], BITS == 8 ? codes.words[1] : codes.words[0] >> 16};
+    const float scale = widen_f16(codes.scale), base = -(BYTE_BASE + MUTATE(11, OFFSET, 0.0f)) * scale;
+    const auto weight = [&](u32 bytes, u32 which) { return fmaf(scale, based_byte(bytes, which), base); };
     u32 pairs[4];
+    const u32 even = codes.words[0] & 0x0f0f0f0fu, odd = codes.words[0] >> 4 & 0x0f0f0f0fu;
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-        const u32 word = words[i / 2] >> (i % 2 * 2 * BITS);
-        const float even = (float(word & MASK) - OFFSET) * scale;
-        const float odd = (float(word >> BITS & MASK) - MUTATE(11, OFFSET, 0.0f)) * scale;
-        pairs[i] = pack_bf16(even, odd);
+        const u32 word = codes.words[BITS == 8 ? i / 2 : 0], first = i % 2 * 2;
+        pairs[i] = BITS == 8 ? pack_bf16(weight(word, first), weight(word, first + 1)) : pack_bf16(weight(even, i), weight(odd, i));
     }
     return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }

@@ -383,6 +383,12 @@ inline unsigned __ballot_sync(unsigned mask, int vote, int line = __builtin_LINE
     for (int lane = 0; lane < 32; ++lane) votes |= unsigned(all[lane].words[0]) << lane;
     return votes;
 }
+inline unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const uint64_t both = low | uint64_t(high) << 32;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= unsigned(both >> (selector >> (4 * i) & 7) * 8 & 0xff) << (8 * i);
+    return result;
+}
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(int(bits)); }
 inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }

@@ -50,8 +50,8 @@ struct KQuantCase {
             pair[0] = u8(s[of_group]), pair[1] = u8(m[of_group]);
         } else {
             std::memcpy(record + (g * 4 + part) * 2, &d[of_block], 2);
-            record[scales + warp * 64 + g * 8 + t / 2 * 4 + part] = u8(s[of_group]);
-            put(record + high + ((warp * 32 + lane) * 4 + part) * 2 + e / 4, code >> 4 << (e % 4 * 2));
+            record[scales + warp * 64 + g * 8 + t / 2 * 4 + part] = u8(s[of_group] + 128);
+            put(record + high + ((warp * 32 + lane) * 2 + part / 2) * 4 + e / 2, code >> 4 << (part % 2 * 4 + e % 2 * 2));
         }
     }
 
@@ -66,7 +66,8 @@ struct KQuantCase {
         const size_t of_group = size_t(row) * (k / GROUP) + at / GROUP, of_block = size_t(row) * (k / 256) + at / 256;
         const double code = double(codes[size_t(row) * k + at]) - (BITS == 6 ? 32 : 0);
         bf16 rounded;
-        set(&rounded, value_of_f16(d[of_block]) * s[of_group] * code - value_of_f16(dmin[of_block]) * m[of_group]);
+        const double scaled = value_of_f16(d[of_block]) * s[of_group] * code;
+        set(&rounded, BITS == 6 ? scaled + 0.0 /* nothing has no sign */ : scaled - value_of_f16(dmin[of_block]) * m[of_group]);
         return rounded;
     }
 };

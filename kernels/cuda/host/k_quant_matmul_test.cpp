@@ -30,9 +30,16 @@ TEST(products_are_those_of_the_weights_that_codes_stand_for) {
     multiplied<4>(order, k_quant_matmul_4, 1, 16, 256, 16, false, false);
     multiplied<4>(order, k_quant_matmul_4, 5, 19, 768, 30, true, true);
     multiplied<4>(order, k_quant_matmul_4, 18, 7, 512, 7, false, false);
+    multiplied<4>(order, k_quant_matmul_4, 8, 16, 512, 16, false, false);
+    multiplied<4>(order, k_quant_matmul_4, 9, 16, 512, 16, false, false);
     multiplied<4>(order, k_quant_matmul_4, 2, 3, 2816, 4, false, false);
     multiplied<6>(order, k_quant_matmul_6, 1, 16, 256, 16, false, false);
     multiplied<6>(order, k_quant_matmul_6, 5, 19, 768, 30, true, true);
     multiplied<6>(order, k_quant_matmul_6, 18, 7, 512, 7, false, false);
     multiplied<6>(order, k_quant_matmul_6, 2, 3, 2816, 4, false, false);
+    // Twice as many records as are on their way, and a half; three times.
+    for (u32 blocks : {16u, 17u, 24u}) {
+        multiplied<4>(order, k_quant_matmul_4, 2, 3, 256 * blocks, 3, false, false);
+        multiplied<6>(order, k_quant_matmul_6, 2, 3, 256 * blocks, 3, false, false);
+    }
 }

@@ -29,7 +29,7 @@ struct QuantizedCase {
         const size_t index = size_t(row) * k + at;
         const u32 code = BITS == 8 ? codes[index] : u32(codes[index / 2] >> (index % 2 * 4) & 15);
         bf16 rounded;
-        set(&rounded, (double(code) - (1 << (BITS - 1))) * scale(row, at));
+        set(&rounded, (double(code) - (1 << (BITS - 1))) * scale(row, at) + 0.0); // nothing has no sign
         return rounded;
     }
 };

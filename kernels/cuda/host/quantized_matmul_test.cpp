@@ -29,7 +29,14 @@ TEST(products_are_those_of_the_weights_that_codes_stand_for) {
     multiplied<8>(order, quantized_matmul_8, 1, 16, 32, false, false);
     multiplied<8>(order, quantized_matmul_8, 5, 19, 320, true, false);
     multiplied<8>(order, quantized_matmul_8, 18, 7, 96, false, true);
+    multiplied<8>(order, quantized_matmul_8, 8, 16, 96, false, false);
+    multiplied<8>(order, quantized_matmul_8, 9, 16, 96, false, false);
     multiplied<4>(order, quantized_matmul_4, 1, 16, 32, false, false);
     multiplied<4>(order, quantized_matmul_4, 5, 19, 320, true, true);
     multiplied<4>(order, quantized_matmul_4, 18, 7, 96, false, false);
+    // Chunks of a warp: as many as are on their way, one more or less, several times as many.
+    for (u32 chunks : {7u, 32u, 33u, 64u, 67u, 120u}) {
+        multiplied<8>(order, quantized_matmul_8, 2, 16, 32 * chunks, false, false);
+        multiplied<4>(order, quantized_matmul_4, 2, 16, 32 * chunks, false, false);
+    }
 }

@@ -150,19 +150,20 @@ fn records(format: DeviceFormat, parts: &[&QuantizedWeights]) -> Option<Vec<u8>>
                 None => {
                     record[(g * 4 + part) * 2..][..2].copy_from_slice(&d);
                     for (half, scale) in group_scales[..16].iter().enumerate() {
-                        record[scales + half / 2 * 64 + g * 8 + half % 2 * 4 + part] = *scale as u8;
+                        record[scales + half / 2 * 64 + g * 8 + half % 2 * 4 + part] = *scale as u8 ^ 0x80;
                     }
                 }
             }
             let codes = &weights.codes[part_row * k + block * K_BLOCK..][..K_BLOCK];
             for (eighth, codes) in codes.as_chunks::<8>().0.iter().enumerate() {
                 let at = (eighth / 4 * 32 + 4 * g + eighth % 4) * 4 + part;
-                let (lower, upper) = codes.iter().enumerate().fold((0u32, 0u16), |(lower, upper), (e, code)| {
-                    (lower | u32::from(code & 15) << (4 * e), upper | u16::from(code >> 4) << (2 * e))
-                });
+                let lower = codes.iter().rev().fold(0u32, |lower, code| lower << 4 | u32::from(code & 15));
                 record[low + at * 4..][..4].copy_from_slice(&lower.to_le_bytes());
                 if format == DeviceFormat::K6 {
-                    record[high + at * 2..][..2].copy_from_slice(&upper.to_le_bytes());
+                    let both_parts = &mut record[high + at / 2 * 4..][..4];
+                    for (e, code) in codes.iter().enumerate() {
+                        both_parts[e / 2] |= code >> 4 << (part % 2 * 4 + e % 2 * 2);
+                    }
                 }
             }
         }
