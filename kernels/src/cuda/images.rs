@@ -119,7 +119,7 @@ fn is_whole_elf(bytes: &[u8]) -> bool {
     // Little-endian.
     let number = |at: usize, num_bytes: usize| {
         let field = bytes.get(at..at.checked_add(num_bytes)?)?;
-        Some(field.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte)))
+        Some(field.iter().rev().fold(0, |value, byte| (value << 8) | u64::from(*byte)))
     };
     let is_within = |offset: u64, size: u64| offset.checked_add(size).is_some_and(|end| end <= bytes.len() as u64);
     // A table of headers: where its offset, entry size and count are in the file's header, and the least size.
@@ -130,10 +130,8 @@ fn is_whole_elf(bytes: &[u8]) -> bool {
         is_table.then(|| (0..count).map(move |i| (offset + i * size) as usize))
     };
     let whole = || {
-        let sections = table(40, 58, 64)?;
-        let mut num_sections = 0;
-        for at in sections {
-            num_sections += 1;
+        let sections: Vec<usize> = table(40, 58, 64)?.collect();
+        for at in &sections {
             let is_in_file = number(at + 4, 4)? != NO_BITS;
             if is_in_file && !is_within(number(at + 24, 8)?, number(at + 32, 8)?) {
                 return None;
@@ -144,7 +142,7 @@ fn is_whole_elf(bytes: &[u8]) -> bool {
                 return None;
             }
         }
-        Some(num_sections > 0)
+        Some(!sections.is_empty())
     };
     bytes.len() >= HEADER_BYTES && bytes.starts_with(b"\x7fELF\x02\x01") && whole().unwrap_or(false)
 }
