@@ -5,7 +5,9 @@
 //! tests start.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output};
+
+const NVCC_RELEASE_MIN: u32 = 13;
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
@@ -120,6 +122,7 @@ fn compile_kernels() {
     println!("cargo::rerun-if-changed=cuda");
     let home = cuda_home();
     let nvcc = if home.as_os_str().is_empty() { PathBuf::from("nvcc") } else { home.join("bin/nvcc") };
+    check_release(&nvcc);
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets it"));
     let mut table =
         String::from("/// Every kernel file, in alphabetical order.\npub static EMBEDDED: &[Embedded] = &[\n");
@@ -179,24 +182,41 @@ fn with_headers(path: &Path, seen: &mut Vec<PathBuf>) -> String {
 }
 
 fn run_nvcc(nvcc: &Path, options: &[&str], source: &Path, to: &Path) {
-    let output = Command::new(nvcc)
-        .args(["-O3", "-std=c++17", "-fmad=false"])
-        .args(options)
-        .arg(source)
-        .arg("-o")
-        .arg(to)
-        .output();
-    match output {
-        Ok(output) if output.status.success() => {}
-        Ok(output) => {
-            panic!("nvcc does not compile {}:\n{}", source.display(), String::from_utf8_lossy(&output.stderr))
-        }
-        Err(error) => panic!(
+    let output = nvcc_output(
+        Command::new(nvcc).args(["-O3", "-std=c++17", "-fmad=false"]).args(options).arg(source).arg("-o").arg(to),
+    );
+    assert!(
+        output.status.success(),
+        "nvcc does not compile {}:\n{}",
+        source.display(),
+        String::from_utf8_lossy(&output.stderr)
+    );
+}
+
+/// Earlier releases lack instructions and headers that are used here, and say so in ways that do not help.
+fn check_release(nvcc: &Path) {
+    let output = nvcc_output(Command::new(nvcc).arg("--version"));
+    let text = String::from_utf8_lossy(&output.stdout);
+    let major = text.split("release ").nth(1).and_then(|rest| rest.split('.').next()?.parse::<u32>().ok());
+    let nvcc = nvcc.display();
+    let Some(major) = major else {
+        panic!("{nvcc} --version does not tell its release: {text}{}", String::from_utf8_lossy(&output.stderr))
+    };
+    assert!(
+        major >= NVCC_RELEASE_MIN,
+        "{nvcc} is of CUDA {major}, and the kernels need nvcc of CUDA {NVCC_RELEASE_MIN} or later: name such a toolkit in \
+         CUDA_HOME, for example the folder that kernels/cuda/install-nvcc installs and prints"
+    );
+}
+
+fn nvcc_output(command: &mut Command) -> Output {
+    command.output().unwrap_or_else(|error| {
+        panic!(
             "the `cuda` feature needs nvcc, and {} cannot be run ({error}): set CUDA_HOME to a CUDA 13 toolkit, \
              for example to the folder that kernels/cuda/install-nvcc installs and prints",
-            nvcc.display()
-        ),
-    }
+            command.get_program().display()
+        )
+    })
 }
 
 /// Names of the kernels in a PTX text: `.visible .entry name(`.

@@ -10,8 +10,10 @@ use super::layers::known_settings;
 use super::roles::UpArgs;
 
 const PREFIX: &str = "TANDEM_";
-/// Set without a flag: the file itself, and what the project's tests read.
-const WITHOUT_A_FLAG: [&str; 3] = ["config", "bin", "test-seed"];
+/// Set without a flag: the file itself, a folder of rebuilt kernels, and what the project's tests and their build read.
+const WITHOUT_A_FLAG: [&str; 5] = ["config", "cuda-kernels", "bin", "fibres-library", "host-driver-folder"];
+/// So begin the others of the tests.
+const OF_TESTS: &str = "test-";
 
 /// A `TANDEM_` variable that sets nothing in any command.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub fn unknown_variables(variables: impl IntoIterator<Item = (String, String)>) 
     known.extend(WITHOUT_A_FLAG.map(str::to_owned));
     let unknown = |(name, value): (String, String)| {
         let key = name.strip_prefix(PREFIX)?.replace('_', "-").to_lowercase();
-        if known.contains(&key) || is_of_kubernetes(&name, &value) {
+        if known.contains(&key) || key.starts_with(OF_TESTS) || is_of_kubernetes(&name, &value) {
             return None;
         }
         let near = near(&key, &known).map(|near| format!("{PREFIX}{}", near.replace('-', "_").to_uppercase()));
@@ -115,6 +117,17 @@ mod tests {
                 "the environment variable TANDEM_BLOK_SIZE sets nothing: did you mean TANDEM_BLOCK_SIZE?",
                 "the environment variable TANDEM_API_KEYS sets nothing: did you mean TANDEM_API_KEY?",
             ]
+        );
+    }
+
+    #[test]
+    fn what_is_set_without_a_flag_is_not_told() {
+        let set =
+            ["TANDEM_CUDA_KERNELS", "TANDEM_TEST_SEED", "TANDEM_TEST_NIXL", "TANDEM_BIN", "TANDEM_FIBRES_LIBRARY"];
+        assert_eq!(told(&set.map(|name| (name, "x"))), [""; 0]);
+        assert_eq!(
+            told(&[("TANDEM_CUDA_KERNEL", "x")]),
+            ["the environment variable TANDEM_CUDA_KERNEL sets nothing: did you mean TANDEM_CUDA_KERNELS?"]
         );
     }
 
