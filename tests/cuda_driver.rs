@@ -72,7 +72,7 @@ async fn a_gpu_answers_as_the_cpu_does_in_f32() {
         let cluster = Cluster::up_in(&flags, &environment).await;
         answers.push(ask_all(&cluster, requests).await);
         cluster.settle().await;
-        assert_no_rule_broken(&cluster.shut_down().await.proxy);
+        assert_no_rule_broken(&cluster.shut_down_in_order().await.proxy);
     }
     assert_eq!(texts(&answers[1]), texts(&answers[0]), "compute capability 9.0");
     assert_eq!(texts(&answers[2]), texts(&answers[0]), "compute capability 8.0");
@@ -107,7 +107,7 @@ async fn kv_between_processes_with_gpus_goes_over_cuda_ipc_with_the_answers_of_q
         assert!(metrics.sum("tandem_fabric_extent_bytes_total", &arrived) > 0.0, "{carrier}");
         let log: String = cluster.nodes.iter().map(|node| node.process.log()).collect();
         assert_eq!(log.contains("transport=\"cuda-ipc\""), carrier == "cuda-ipc", "{log}");
-        cluster.shut_down().await.nodes.iter().for_each(|node| assert_no_rule_broken(&node.process));
+        cluster.shut_down_in_order().await.nodes.iter().for_each(|node| assert_no_rule_broken(&node.process));
     }
     assert_eq!(answers[0], answers[1]);
 }
@@ -144,7 +144,7 @@ async fn a_prefill_node_that_is_killed_or_leaves_does_not_take_the_decode_nodes_
         assert_eq!(texts(&[cluster.api.complete(&request).await]), texts(&[answer]), "killed: {is_killed}");
         cluster.settle().await;
     }
-    assert_no_rule_broken(&cluster.shut_down().await.node("decode-0").process);
+    assert_no_rule_broken(&cluster.shut_down_in_order().await.node("decode-0").process);
 }
 
 /// Runs a command that has to end by itself, and gives its status and what it says.

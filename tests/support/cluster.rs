@@ -268,7 +268,12 @@ impl Cluster {
     }
 
     /// Ends every process by SIGTERM; each must drain and leave with status 0.
-    pub(crate) async fn shut_down(mut self) -> Self {
+    pub(crate) async fn shut_down(self) {
+        self.shut_down_in_order().await;
+    }
+
+    /// The same, for who looks at their logs.
+    pub(crate) async fn shut_down_in_order(mut self) -> Self {
         self.settle().await;
         self.proxy.terminate();
         assert!(self.proxy.exited(EXIT_DEADLINE).await.success(), "{}", self.proxy.tail());
