@@ -9,7 +9,9 @@ mod steps;
 
 use std::collections::BTreeMap;
 use std::future::Future;
+use std::ops::Deref;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 use common::config::Dtype;
@@ -19,7 +21,7 @@ use common::model::ModelIdentity;
 use common::sampling::SamplingParams;
 use common::scheduler::SchedulerLimits;
 use common::sequence::{NewSequence, Work};
-use engine::core::{EngineEvent, EngineHandle, EngineOptions, RequestHandle, start};
+use engine::core::{EngineEvent, EngineHandle, EngineOptions, RequestHandle, start_reporting};
 use engine::runner::Runner;
 use steps::prompt;
 
@@ -32,7 +34,29 @@ async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, future).await.unwrap_or_else(|_| panic!("{what}: nothing within {DEADLINE:?}"))
 }
 
-fn engine(runner: Box<dyn Runner>, block_size: usize, num_blocks: usize) -> EngineHandle {
+/// An engine that has given back what it has of a device when this is dropped: no process may end before.
+struct Engine {
+    handle: EngineHandle,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Deref for Engine {
+    type Target = EngineHandle;
+
+    fn deref(&self) -> &EngineHandle {
+        &self.handle
+    }
+}
+
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.handle.shutdown();
+        // Its panics were told.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+fn engine(runner: Box<dyn Runner>, block_size: usize, num_blocks: usize) -> Engine {
     let limits = SchedulerLimits {
         block_size,
         num_blocks,
@@ -48,16 +72,17 @@ fn engine(runner: Box<dyn Runner>, block_size: usize, num_blocks: usize) -> Engi
         eviction_policy: common::eviction::EvictionPolicy::default(),
     };
     let options = EngineOptions { limits, host_budget: Arc::default(), role: "decode-node", node: "test".to_string() };
-    start(runner, options).unwrap()
+    let (handle, thread) = start_reporting(runner, options, None).unwrap();
+    Engine { handle, thread: Some(thread) }
 }
 
 /// In f32, where a row's bits depend on nothing else.
-fn on_device(block_size: usize, num_blocks: usize) -> EngineHandle {
+fn on_device(block_size: usize, num_blocks: usize) -> Engine {
     let model = on_fibres::load(&steps::root().join(CHECKPOINT), Dtype::Float32);
     engine(Box::new(on_fibres::runner(&model, block_size, num_blocks * block_size)), block_size, num_blocks)
 }
 
-fn on_cpu() -> EngineHandle {
+fn on_cpu() -> Engine {
     let model = steps::load(CHECKPOINT, Dtype::Float32);
     engine(Box::new(steps::runner(&model, 16, 64 * 16)), 16, 64)
 }
