@@ -270,7 +270,7 @@ def engine(m):
     return shares(rows) + goals(rows)
 
 
-@step("kernels-alone", "figures", 150, "attention, products, sampling alone (the example cuda_kernels)")
+@step("kernels-alone", "figures", 150, "attention, products, sampling, staging alone (the example cuda_kernels)")
 def kernels_alone(m):
     small = ("--smaller 64 --prompt-len 64 --batch 1 --context 16 --rows 1 --library-rows 32 --samples 1 "
              "--extent-kib 64 --rotate-mib 1 --copy-mib 1 --product 16 --millis 1 --launches 2")

@@ -38,6 +38,27 @@ pub trait KvMemory: Send + Sync {
         self.write_at(layer, blocks, first_granule, byte_offset, &bytes);
     }
 
+    /// Where each write is a copy to a device, which is waited for: how many bytes are worth one, if that many come.
+    /// `None` where bytes are written where they lie.
+    fn gathered_bytes(&self) -> Option<usize> {
+        None
+    }
+
+    /// Reads one granule in every layer, one layer behind the other; `out` has exactly
+    /// `num_layers() * granule_bytes()` bytes.
+    fn read_all_layers(&self, blocks: &[BlockId], granule: usize, out: &mut [u8]) {
+        for (layer, out) in out.chunks_exact_mut(self.granule_bytes()).enumerate() {
+            self.read_granules(layer as u32, blocks, granule, 1, out);
+        }
+    }
+
+    /// Writes what [`read_all_layers`](Self::read_all_layers) gave, of a granule of any sequence.
+    fn write_all_layers(&self, blocks: &[BlockId], granule: usize, bytes: &[u8]) {
+        for (layer, bytes) in bytes.chunks_exact(self.granule_bytes()).enumerate() {
+            self.write_at(layer as u32, blocks, granule, 0, bytes);
+        }
+    }
+
     /// Reads whole granules; `out` has exactly `num_granules * granule_bytes()` bytes.
     fn read_granules(&self, layer: u32, blocks: &[BlockId], first_granule: usize, num_granules: usize, out: &mut [u8]);
 

@@ -112,6 +112,21 @@ impl KvArena {
         unsafe { std::ptr::copy_nonoverlapping(from, into.as_mut_ptr(), into.len()) }
     }
 
+    /// Copies what is at places, (offset, bytes) each, one behind the other into `into`, which holds exactly that. Panics
+    /// beyond the end.
+    pub fn read_places(&self, places: &[(usize, usize)], into: &mut [u8]) {
+        if let Memory::Device(buffer) = &self.memory {
+            return buffer.read_places(Lane::Transfer, places, into).unwrap_or_else(|error| lost(&error));
+        }
+        let mut rest = into;
+        for &(offset, num_bytes) in places {
+            let (now, later) = rest.split_at_mut(num_bytes);
+            self.read(offset, now);
+            rest = later;
+        }
+        assert!(rest.is_empty(), "{} bytes were asked for that no place has", rest.len());
+    }
+
     /// Shows `visit` the `len` bytes at `offset`, where they lie if the host can see them. Panics beyond the end.
     pub fn visit(&self, offset: usize, len: usize, visit: impl FnOnce(&[u8])) {
         if self.device().is_some() {
@@ -143,6 +158,21 @@ impl KvArena {
         let into = self.bytes(offset, from.len());
         // SAFETY: in bounds by `bytes`; nobody else accesses these bytes meanwhile (the module's invariant).
         unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into, from.len()) }
+    }
+
+    /// Copies what lies one behind the other in `from` to places, (offset, bytes) each, which have exactly as much. Panics
+    /// beyond the end.
+    pub fn write_places(&self, places: &[(usize, usize)], from: &[u8]) {
+        if let Memory::Device(buffer) = &self.memory {
+            return buffer.write_places(Lane::Transfer, places, from).unwrap_or_else(|error| lost(&error));
+        }
+        let mut rest = from;
+        for &(offset, num_bytes) in places {
+            let (now, later) = rest.split_at(num_bytes);
+            self.write(offset, now);
+            rest = later;
+        }
+        assert!(rest.is_empty(), "{} bytes were given that no place has", rest.len());
     }
 
     /// Lets `fill` write the `len` bytes at `offset`, where they lie if the host can see them: it then finds there what
@@ -229,6 +259,10 @@ mod tests {
         assert_eq!(arena.bytes_at(104, 4), Some(&[8, 8, 8, 7][..]));
         assert_eq!(arena.len(), 10_000);
         assert!(!arena.is_empty());
+        let (places, mut back) = ([(300, 2), (200, 0), (100, 3)], [0; 5]);
+        arena.write_places(&places, b"abcde");
+        arena.read_places(&places, &mut back);
+        assert_eq!((&back, arena.bytes_at(100, 3)), (b"abcde", Some(&b"cde"[..])));
     }
 
     #[test]

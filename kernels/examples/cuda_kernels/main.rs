@@ -1,6 +1,6 @@
 //! Measures kernels alone on a GPU, in the shapes of a model of 8B, each as a share of what a copy or a product of the
 //! same run reaches: attention of prompts and of decode, products of few rows in bf16 and quantized, the library's
-//! products, sampling, and digests of KV. Fails if the two kernels for attention of prompts are far apart.
+//! products, sampling, digests of KV, and KV between blocks and the host. Fails if the two kernels for attention of prompts are far apart.
 //!
 //! ```text
 //! CUDA_HOME=$(kernels/cuda/install-nvcc) cargo run --release -p kernels --features cuda --example cuda_kernels
@@ -15,6 +15,7 @@ mod digests;
 mod prefill;
 mod products;
 mod sampling;
+mod staging;
 
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,7 +36,7 @@ struct Args {
         long,
         value_enum,
         value_delimiter = ',',
-        default_value = "prefill,decode,products,library,quantized,sampling,digests"
+        default_value = "prefill,decode,products,library,quantized,sampling,digests,staging"
     )]
     only: Vec<Part>,
     /// Tokens of prompts.
@@ -56,7 +57,7 @@ struct Args {
     /// Rows that are sampled.
     #[arg(long, value_delimiter = ',', default_value = "1,8,64")]
     samples: Vec<usize>,
-    /// KiB of what is hashed: extents of a transfer.
+    /// KiB of what is hashed, or goes to the host and back: extents of a transfer.
     #[arg(long, value_delimiter = ',', default_value = "1024,8192,32768")]
     extent_kib: Vec<usize>,
     /// MiB that launches go through at least before they come to the same memory again.
@@ -88,6 +89,7 @@ enum Part {
     Quantized,
     Sampling,
     Digests,
+    Staging,
 }
 
 /// The shapes of a model of 8B.
@@ -243,6 +245,7 @@ fn measure(args: Args) -> Result<bool, DeviceError> {
             Part::Quantized => products::measure_quantized(&bench)?,
             Part::Sampling => sampling::measure(&bench)?,
             Part::Digests => digests::measure(&bench)?,
+            Part::Staging => staging::measure(&bench)?,
         }
     }
     Ok(are_close)

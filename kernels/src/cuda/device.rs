@@ -294,23 +294,26 @@ pub trait Device: Send + Sync {
     /// `address` came from [`alloc`](Self::alloc) of this device and is not used again.
     unsafe fn free(&self, address: u64);
 
-    /// Copies to the device. `from` may be changed when the call returns.
+    /// Copies to places of the device, (address, bytes) each, what lies one behind the other in `from`. `from` may be
+    /// changed when the call returns.
     ///
     /// # Errors
     /// What the driver says.
     ///
     /// # Safety
-    /// `to` begins `from.len()` bytes of this device's memory; nobody else uses them at that point of the lane.
-    unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError>;
+    /// The places have `from.len()` bytes in all, each in this device's memory; nobody else uses them at that point of the
+    /// lane.
+    unsafe fn copy_in(&self, lane: Lane, places: &[(u64, usize)], from: &[u8]) -> Result<(), DeviceError>;
 
-    /// Copies from the device; done when the call returns, on [`Lane::Compute`] also everything before.
+    /// Copies from places of the device, (address, bytes) each, one behind the other to `to`; done when the call returns,
+    /// on [`Lane::Compute`] also everything before.
     ///
     /// # Errors
     /// What the driver says.
     ///
     /// # Safety
-    /// `from` begins `to.len()` bytes of this device's memory; nobody changes them at that point of the lane.
-    unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError>;
+    /// The places have `to.len()` bytes in all, each in this device's memory; nobody changes them at that point of the lane.
+    unsafe fn copy_out(&self, lane: Lane, places: &[(u64, usize)], to: &mut [u8]) -> Result<(), DeviceError>;
 
     /// Starts copying `num_bytes` from the device on [`Lane::Compute`], behind what is there and before what comes.
     ///
@@ -468,9 +471,18 @@ impl Buffer {
     /// # Errors
     /// What the driver says.
     pub fn write(&self, lane: Lane, offset: usize, from: &[u8]) -> Result<(), DeviceError> {
-        let to = self.at(offset, from.len());
+        self.write_places(lane, &[(offset, from.len())], from)
+    }
+
+    /// Copies what lies one behind the other in `from` to places, (offset, bytes) each, with one wait for all. Panics
+    /// beyond the end, and if there are not as many bytes as the places have.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn write_places(&self, lane: Lane, places: &[(usize, usize)], from: &[u8]) -> Result<(), DeviceError> {
+        let places = self.all_at(places, from.len());
         // SAFETY: in bounds by `at`; that nobody else uses these bytes is the users' agreement.
-        unsafe { self.device.copy_in(lane, to, from) }
+        unsafe { self.device.copy_in(lane, &places, from) }
     }
 
     /// Copies what is at `offset` to `into`. Panics beyond the end.
@@ -478,9 +490,25 @@ impl Buffer {
     /// # Errors
     /// What the driver says.
     pub fn read(&self, lane: Lane, offset: usize, into: &mut [u8]) -> Result<(), DeviceError> {
-        let from = self.at(offset, into.len());
-        // SAFETY: as in `write`.
-        unsafe { self.device.copy_out(lane, from, into) }
+        self.read_places(lane, &[(offset, into.len())], into)
+    }
+
+    /// Copies what is at places, (offset, bytes) each, one behind the other to `into`, with one wait for all. Panics beyond
+    /// the end, and if there are not as many bytes as the places have.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn read_places(&self, lane: Lane, places: &[(usize, usize)], into: &mut [u8]) -> Result<(), DeviceError> {
+        let places = self.all_at(places, into.len());
+        // SAFETY: as in `write_places`.
+        unsafe { self.device.copy_out(lane, &places, into) }
+    }
+
+    /// Addresses of places that have `num_bytes` in all.
+    fn all_at(&self, places: &[(usize, usize)], num_bytes: usize) -> Vec<(u64, usize)> {
+        let held: usize = places.iter().map(|(_, num_bytes)| num_bytes).sum();
+        assert_eq!(held, num_bytes, "bytes of the places, and those that are copied");
+        places.iter().map(|&(offset, num_bytes)| (self.at(offset, num_bytes), num_bytes)).collect()
     }
 
     /// Starts copying `num_bytes` at `offset` to the host, in the order of [`Lane::Compute`]. Panics beyond the end.
@@ -489,7 +517,7 @@ impl Buffer {
     /// What the driver says.
     pub fn start_read(&self, offset: usize, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError> {
         let from = self.at(offset, num_bytes);
-        // SAFETY: as in `write`.
+        // SAFETY: as in `write_places`.
         unsafe { self.device.start_copy_out(from, num_bytes) }
     }
 
@@ -507,7 +535,7 @@ impl Buffer {
     ) -> Result<(), DeviceError> {
         let (to, from) = (self.at(offset, num_bytes), from.at(from_offset, num_bytes));
         assert!(from + num_bytes as u64 <= to || to + num_bytes as u64 <= from, "ranges of a copy do not overlap");
-        // SAFETY: as in `write`; the ranges do not overlap.
+        // SAFETY: as in `write_places`; the ranges do not overlap.
         unsafe { self.device.copy_within(lane, from, to, num_bytes) }
     }
 
@@ -517,7 +545,7 @@ impl Buffer {
     /// What the driver says.
     pub fn zero(&self, lane: Lane, offset: usize, num_bytes: usize) -> Result<(), DeviceError> {
         let at = self.at(offset, num_bytes);
-        // SAFETY: as in `write`.
+        // SAFETY: as in `write_places`.
         unsafe { self.device.zero(lane, at, num_bytes) }
     }
 }

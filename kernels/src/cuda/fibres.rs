@@ -258,24 +258,32 @@ impl Device for FibreDevice {
         unsafe { (self.free)(address as *mut c_void) }
     }
 
-    unsafe fn copy_in(&self, lane: Lane, to: u64, from: &[u8]) -> Result<(), DeviceError> {
+    unsafe fn copy_in(&self, lane: Lane, places: &[(u64, usize)], mut from: &[u8]) -> Result<(), DeviceError> {
         self.check_not_recording(lane, "a copy from the host")?;
-        // SAFETY: by this function's contract `to` begins as many bytes of a buffer of its own.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to as *mut u8, from.len()) };
+        for &(to, num_bytes) in places {
+            let (now, later) = from.split_at(num_bytes);
+            // SAFETY: by this function's contract `to` begins as many bytes of a buffer of its own.
+            unsafe { std::ptr::copy_nonoverlapping(now.as_ptr(), to as *mut u8, num_bytes) };
+            from = later;
+        }
         Ok(())
     }
 
-    unsafe fn copy_out(&self, lane: Lane, from: u64, to: &mut [u8]) -> Result<(), DeviceError> {
+    unsafe fn copy_out(&self, lane: Lane, places: &[(u64, usize)], mut to: &mut [u8]) -> Result<(), DeviceError> {
         self.check_not_recording(lane, "a copy to the host")?;
-        // SAFETY: by this function's contract `from` begins as many bytes of a buffer of its own.
-        unsafe { std::ptr::copy_nonoverlapping(from as *const u8, to.as_mut_ptr(), to.len()) };
+        for &(from, num_bytes) in places {
+            let (now, later) = to.split_at_mut(num_bytes);
+            // SAFETY: by this function's contract `from` begins as many bytes of a buffer of its own.
+            unsafe { std::ptr::copy_nonoverlapping(from as *const u8, now.as_mut_ptr(), num_bytes) };
+            to = later;
+        }
         Ok(())
     }
 
     unsafe fn start_copy_out(&self, from: u64, num_bytes: usize) -> Result<Box<dyn Landing>, DeviceError> {
         let mut bytes = vec![0; num_bytes];
         // SAFETY: by this function's contract.
-        unsafe { self.copy_out(Lane::Compute, from, &mut bytes) }?;
+        unsafe { self.copy_out(Lane::Compute, &[(from, num_bytes)], &mut bytes) }?;
         Ok(Box::new(Landed(bytes)))
     }
 

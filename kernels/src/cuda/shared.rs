@@ -70,7 +70,7 @@ impl PeerMemory {
     pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), DeviceError> {
         let from = self.at(offset, into.len());
         // SAFETY: in bounds by `at`. The other process may write there: any bytes are bytes.
-        unsafe { self.device.copy_out(Lane::Transfer, from, into) }
+        unsafe { self.device.copy_out(Lane::Transfer, &[(from, into.len())], into) }
     }
 
     fn at(&self, offset: usize, num_bytes: usize) -> u64 {

@@ -303,10 +303,7 @@ fn later(now: Instant, wait: Duration) -> Instant {
 }
 
 fn write(plan: &LoadPlan, granule: usize, entry: &Entry) {
-    let layers = entry.payload().chunks_exact(plan.memory.granule_bytes());
-    for (layer, bytes) in layers.enumerate() {
-        plan.memory.write_at(layer as u32, &plan.blocks, granule, 0, bytes);
-    }
+    plan.memory.write_all_layers(&plan.blocks, granule, entry.payload());
 }
 
 #[cfg(test)]

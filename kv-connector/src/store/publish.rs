@@ -116,10 +116,5 @@ async fn publish(store: &Arc<TieredStore>, pool: &dyn PinPrefix, granules: Named
 }
 
 fn copy(store: &TieredStore, pinned: &PinnedKv, granule: usize, name: ContentName) -> Entry {
-    store.format().encode(name, |payload| {
-        let layers = payload.chunks_exact_mut(pinned.memory.granule_bytes());
-        for (layer, bytes) in layers.enumerate() {
-            pinned.memory.read_granules(layer as u32, &pinned.blocks, granule, 1, bytes);
-        }
-    })
+    store.format().encode(name, |payload| pinned.memory.read_all_layers(&pinned.blocks, granule, payload))
 }

@@ -12,6 +12,7 @@ use common::wire::{ExtentHasher, ExtentHeader};
 use crate::accounting::{Held, Kind, Ledger};
 use crate::transfer::ahead;
 use crate::transfer::converting::Converting;
+use crate::transfer::gathering::Gathering;
 use crate::transfer::landing::{LandingEvent, State};
 use crate::transfer::pull::{PullError, is_same};
 use crate::transfer::refused::RefusedExtent;
@@ -27,6 +28,8 @@ pub struct Arriving {
     hasher: ExtentHasher,
     /// Where the sender's granules are not as they are here.
     converting: Option<Converting>,
+    /// Where the blocks are a device's.
+    gathering: Option<Gathering>,
     num_bytes: usize,
     /// Of what a device has copied into its blocks, made there.
     hashed: Option<u128>,
@@ -49,6 +52,8 @@ impl Arriving {
         let hasher = ExtentHasher::new(&header.binding(content));
         let held = ledger.hold(Kind::ReceiveBytes(header.num_payload_bytes as usize));
         let converting = state.plan.conversion.clone().map(Converting::new);
+        let num_worth_a_copy = state.plan.memory.gathered_bytes();
+        let gathering = num_worth_a_copy.map(|worth| Gathering::new(worth, header.num_payload_bytes as usize));
         let (ledger, header) = (ledger.clone(), *header);
         Ok(Self {
             state,
@@ -58,6 +63,7 @@ impl Arriving {
             granules,
             hasher,
             converting,
+            gathering,
             num_bytes: 0,
             hashed: None,
             is_verified: false,
@@ -104,6 +110,19 @@ impl Arriving {
                 hasher.update(piece);
             }
         };
+        if let Some(gathering) = &mut self.gathering {
+            if self.state.closed.is_cancelled() {
+                return Err(RefusedExtent::Closed);
+            }
+            fill(gathering.room(num_bytes));
+            self.num_bytes = end;
+            if let Some(bytes) = gathering.complete(end == self.header.num_payload_bytes as usize) {
+                let start = end - bytes.len();
+                self.state.while_open(|| plan.memory.write_at(layer, &plan.blocks, first_granule, start, bytes))?;
+                gathering.clear();
+            }
+            return Ok(());
+        }
         self.state.while_open(|| {
             plan.memory.fill_at(layer, &plan.blocks, first_granule, self.num_bytes, num_bytes, &mut fill);
         })?;

@@ -18,7 +18,8 @@
 //!
 //! The receiver writes what arrives directly where it belongs, since nothing reads a reserved block
 //! before its extents are verified; the digest decides whether it counts. Only where the two pools keep a granule in
-//! different order or type does it convert on the way (`converting`), by what the two hellos said.
+//! different order or type does it convert on the way (`converting`), by what the two hellos said; and where the pool is in
+//! a device's memory, pieces come together on the host until they are worth a copy (`gathering`).
 //!
 //! Transports, behind [`Transport`] and chosen at the hello from what both ends can do: `quic` serves
 //! everywhere; `shm` lets a receiver on the same host read the sender's pool where it is, `cuda-ipc` lets its device do
@@ -43,6 +44,7 @@ mod coverage;
 mod cuda_ipc;
 mod extent_stream;
 mod faulty;
+mod gathering;
 mod landing;
 mod nixl;
 mod notices;

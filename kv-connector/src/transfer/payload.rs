@@ -72,8 +72,10 @@ impl Payload {
         match self {
             Payload::Bytes(bytes) => bytes,
             Payload::Pool(extent) => {
-                let mut bytes = Vec::with_capacity(extent.num_bytes);
-                extent.visit(|_, piece| bytes.extend_from_slice(piece));
+                let PoolExtent { memory, layer, blocks, first_granule, num_granules, num_bytes } = extent;
+                let mut bytes = vec![0; num_granules * memory.granule_bytes()];
+                memory.read_granules(layer, &blocks, first_granule, num_granules, &mut bytes);
+                bytes.truncate(num_bytes);
                 bytes.into()
             }
         }

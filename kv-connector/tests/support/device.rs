@@ -111,7 +111,14 @@ fn hashed(bytes: &[u8]) -> u128 {
     hasher.digest().0 ^ hasher.digest_of_hashed(0).0
 }
 
+/// What is worth a copy to it: no whole number of granules.
+pub const GATHERED_BYTES: usize = 3000;
+
 impl KvMemory for OnDevice {
+    fn gathered_bytes(&self) -> Option<usize> {
+        Some(GATHERED_BYTES)
+    }
+
     fn write_at(&self, layer: u32, blocks: &[BlockId], first_granule: usize, byte_offset: usize, bytes: &[u8]) {
         self.act();
         self.memory.write_at(layer, blocks, first_granule, byte_offset, bytes);
