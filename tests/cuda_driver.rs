@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use support::client::{Answer, AnswerStream};
-use support::cluster::Scratch;
+use support::cluster::{NOISE_MODEL, Scratch};
 use support::process::{Process, tandem};
 use support::{Cluster, Seed, Shape, corpus, wait};
 
@@ -173,6 +173,22 @@ async fn what_a_gpu_cannot_do_is_a_sentence() {
         let (is_success, said) = wait::within("its end", PATIENCE, said).await.unwrap();
         let last = said.lines().last().unwrap_or_default();
         assert!(!is_success && last.starts_with("tandem: ") && last.contains(expected), "{expected}: {said}");
+    }
+}
+
+/// `tandem bench engine` measures and leaves in order, and so it does where the device is lost meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_is_measured_and_gone_before_its_benchmark_ends() {
+    let args =
+        ["bench", "engine", "--device", "cuda:0", "--dtype", "bfloat16", "--rounds", "1", "--model", NOISE_MODEL];
+    let small = ["--limit-copy-bytes", "1MiB", "--limit-product", "32", "--prompt-len", "16", "--batch", "1"];
+    let args = [&args[..], &small, &["--context", "16", "--num-tokens", "4"]].concat();
+    for (wishes, expected) in [("seed=1", "decode"), ("seed=1,launch=120", "CUDA_ERROR_ILLEGAL_ADDRESS")] {
+        let args = args.clone();
+        let said = tokio::task::spawn_blocking(move || said_by(&args, Some(wishes)));
+        let (is_success, said) = wait::within("its end", PATIENCE, said).await.unwrap();
+        assert_eq!(is_success, wishes == "seed=1", "{said}");
+        assert!(said.contains(expected) && !said.contains("after main has returned"), "{said}");
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::cell::Cell;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use anyhow::Context;
@@ -31,6 +32,8 @@ pub struct DecodeRun {
 /// An engine that runs, and what waits for it.
 pub struct EngineLoad {
     engine: EngineHandle,
+    /// `None` only while this is dropped.
+    thread: Option<JoinHandle<()>>,
     runtime: tokio::runtime::Runtime,
     /// So that no two runs have a prompt in common.
     num_runs: usize,
@@ -67,9 +70,10 @@ impl EngineLoad {
             eviction_policy: common::eviction::EvictionPolicy::default(),
         };
         let options = EngineOptions { limits, host_budget: Arc::default(), role: "bench", node: "bench".to_string() };
-        let engine = engine::core::start(runner, options).context("start the engine's thread")?;
+        let (engine, thread) =
+            engine::core::start_reporting(runner, options, None).context("start the engine's thread")?;
         let runtime = tokio::runtime::Builder::new_current_thread().build().context("start the runtime")?;
-        Ok(Self { engine, runtime, num_runs: 0 })
+        Ok(Self { engine, thread: Some(thread), runtime, num_runs: 0 })
     }
 
     /// Tokens per second of one run of the row: prompt tokens until the first token is there, or tokens generated in
@@ -125,10 +129,15 @@ impl EngineLoad {
         let load = (len, row.num_sequences(), num_tokens);
         self.runtime.block_on(generate(&self.engine, load, self.num_runs, on_all_started))
     }
+}
 
-    /// Ends it.
-    pub fn stop(self) {
+/// It has ended then, and given back what it had: a device is not to be asked for anything once `main` has returned.
+impl Drop for EngineLoad {
+    fn drop(&mut self) {
         self.engine.shutdown();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join(); // a panic of it was told to whoever waited
+        }
     }
 }
 

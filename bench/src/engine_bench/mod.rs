@@ -311,7 +311,6 @@ fn run_rows(
             }
         }
     }
-    load.stop();
     Ok(EngineReport::new(target.setting(args), results, provenance))
 }
 

@@ -135,8 +135,6 @@ pub fn run(args: &EngineBenchArgs, model: &Arc<Model>, provenance: Provenance) -
             speed.as_f64().with_context(|| format!("the process that prefills said {speed} and no speed"))?;
         rounds.push(figures);
     }
-    decoding.stop();
-    prefilling.stop();
     let setting = format!("{}, {threads} threads, {} beside {}", args.model.display(), prefill.name(), decode.name());
     Ok(SharingReport { setting, rounds, provenance })
 }
@@ -170,7 +168,6 @@ pub fn run_other(args: &EngineBenchArgs, model: Arc<Model>) -> anyhow::Result<()
         })?;
         answer(&json!(speed))?;
     }
-    load.stop();
     Ok(())
 }
 
