@@ -5,19 +5,24 @@
 
 /// Of one extent. At most what is worth a copy and the piece that completed it, and no more than the extent has.
 pub(super) struct Gathering {
+    /// Without room before the first piece: an extent may come by another way.
     bytes: Vec<u8>,
     num_worth_a_copy: usize,
+    num_payload_bytes: usize,
 }
 
 impl Gathering {
     /// For an extent of `num_payload_bytes`.
     pub(super) fn new(num_worth_a_copy: usize, num_payload_bytes: usize) -> Self {
-        Self { bytes: Vec::with_capacity(num_worth_a_copy.min(num_payload_bytes)), num_worth_a_copy }
+        Self { bytes: Vec::new(), num_worth_a_copy, num_payload_bytes }
     }
 
     /// Room for the next `num_bytes` that arrive, to be filled.
     pub(super) fn room(&mut self, num_bytes: usize) -> &mut [u8] {
         let start = self.bytes.len();
+        if self.bytes.capacity() == 0 {
+            self.bytes.reserve_exact(self.num_payload_bytes.min(self.num_worth_a_copy + num_bytes));
+        }
         self.bytes.resize(start + num_bytes, 0);
         &mut self.bytes[start..]
     }
