@@ -2,6 +2,7 @@
 //!
 //! 32 values share a scale, as in the weights, and not a whole token: a single large feature, which trained
 //! models have, then costs the precision of its 31 neighbours and not of the whole row.
+#![allow(clippy::needless_range_loop)] // loops over all lanes, which are vectorised as such
 
 use super::packed::PackedFormat;
 
@@ -44,24 +45,20 @@ impl Group {
         (x + SHIFT).to_bits() as i32 - SHIFT.to_bits() as i32
     }
 
-    /// The integers of up to 32 values, 0 behind the last, which are added to the sums of the halves.
+    /// The integers of up to 32 values, 0 behind the last.
     #[inline(always)]
-    fn quantize_bytes(&self, x: &[f32], sums: &mut [i32; 2]) -> [u8; 32] {
+    fn integers(&self, x: &[f32]) -> Integers {
         // Always 32: loops of a known length are vectorised (`map` of an array would be a call, into code without these
         // instructions).
-        let (mut padded, mut bytes) = ([0.0f32; 32], [0u8; 32]);
+        let (mut padded, mut integers) = ([0.0f32; 32], [0; 32]);
         let values: &[f32; 32] = x.try_into().unwrap_or_else(|_| {
             padded[..x.len()].copy_from_slice(x);
             &padded
         });
-        for (sum, (values, bytes)) in sums.iter_mut().zip(values.chunks(16).zip(bytes.chunks_mut(16))) {
-            for (x, byte) in values.iter().zip(bytes) {
-                let q = self.quantize(*x);
-                *sum += q;
-                *byte = q as u8;
-            }
+        for i in 0..32 {
+            integers[i] = self.quantize(values[i]);
         }
-        bytes
+        Integers(integers)
     }
 
     /// The two lanes behind the scale, for the sums of the integers of the group's halves: what an integer
@@ -79,6 +76,40 @@ impl Group {
     }
 }
 
+/// 32 integers of a row, or sums of such.
+struct Integers([i32; 32]);
+
+impl Integers {
+    const ZERO: Self = Self([0; 32]);
+
+    #[inline(always)]
+    fn add(&mut self, other: &Self) {
+        for i in 0..32 {
+            self.0[i] += other.0[i];
+        }
+    }
+
+    /// Sums of the halves.
+    #[inline(always)]
+    fn sums(&self) -> [i32; 2] {
+        let mut sums = [0; 2];
+        for i in 0..16 {
+            sums[0] += self.0[i];
+            sums[1] += self.0[16 + i];
+        }
+        sums
+    }
+
+    #[inline(always)]
+    fn bytes(&self) -> [u8; 32] {
+        let mut bytes = [0; 32];
+        for i in 0..32 {
+            bytes[i] = self.0[i] as u8;
+        }
+        bytes
+    }
+}
+
 /// Packs columns of row `r` of a tile of `num_rows`, whole groups of rows of `cols`: per group
 /// `[quads + 3][num_rows]` lanes, a quad holding the integers of 4 consecutive k.
 #[inline(always)]
@@ -93,15 +124,16 @@ pub(crate) fn pack_row(
     let lanes_per_group = (group / 4 + EXTRA_LANES) * num_rows;
     for (x, into) in row.chunks(group).zip(into.chunks_exact_mut(lanes_per_group)) {
         let scale = Group::of(x);
-        let mut sums = [0i32; 2];
+        let mut sums = Integers::ZERO;
         let mut lanes = into[r..].iter_mut().step_by(num_rows);
         for x in x.chunks(32) {
-            let bytes = scale.quantize_bytes(x, &mut sums);
-            for (lane, quad) in lanes.by_ref().zip(bytes.as_chunks::<4>().0).take(x.len().div_ceil(4)) {
+            let integers = scale.integers(x);
+            sums.add(&integers);
+            for (lane, quad) in lanes.by_ref().zip(integers.bytes().as_chunks::<4>().0).take(x.len().div_ceil(4)) {
                 *lane = u32::from_le_bytes(*quad);
             }
         }
-        let [first, second] = scale.extras(format, sums);
+        let [first, second] = scale.extras(format, sums.sums());
         for (lane, value) in lanes.zip([scale.scale.to_bits(), first, second]) {
             *lane = value;
         }
@@ -138,33 +170,36 @@ pub(crate) fn pack_row_in_blocks(
     (r, num_rows): (usize, usize),
     into: &mut [u32],
 ) {
-    let put = |into: &mut [u32], start: usize, bytes: [u8; 32]| {
-        for (lane, quad) in into[start..][..GROUP_LANES].iter_mut().zip(bytes.as_chunks::<4>().0) {
+    let put = |into: &mut [u32], start: usize, integers: &Integers| {
+        for (lane, quad) in into[start..][..GROUP_LANES].iter_mut().zip(integers.bytes().as_chunks::<4>().0) {
             *lane = u32::from_le_bytes(*quad);
         }
     };
     if format == PackedFormat::Int8Row {
-        let (scale, mut sums) = (Group::of(row), [0i32; 2]);
+        let (scale, mut sums) = (Group::of(row), Integers::ZERO);
         let (lines, extras) = into.split_at_mut(cols.div_ceil(64) * LINE_LANES * num_rows);
         for (index, line) in lines.chunks_exact_mut(LINE_LANES * num_rows).enumerate() {
             for half in 0..2 {
                 // Nothing behind the last column: zeros.
                 let x = &row[(index * 64 + half * 32).min(cols)..(index * 64 + half * 32 + 32).min(cols)];
-                put(line, r * LINE_LANES + half * GROUP_LANES, scale.quantize_bytes(x, &mut sums));
+                let integers = scale.integers(x);
+                sums.add(&integers);
+                put(line, r * LINE_LANES + half * GROUP_LANES, &integers);
             }
         }
         extras[r] = scale.scale.to_bits();
-        extras[num_rows + r] = scale.extras(format, sums)[0];
+        extras[num_rows + r] = scale.extras(format, sums.sums())[0];
         return;
     }
     for (block, into) in row.chunks(32 * BLOCK_GROUPS).zip(into.chunks_exact_mut(BLOCK_LANES * num_rows)) {
         let (lines, extras) = into.split_at_mut(BLOCK_GROUPS * GROUP_LANES * num_rows);
         for (index, x) in block.chunks(32).enumerate() {
-            let (scale, mut sums) = (Group::of(x), [0i32; 2]);
-            put(lines, (index * num_rows + r) * GROUP_LANES, scale.quantize_bytes(x, &mut sums));
+            let scale = Group::of(x);
+            let integers = scale.integers(x);
+            put(lines, (index * num_rows + r) * GROUP_LANES, &integers);
             let extras = &mut extras[index * BLOCK_EXTRA_LANES * num_rows..];
             extras[r] = scale.scale.to_bits();
-            extras[num_rows + r] = scale.extras(format, sums)[1];
+            extras[num_rows + r] = scale.extras(format, integers.sums())[1];
         }
     }
 }
