@@ -30,7 +30,7 @@ use crate::product::{MatrixRef, Product, multiply};
 use crate::simd::Avx512Bf16;
 use crate::simd::{Simd, fold_tile, with_simd};
 #[cfg(target_arch = "x86_64")]
-use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_bytes};
+use crate::tile_product::{RowSums, TilePanels, finish_floats, multiply_tiles, scratch_bytes};
 
 /// Steps of a block: 16 KiB of a panel.
 const BLOCK_STEPS: usize = 128;
@@ -286,9 +286,9 @@ impl TilePanels for FloatPanels {
     }
 
     #[inline(always)]
-    unsafe fn finish(job: &Job<'_>, panel: usize, _: &Range<usize>, row: usize, sums: *const u32) {
+    unsafe fn finish(job: &Job<'_>, panels: Range<usize>, _: &Range<usize>, row: usize, sums: RowSums) {
         // SAFETY: as required of the caller.
-        unsafe { finish_floats(job, panel, row, sums) }
+        unsafe { finish_floats(job, panels, row, sums) }
     }
 }
 

@@ -72,11 +72,26 @@ pub(crate) trait TilePanels {
         unreachable!("blocks are lanes as they lie")
     }
 
-    /// Makes outputs of the 32 sums of a row, in a tile of these rows, with a panel.
+    /// Makes outputs of the sums of a row, in a tile of these rows, with panels.
     ///
     /// # Safety
-    /// The machine has tiles; row and panel are of the job and of the caller's unit.
-    unsafe fn finish(job: &Job<'_, Self::Matrix>, panel: usize, rows: &Range<usize>, row: usize, sums: *const u32);
+    /// The machine has tiles; row and panels are of the job and of the caller's unit.
+    unsafe fn finish(job: &Job<'_, Self::Matrix>, panels: Range<usize>, rows: &Range<usize>, row: usize, sums: RowSums);
+}
+
+/// Sums of a row with panels, 32 with each, so many lanes apart.
+#[derive(Clone, Copy)]
+pub(crate) struct RowSums {
+    first: *const u32,
+    lanes_per_panel: usize,
+}
+
+impl RowSums {
+    /// Those with the panel number `index` of them.
+    #[inline(always)]
+    pub(crate) fn of(&self, index: usize) -> *const u32 {
+        self.first.wrapping_add(index * self.lanes_per_panel)
+    }
 }
 
 /// Bytes that [`multiply_tiles`] needs for a unit of so many rows and panels.
@@ -213,14 +228,19 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
             }
         }
     }
+    let num_plain = panels.clone().take_while(|panel| job.is_plain::<P>(*panel)).count();
+    let unfinished = panels.start + num_plain..panels.end;
+    if unfinished.is_empty() {
+        return;
+    }
+    let lanes_per_panel = rows.len() * PANEL;
     // Row by row: those of the output lie pages apart.
     for tile in tiles {
         let rows = job.tiles.rows(tile);
         for row in rows.clone() {
-            for panel in panels.clone().filter(|panel| !job.is_plain::<P>(*panel)) {
-                // SAFETY: as required of the caller.
-                unsafe { P::finish(job, panel, &rows, row, sums_of(panel, row)) };
-            }
+            let sums = RowSums { first: sums_of(unfinished.start, row), lanes_per_panel };
+            // SAFETY: as required of the caller.
+            unsafe { P::finish(job, unfinished.clone(), &rows, row, sums) };
         }
     }
 }
@@ -230,12 +250,14 @@ pub(crate) unsafe fn multiply_tiles<P: TilePanels>(
 /// # Safety
 /// As of that.
 #[inline(always)]
-pub(crate) unsafe fn finish_floats<W>(job: &Job<'_, W>, panel: usize, row: usize, sums: *const u32) {
-    for column in [0, LANES] {
-        // SAFETY: as required of the caller.
-        unsafe {
-            let y = Avx512::load(sums.cast::<f32>().add(column));
-            job.out.put_lanes::<Avx512>(row, panel * PANEL + column, y);
+pub(crate) unsafe fn finish_floats<W>(job: &Job<'_, W>, panels: Range<usize>, row: usize, sums: RowSums) {
+    for (index, panel) in panels.enumerate() {
+        for column in [0, LANES] {
+            // SAFETY: as required of the caller.
+            unsafe {
+                let y = Avx512::load(sums.of(index).cast::<f32>().add(column));
+                job.out.put_lanes::<Avx512>(row, panel * PANEL + column, y);
+            }
         }
     }
 }

@@ -92,10 +92,21 @@ impl Output<'_> {
             } else if column < self.width {
                 let mut values = [0.0f32; LANES];
                 S::store(values.as_mut_ptr(), y);
-                for (i, &y) in values.iter().enumerate().take(self.width - column) {
-                    self.put(row, column + i, y);
-                }
+                self.put_some(row, column, &values[..self.width - column]);
             }
+        }
+    }
+
+    /// Ends a few outputs. Not inlined: loops over whole vectors keep what they need in registers.
+    ///
+    /// # Safety
+    /// As for [`put`](Self::put), each.
+    #[cold]
+    #[inline(never)]
+    unsafe fn put_some(&self, row: usize, column: usize, values: &[f32]) {
+        for (i, &y) in values.iter().enumerate() {
+            // SAFETY: as required of the caller.
+            unsafe { self.put(row, column + i, y) };
         }
     }
 }

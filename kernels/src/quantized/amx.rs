@@ -30,7 +30,7 @@ use crate::numerics::{LANES, TILE_STEPS};
 use crate::packed_matrix::PANEL;
 use crate::pages::{Kept, lend};
 use crate::simd::{Avx512Bf16 as Floats, Simd};
-use crate::tile_product::{TilePanels, finish_floats, multiply_tiles, scratch_bytes};
+use crate::tile_product::{RowSums, TilePanels, finish_floats, multiply_tiles, scratch_bytes};
 
 /// Rows of a tile at most where groups have scales: 28 sums, two scales and what is on its way fill 32 registers.
 const GROUP_ROWS: usize = 14;
@@ -128,9 +128,9 @@ impl TilePanels for OpenedPanels {
     }
 
     #[inline(always)]
-    unsafe fn finish(job: &Job<'_>, panel: usize, _: &Range<usize>, row: usize, sums: *const u32) {
+    unsafe fn finish(job: &Job<'_>, panels: Range<usize>, _: &Range<usize>, row: usize, sums: RowSums) {
         // SAFETY: as required of the caller.
-        unsafe { finish_floats(job, panel, row, sums) }
+        unsafe { finish_floats(job, panels, row, sums) }
     }
 }
 
@@ -151,19 +151,21 @@ impl TilePanels for RowPanels {
     }
 
     #[inline(always)]
-    unsafe fn finish(job: &Job<'_>, panel: usize, rows: &Range<usize>, row: usize, sums: *const u32) {
-        // SAFETY: as required of the caller; scales lie behind the quads of the panel and the blocks of the tile.
+    unsafe fn finish(job: &Job<'_>, panels: Range<usize>, rows: &Range<usize>, row: usize, sums: RowSums) {
+        // SAFETY: as required of the caller; scales lie behind the quads of a panel and the blocks of the tile.
         unsafe {
-            let scales = job.w.panel(panel).as_ptr().add(job.w.cols().div_ceil(4) * QUAD_BYTES).cast::<f32>();
             let extras = job.a.add(rows.start * job.lanes_per_row + RowPanels::num_blocks(job.w) * 16 * rows.len());
             let extras = extras.add(row - rows.start);
-            let (scale, start) = (f32::from_bits(*extras), *extras.add(rows.len()));
-            for column in [0, LANES] {
-                let dots = <Vnni as IntSimd>::load(sums.add(column).cast());
-                let dots = Vnni::to_f32(Vnni::add(dots, Vnni::splat(start)));
-                let scale = Floats::mul(Floats::splat(scale), Floats::load(scales.add(column)));
-                let y = Floats::fma(dots, scale, Floats::splat(0.0));
-                job.out.put_lanes::<Floats>(row, panel * PANEL + column, y);
+            let (scale, start) = (Floats::splat(f32::from_bits(*extras)), Vnni::splat(*extras.add(rows.len())));
+            let quads_bytes = job.w.cols().div_ceil(4) * QUAD_BYTES;
+            for (index, panel) in panels.enumerate() {
+                let scales = job.w.panel(panel).as_ptr().add(quads_bytes).cast::<f32>();
+                for column in [0, LANES] {
+                    let dots = <Vnni as IntSimd>::load(sums.of(index).add(column).cast());
+                    let dots = Vnni::to_f32(Vnni::add(dots, start));
+                    let y = Floats::fma(dots, Floats::mul(scale, Floats::load(scales.add(column))), Floats::splat(0.0));
+                    job.out.put_lanes::<Floats>(row, panel * PANEL + column, y);
+                }
             }
         }
     }
