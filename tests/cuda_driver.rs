@@ -239,6 +239,21 @@ async fn a_node_whose_device_is_lost_ends_with_a_sentence_and_another_finishes_i
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_node_notices_that_its_device_is_lost_while_it_has_nothing_to_do() {
+    // A few questions are asked while it loads, the others while it is idle.
+    let environments = BTreeMap::from([("", driver("seed=1")), ("decode-0", driver("query=8"))]);
+    let mut cluster = Cluster::start(Shape { num_decode: 2, environments, ..on_gpus("quic") }).await;
+    let process = &mut cluster.node("decode-0").process;
+    assert!(!process.exited(PATIENCE).await.success(), "{}", process.tail());
+    let line = "tandem: the engine of decode-0 failed: the model runner failed: the device cannot tell its memory: ";
+    assert!(process.log().contains(line), "{}", process.tail());
+    cluster.all_known().await;
+    let answer = cluster.api.complete(&corpus::greedy(&[7; 60], 5)).await;
+    assert_eq!(answer.choices[0].finish.as_deref(), Some("length"), "the other node answers");
+    cluster.shut_down().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_client_of_the_only_process_hears_that_its_device_is_lost() {
     let flags = [&["--device", "cuda:0", "--kv-cache-memory-bytes", "16MiB"], &STEPS[..]].concat();
     let mut cluster = Cluster::up_in(&flags, &driver("launch=300")).await;

@@ -76,8 +76,16 @@ pub trait Runner: Send {
         None
     }
 
-    /// Starts a step and returns at once. The sink is dropped when the step is done and can be waited for. What the step before it draws may be named in the plan without
-    /// being known ([`FromSlot`](crate::plan::FromSlot)).
+    /// Whether what it computes on still works: asked now and then while no step is in flight. Takes moments.
+    ///
+    /// # Errors
+    /// [`StepError`]: no step would succeed any more.
+    fn check(&self) -> Result<(), StepError> {
+        Ok(())
+    }
+
+    /// Starts a step and returns at once. The sink is dropped when the step is done and can be waited for. What the step before
+    /// it draws may be named in the plan without being known ([`FromSlot`](crate::plan::FromSlot)).
     fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket;
 
     /// Waits for the oldest step in flight, which must be `ticket`.

@@ -12,7 +12,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::mpsc as std_mpsc;
+use std::sync::mpsc::{self as std_mpsc, RecvTimeoutError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,6 +40,8 @@ use crate::step_thread::text_of;
 /// Decode steps that take longer have nothing submitted behind them. What this thread does between two
 /// steps takes tens of microseconds, under 1 % of this.
 const STEP_AHEAD_TIME_MAX: Duration = Duration::from_millis(10);
+/// An engine without work asks its runner this often whether there is still something to compute on.
+const IDLE_CHECK_INTERVAL: Duration = Duration::from_secs(1);
 
 /// KV that a step copies to or from host memory, for [`SchedulerLimits::max_num_copied_blocks`]: 0.25 ms
 /// at the 17 GB/s of one thread, and more where the memory is new. A step that decodes takes 3 ms with 28 million
@@ -212,7 +214,7 @@ impl Engine {
         self.publish_status();
         let mut is_busy = false;
         loop {
-            if let Flow::Stop = self.drain_inbox(is_busy) {
+            if let Flow::Stop = self.drain_inbox(is_busy)? {
                 return Ok(());
             }
             let scheduled = if self.may_submit() { self.submit_step() } else { Scheduled::Nothing };
@@ -227,19 +229,30 @@ impl Engine {
     }
 
     /// Takes all commands that are there; waits for one if there is nothing to compute.
-    fn drain_inbox(&mut self, is_busy: bool) -> Flow {
+    fn drain_inbox(&mut self, is_busy: bool) -> Result<Flow, StepError> {
         if self.is_stopping {
-            return Flow::Stop;
+            return Ok(Flow::Stop);
         }
-        let mut next = if is_busy { self.commands.try_recv().ok() } else { Some(self.receive()) };
+        let mut next = if is_busy { self.commands.try_recv().ok() } else { Some(self.receive_idle()?) };
         while let Some(command) = next {
             if let Command::Shutdown = command {
-                return Flow::Stop;
+                return Ok(Flow::Stop);
             }
             self.on_command(command);
             next = self.commands.try_recv().ok();
         }
-        Flow::Continue
+        Ok(Flow::Continue)
+    }
+
+    /// Nobody else would notice meanwhile that the device is lost, and the proxy would send the next requests here.
+    fn receive_idle(&self) -> Result<Command, StepError> {
+        loop {
+            match self.commands.recv_timeout(IDLE_CHECK_INTERVAL) {
+                Ok(command) => return Ok(command),
+                Err(RecvTimeoutError::Timeout) => self.runner.check()?,
+                Err(RecvTimeoutError::Disconnected) => unreachable!("the engine has a sender of its own"),
+            }
+        }
     }
 
     fn receive(&self) -> Command {

@@ -40,6 +40,7 @@ use crate::step_thread::text_of;
 pub struct CudaRunner {
     info: ModelInfo,
     pool: Arc<KvPool>,
+    device: Arc<dyn Device>,
     /// `None` only while it is dropped.
     jobs: Option<Sender<Job>>,
     outcomes: Receiver<Result<StepOutput, StepError>>,
@@ -108,6 +109,7 @@ impl CudaRunner {
         let pool = Arc::new(KvPool::on_device(&kv_spec, block_size, num_blocks, backend.device())?);
         let info = ModelInfo { max_model_len: max_model_len as u32, ..model.info_for(block_size, num_blocks) };
         let graph_counts = Arc::new(Mutex::new(GraphCounts::default()));
+        let device = backend.device().clone();
         let (jobs, job_receiver) = channel();
         let (launched, launched_receiver) = channel();
         let (drawn, drawn_receiver) = channel();
@@ -128,7 +130,8 @@ impl CudaRunner {
             last_tokens: Vec::new(),
         };
         let (jobs, threads) = (Some(jobs), Vec::new());
-        let mut runner = Self { info, pool, jobs, outcomes, num_submitted: 0, num_waited: 0, threads, graph_counts };
+        let mut runner =
+            Self { info, pool, device, jobs, outcomes, num_submitted: 0, num_waited: 0, threads, graph_counts };
         let mut start = |name: &str, run: Box<dyn FnOnce() + Send>| {
             let thread = std::thread::Builder::new().name(name.to_string()).spawn(run);
             thread.map(|thread| runner.threads.push(thread))
@@ -153,6 +156,11 @@ impl Runner for CudaRunner {
 
     fn graph_counts(&self) -> Option<GraphCounts> {
         Some(*self.graph_counts.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn check(&self) -> Result<(), StepError> {
+        // Waits for nothing, whoever else computes on the device; an error that sticks to it comes with any call.
+        self.device.memory().map(|_| ()).map_err(|error| StepError { reason: error.to_string() })
     }
 
     fn submit(&mut self, plan: StepPlan, sink: Arc<dyn KvSink>) -> Ticket {

@@ -99,6 +99,10 @@ using namespace driver;
 EXPORT CUresult CUDAAPI cuMemGetInfo_v2(size_t* num_free, size_t* num_total) {
     HOLD;
     CONTEXT_OR_RETURN;
+    // "May also return error codes from previous, asynchronous launches": of nobody's in particular here.
+    if (++state().num_queries == wishes().failing_query)
+        return context->sticky = refuse(CUDA_ERROR_ILLEGAL_ADDRESS, "CUDA_ERROR_ILLEGAL_ADDRESS",
+                                        "something touched memory that is not there, as was asked for");
     return *num_total = wishes().memory_bytes, *num_free = *num_total - num_used(context->device), CUDA_SUCCESS;
 }
 

@@ -63,6 +63,8 @@ Wishes parse(const char* text) {
             wishes.failing_launch = number;
         else if (is_number && key == "copy")
             wishes.failing_copy = number;
+        else if (is_number && key == "query")
+            wishes.failing_query = number;
         else if (is_number && key == "refuse")
             wishes.refused_launch = number;
         else if (is_number && key == "linger")

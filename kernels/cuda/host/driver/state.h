@@ -48,13 +48,14 @@ class FairLock {
 };
 extern FairLock& lock;
 
-// What a test asks for in HOST_CUDA_DRIVER: "devices=2,memory=1048576,capability=8.0,seed=3,launch=7,copy=2".
+// What a test asks for in HOST_CUDA_DRIVER: "devices=2,memory=1048576,capability=8.0,seed=3,launch=7,copy=2,query=8".
 struct Wishes {
     int num_devices = 1;
     size_t memory_bytes = size_t(1) << 30;
     int major = 9, minor = 0;
     uint64_t seed = 1;
     uint64_t failing_launch = 0, failing_copy = 0; // which of them touches an illegal address; 0: none
+    uint64_t failing_query = 0;                    // which question about free memory finds the device lost
     uint64_t refused_launch = 0;                   // which is refused when it is asked for
     uint64_t linger_ms = 0;                        // how long the process takes from the end of `main` to its own
 };
@@ -195,7 +196,7 @@ struct Driver {
     std::set<const void*> functions, functions_gone;
     std::map<CUdeviceptr, Allocation> memory;
     std::map<CUdeviceptr, size_t> pinned;
-    uint64_t num_allocated = 0, num_launches = 0, num_copies = 0, random = 0;
+    uint64_t num_allocated = 0, num_launches = 0, num_copies = 0, num_queries = 0, random = 0;
 };
 Driver& state();
 
