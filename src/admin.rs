@@ -8,6 +8,7 @@ use axum::Router;
 use axum::http::StatusCode;
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
+use proxy::serve::take_port;
 use tokio::net::TcpSocket;
 
 /// Connections that wait to be let in.
@@ -21,14 +22,7 @@ pub type Health = Arc<dyn Fn() -> Result<(), String> + Send + Sync>;
 /// # Errors
 /// If it cannot be bound.
 pub fn bind(address: SocketAddr) -> anyhow::Result<TcpSocket> {
-    let bound = || {
-        let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-        // As a listener has it: connections of an earlier process do not keep the port.
-        socket.set_reuseaddr(true)?;
-        socket.bind(address)?;
-        Ok::<_, std::io::Error>(socket)
-    };
-    bound().with_context(|| format!("listen on {address} for metrics (--metrics-port): is the port taken?"))
+    take_port(address).with_context(|| format!("listen on {address} for metrics (--metrics-port): is the port taken?"))
 }
 
 /// Serves `/metrics` and `/health` until the process ends; returns the bound address.

@@ -8,8 +8,8 @@ use common::config::ProxyArgs;
 use common::ids::{NodeId, Role};
 use kv_connector::certs::Identity;
 use kv_connector::check_holder;
-use proxy::ProxyConfig;
 use proxy::text::ModelText;
+use proxy::{Endpoint, ProxyConfig};
 
 use crate::{console, nodes, shutdown, telemetry};
 
@@ -24,11 +24,13 @@ pub async fn run(args: ProxyArgs) -> anyhow::Result<()> {
     let tls = args.identity.tls_paths(&name)?;
     let identity = Identity::load(&tls.ca, &tls.cert, &tls.key)?;
     check_holder(&identity, Role::Proxy, &name)?;
+    let config = ProxyConfig::from_args(&args)?;
+    // Before a download: what is wrong with a port should not be told after it.
+    let endpoint = Endpoint::bind(&args.http.host, args.http.port)?;
     let text = async { model_text(nodes::model_folder(&args.model).await?).await };
     let Some(text) = shutdown::until_ready(&stop, text).await else { return Ok(()) };
-    let config = ProxyConfig::from_args(&args)?;
     let (num_decode, num_prefill) = (config.decode_nodes.len().max(1), config.prefill_nodes.len());
-    let proxy = proxy::serve(config, text?, identity, recorder, stop.clone()).await?;
+    let proxy = proxy::serve(config, endpoint, text?, identity, recorder, stop.clone()).await?;
     let (http, fabric) = (proxy.http_addr(), proxy.fabric_addr());
     console::say(format_args!("proxy {name} listening on http://{http}, fabric on {fabric}"));
     tokio::select! {

@@ -17,7 +17,6 @@ use common::model::ModelInfo;
 use common::scheduler::SchedulerLimits;
 use common::wire::Hello;
 use decode_node::DecodeNode;
-use engine::conversion::check_convertible;
 use engine::core::{COPIED_BYTES_PER_STEP, EngineHandle, EngineOptions};
 use engine::pool::{KvPool, PoolMemory};
 use kv_connector::block_feed::BlockFeed;
@@ -25,12 +24,12 @@ use kv_connector::certs::Identity;
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::store::NodeStore;
 use kv_connector::transfer::{Nixl, NixlError, NixlPool, SharedPool};
-use kv_connector::{BusyPolling, Fabric, FabricConfig, HelloCheck, check_holder, compatible_models};
+use kv_connector::{BusyPolling, Fabric, FabricConfig, check_free, check_holder};
 use prefill_node::PrefillNode;
 use tokio::sync::oneshot;
 
 use crate::device::{LoadedModel, load_model};
-use crate::{admin, console, shutdown, store, telemetry};
+use crate::{admin, console, hello, shutdown, store, telemetry};
 
 /// What a node whose engine has failed waits until its peers have heard of it.
 const LEAVE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -139,12 +138,14 @@ async fn run_node(
     check_holder(&identity, kind, &name)?;
     let starting = async {
         let listen = resolve(&HostPort { host: fabric.host.clone(), port: fabric.port }).await?;
-        // Before the weights: what is wrong with a name or a port should not be told after minutes.
+        // Before the weights: what is wrong with a name, a port or a folder should not be told after minutes.
         let metrics = fabric.metrics_port.map(|port| admin::bind(SocketAddr::new(listen.ip(), port))).transpose()?;
-        let mut proxies = Vec::new();
+        let bulk = (kind == Role::PrefillNode).then_some(SocketAddr::new(listen.ip(), bulk_port));
+        check_free([listen].into_iter().chain(bulk)).with_context(|| format!("start the fabric of {name}"))?;
         for proxy in &fabric.register {
-            proxies.push(resolve(proxy).await?);
+            resolve(proxy).await?;
         }
+        store::check(&store, &name).with_context(|| format!("open the prefix-block store of {name}"))?;
         let loaded = load_model(model_folder(&model).await?, &weights, &engine, 1).await?;
         let setup = NodeSetup {
             node: name.clone(),
@@ -160,19 +161,22 @@ async fn run_node(
             store,
             role,
         };
-        let node = start(loaded, setup).await?;
-        let address = node.address();
-        if let Some(socket) = metrics {
-            let metrics = admin::serve(socket, recorder, node.health())?;
-            tracing::info!("metrics on http://{metrics}/metrics");
-        }
-        for proxy in proxies {
-            tokio::spawn(stay_registered(node.fabric.clone(), proxy, kind, address));
-        }
-        anyhow::Ok(node)
+        anyhow::Ok((start(loaded, setup).await?, metrics))
     };
-    let Some(node) = shutdown::until_ready(&stop, starting).await else { return Ok(()) };
-    let node = node?;
+    let Some(started) = shutdown::until_ready(&stop, starting).await else { return Ok(()) };
+    let (node, metrics) = started?;
+    if let Some(socket) = metrics {
+        match admin::serve(socket, recorder, node.health()) {
+            Ok(metrics) => tracing::info!("metrics on http://{metrics}/metrics"),
+            Err(error) => {
+                node.leave_at_once().await;
+                return Err(error);
+            }
+        }
+    }
+    for proxy in fabric.register {
+        tokio::spawn(stay_registered(node.fabric.clone(), proxy, kind, node.address()));
+    }
     console::say(format_args!("{kind} {name} ready on {}", node.address()));
     let left = tokio::select! {
         () = stop.cancelled() => node.drain(fabric.identity.drain_timeout).await,
@@ -250,7 +254,7 @@ pub async fn start(model: LoadedModel, setup: NodeSetup) -> anyhow::Result<Runni
         model: Some(info),
         bulk_port: None,
     };
-    let check = hello_check(&hello);
+    let check = hello::check(&hello);
     let mut config = FabricConfig::new(listen, identity, hello);
     config.check = check;
     if let RoleArgs::Prefill(_) = role {
@@ -301,20 +305,6 @@ async fn wait_at_the_end(thread: JoinHandle<()>) {
     });
     // A task that has not begun is not waited for.
     let _ = has_begun.await;
-}
-
-/// Takes peers whose model fits, and of nodes only those whose KV and ours can be made into one another.
-fn hello_check(ours: &Hello) -> HelloCheck {
-    let (fits, model) = (compatible_models(ours), ours.model.clone());
-    Arc::new(move |peer: &Hello| {
-        fits(peer)?;
-        match &model {
-            Some(model) if peer.role != Role::Proxy => {
-                check_convertible(model, peer.model.as_ref()).map_err(|error| error.to_string())
-            }
-            _ => Ok(()),
-        }
-    })
 }
 
 /// The network's threads get a core for themselves only while the engine needs none, as while it waits for KV.
@@ -462,55 +452,5 @@ impl RunningNode {
         if let Some(store) = &self.store {
             store.close(STORE_CLOSE_TIMEOUT).await;
         }
-    }
-}
-
-#[cfg(test)]
-#[allow(clippy::unwrap_used)]
-mod tests {
-    use common::kv_spec::{GranuleOrder, KvDtype, KvSpec};
-    use common::model::{KvExchange, ModelIdentity, NumericsId, Representation};
-
-    use super::*;
-
-    fn model(identity: u8, values: KvDtype) -> ModelInfo {
-        let mut kv_spec = KvSpec::uniform(2, 2, 8, KvDtype::F32, None);
-        kv_spec.groups[0].planes[1].dtype = values;
-        ModelInfo {
-            identity: ModelIdentity([identity; 32]),
-            numerics: NumericsId("any".to_string()),
-            representation: Representation(format!("v-{}", values.as_str())),
-            kv_spec,
-            vocab_size: 100,
-            max_model_len: 100,
-            exchange: KvExchange::Dtypes,
-            granule_order: GranuleOrder::Lanes,
-            block_size: 16,
-            num_blocks: 10,
-        }
-    }
-
-    fn hello(role: Role, model: Option<ModelInfo>) -> Hello {
-        Hello { node: NodeId::new("other").unwrap(), role, epoch: Epoch(1), model, bulk_port: None }
-    }
-
-    #[test]
-    fn peers_are_taken_whose_model_and_kv_fit() {
-        let check = hello_check(&hello(Role::DecodeNode, Some(model(1, KvDtype::F32))));
-        assert_eq!(check(&hello(Role::PrefillNode, Some(model(1, KvDtype::F32)))), Ok(()));
-        assert_eq!(check(&hello(Role::Proxy, None)), Ok(()), "a proxy keeps no KV");
-        let refused = |peer: &Hello| check(peer).unwrap_err();
-        let other_model = refused(&hello(Role::PrefillNode, Some(model(2, KvDtype::F32))));
-        assert!(other_model.contains("start both with the same checkpoint"), "{other_model}");
-        assert_eq!(
-            refused(&hello(Role::Proxy, Some(model(2, KvDtype::F32)))),
-            other_model,
-            "a proxy's, too, if it says one"
-        );
-        let mixed = refused(&hello(Role::PrefillNode, Some(model(1, KvDtype::Bf16))));
-        assert!(mixed.contains("v: 2 heads of 8 in bf16"), "{mixed}");
-        assert_eq!(check(&hello(Role::Proxy, Some(model(1, KvDtype::Bf16)))), Ok(()), "it keeps none");
-        let nothing = refused(&hello(Role::PrefillNode, None));
-        assert!(nothing.contains("announces no model"), "{nothing}");
     }
 }

@@ -9,9 +9,24 @@ use common::host_budget::HostBudget;
 use common::ids::{NodeId, Role};
 use engine::core::EngineHandle;
 use kv_connector::store::{
-    EntryFormat, LoadLimits, NodeStore, OpenStoreError, PinPrefix, PinnedKv, StoreConfig, StoreFuture,
+    DiskBackend, EntryFormat, LoadLimits, NodeStore, OpenStoreError, PinPrefix, PinnedKv, RemoteBackend, StoreConfig,
+    StoreFuture,
 };
 use metrics::Label;
+
+/// Whether what a node's store is made of can be had, as far as that can be told before there is a model.
+///
+/// # Errors
+/// A URL that names no storage, a folder that is not for this node to write to.
+pub fn check(args: &StoreArgs, node: &NodeId) -> Result<(), OpenStoreError> {
+    if let Some(path) = &args.store_disk_path {
+        DiskBackend::check_folder(&path.join(node.as_str()))?;
+    }
+    if let Some(url) = &args.store_remote_url {
+        RemoteBackend::open(url, args.store_remote_bytes, args.store_remote_ttl)?;
+    }
+    Ok(())
+}
 
 /// Opens the store of a node, if its settings have a tier. `host_budget` is that of the host tier, with what is
 /// parked; `events` hears what the host tier keeps and gives up.

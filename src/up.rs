@@ -11,11 +11,11 @@ use common::ids::{NodeId, Role};
 use futures::future::{join_all, select_all, try_join_all};
 use kv_connector::certs::ClusterCa;
 use metrics_exporter_prometheus::PrometheusHandle;
-use proxy::{ProxyConfig, ProxyHandle};
+use proxy::{Endpoint, ProxyConfig, ProxyHandle};
 use tokio_util::sync::CancellationToken;
 
 use crate::nodes::{self, NodeSetup, RoleArgs, RunningNode};
-use crate::{console, device, endpoint, shutdown, telemetry};
+use crate::{console, device, endpoint, shutdown, store, telemetry};
 
 /// Nodes on loopback are there within moments, or something is wrong.
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,8 +33,15 @@ const DEMO_QUESTION: &str = "The code of Nora is 7391. Hugo lives in Oslo. The c
 pub async fn run(args: UpArgs) -> anyhow::Result<()> {
     let recorder = telemetry::init(&args.log)?;
     let stop = shutdown::on_signal()?;
-    let Some(started) = shutdown::until_ready(&stop, start(&args, recorder, &stop)).await else { return Ok(()) };
-    let (proxy, running) = started?;
+    let mut running = Vec::new();
+    let started = shutdown::until_ready(&stop, start(&args, recorder, &stop, &mut running)).await;
+    let proxy = match started {
+        Some(Ok(proxy)) => proxy,
+        left => {
+            leave_at_once(&running).await;
+            return left.map_or(Ok(()), |started| started.map(drop));
+        }
+    };
     greet(&args, proxy.http_addr());
     let mut serving = pin!(proxy.wait());
     let left = tokio::select! {
@@ -50,32 +57,40 @@ pub async fn run(args: UpArgs) -> anyhow::Result<()> {
         }
     };
     if let Err(reason) = left {
-        join_all(running.iter().map(RunningNode::leave_at_once)).await;
+        leave_at_once(&running).await;
         anyhow::bail!("an engine failed: {reason}");
     }
     Ok(())
 }
 
-/// All roles, ready.
+async fn leave_at_once(running: &[RunningNode]) {
+    join_all(running.iter().map(RunningNode::leave_at_once)).await;
+}
+
+/// All roles, ready: the proxy, and nodes in `running`, where they are also if it fails or is given up.
 async fn start(
     args: &UpArgs,
     recorder: PrometheusHandle,
     stop: &CancellationToken,
-) -> anyhow::Result<(ProxyHandle, Vec<RunningNode>)> {
-    let ca = ClusterCa::generate().context("make the process's own CA")?;
-    let folder = nodes::model_folder(&args.model).await?;
-    // Before the weights: what is wrong with a few kilobytes should not be told after minutes.
-    let text = endpoint::model_text(folder.clone()).await?;
-    let num_nodes = (args.num_prefill_nodes + args.num_decode_nodes) as usize;
-    let loaded = device::load_model(folder, &args.weights, &args.engine, num_nodes).await?;
-    let mut running = Vec::new();
-    let roles = (0..args.num_prefill_nodes)
+    running: &mut Vec<RunningNode>,
+) -> anyhow::Result<ProxyHandle> {
+    // Before the weights: what is wrong with a port, a folder or a few kilobytes should not be told after minutes.
+    let endpoint = Endpoint::bind(&args.http.host, args.http.port)?;
+    let roles: Vec<(NodeId, RoleArgs)> = (0..args.num_prefill_nodes)
         .map(|index| (format!("prefill-{index}"), RoleArgs::Prefill(args.prefill.clone())))
         .chain(
             (0..args.num_decode_nodes).map(|index| (format!("decode-{index}"), RoleArgs::Decode(args.decode.clone()))),
-        );
-    for (name, role) in roles {
-        let node = NodeId::new(name).expect("numbered role names are node names");
+        )
+        .map(|(name, role)| (NodeId::new(name).expect("numbered role names are node names"), role))
+        .collect();
+    for (node, _) in &roles {
+        store::check(&args.store, node).with_context(|| format!("open the prefix-block store of {node}"))?;
+    }
+    let ca = ClusterCa::generate().context("make the process's own CA")?;
+    let folder = nodes::model_folder(&args.model).await?;
+    let text = endpoint::model_text(folder.clone()).await?;
+    let loaded = device::load_model(folder, &args.weights, &args.engine, roles.len()).await?;
+    for (node, role) in roles {
         let identity = ca.issue(role.role(), &node).context("issue a certificate")?;
         let setup = NodeSetup {
             node,
@@ -106,10 +121,10 @@ async fn start(
     config.drain_timeout = args.drain_timeout;
     let name = NodeId::new("proxy").expect("it is a node name");
     let identity = ca.issue(Role::Proxy, &name).context("issue a certificate")?;
-    let proxy = proxy::serve(config, text, identity, recorder, stop.clone()).await?;
+    let proxy = proxy::serve(config, endpoint, text, identity, recorder, stop.clone()).await?;
     let ready = proxy.ready(args.num_decode_nodes as usize, args.num_prefill_nodes as usize);
     tokio::time::timeout(READY_TIMEOUT, ready).await.context("the nodes did not become ready")?;
-    Ok((proxy, running))
+    Ok(proxy)
 }
 
 /// Says that it is ready, with a line to paste.

@@ -176,6 +176,18 @@ pub fn check_holder(identity: &Identity, role: Role, node: &NodeId) -> Result<()
     })
 }
 
+/// Whether a fabric could listen at `addresses`, which are let go again: to be asked before a model is loaded, so that a
+/// wrong address or a taken port costs moments. Held until then, they would swallow what peers send.
+///
+/// # Errors
+/// [`BindError::Socket`].
+pub fn check_free(addresses: impl IntoIterator<Item = SocketAddr>) -> Result<(), BindError> {
+    addresses.into_iter().try_for_each(|addr| match std::net::UdpSocket::bind(addr) {
+        Ok(_) => Ok(()),
+        Err(source) => Err(BindError::Socket { addr, source }),
+    })
+}
+
 /// A node's place in the cluster. Cheap to clone; everything closes when the last clone is gone.
 #[derive(Clone)]
 pub struct Fabric {

@@ -64,7 +64,7 @@ pub use accounting::FabricAccounting;
 pub use busy_poll::BusyPolling;
 pub use certs::{CertError, ClusterCa, Identity};
 pub use dial::DialError;
-pub use fabric::{BindError, Fabric, FabricConfig, check_holder};
+pub use fabric::{BindError, Fabric, FabricConfig, check_free, check_holder};
 pub use hello::{HelloCheck, compatible_models};
 pub use limits::FabricLimits;
 pub use link::{CloseReason, Link, OpenError};

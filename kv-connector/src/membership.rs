@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use common::config::HostPort;
 use common::ids::{Epoch, Role};
 use common::wire::{NodeLoad, NodeState, NodeStatus, Open, Peer, Register, WatchBlocks};
 use tokio::sync::watch;
@@ -16,6 +17,8 @@ use crate::{ControlSender, Fabric};
 const STATUS_INTERVAL: Duration = Duration::from_millis(250);
 /// Longest pause between two tries to reach a proxy.
 const REGISTER_PAUSE_MAX: Duration = Duration::from_secs(2);
+/// Longest wait for the address of a proxy's name.
+const LOOKUP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// State and load of this node, as shown to whoever watches. Cheap to clone.
 #[derive(Clone)]
@@ -74,16 +77,23 @@ impl NodePresence {
     }
 }
 
-/// Keeps this node registered at a proxy that does not list it: the open stream is the registration.
-/// Runs until its task is dropped.
-pub async fn stay_registered(fabric: Fabric, proxy: SocketAddr, role: Role, control: SocketAddr) {
+/// Keeps this node registered at a proxy that does not list it: the open stream is the registration. A name is looked up
+/// for every attempt, since a proxy may come back with another address. Runs until its task is dropped.
+pub async fn stay_registered(fabric: Fabric, proxy: HostPort, role: Role, control: SocketAddr) {
     let peer = Peer { node: fabric.hello().node.clone(), control };
     let open = Open::Register(Register { peer, role });
     let mut said = String::new();
     let mut redial = Redial::new(REGISTER_PAUSE_MAX);
     loop {
         let mut is_worth_a_retry = true;
-        match fabric.dial(proxy, Role::Proxy, None).await {
+        let dialled = match address_of(&proxy).await {
+            Ok(address) => fabric.dial(address, Role::Proxy, None).await.map_err(|error| {
+                is_worth_a_retry = error.is_worth_a_retry();
+                error.to_string()
+            }),
+            Err(reason) => Err(reason),
+        };
+        match dialled {
             Ok(link) => match link.open(&open).await {
                 Ok(_registration) => {
                     tracing::info!(%proxy, "registered at the proxy");
@@ -98,15 +108,23 @@ pub async fn stay_registered(fabric: Fabric, proxy: SocketAddr, role: Role, cont
                 }
                 Err(error) => tracing::warn!(%proxy, %error, "cannot register at the proxy"),
             },
-            Err(error) => {
-                is_worth_a_retry = error.is_worth_a_retry();
-                // Tried often, said once: a proxy that is not there yet, or one that refuses this node.
-                if error.to_string() != said {
-                    tracing::warn!(%proxy, %error, "cannot reach the proxy yet");
-                    said = error.to_string();
-                }
+            // Tried often, said once: a proxy that is not there yet, or one that refuses this node.
+            Err(error) if error != said => {
+                tracing::warn!(%proxy, %error, "cannot reach the proxy yet");
+                said = error;
             }
+            Err(_) => {}
         }
         tokio::time::sleep(redial.on_failed(Instant::now(), is_worth_a_retry, rand::random())).await;
+    }
+}
+
+/// The first address of a host name.
+async fn address_of(host: &HostPort) -> Result<SocketAddr, String> {
+    let looking = tokio::net::lookup_host((host.host.as_str(), host.port));
+    match tokio::time::timeout(LOOKUP_TIMEOUT, looking).await {
+        Ok(Ok(mut found)) => found.next().ok_or_else(|| format!("{host} has no address")),
+        Ok(Err(error)) => Err(format!("{host} cannot be looked up: {error}")),
+        Err(_) => Err(format!("{host} cannot be looked up within {} s", LOOKUP_TIMEOUT.as_secs())),
     }
 }

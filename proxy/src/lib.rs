@@ -39,4 +39,4 @@ pub mod route;
 pub mod serve;
 pub mod text;
 
-pub use serve::{ProxyConfig, ProxyHandle, ServeError, serve};
+pub use serve::{Endpoint, ProxyConfig, ProxyHandle, ServeError, serve};

@@ -9,7 +9,7 @@ use common::ids::{Epoch, Role};
 use common::wire::Hello;
 use kv_connector::{BindError, Fabric, FabricConfig, Identity};
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio::net::TcpListener;
+use tokio::net::TcpSocket;
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 
@@ -26,14 +26,13 @@ use crate::text::ModelText;
 /// How long a request that has tokens already waits for a node to go on with.
 const PATIENCE: Duration = Duration::from_secs(10);
 
+/// Connections that wait to be let in.
+const BACKLOG: u32 = 1024;
+
 /// Everything the proxy needs to know, resolved.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ProxyConfig {
-    /// Host of the endpoint; resolved when it is bound.
-    pub host: String,
-    /// Port of the endpoint; 0 takes a free one.
-    pub port: u16,
-    /// The endpoint.
+    /// What the endpoint takes.
     pub http: HttpSettings,
     /// Routing and resuming.
     pub dispatch: DispatchSettings,
@@ -56,8 +55,6 @@ impl ProxyConfig {
     /// register, and the fabric is bound to loopback.
     pub fn new(model: &ModelArgs, http: &HttpArgs, routing: &RoutingArgs) -> Self {
         Self {
-            host: http.host.clone(),
-            port: http.port,
             http: HttpSettings {
                 model_names: http.served_model_names(&model.model),
                 api_keys: http.api_key.clone(),
@@ -116,6 +113,37 @@ fn dialling_address<'a>(nodes: impl Iterator<Item = &'a HostPort>) -> SocketAddr
         (true, false) => Ipv6Addr::UNSPECIFIED.into(),
     };
     SocketAddr::new(ip, 0)
+}
+
+/// Where clients are to be served: the address is taken, and nobody is let in before [`serve`].
+#[derive(Debug)]
+pub struct Endpoint {
+    addr: SocketAddr,
+    socket: TcpSocket,
+}
+
+impl Endpoint {
+    /// Takes a port of the first address of `host`; 0 is a free one.
+    ///
+    /// # Errors
+    /// [`ServeError::Unresolved`] or [`ServeError::Listen`].
+    pub fn bind(host: &str, port: u16) -> Result<Self, ServeError> {
+        let addr = resolve(host, port)?;
+        let socket = take_port(addr).map_err(|source| ServeError::Listen { addr, source })?;
+        Ok(Self { addr, socket })
+    }
+}
+
+/// A socket that has the port, and lets nobody in before it listens.
+///
+/// # Errors
+/// The system's: the port is taken, the address is none of this host's.
+pub fn take_port(addr: SocketAddr) -> std::io::Result<TcpSocket> {
+    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // As a listener has it: connections of an earlier process do not keep the port.
+    socket.set_reuseaddr(true)?;
+    socket.bind(addr)?;
+    Ok(socket)
 }
 
 fn resolve(host: &str, port: u16) -> Result<SocketAddr, ServeError> {
@@ -206,6 +234,7 @@ impl ProxyHandle {
 /// [`ServeError`]: nothing is left running then.
 pub async fn serve(
     config: ProxyConfig,
+    endpoint: Endpoint,
     text: Arc<ModelText>,
     identity: Identity,
     prometheus: PrometheusHandle,
@@ -220,8 +249,8 @@ pub async fn serve(
     };
     let metrics = Arc::new(ProxyMetrics::new(&hello.node, &config.http.model_names[0]));
     let fabric = Fabric::bind(FabricConfig::new(config.fabric_listen, identity, hello))?;
-    let addr = resolve(&config.host, config.port)?;
-    let listener = TcpListener::bind(addr).await.map_err(|source| ServeError::Listen { addr, source })?;
+    let Endpoint { addr, socket } = endpoint;
+    let listener = socket.listen(BACKLOG).map_err(|source| ServeError::Listen { addr, source })?;
     let http_addr = listener.local_addr().map_err(ServeError::Serve)?;
 
     let members = Arc::new(Members::new(text.tokenizer.vocab_size()));

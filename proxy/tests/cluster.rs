@@ -13,6 +13,7 @@ use common::timeline::NodeTimeline;
 use common::wire::{Directory, GenerateEvent, Hello, NodeLoad, Open};
 use kv_connector::membership::{NodePresence, stay_registered};
 use kv_connector::{ClusterCa, Fabric, FabricConfig};
+use proxy::Endpoint;
 use proxy::dispatch::DispatchSettings;
 use proxy::dispatch::fake::tiny_model_info;
 use proxy::http::HttpSettings;
@@ -112,8 +113,6 @@ async fn start_proxy(
 ) -> (ProxyHandle, reqwest::Client) {
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let config = ProxyConfig {
-        host: "127.0.0.1".into(),
-        port: 0,
         http: HttpSettings {
             model_names: vec!["tiny".into()],
             api_keys: Vec::new(),
@@ -142,7 +141,8 @@ async fn start_proxy(
     let prometheus = proxy::metrics::install().unwrap();
     let model_dir = concat!(env!("CARGO_MANIFEST_DIR"), "/../models/tiny");
     let text = Arc::new(ModelText::load(Path::new(model_dir)).unwrap());
-    let handle = serve(config, text, identity, prometheus, shutdown.clone()).await.unwrap();
+    let endpoint = Endpoint::bind("127.0.0.1", 0).unwrap();
+    let handle = serve(config, endpoint, text, identity, prometheus, shutdown.clone()).await.unwrap();
     (handle, reqwest::Client::new())
 }
 
@@ -210,8 +210,8 @@ async fn lost_node_is_taken_over_mid_answer() {
     let first = within("the first token", response.chunk()).await.unwrap().unwrap();
     assert!(first.starts_with(b"data: "));
     let d1 = Node::start(&ca, Role::DecodeNode, "d1", Some(vec![100, 101, 102]), |_| ());
-    let registration =
-        stay_registered(d1.fabric.clone(), proxy.fabric_addr(), Role::DecodeNode, d1.fabric.local_addr());
+    let address = proxy.fabric_addr().to_string().parse().unwrap();
+    let registration = stay_registered(d1.fabric.clone(), address, Role::DecodeNode, d1.fabric.local_addr());
     let registration = tokio::spawn(registration);
     within("d1", proxy.ready(2, 0)).await;
     d0.kill();

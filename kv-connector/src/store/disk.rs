@@ -72,6 +72,14 @@ pub struct DiskBackend {
 }
 
 impl DiskBackend {
+    /// Whether `folder` can be made, written to and had for this process alone; it is let go again.
+    ///
+    /// # Errors
+    /// [`OpenDiskError`].
+    pub fn check_folder(folder: &Path) -> Result<(), OpenDiskError> {
+        lock(folder).map(drop)
+    }
+
     /// Opens `folder`, with what an earlier process left in it, for entries of `entry_bytes`.
     ///
     /// # Errors
