@@ -24,9 +24,12 @@ async fn begin(endpoint: &Endpoint) -> TcpStream {
     let num_open = endpoint.app.accounting().num_open_requests;
     let mut client = TcpStream::connect(endpoint.addr).await.unwrap();
     client.write_all(BEGINNING).await.unwrap();
-    while endpoint.app.accounting().num_open_requests == num_open {
-        tokio::task::yield_now().await;
-    }
+    let counted = async {
+        while endpoint.app.accounting().num_open_requests == num_open {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(10), counted).await.expect("the request is not open");
     client
 }
 
@@ -39,6 +42,7 @@ async fn clients_that_do_not_send_their_bodies_keep_nobody_out() {
         slow.push(begin(&endpoint).await);
     }
     endpoint.post_ok("/v1/completions", &json!({"prompt": "a"})).await;
+    assert_eq!(endpoint.app.num_in_progress(), 0);
     drop(slow);
     endpoint.assert_idle().await;
 }

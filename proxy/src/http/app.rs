@@ -107,6 +107,11 @@ impl App {
         Accounting { num_open_requests: *self.num_open.borrow(), num_open_streams: self.dispatcher.num_streams() }
     }
 
+    /// Requests that have a place: what they send is here.
+    pub fn num_in_progress(&self) -> usize {
+        self.settings.num_requests_max.min(Semaphore::MAX_PERMITS) - self.slots.available_permits()
+    }
+
     /// Waits until no request holds a slot.
     pub async fn idle(&self) {
         // The sender is this one's own, so waiting cannot fail.

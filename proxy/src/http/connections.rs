@@ -138,12 +138,15 @@ mod tests {
         let mut client = TcpStream::connect(addr).await.unwrap();
         let (mut stalled, _) = listener.accept().await;
         let mut num_written = 0;
-        let error = loop {
-            match stalled.write(&[0; 1 << 16]).await {
-                Ok(num_bytes) => num_written += num_bytes,
-                Err(error) => break error,
+        let fill = async {
+            loop {
+                match stalled.write(&[0; 1 << 16]).await {
+                    Ok(num_bytes) => num_written += num_bytes,
+                    Err(error) => return error,
+                }
             }
         };
+        let error = tokio::time::timeout(LONG / 6, fill).await.expect("a write is pending for ever");
         assert_eq!(error.kind(), io::ErrorKind::TimedOut);
         // What it took before is all there.
         drop(stalled);

@@ -35,7 +35,7 @@ pub async fn health(State(app): State<Arc<App>>) -> Response {
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let view = app.dispatcher.nodes().view();
     let num_waiting = view.decode.iter().map(|node| u64::from(node.load.num_waiting)).sum();
-    app.metrics.set_running(app.accounting().num_open_requests, num_waiting);
+    app.metrics.set_running(app.num_in_progress(), num_waiting);
     app.metrics.set_nodes(view.decode.len(), view.prefill.len());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.prometheus.render()).into_response()
 }

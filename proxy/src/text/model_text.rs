@@ -308,8 +308,10 @@ mod tests {
         let mut long = Box::pin(text.encode(prompt(LONG_PROMPT_BYTES)));
         let mut long_chat = Box::pin(text.encode(chat(LONG_PROMPT_BYTES)));
         assert!(futures::poll!(long.as_mut()).is_pending() && futures::poll!(long_chat.as_mut()).is_pending());
-        text.encode(prompt(LONG_PROMPT_BYTES - 1)).await.unwrap();
-        text.encode(chat(100)).await.unwrap();
+        for short in [prompt(LONG_PROMPT_BYTES - 1), chat(100)] {
+            let encoded = tokio::time::timeout(std::time::Duration::from_secs(10), text.encode(short)).await;
+            encoded.expect("a short prompt waits for long ones").unwrap();
+        }
         drop(others);
         // One after the other: both may need the only slot that long prompts have.
         long.await.unwrap();
