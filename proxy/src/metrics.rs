@@ -91,7 +91,10 @@ fn describe() {
         ("tandem_generation_tokens_total", "Tokens of answered requests"),
         ("vllm:generation_tokens_total", "Tokens of answered requests"),
         ("vllm:request_success_total", "Choices that ended, by reason"),
-        ("tandem_requests_total", "Requests to the endpoint by HTTP status; 499: the client left"),
+        (
+            "tandem_requests_total",
+            "Requests for answers by HTTP status, and all that had no valid key; 499: the client left",
+        ),
         ("tandem_node_losses_total", "Losses of a node under a request"),
         ("tandem_resumes_total", "Requests, or choices of them, that went on at another node"),
         ("tandem_block_index_events_total", "Block events of nodes that were taken in"),

@@ -220,6 +220,9 @@ async fn wrong_paths_methods_and_bodies_are_answered_in_json() {
     let response = get("/v1/nothing").await.unwrap();
     assert_eq!(response.status(), 404);
     assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "unknown_url");
+    let response = get("/v1/models/%ff").await.unwrap();
+    assert_eq!(response.status(), 404);
+    assert_eq!(response.json::<Value>().await.unwrap()["error"]["type"], "invalid_request_error");
     let response = get("/v1/completions").await.unwrap();
     assert_eq!(response.status(), 405);
     assert_eq!(response.json::<Value>().await.unwrap()["error"]["code"], "method_not_allowed");
@@ -390,6 +393,8 @@ async fn key_is_asked_where_something_is_served_and_separates_tenants() {
     let endpoint = Endpoint::over(nodes, settings).await;
     let (status, error) = endpoint.post_refused("/v1/completions", &json!({"prompt": "a"})).await;
     assert_eq!((status, &error["code"]), (401, &json!("invalid_api_key")));
+    let counted = |status: &str| endpoint.app.prometheus.render().contains(&format!("status=\"{status}\"}} 1\n"));
+    assert!(counted("401"));
     for key in ["alpha", "beta"] {
         let url = format!("{}/v1/completions", endpoint.url);
         let response = endpoint.client.post(url).bearer_auth(key).json(&json!({"prompt": "a"})).send().await.unwrap();

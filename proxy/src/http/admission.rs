@@ -13,7 +13,7 @@ use futures::StreamExt;
 use serde_json::Value;
 use tracing::Instrument;
 
-use super::app::App;
+use super::app::{App, BodyRoom};
 use crate::openai::{ApiError, ErrorKind};
 
 /// The header that carries a request's id in and out.
@@ -59,7 +59,10 @@ pub async fn authenticate(State(app): State<Arc<App>>, mut request: Request, nex
             request.extensions_mut().insert(tenant);
             next.run(request).await
         }
-        Err(error) => error.into_response(),
+        Err(error) => {
+            app.metrics.on_status(error.kind.status().as_u16());
+            error.into_response()
+        }
     }
 }
 
@@ -106,11 +109,13 @@ pub fn tenant_salt(tenant: &Tenant, cache_salt: Option<&str>) -> Vec<u8> {
     hasher.finalize().as_bytes()[..16].to_vec()
 }
 
-/// A body of at most `bytes_max` bytes, as JSON.
+/// A body as JSON, as far as there is `room` for it.
 ///
 /// # Errors
-/// 415 if it is compressed or declared to be something else, 413 if it is larger, 400 if it is not JSON or does not come.
-pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Result<Value, ApiError> {
+/// 415 if it is compressed or declared to be something else, 413 if it is larger, 429 if others take all
+/// room, 400 if it is not JSON or does not come.
+pub async fn read_json(headers: &HeaderMap, body: Body, mut room: BodyRoom) -> Result<Value, ApiError> {
+    let bytes_max = room.bytes_max;
     if let Err(error) = check_type(headers).and_then(|()| check_coding(headers)) {
         discard(body.into_data_stream()).await;
         return Err(error);
@@ -124,10 +129,13 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
     let mut bytes = Vec::with_capacity(claimed.unwrap_or(0).min(PARSED_HERE_BYTES_MAX));
     let is_whole = async {
         while claimed.is_none_or(|claimed| claimed <= bytes_max) {
-            let Some(piece) = rest.next().await.transpose()? else { return Ok(true) };
+            let Some(piece) = rest.next().await.transpose().map_err(|error| not_read(&error))? else {
+                return Ok(true);
+            };
             if bytes.len() + piece.len() > bytes_max {
                 break;
             }
+            room.take(piece.len())?;
             bytes.extend_from_slice(&piece);
         }
         Ok(false)
@@ -138,11 +146,7 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
             discard(rest).await;
             return Err(too_large());
         }
-        Ok(Err(error)) => {
-            let error: axum::Error = error;
-            let message = format!("the body could not be read: {error}");
-            return Err(ApiError::new(ErrorKind::InvalidRequest, message));
-        }
+        Ok(Err(error)) => return Err(error),
         Err(_) => {
             let message = format!("the body did not arrive within {} s", BODY_TIMEOUT.as_secs());
             return Err(ApiError::new(ErrorKind::InvalidRequest, message));
@@ -155,6 +159,22 @@ pub async fn read_json(headers: &HeaderMap, body: Body, bytes_max: usize) -> Res
         serde_json::from_slice(&bytes)
     };
     parsed.map_err(|error| ApiError::new(ErrorKind::InvalidRequest, format!("the body is not JSON: {error}")))
+}
+
+fn not_read(error: &axum::Error) -> ApiError {
+    let message = format!(
+        "the body broke off, expected as many bytes as Content-Length says, or chunks up to an empty one: {}",
+        innermost(error)
+    );
+    ApiError::new(ErrorKind::InvalidRequest, message)
+}
+
+/// What was behind an error: the outer ones only say what it was about.
+fn innermost<'a>(mut error: &'a (dyn std::error::Error + 'static)) -> &'a (dyn std::error::Error + 'static) {
+    while let Some(source) = error.source() {
+        error = source;
+    }
+    error
 }
 
 /// Whether the body is declared to be JSON, or nothing at all. What a web page can send to another origin
@@ -207,6 +227,7 @@ async fn discard(mut rest: BodyDataStream) {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicUsize, Ordering};
+    use tokio::sync::Semaphore;
 
     fn headers(authorization: &'static str) -> HeaderMap {
         let mut headers = HeaderMap::new();
@@ -236,10 +257,28 @@ mod tests {
                 sent.fetch_add(piece.len(), Ordering::Relaxed);
                 Ok::<_, std::io::Error>(piece)
             });
-            let refused = read_json(&headers, Body::from_stream(pieces), 20).await;
+            let room = BodyRoom::new(20, Arc::new(Semaphore::new(100)));
+            let refused = read_json(&headers, Body::from_stream(pieces), room).await;
             assert_eq!(refused.unwrap_err().kind, ErrorKind::BodyTooLarge);
             assert_eq!(num_sent.load(Ordering::Relaxed), 30);
         }
+    }
+
+    #[tokio::test]
+    async fn bodies_on_their_way_share_their_room() {
+        let left = Arc::new(Semaphore::new(10));
+        let headers = HeaderMap::new();
+        let read = |body: &'static str| read_json(&headers, Body::from(body), BodyRoom::new(8, left.clone()));
+        let mut other = BodyRoom::new(8, left.clone());
+        other.take(2).unwrap();
+        other.take(3).unwrap();
+        assert_eq!(read("[1]").await.unwrap(), serde_json::json!([1]));
+        let refused = read("[1,2,3]").await.unwrap_err();
+        assert_eq!(refused.kind, ErrorKind::Overloaded);
+        assert!(refused.retry_after.is_some());
+        drop(other);
+        assert_eq!(read("[1,2,3]").await.unwrap(), serde_json::json!([1, 2, 3]));
+        assert_eq!(left.available_permits(), 10);
     }
 
     #[test]

@@ -53,7 +53,7 @@ async fn handle(
     body: Body,
     parse: fn(&Value) -> Result<ValidatedRequest, ApiError>,
 ) -> Response {
-    let slot = match app.admit() {
+    let slot = match app.arrive() {
         Ok(slot) => slot,
         Err(error) => {
             app.metrics.on_status(error.kind.status().as_u16());
@@ -62,7 +62,7 @@ async fn handle(
     };
     match answer(&app, id, tenant, headers, body, parse, slot).await {
         Ok(response) => response,
-        Err((error, slot)) => {
+        Err((error, mut slot)) => {
             slot.set_status(error.kind.status().as_u16());
             tracing::info!(status = error.kind.status().as_u16(), param = error.param, %error, "refused");
             error.into_response()
@@ -70,7 +70,7 @@ async fn handle(
     }
 }
 
-/// Admit, read, validate, encode, dispatch, answer.
+/// Read, admit, validate, encode, dispatch, answer.
 async fn answer(
     app: &Arc<App>,
     id: RequestId,
@@ -78,11 +78,12 @@ async fn answer(
     headers: HeaderMap,
     body: Body,
     parse: fn(&Value) -> Result<ValidatedRequest, ApiError>,
-    slot: Slot,
+    mut slot: Slot,
 ) -> Result<Response, (ApiError, Slot)> {
     let prepared = async {
-        let body = read_json(&headers, body, app.settings.body_bytes_max).await?;
+        let body = read_json(&headers, body, app.body_room()).await?;
         let arrived = Instant::now();
+        slot.take_place(app)?;
         let mut request = parse(&body)?;
         let model = check_model_name(app, request.model.as_deref())?;
         let prompts = prepare(app, id, &tenant, &mut request, arrived).await?;
@@ -112,7 +113,8 @@ async fn answer(
         Err(error) => return Err((error, slot)),
     };
     let n = request.n as usize;
-    let answering = Answering { app: app.clone(), shape, prompt_texts, prompt_lens, num_prompts, n, events };
+    let deadline = arrived + app.settings.request_timeout;
+    let answering = Answering { app: app.clone(), shape, prompt_texts, prompt_lens, num_prompts, n, deadline, events };
     if request.stream {
         sse::respond(answering, slot).await
     } else {
@@ -167,13 +169,22 @@ pub(super) struct Answering {
     pub(super) prompt_lens: Vec<u64>,
     pub(super) num_prompts: usize,
     pub(super) n: usize,
+    /// When the request is given up.
+    pub(super) deadline: Instant,
     pub(super) events: mpsc::Receiver<Result<AnswerEvent, ApiError>>,
 }
 
 impl Answering {
     /// The next event; an end before every prompt was done is an error.
     pub(super) async fn next(&mut self) -> Result<AnswerEvent, ApiError> {
-        let ended = || Err(ApiError::new(ErrorKind::Internal, "the answer ended before it was complete"));
+        let ended = || match Instant::now() < self.deadline {
+            true => Err(ApiError::new(ErrorKind::Internal, "the answer ended before it was complete")),
+            // Who reads slowly finds the events of before, and then nothing.
+            false => Err(ApiError::new(
+                ErrorKind::Timeout,
+                "the request's time limit passed before its answer was read: read it faster, or ask for less",
+            )),
+        };
         self.events.recv().await.unwrap_or_else(ended)
     }
 

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use axum::Json;
 use axum::body::Body;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
@@ -34,7 +35,7 @@ pub async fn health(State(app): State<Arc<App>>) -> Response {
 pub async fn metrics(State(app): State<Arc<App>>) -> Response {
     let view = app.dispatcher.nodes().view();
     let num_waiting = view.decode.iter().map(|node| u64::from(node.load.num_waiting)).sum();
-    app.metrics.set_running(app.accounting().num_open_requests, num_waiting);
+    app.metrics.set_running(app.num_in_progress(), num_waiting);
     app.metrics.set_nodes(view.decode.len(), view.prefill.len());
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], app.prometheus.render()).into_response()
 }
@@ -51,11 +52,14 @@ pub async fn models(State(app): State<Arc<App>>) -> Response {
 }
 
 /// `GET /v1/models/{name}`; names may hold slashes.
-pub async fn model(State(app): State<Arc<App>>, Path(name): Path<String>) -> Response {
-    match check_model_name(&app, Some(&name)) {
-        Ok(name) => Json(model_entry(&app, &name)).into_response(),
-        Err(error) => error.into_response(),
-    }
+pub async fn model(
+    State(app): State<Arc<App>>,
+    name: Result<Path<String>, PathRejection>,
+) -> Result<Json<Value>, ApiError> {
+    let Path(name) = name.map_err(|error| {
+        ApiError::new(ErrorKind::NotFound, format!("the name of a model is UTF-8: {}", error.body_text()))
+    })?;
+    check_model_name(&app, Some(&name)).map(|name| Json(model_entry(&app, &name)))
 }
 
 fn model_entry(app: &App, name: &str) -> Value {
@@ -69,7 +73,7 @@ fn model_entry(app: &App, name: &str) -> Value {
 
 /// `POST /tokenize`: a `prompt`, or `messages` through the chat template.
 pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Json<Value>, ApiError> {
-    let body = read_json(&headers, body, app.settings.body_bytes_max).await?;
+    let body = read_json(&headers, body, app.body_room()).await?;
     let fields = Fields::of_body(&body)?;
     check_model_name(&app, fields.string("model")?)?;
     let prompt = match (fields.string("prompt")?, fields.value("messages")) {
@@ -94,7 +98,7 @@ pub async fn tokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Bod
 
 /// `POST /detokenize`: `tokens` to `prompt`.
 pub async fn detokenize(State(app): State<Arc<App>>, headers: HeaderMap, body: Body) -> Result<Json<Value>, ApiError> {
-    let body = read_json(&headers, body, app.settings.body_bytes_max).await?;
+    let body = read_json(&headers, body, app.body_room()).await?;
     let fields = Fields::of_body(&body)?;
     check_model_name(&app, fields.string("model")?)?;
     fields.required("tokens")?;

@@ -24,6 +24,9 @@ const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Time for a connection to send the head of its next request; also how long it may stay open between two.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(60);
 
+/// Time in which a client must take something of what is written to it.
+const STALL_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// How often an HTTP/2 connection is asked whether its client is still there, and the time to answer.
 const PING: Duration = Duration::from_secs(20);
 
@@ -49,7 +52,7 @@ pub async fn serve_http(
             tracing::debug!(%error, "TCP_NODELAY could not be set");
         }
     });
-    let mut listener = BoundedListener::new(listener, CONNECTIONS_MAX, HEAD_TIMEOUT);
+    let mut listener = BoundedListener::new(listener, CONNECTIONS_MAX, HEAD_TIMEOUT, STALL_TIMEOUT);
     let router = router(app.clone());
     let connections = TaskTracker::new();
     let serve = async {

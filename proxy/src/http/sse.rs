@@ -13,7 +13,7 @@ use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use common::timeline::NodeTimeline;
 
-use super::app::Slot;
+use super::app::{Slot, TimedSlot};
 use super::generate::{Answering, add_usage};
 use crate::answer::AnswerEvent;
 use crate::openai::answers::{Piece, TextOffset, Usage};
@@ -21,6 +21,9 @@ use crate::openai::{ApiError, Endpoint};
 
 /// Pause after which a comment shows that the connection lives.
 const KEEP_ALIVE: Duration = Duration::from_secs(15);
+
+/// Time behind a request's deadline for its last event, which says that it passed.
+const LAST_EVENT: Duration = Duration::from_secs(1);
 
 /// The response of a streamed request.
 ///
@@ -32,9 +35,11 @@ pub(super) async fn respond(mut answering: Answering, slot: Slot) -> Result<Resp
         Err(error) => return Err((error, slot)),
     };
     let num_choices = answering.num_prompts * answering.n;
+    let slot = TimedSlot::new(slot, answering.deadline + LAST_EVENT);
     let mut stream = ChunkStream {
         answering,
         slot,
+        span: tracing::Span::current(),
         chunks: VecDeque::new(),
         begun: vec![false; num_choices],
         text_offsets: vec![TextOffset::default(); num_choices],
@@ -58,7 +63,9 @@ pub(super) async fn respond(mut answering: Answering, slot: Slot) -> Result<Resp
 
 struct ChunkStream {
     answering: Answering,
-    slot: Slot,
+    slot: TimedSlot,
+    /// The request's: the stream is read outside of its handler.
+    span: tracing::Span,
     /// Chunks of one event that are still to be written: a handful.
     chunks: VecDeque<String>,
     begun: Vec<bool>,
@@ -144,7 +151,7 @@ impl ChunkStream {
     }
 
     fn on_error(&mut self, error: &ApiError) {
-        tracing::warn!(%error, "answer broke off");
+        self.span.in_scope(|| tracing::warn!(%error, "answer broke off"));
         self.slot.set_status(error.kind.status().as_u16());
         self.chunks.push_back(error.to_json().to_string());
         self.is_over = true;

@@ -174,7 +174,9 @@ fn parse_tools(fields: &Fields<'_>) -> Result<Option<Vec<Value>>, ApiError> {
                     return Err(ApiError::invalid(&param, format!("{param} is \"{kind}\", expected \"function\"")));
                 }
                 let function = tool.path_of("function");
-                Fields::at(&function, tool.required("function")?)?.required("name")?;
+                let function = Fields::at(&function, tool.required("function")?)?;
+                function.required("name")?;
+                function.string("name")?;
             }
             (!tools.is_empty()).then(|| tools.clone())
         }

@@ -86,6 +86,9 @@ impl ErrorKind {
     }
 }
 
+/// Longest message that is passed on whole.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
 /// An error as the client gets it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
@@ -103,7 +106,7 @@ pub struct ApiError {
 impl ApiError {
     /// An error of `kind` that is about no single parameter.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
-        Self { kind, message: message.into(), param: None, retry_after: None }
+        Self { kind, message: shortened(message.into()), param: None, retry_after: None }
     }
 
     /// A wrong value of `param`.
@@ -134,6 +137,16 @@ impl ApiError {
     }
 }
 
+/// A message that quotes a client's megabytes keeps its beginning and its end, where what was expected is.
+fn shortened(message: String) -> String {
+    if message.len() <= MESSAGE_BYTES_MAX {
+        return message;
+    }
+    let first = message.floor_char_boundary(MESSAGE_BYTES_MAX / 2);
+    let last = message.ceil_char_boundary(message.len() - MESSAGE_BYTES_MAX / 2);
+    format!("{} [{} bytes left out] {}", &message[..first], last - first, &message[last..])
+}
+
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.kind.status(), Json(self.to_json())).into_response();
@@ -162,6 +175,15 @@ mod tests {
             json!({"error": {"message": "temperature is 3, expected 0 to 2", "type": "invalid_request_error",
                 "param": "temperature", "code": null}})
         );
+    }
+
+    #[test]
+    fn what_a_client_wrote_is_quoted_in_part() {
+        let message = |len: usize| ApiError::invalid("n", format!("n is {}, expected 1", "é".repeat(len))).message;
+        assert_eq!(message(100).matches('é').count(), 100);
+        let shortened = message(3_000_000);
+        assert!(shortened.len() < MESSAGE_BYTES_MAX + 40, "{}", shortened.len());
+        assert!(shortened.starts_with("n is éé") && shortened.ends_with("éé, expected 1"), "{shortened}");
     }
 
     #[test]

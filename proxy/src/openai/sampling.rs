@@ -154,6 +154,8 @@ const UNSUPPORTED: &[(&str, &str)] = &[
     ("truncate_prompt_tokens", "truncating prompts is not supported: shorten the prompt"),
     ("bad_words", "bad_words is not supported: use logit_bias"),
     ("allowed_token_ids", "allowed_token_ids is not supported: use logit_bias"),
+    ("return_token_ids", "return_token_ids is not supported: /tokenize gives the ids of a text"),
+    ("return_tokens_as_token_ids", "tokens are shown as text: /tokenize gives the ids of a text"),
     ("logits_processors", "logits processors are not supported"),
     ("length_penalty", "beam search is not supported"),
     ("functions", "functions is OpenAI's former name of tools: use tools"),
@@ -242,6 +244,7 @@ mod tests {
             (json!({"use_beam_search": true}), "use_beam_search"),
             (json!({"modalities": ["text", "audio"]}), "modalities"),
             (json!({"suffix": "x"}), "suffix"),
+            (json!({"return_token_ids": true}), "return_token_ids"),
         ] {
             assert_eq!(param_of(refuse_unsupported(&Fields::of_body(&body).unwrap())).as_deref(), Some(param));
         }

@@ -63,9 +63,15 @@ pub struct ModelText {
     pub eos_token_ids: Vec<Token>,
     /// For what a request leaves open.
     pub defaults: SamplingDefaults,
-    /// Tokenizer runs at once: as many as cores, so that long prompts cannot fill the blocking pool.
-    slots: Semaphore,
+    /// Tokenizer runs at once: as many as cores, so that prompts cannot fill the blocking pool.
+    slots: Arc<Semaphore>,
+    /// Half of them, which is all that long prompts get: each takes seconds, and a hundred times its size
+    /// of memory.
+    long_slots: Arc<Semaphore>,
 }
+
+/// Prompts from this many bytes of text are long: tokenizing one takes some 20 ms.
+const LONG_PROMPT_BYTES: usize = 64 << 10;
 
 /// A prompt ready to be sent.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -116,12 +122,14 @@ impl ModelText {
         eos_token_ids.sort_unstable();
         eos_token_ids.dedup();
         eos_token_ids.truncate(common::sampling::STOP_TOKEN_IDS_MAX / 2);
+        let num_slots = std::thread::available_parallelism().map_or(1, usize::from).max(2);
         Self {
             tokenizer: Arc::new(tokenizer),
             template,
             eos_token_ids,
             defaults: sampling_defaults(generation),
-            slots: Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)),
+            slots: Arc::new(Semaphore::new(num_slots)),
+            long_slots: Arc::new(Semaphore::new(num_slots / 2)),
         }
     }
 
@@ -133,12 +141,19 @@ impl ModelText {
         if let Prompt::Tokens(tokens) = prompt {
             return Ok(EncodedPrompt { tokens, text: None });
         }
-        let permit = self.slots.acquire().await.expect("the semaphore is never closed");
+        let long_slot = match num_text_bytes(&prompt) < LONG_PROMPT_BYTES {
+            true => None,
+            false => Some(self.long_slots.clone().acquire_owned().await.expect("the semaphore is never closed")),
+        };
+        let slot = self.slots.clone().acquire_owned().await.expect("the semaphore is never closed");
         let this = self.clone();
         let span = tracing::Span::current();
-        let encoded = tokio::task::spawn_blocking(move || span.in_scope(|| this.encode_now(prompt))).await;
-        drop(permit);
-        encoded.unwrap_or_else(|panic| {
+        let encoding = tokio::task::spawn_blocking(move || {
+            // Until the work is done, also where nobody waits for it any more.
+            let _slots = (slot, long_slot);
+            span.in_scope(|| this.encode_now(prompt))
+        });
+        encoding.await.unwrap_or_else(|panic| {
             tracing::error!(%panic, "tokenizing a prompt failed");
             Err(ApiError::new(ErrorKind::Internal, "the prompt could not be tokenized: the tokenizer failed on it"))
         })
@@ -161,6 +176,27 @@ impl ModelText {
             return Err(ApiError::invalid(param, format!("{param} is empty, expected at least one token")));
         }
         Ok(EncodedPrompt { tokens, text: Some(text) })
+    }
+}
+
+/// Bytes of text that a prompt brings; what a chat template adds is little.
+fn num_text_bytes(prompt: &Prompt) -> usize {
+    match prompt {
+        Prompt::Tokens(_) => 0,
+        Prompt::Text { text, .. } => text.len(),
+        Prompt::Chat(chat) => {
+            let values = chat.messages.iter().chain(chat.tools.iter().flatten()).chain(chat.variables.values());
+            values.map(num_string_bytes).sum()
+        }
+    }
+}
+
+fn num_string_bytes(value: &Value) -> usize {
+    match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(num_string_bytes).sum(),
+        Value::Object(map) => map.iter().map(|(name, value)| name.len() + num_string_bytes(value)).sum(),
+        _ => 0,
     }
 }
 
@@ -242,6 +278,7 @@ pub(crate) fn tiny_model_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::openai::fields::Fields;
     use serde_json::json;
 
     #[tokio::test]
@@ -254,6 +291,51 @@ mod tests {
         // One BOS: the template writes it, the tokenizer does not add another.
         assert_eq!(encoded.tokens.iter().filter(|id| **id == 0).count(), 1);
         assert_eq!(text.tokenizer.decode(&encoded.tokens, false).unwrap(), rendered);
+    }
+
+    #[tokio::test]
+    async fn short_prompts_do_not_wait_for_long_ones() {
+        let text = Arc::new(ModelText::load(&tiny_model_dir()).unwrap());
+        let prompt = |len: usize| Prompt::Text { text: "x".repeat(len), add_special_tokens: false };
+        let chat = |len: usize| {
+            let messages = json!([{"role": "user", "content": [{"type": "text", "text": "x".repeat(len)}]}]);
+            let body = json!({"messages": messages});
+            Prompt::Chat(crate::openai::chat::parse_chat_prompt(&Fields::of_body(&body).unwrap()).unwrap())
+        };
+        let others = text.long_slots.clone().acquire_many_owned(text.long_slots.available_permits() as u32);
+        let others = others.await.unwrap();
+        assert!(text.slots.available_permits() > others.num_permits(), "short prompts have slots of their own");
+        let mut long = Box::pin(text.encode(prompt(LONG_PROMPT_BYTES)));
+        let mut long_chat = Box::pin(text.encode(chat(LONG_PROMPT_BYTES)));
+        assert!(futures::poll!(long.as_mut()).is_pending() && futures::poll!(long_chat.as_mut()).is_pending());
+        for short in [prompt(LONG_PROMPT_BYTES - 1), chat(100)] {
+            let encoded = tokio::time::timeout(std::time::Duration::from_secs(10), text.encode(short)).await;
+            encoded.expect("a short prompt waits for long ones").unwrap();
+        }
+        drop(others);
+        // One after the other: both may need the only slot that long prompts have.
+        long.await.unwrap();
+        long_chat.await.unwrap();
+    }
+
+    #[test]
+    fn an_abandoned_prompt_holds_its_slot_until_the_work_is_done() {
+        let runtime = tokio::runtime::Builder::new_current_thread().max_blocking_threads(1).build().unwrap();
+        runtime.block_on(async {
+            let text = Arc::new(ModelText::load(&tiny_model_dir()).unwrap());
+            let num_slots = text.slots.available_permits();
+            let (go_on, wait) = std::sync::mpsc::channel::<()>();
+            let only_thread = tokio::task::spawn_blocking(move || wait.recv());
+            let mut abandoned = Box::pin(text.encode(Prompt::Text { text: "hi".into(), add_special_tokens: true }));
+            assert!(futures::poll!(abandoned.as_mut()).is_pending());
+            drop(abandoned);
+            assert_eq!(text.slots.available_permits(), num_slots - 1);
+            go_on.send(()).unwrap();
+            only_thread.await.unwrap().unwrap();
+            // It runs when its turn comes, and then gives the slot back.
+            let all = text.slots.acquire_many(num_slots as u32).await.unwrap();
+            assert_eq!(all.num_permits(), num_slots);
+        });
     }
 
     #[tokio::test]
